@@ -1,0 +1,241 @@
+"""The design space of locality in a feed-forward network, as one frozen, JSON-serialisable value."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+Init = Literal["paper", "preserve"]
+Position = Literal["mid", "first"]
+Activation = Literal["none", "relu", "relu6", "hardswish", "gelu", "gelu_tanh", "silu"]
+Gate = Literal["none", "se", "eca", "eca_hard"]
+Norm = Literal["none", "batch", "layer", "group"]
+NormOrder = Literal["norm-act", "act-norm"]
+Prefix = Literal["bypass", "mlp", "passthrough"]
+
+# What a field left at None becomes. "base" is not a value of any field: it says that the FFN being
+# replaced decides, so the field stays None and an explicit value contradicts `init`.
+_BASE = "base"
+_DECIDED: dict[Init, dict[str, Any]] = {
+    "paper": dict(
+        activation="hardswish",
+        gate="se",
+        expansion=4.0,
+        norm="batch",
+        bias=False,
+        inner_skip=False,
+        prenorm=False,
+        drop_path=False,
+        layer_scale=False,
+        prefix="bypass",
+    ),
+    "preserve": dict(
+        activation=_BASE,
+        gate="none",
+        expansion=_BASE,
+        norm="none",
+        bias=_BASE,
+        inner_skip=True,
+        prenorm=True,
+        drop_path=True,
+        layer_scale=True,
+        prefix="mlp",
+    ),
+}
+# Squeeze units of the SE gate when neither `gate_width` nor `gate_reduction` is given: what the paper's
+# LocalViT-T and -S have (hidden 768 // 192 and 1536 // 384).
+DEFAULT_GATE_WIDTH = 4
+
+
+class ConfigError(ValueError):
+    """A value that is not accepted; the message names the field, the value and what is accepted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalityConfig:
+    """How locality enters a feed-forward network (FFN).
+
+    Two starting points. ``LocalityConfig()`` is the FFN of LocalViT-T/-S (Li et al., arXiv 2104.05707,
+    sections 3.3-3.5): it *replaces* the FFN of a block. ``LocalityConfig(init="preserve")`` *adds* a
+    depth-wise convolution to the FFN that is there, starting as an exact no-op, which suits pretrained
+    weights. Fields left at ``None`` are decided by ``init``; :meth:`resolve` shows the outcome.
+
+    Args:
+        init: ``"paper"`` or ``"preserve"``.
+        kernel_size: Odd side of the square depth-wise kernel. 3 is the paper's.
+        depthwise: ``False`` leaves the convolution out (the paper's control, table 1); the depth-wise
+            fields must then keep their defaults.
+        position: ``"mid"``: between expansion and projection, on the expanded channels. ``"first"``:
+            before the expansion, on ``dim`` channels.
+        activation: One value for both places, or a pair (after the expansion, after the depth-wise
+            convolution). Paper: ``"hardswish"``. Preserve: the FFN's own.
+        gate: Channel gate on the hidden map: ``"se"`` (squeeze-and-excitation with a hard sigmoid),
+            ``"eca"`` (sigmoid), ``"eca_hard"`` (hard sigmoid) or ``"none"``. Paper: ``"se"``.
+        gate_reduction: SE squeeze width as ``hidden // gate_reduction`` (the paper's "reduction").
+        gate_width: SE squeeze width in units. With neither given it is 4, as in LocalViT-T and -S.
+        expansion: Hidden width as a multiple of ``dim``. Paper: 4.
+        norm: One value, or a triple (after the expansion, the depth-wise convolution, the projection).
+            Paper: ``"batch"``.
+        norm_groups: Number of groups where ``norm`` is ``"group"``; it must divide the channels. 32 is
+            the default of Wu & He, "Group Normalization", 2018.
+        norm_order: Whether the norm stands before or after the activation.
+        bias: Whether convolutions have a bias. Paper: no (a norm follows each).
+        inner_skip: Add the input of the depth-wise stage to the output of its convolution. Paper: no.
+        prenorm: Keep the block's norm in front of the FFN. Paper: no.
+        drop_path: Keep stochastic depth on the FFN branch. Paper: no.
+        layer_scale: Keep LayerScale on the FFN branch where the base has it. Paper: no.
+        prefix: What happens to class, distillation and register tokens. ``"bypass"`` (paper): they skip
+            the FFN. ``"mlp"``: they take the point-wise path without the depth-wise stage and the gate.
+            ``"passthrough"``: the FFN returns them as they came, so the block's residual adds them.
+
+    Raises:
+        ConfigError: for a value outside these, and for an explicit value that contradicts ``init``.
+    """
+
+    init: Init = "paper"
+    kernel_size: int = 3
+    depthwise: bool = True
+    position: Position = "mid"
+    activation: Activation | tuple[Activation, Activation] | None = None
+    gate: Gate | None = None
+    gate_reduction: float | None = None
+    gate_width: int | None = None
+    expansion: float | None = None
+    norm: Norm | tuple[Norm, Norm, Norm] | None = None
+    norm_groups: int = 32
+    norm_order: NormOrder = "norm-act"
+    bias: bool | None = None
+    inner_skip: bool | None = None
+    prenorm: bool | None = None
+    drop_path: bool | None = None
+    layer_scale: bool | None = None
+    prefix: Prefix | None = None
+
+    def __post_init__(self) -> None:
+        hints = _field_types()
+        for field in dataclasses.fields(self):
+            value = _as_field_value(field.name, getattr(self, field.name), hints[field.name])
+            object.__setattr__(self, field.name, value)  # e.g. a list read from JSON becomes a tuple
+        self._check_ranges()
+        self._check_init()
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise _error("kernel_size", self.kernel_size, "a positive odd integer")
+        for name in ("gate_reduction", "gate_width", "expansion", "norm_groups"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise _error(name, value, "a positive number")
+
+    def _check_init(self) -> None:
+        for name, decided in _DECIDED[self.init].items():
+            value = getattr(self, name)
+            if self.init == "preserve" and value is not None and value != decided:
+                accepted = "None: the FFN's own is kept" if decided == _BASE else f"{decided!r} or None"
+                raise ConfigError(f"{name}={value!r} contradicts init='preserve' (accepted: {accepted})")
+        if self.init == "preserve" and (self.position != "mid" or not self.depthwise):
+            name = "position" if self.position != "mid" else "depthwise"
+            raise ConfigError(
+                f"{name}={getattr(self, name)!r} contradicts init='preserve', which puts one depth-wise "
+                "convolution on the hidden map (accepted: position='mid', depthwise=True)"
+            )
+
+    def _check_combinations(self) -> None:
+        resolved_gate = self.gate if self.gate is not None else _DECIDED[self.init]["gate"]
+        for name in ("gate_reduction", "gate_width"):
+            if getattr(self, name) is not None and resolved_gate != "se":
+                raise ConfigError(f"{name}={getattr(self, name)!r} needs gate='se', not {resolved_gate!r}")
+        if self.gate_reduction is not None and self.gate_width is not None:
+            raise ConfigError(
+                f"gate_reduction={self.gate_reduction!r} and gate_width={self.gate_width!r} both set the "
+                "squeeze width of the gate; give one"
+            )
+        if not self.depthwise:
+            for name, default in (("kernel_size", 3), ("position", "mid"), ("inner_skip", None)):
+                if getattr(self, name) not in (default, False):
+                    raise ConfigError(f"{name}={getattr(self, name)!r} has no effect with depthwise=False")
+
+    def resolve(self) -> Self:
+        """The same configuration with every field that ``init`` decides filled in.
+
+        Fields that the FFN being replaced decides stay ``None`` (``init="preserve"`` only).
+        """
+        decided = {k: v for k, v in _DECIDED[self.init].items() if v != _BASE}
+        return dataclasses.replace(self, **{k: v for k, v in decided.items() if getattr(self, k) is None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields that differ from their defaults, as JSON values.
+
+        Defaults are left out so that a stored hash of this dictionary survives the addition of fields.
+        """
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changed = {f.name: values[f.name] for f in dataclasses.fields(self) if values[f.name] != f.default}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: if ``values`` is not a mapping, has an unknown key or a bad value.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"a locality configuration is a mapping of field to value, not {values!r}")
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                near = difflib.get_close_matches(str(key), names, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f" (accepted: {', '.join(names)})"
+                raise ConfigError(f"LocalityConfig has no field {key!r}{hint}")
+        return cls(**values)
+
+
+def _field_types() -> dict[str, Any]:
+    return typing.get_type_hints(LocalityConfig)
+
+
+def _error(name: str, value: object, accepted: str) -> ConfigError:
+    return ConfigError(f"{name}={value!r} is not accepted (accepted: {accepted})")
+
+
+def _as_field_value(name: str, value: Any, kind: Any) -> Any:
+    """``value`` in the form its annotation names (a list becomes a tuple, an int a float), or an error."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    for option in options:
+        match, converted = _convert(value, option)
+        if match:
+            return converted
+    raise _error(name, value, " | ".join(_describe(option) for option in options))
+
+
+def _convert(value: Any, kind: Any) -> tuple[bool, Any]:
+    if typing.get_origin(kind) is Literal:
+        return isinstance(value, str) and value in typing.get_args(kind), value
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        if not isinstance(value, (list, tuple)) or len(value) != len(items):
+            return False, value
+        parts = [_convert(v, k) for v, k in zip(value, items, strict=True)]
+        return all(match for match, _ in parts), tuple(v for _, v in parts)
+    if kind is float:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number, float(value) if is_number else value
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    return isinstance(value, kind), value
+
+
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return ", ".join(repr(v) for v in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        return f"a list of {len(items)} of these"
+    names = {int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
+    return names.get(kind, str(kind))
