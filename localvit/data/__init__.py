@@ -1,0 +1,22 @@
+"""Data sets as three honest splits, and batches that a seed decides."""
+
+from localvit.data.config import AugmentConfig, DataConfig, DataError
+from localvit.data.images import Images, Part, TarReader, UnreadableImage
+from localvit.data.loading import Batch, eval_loader, train_loader
+from localvit.data.splits import Splits, open_reported, open_splits
+
+__all__ = [
+    "AugmentConfig",
+    "Batch",
+    "DataConfig",
+    "DataError",
+    "Images",
+    "Part",
+    "Splits",
+    "TarReader",
+    "UnreadableImage",
+    "eval_loader",
+    "open_reported",
+    "open_splits",
+    "train_loader",
+]

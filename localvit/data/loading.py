@@ -1,0 +1,250 @@
+"""Pictures to batches, so that a seed decides every pixel of every batch and nothing else does.
+
+Each picture of an epoch is a `Draw`: which picture, and the seed of its augmentation, derived from the run's
+seed, the epoch and the position in the epoch. So batches do not depend on the number of workers, on the model
+or its use of random numbers, nor on what was loaded before; two models trained with one seed see the same
+batches. (`timm.data.create_loader` shuffles and augments from global random states, which the model shares.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from localvit.data.config import AugmentConfig, DataError
+from localvit.data.images import Sample, UnreadableImage
+
+_MODES = {1: "L", 3: "RGB"}
+
+
+class Draw(NamedTuple):
+    """One picture of an epoch: which one, and the seed of its augmentation."""
+
+    picture: int
+    seed: int
+
+
+class Batch(NamedTuple):
+    """What a loader yields.
+
+    Attributes:
+        images: (B, C, H, W) float32, normalised.
+        targets: (B,) int64.
+        indices: Index of each picture in its data set.
+        unreadable: Pictures that should have been in this batch.
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    indices: list[int]
+    unreadable: list[UnreadableImage]
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed below 2**32 (NumPy's limit) from any mixture of numbers and names."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=4)
+    return int.from_bytes(digest.digest(), "big")
+
+
+@contextmanager
+def random_scope() -> Iterator[None]:
+    """Leave the global random states of Python, NumPy and torch (CPU) as they were on entry."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global random states that `random_scope` keeps."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also touch every GPU
+
+
+class EpochOrder(Sampler[list[Draw]]):
+    """Batches of draws: a new permutation for every epoch, whole batches only.
+
+    A last batch of one picture would give BatchNorm nothing to average over, so the remainder is left out;
+    another permutation leaves out other pictures.
+
+    Args:
+        length: Number of pictures.
+        batch_size: Pictures in a batch.
+        seed: The run's seed.
+
+    Raises:
+        DataError: if not one batch can be filled.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int) -> None:
+        if not 1 <= batch_size <= length:
+            raise DataError(f"batch_size={batch_size} does not fit {length} training images (1 to {length})")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (from 0) that the next iteration yields."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
+        order = torch.randperm(self.length, generator=generator).tolist()
+        draws = [
+            Draw(index, derive_seed(self.seed, "augment", self.epoch, position))
+            for position, index in enumerate(order)
+        ]
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield draws[start : start + self.batch_size]
+
+
+class Prepared(Dataset[Any]):
+    """Pictures in the mode and form that a model takes.
+
+    Args:
+        images: Labelled pictures.
+        transform: From a PIL picture to a (C, H, W) tensor.
+        channels: 1 (gray) or 3 (RGB).
+    """
+
+    def __init__(self, images: Dataset[Sample], transform: Any, channels: int) -> None:
+        if channels not in _MODES:
+            raise DataError(f"in_chans={channels}; pictures are loaded with 1 or 3 channels")
+        self.images, self.transform, self.mode = images, transform, _MODES[channels]
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitems__(
+        self, draws: Sequence[Draw | int]
+    ) -> list[tuple[torch.Tensor, int, int] | UnreadableImage]:
+        # torch's DataLoader calls this with all of a batch, so the states are kept once for all of it.
+        with random_scope():
+            return [self._prepare(draw) for draw in draws]
+
+    def _prepare(self, draw: Draw | int) -> tuple[torch.Tensor, int, int] | UnreadableImage:
+        if isinstance(draw, Draw):
+            index = draw.picture
+            seed_all(draw.seed)
+        else:  # evaluation: nothing is random
+            index = draw
+        try:
+            image, target = self.images[index]
+        except UnreadableImage as error:
+            # Returned, not raised: a worker's exception reaches the main process as a wall of text.
+            return error
+        return self.transform(image.convert(self.mode)), target, index
+
+
+def collate(samples: Sequence[tuple[torch.Tensor, int, int] | UnreadableImage]) -> Batch:
+    """One batch of what `Prepared` returned."""
+    good = [sample for sample in samples if not isinstance(sample, UnreadableImage)]
+    return Batch(
+        images=torch.stack([image for image, _, _ in good]) if good else torch.empty(0),
+        targets=torch.tensor([target for _, target, _ in good], dtype=torch.int64),
+        indices=[index for _, _, index in good],
+        unreadable=[sample for sample in samples if isinstance(sample, UnreadableImage)],
+    )
+
+
+def train_loader(
+    images: Dataset[Sample],
+    augment: AugmentConfig,
+    preprocessing: dict[str, Any],
+    *,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[Batch]:
+    """Shuffled, augmented, whole batches; ``loader.batch_sampler.set_epoch(e)`` before each epoch.
+
+    Args:
+        images: Labelled pictures.
+        augment: What is done to them.
+        preprocessing: `input_size` (C, H, W), `mean`, `std`, `interpolation`, as timm resolves them.
+        batch_size: Pictures in a batch.
+        seed: Decides order and augmentation.
+        workers: Processes that load; the batches do not depend on it.
+        pin_memory: For a GPU.
+    """
+    transform = create_transform(
+        preprocessing["input_size"],
+        is_training=True,
+        no_aug=augment.crop == "none",
+        train_crop_mode=None if augment.crop == "none" else augment.crop,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        vflip=augment.vflip,
+        color_jitter=augment.color_jitter,  # type: ignore[arg-type]  # timm takes None too
+        auto_augment=augment.auto_augment,
+        re_prob=augment.erase,
+        re_mode="pixel",
+        interpolation=preprocessing["interpolation"],
+        mean=preprocessing["mean"],
+        std=preprocessing["std"],
+    )
+    prepared = Prepared(images, transform, preprocessing["input_size"][0])
+    order = EpochOrder(len(prepared), batch_size, seed)
+    return _loader(prepared, workers, pin_memory, batch_sampler=order)
+
+
+def eval_loader(
+    images: Dataset[Sample],
+    preprocessing: dict[str, Any],
+    *,
+    batch_size: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[Batch]:
+    """Every picture once, in order, as the model is meant to see it (arguments as `train_loader`)."""
+    transform = create_transform(
+        preprocessing["input_size"],
+        is_training=False,
+        interpolation=preprocessing["interpolation"],
+        mean=preprocessing["mean"],
+        std=preprocessing["std"],
+        crop_pct=preprocessing["crop_pct"],
+        crop_mode=preprocessing["crop_mode"],
+    )
+    prepared = Prepared(images, transform, preprocessing["input_size"][0])
+    return _loader(prepared, workers, pin_memory, batch_size=batch_size, shuffle=False)
+
+
+def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any) -> DataLoader[Batch]:
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        # Its own: iterating a loader without one draws a number from torch's global state.
+        generator=torch.Generator().manual_seed(0),
+        **order,
+    )
+
+
+def readable(batch: Batch) -> Batch:
+    """The batch, if every picture of it could be read.
+
+    Raises:
+        UnreadableImage: the first that could not.
+    """
+    if batch.unreadable:
+        raise batch.unreadable[0]
+    return batch

@@ -1,0 +1,170 @@
+"""From the name of a source to the pictures of each split that it brings along."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from timm.data import create_dataset
+from timm.data.readers import create_reader
+from timm.utils.misc import natural_key
+
+from localvit.data.config import DataConfig, DataError
+from localvit.data.images import ArrayImages, Images, ReaderImages, TarReader, TorchvisionImages
+
+ACCEPTED = (
+    "'digits', an image folder with one folder per class, a .tar of one, or a name for "
+    "timm.data.create_dataset (torch/..., hfds/...)"
+)
+_SUBFOLDERS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "eval", "evaluation"),
+    "test": ("test",),
+}
+DIGITS_TEST = 500
+"""Test images of `digits`: 28 % of them, for a standard error below one point at 95 %."""
+_FIXED_SEED = 20240  # Of splits that must be the same in every run.
+
+Opener = Callable[[], Images]
+
+
+def find_splits(source: str, config: DataConfig) -> dict[str, Opener]:
+    """The splits of a source, each as a function that opens it.
+
+    Keys are ``"train"``, ``"validation"`` and ``"test"`` where the source tells them apart, or the
+    single key ``"all"`` where it does not (a plain folder or tar).
+
+    Raises:
+        DataError: if there is no such source.
+    """
+    prefix, slash, name = source.partition("/")
+    if source == "digits":
+        return {split: partial(open_digits, split) for split in ("train", "test")}
+    if os.path.isdir(source):
+        return _folder_splits(source)
+    if os.path.isfile(source) and source.endswith(".tar"):
+        return {"all": partial(_open_tar, source)}
+    if slash and prefix == "torch" and name not in ("folder", "image_folder"):
+        return {
+            "train": partial(_open_torchvision, source, "train", config),
+            "test": partial(_open_torchvision, source, "validation", config),
+        }
+    if slash and prefix == "hfds":
+        splits = {
+            "train": config.train_split,
+            "validation": config.validation_split,
+            "test": config.test_split,
+        }
+        return {key: partial(_open_hub, source, split, config) for key, split in splits.items() if split}
+    raise DataError(f"no data source {source!r}; accepted: {ACCEPTED}")
+
+
+def same_source(first: str, second: str) -> bool:
+    """Whether two names mean the same source: equal, or one file or folder under two paths."""
+    if os.path.exists(first) and os.path.exists(second):
+        return os.path.samefile(first, second)
+    return first == second
+
+
+def open_digits(split: str) -> ArrayImages:
+    """The 1,797 handwritten digits (8x8, gray) that scikit-learn ships.
+
+    Test pictures are chosen once for all runs, the same share of each digit.
+
+    Raises:
+        DataError: if scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits  # an extra, and slow to import
+    except ImportError as error:
+        raise DataError("data 'digits' needs scikit-learn: pip install 'localvit[study]'") from error
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0..16
+    kept, held = stratified_holdout(digits.target, DIGITS_TEST, seed=_FIXED_SEED)
+    indices = held if split == "test" else kept
+    names = [str(name) for name in digits.target_names]
+    return ArrayImages(pixels[indices], digits.target[indices].tolist(), names)
+
+
+def stratified_holdout(labels: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hold `count` items out, from each class in proportion to its size.
+
+    Args:
+        labels: (N,) class of each item.
+        count: Number of items to hold out; at least one of each class stays, so it may be fewer.
+        seed: Which ones.
+
+    Returns:
+        Indices kept and indices held out: disjoint, sorted, together 0..N-1.
+    """
+    labels = np.asarray(labels)
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(labels))
+    # Position of each item among its class, as a share of the class: taking the smallest shares takes the
+    # same share of every class, and the remainder is spread instead of rounded away class by class.
+    share = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = shuffled[labels[shuffled] == label]
+        share[members] = (np.arange(len(members)) + rng.random()) / len(members)
+        share[members[-1]] = np.inf
+    order = np.argsort(share, kind="stable")
+    held = order[: min(count, int(np.isfinite(share).sum()))]
+    return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
+
+
+def _folder_splits(folder: str) -> dict[str, Opener]:
+    found = {
+        split: os.path.join(folder, name)
+        for split, names in _SUBFOLDERS.items()
+        for name in reversed(names)
+        if os.path.isdir(os.path.join(folder, name))
+    }
+    if "train" not in found:  # then "val" and "test" may well be names of classes
+        return {"all": partial(_open_folder, folder)}
+    return {split: partial(_open_folder, path) for split, path in found.items()}
+
+
+def _open_folder(folder: str) -> ReaderImages:
+    try:
+        reader = create_reader("", root=folder)
+    except RuntimeError as error:  # timm's word for an empty folder
+        raise DataError(str(error)) from error
+    labels = [label for _, label in reader.samples]
+    return ReaderImages(reader, list(reader.class_to_idx), labels)
+
+
+def _open_tar(path: str) -> ReaderImages:
+    reader = TarReader(path)
+    folders = reader.folders()
+    names = sorted(set(folders), key=natural_key)
+    index = {name: i for i, name in enumerate(names)}
+    return ReaderImages(reader, names, [index[folder] for folder in folders])
+
+
+def _open_torchvision(source: str, split: str, config: DataConfig) -> Images:
+    if config.root is None:
+        raise DataError(f"data.root=None; {source!r} needs the folder in which its files are")
+    try:
+        dataset = create_dataset(source, root=config.root, split=split, download=config.download)
+    except (AssertionError, RuntimeError, OSError) as error:
+        hint = "" if config.download else " (data.download=true fetches it)"
+        raise DataError(f"data source {source!r} in {config.root!r}: {_first_line(error)}{hint}") from error
+    return TorchvisionImages(dataset, source)
+
+
+def _open_hub(source: str, split: str, config: DataConfig) -> ReaderImages:
+    try:
+        reader = create_dataset(source, root=config.root, split=split).reader
+    except ImportError as error:
+        raise DataError(f"data source {source!r} needs datasets: pip install datasets") from error
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise DataError(f"data source {source!r}, split {split!r}: {_first_line(error)}") from error
+    labels = [int(label) for label in reader.iter_targets()]
+    names = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
+    return ReaderImages(reader, names or [str(i) for i in range(max(labels) + 1)], labels)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

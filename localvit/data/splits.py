@@ -1,0 +1,150 @@
+"""Three splits from what the user has: one to learn from, one to choose on, one to report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from localvit.data.config import DataConfig, DataError
+from localvit.data.images import Images, Part
+from localvit.data.sources import Opener, find_splits, same_source, stratified_holdout
+
+_FIXED_SEED = 20240  # Of the held-out test part: it must not depend on the seed of a run.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Disjoint sets of labelled pictures over the same classes.
+
+    Attributes:
+        train: Learned from.
+        validation: Chosen on: best epoch, learning rates.
+        test: Reported, never chosen on.
+        class_names: Name of each label.
+        notes: Sentences for the reader of the results: what was held out, and of what.
+    """
+
+    train: Part
+    validation: Part
+    test: Part
+    class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+
+def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
+    """Open the sources of `config` and hold out the splits that they lack.
+
+    No picture of a source is in two splits, and `test` is the same for every seed.
+
+    Args:
+        config: The sources.
+        seed: Which pictures a held-out validation part takes.
+
+    Raises:
+        DataError: if a source does not exist, holds no pictures, has a class that the training pictures
+            lack, or is given for two splits at once; if there are fewer than two classes.
+    """
+    _check_distinct(config)
+    available = find_splits(config.train, config)
+    train = _open(available, ("train", "all"), config.train)
+    names = train.class_names
+    if len(names) < 2:
+        raise DataError(f"{config.train!r} has {len(names)} class; at least 2 are needed")
+    kept = np.arange(len(train))
+    notes: list[str] = []
+
+    if config.test is not None:
+        test = _given(config.test, config, names)
+    elif own := _first(available, ("test", "validation")):
+        test = _whole(own(), config.train, names)
+    else:
+        kept, test = _hold_out(train, kept, names, config.holdout, _FIXED_SEED)
+        notes.append(_note("test", test, config.train, "the same for every seed"))
+
+    # A validation split that comes with the training pictures, unless it is already the one reported.
+    reported = config.test is None and "test" not in available
+    if config.validation is not None:
+        validation = _given(config.validation, config, names)
+    elif "validation" in available and not reported:
+        validation = _whole(available["validation"](), config.train, names)
+    else:
+        kept, validation = _hold_out(train, kept, names, config.holdout, seed)
+        notes.append(_note("validation", validation, config.train, f"chosen by seed {seed}"))
+    return Splits(
+        train=Part(train, kept, names),
+        validation=validation,
+        test=test,
+        class_names=names,
+        notes=tuple(notes),
+    )
+
+
+def open_reported(source: str, config: DataConfig, class_names: Sequence[str] | None = None) -> Part:
+    """The pictures of one source that are there to be reported on, all of them if it has no splits.
+
+    Args:
+        source: The source.
+        config: For `root` and the names of splits.
+        class_names: The classes that labels index; ``None`` takes the source's own.
+
+    Raises:
+        DataError: as `open_splits`.
+    """
+    images = _open(find_splits(source, config), ("test", "validation", "all"), source)
+    return _whole(images, source, class_names or images.class_names)
+
+
+def _given(source: str, config: DataConfig, names: Sequence[str]) -> Part:
+    images = _open(find_splits(source, config), ("test", "validation", "all"), source)
+    return _whole(images, source, names)
+
+
+def _first(available: dict[str, Opener], keys: Sequence[str]) -> Opener | None:
+    return next((available[key] for key in keys if key in available), None)
+
+
+def _open(available: dict[str, Opener], keys: Sequence[str], source: str) -> Images:
+    opener = _first(available, keys)
+    if opener is None:
+        raise DataError(f"{source!r} has the splits {', '.join(available)}, but none of {', '.join(keys)}")
+    return opener()
+
+
+def _whole(images: Images, source: str, names: Sequence[str]) -> Part:
+    try:
+        return Part(images, np.arange(len(images)), names)
+    except DataError as error:
+        raise DataError(f"{source!r}: {error}") from error
+
+
+def _hold_out(
+    images: Images, candidates: np.ndarray, names: Sequence[str], share: float, seed: int
+) -> tuple[np.ndarray, Part]:
+    """Indices that stay among `candidates`, and the part taken from them."""
+    labels = np.asarray(images.labels)[candidates]
+    kept, held = stratified_holdout(labels, max(1, round(share * len(labels))), seed)
+    if len(held) == 0:
+        raise DataError(f"{len(labels)} training pictures are too few to hold some out")
+    return candidates[kept], Part(images, candidates[held], names)
+
+
+def _note(split: str, part: Part, source: str, how: str) -> str:
+    return f"{split}: {len(part)} images held out of {source!r} ({how})"
+
+
+def _check_distinct(config: DataConfig) -> None:
+    """Refuse one plain source under two names; a source that tells its splits apart may be named twice."""
+    given = [(name, getattr(config, name)) for name in ("train", "test", "validation")]
+    sources = [(name, source) for name, source in given if source is not None]
+    for i, (name, source) in enumerate(sources):
+        for other, second in sources[:i]:
+            plain = "all" in find_splits(source, config)
+            if same_source(source, second) and (plain or other != "train"):
+                raise DataError(f"data.{name}={source!r} is also data.{other}; one picture, one split")
