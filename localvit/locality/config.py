@@ -22,30 +22,30 @@ Prefix = Literal["bypass", "mlp", "passthrough"]
 # replaced decides, so the field stays None and an explicit value contradicts `init`.
 _BASE = "base"
 _DECIDED: dict[Init, dict[str, Any]] = {
-    "paper": dict(
-        activation="hardswish",
-        gate="se",
-        expansion=4.0,
-        norm="batch",
-        bias=False,
-        inner_skip=False,
-        prenorm=False,
-        drop_path=False,
-        layer_scale=False,
-        prefix="bypass",
-    ),
-    "preserve": dict(
-        activation=_BASE,
-        gate="none",
-        expansion=_BASE,
-        norm="none",
-        bias=_BASE,
-        inner_skip=True,
-        prenorm=True,
-        drop_path=True,
-        layer_scale=True,
-        prefix="mlp",
-    ),
+    "paper": {
+        "activation": "hardswish",
+        "gate": "se",
+        "expansion": 4.0,
+        "norm": "batch",
+        "bias": False,
+        "inner_skip": False,
+        "prenorm": False,
+        "drop_path": False,
+        "layer_scale": False,
+        "prefix": "bypass",
+    },
+    "preserve": {
+        "activation": _BASE,
+        "gate": "none",
+        "expansion": _BASE,
+        "norm": "none",
+        "bias": _BASE,
+        "inner_skip": True,
+        "prenorm": True,
+        "drop_path": True,
+        "layer_scale": True,
+        "prefix": "mlp",
+    },
 }
 # Squeeze units of the SE gate when neither `gate_width` nor `gate_reduction` is given: what the paper's
 # LocalViT-T and -S have (hidden 768 // 192 and 1536 // 384).
@@ -206,7 +206,8 @@ def _error(name: str, value: object, accepted: str) -> ConfigError:
 
 def _as_field_value(name: str, value: Any, kind: Any) -> Any:
     """``value`` in the form its annotation names (a list becomes a tuple, an int a float), or an error."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    options = typing.get_args(kind) if is_union else (kind,)
     for option in options:
         match, converted = _convert(value, option)
         if match:

@@ -42,11 +42,13 @@ class LatticeModule(nn.Module):
 
     # TorchScript evaluates a property listed in both when it scripts the module, and keeps it as a
     # constant; so a script made after `set_input_size` has the new lattice.
-    __constants__ = ["num_prefix_tokens", "static_size"]
-    __jit_unused_properties__ = ["static_size"]
-    __jit_ignored_attributes__ = ["config", "grid_record"]
+    __constants__ = ("num_prefix_tokens", "static_size")
+    __jit_unused_properties__ = ("static_size",)
+    __jit_ignored_attributes__ = ("config", "grid_record")
 
-    def __init__(self, config: LocalityConfig, num_prefix_tokens: int, grid_record: GridRecord | None) -> None:
+    def __init__(
+        self, config: LocalityConfig, num_prefix_tokens: int, grid_record: GridRecord | None
+    ) -> None:
         super().__init__()
         self.config = config.resolve()
         self.num_prefix_tokens = num_prefix_tokens
@@ -110,7 +112,9 @@ class LocalityFeedForward(LatticeModule):
                 f"init={cfg.init!r} adds to an existing FFN (use localize, or HiddenLocality); "
                 "LocalityFeedForward needs init='paper'"
             )
-        assert cfg.expansion is not None and cfg.norm is not None and cfg.activation is not None
+        assert cfg.expansion is not None
+        assert cfg.norm is not None
+        assert cfg.activation is not None
         hidden = int(dim * cfg.expansion)
         if hidden < 1:
             raise ConfigError(f"expansion={cfg.expansion} of dim={dim} leaves no hidden channel")
@@ -142,7 +146,7 @@ class LocalityFeedForward(LatticeModule):
         if isinstance(self.gate, SqueezeExcite):
             for layer in (self.gate.fc1, self.gate.fc2):
                 trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor, grid: Optional[Grid] = None) -> Tensor:  # noqa: UP045 (TorchScript)
         """``(B, P + N, C) -> (B, P + N, C)``; ``grid`` beats the recorded lattice."""

@@ -1,0 +1,46 @@
+"""What a module costs: parameters and multiply-accumulates. Knows torch only, so every room may use it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, shared ones once; buffers are not counted."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one forward pass on one image of ``input_size`` (channels, height, width).
+
+    Counted: convolutions, linear layers, attention and other matrix products. Not counted: norms,
+    activations, gating products, pooling. This is the counting of the papers' tables.
+    """
+    return macs_of(model, torch.empty(1, *input_size, device="meta"))
+
+
+def macs_of(module: nn.Module, *inputs: Any) -> int:
+    """Multiply-accumulates of ``module(*inputs)``, where tensors among ``inputs`` are on the meta device.
+
+    Nothing is computed and the module is left as it is, wherever its weights are.
+    """
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    on_meta = {name: _as_meta(tensor) for name, tensor in tensors.items()}
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        torch.func.functional_call(module, on_meta, inputs)
+    return counter.get_total_flops() // 2
+
+
+def _as_meta(tensor: Tensor) -> Tensor:
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return torch.empty_like(tensor, device="meta", dtype=dtype)
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """``build()`` without memory and without random numbers: for counting."""
+    with torch.device("meta"):
+        return build()

@@ -1,0 +1,61 @@
+"""Which blocks of a model: the JSON values that ``blocks`` takes, and what they mean."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+BlockSpec = (
+    Literal["all", "lower-half", "lower-third", "middle-third", "upper-third"] | Sequence[int | Sequence[int]]
+)
+
+_FRACTIONS = {
+    "all": (0, 1, 1),
+    "lower-half": (0, 1, 2),
+    "lower-third": (0, 1, 3),
+    "middle-third": (1, 2, 3),
+    "upper-third": (2, 3, 3),
+}
+
+
+def select_blocks(blocks: BlockSpec, depth: int) -> tuple[int, ...]:
+    """Indices, in order of depth, that ``blocks`` names in a model of ``depth`` blocks.
+
+    Args:
+        blocks: ``"all"``, ``"lower-half"``, ``"lower-third"``, ``"middle-third"``, ``"upper-third"``
+            (lower is nearer to the input; a boundary between blocks is rounded), a list of indices, or
+            a list of ``[start, stop]`` pairs (stop excluded).
+
+    Raises:
+        ValueError: if it is none of these, names no block, a block twice, or one that does not exist.
+    """
+    if isinstance(blocks, str):
+        if blocks not in _FRACTIONS:
+            raise ValueError(
+                f"blocks={blocks!r} is not accepted (accepted: {', '.join(map(repr, _FRACTIONS))}, "
+                "a list of indices, or a list of [start, stop] pairs)"
+            )
+        start, stop, parts = _FRACTIONS[blocks]
+        chosen = list(range(round(depth * start / parts), round(depth * stop / parts)))
+    else:
+        chosen = [index for item in _as_list(blocks) for index in _indices(item, blocks)]
+    if not chosen:
+        raise ValueError(f"blocks={blocks!r} names no block of {depth}")
+    outside = [i for i in chosen if not 0 <= i < depth]
+    if outside:
+        raise ValueError(f"blocks={blocks!r} names block {outside[0]} (accepted: 0 to {depth - 1})")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"blocks={blocks!r} names a block more than once")
+    return tuple(sorted(chosen))
+
+
+def _as_list(blocks: object) -> Sequence[object]:
+    if isinstance(blocks, (list, tuple)):
+        return blocks
+    raise ValueError(f"blocks={blocks!r} is not accepted (accepted: a name, or a list)")
+
+
+def _indices(item: object, blocks: object) -> Sequence[int]:
+    if isinstance(item, int) and not isinstance(item, bool):
+        return (item,)
+    if isinstance(item, (list, tuple)) and len(item) == 2 and all(type(i) is int for i in item):
+        return range(item[0], item[1])
+    raise ValueError(f"blocks={blocks!r}: {item!r} is neither an index nor a [start, stop] pair")
