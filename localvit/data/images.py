@@ -96,7 +96,7 @@ class TorchvisionImages:
         if labels is None:  # some sets keep (file, label) pairs under one of these names
             pairs = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None) or dataset.index
             labels = [pair[-2] if isinstance(pair[-1], str) else pair[-1] for pair in pairs]
-        self.labels = [int(label) for label in labels]
+        self.labels: Sequence[int] = [int(label) for label in labels]
         names = getattr(dataset, "classes", None) or range(max(self.labels) + 1)
         # torchvision's ImageNet has a tuple of synonyms for each class.
         self.class_names = tuple(", ".join(n) if isinstance(n, tuple) else str(n) for n in names)

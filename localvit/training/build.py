@@ -1,0 +1,150 @@
+"""Models, optimizers and schedules from their configurations; what cannot work fails before training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_input_data_config
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from localvit.data import DataConfig
+from localvit.training.config import ConfigError, ModelConfig, OptimConfig, TrainConfig, unknown
+
+_BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, KeyError, IndexError)
+
+
+def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """The model of `config`.
+
+    Args:
+        config: Which model. Its initial weights come from torch's global random state.
+        num_classes: Classes of the data.
+
+    Raises:
+        ConfigError: for an unknown name, arguments that the model refuses, a locality that does not fit
+            it, or fewer outputs than `num_classes`.
+    """
+    name = config.name
+    if ":" not in name and not timm.is_model(name):
+        raise unknown("model.name", name, timm.list_models())
+    args = {"num_classes": num_classes, **config.args}
+    if args["num_classes"] < num_classes:
+        raise ConfigError(
+            f"model.args.num_classes={args['num_classes']}, but the data has {num_classes} classes"
+        )
+    if config.locality is not None:
+        args |= {"base": name, "locality": config.locality.to_dict(), "blocks": config.blocks}
+        name = "localized"
+    try:
+        return timm.create_model(name, pretrained=config.pretrained, **args)
+    except _BAD_ARGUMENTS as error:
+        raise ConfigError(f"model {config.name!r}: {_line(error)}") from error
+    except (OSError, RuntimeError) as error:
+        if not config.pretrained:
+            raise
+        raise ConfigError(f"model.pretrained: no weights for {config.name!r}: {_line(error)}") from error
+
+
+def preprocessing(model: nn.Module, config: DataConfig) -> dict[str, Any]:
+    """How pictures are prepared for `model`: `input_size` (C, H, W), `mean`, `std`, `interpolation`,
+    `crop_pct`, `crop_mode`; what `config` leaves open is the model's own.
+
+    Raises:
+        ConfigError: if `mean` or `std` do not fit the model's channels.
+    """
+    names = ("mean", "std", "interpolation", "crop_pct")
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    try:
+        return resolve_input_data_config(model, given)
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from error
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """timm's optimizer; biases, 1-D parameters and ``model.no_weight_decay()`` are not decayed.
+
+    Raises:
+        ConfigError: for an unknown name or arguments that the optimizer refuses.
+    """
+    known = [str(name) for name in list_optimizers()]
+    if config.name not in known:
+        raise unknown("optim.name", config.name, known)
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=config.name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            **config.args,
+        )
+    except _BAD_ARGUMENTS as error:
+        raise ConfigError(f"optim.args={config.args}: {_line(error)}") from error
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int
+) -> Scheduler:
+    """timm's schedule over `config.epochs`, moved with ``step_update(number of updates done)``."""
+    schedule = config.schedule
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=schedule.name,
+        num_epochs=config.epochs,
+        warmup_epochs=schedule.warmup_epochs,  # type: ignore[arg-type]  # a fraction works: it counts updates
+        warmup_lr=schedule.warmup_lr,
+        min_lr=schedule.min_lr,
+        decay_rate=1.0,  # the exponent of "poly"
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return scheduler
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; ``"auto"`` is the first GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: if there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device={name!r} cannot be used here: {_line(error)}") from error
+    return device
+
+
+def check_forward(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
+    """Run `model` once on zeros of `input_size` (C, H, W), in evaluation mode.
+
+    Raises:
+        ConfigError: if its patches do not tile the image, if it fails, or returns other than class scores.
+    """
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch and any(size % side for size, side in zip(input_size[1:], patch, strict=True)):
+        # timm's patch embedding would drop the remaining pixels without a word.
+        size = "x".join(map(str, input_size[1:]))
+        raise ConfigError(
+            f"model.args.img_size: {size} is not divisible by the patch size {patch[0]}x{patch[1]}"
+        )
+    try:
+        with torch.no_grad():
+            output = model.eval()(torch.zeros(1, *input_size))
+    except (*_BAD_ARGUMENTS, RuntimeError) as error:
+        raise ConfigError(f"model {name!r} fails on an image of size {input_size}: {_line(error)}") from error
+    finally:
+        model.train()
+    if output.shape != (1, model.num_classes):
+        raise ConfigError(f"model {name!r} does not return (batch, classes) but {tuple(output.shape)}")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
