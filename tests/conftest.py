@@ -1,0 +1,10 @@
+"""One thread per test process: the suite runs processes side by side, and threads would fight."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_fixed_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
