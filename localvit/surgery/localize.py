@@ -140,7 +140,8 @@ def _install(site: Site, module: nn.Module, config: LocalityConfig) -> dict[str,
     if config.init == "preserve":
         site.module.add_module(HIDDEN_SLOT, module)  # it holds the layer it takes the place of
         return {}
-    new = {site.ffn: module} | {name: nn.Identity() for name in discarded_layers(site, config)}
+    nothing = nn.Identity().train(site.block.training)
+    new = {site.ffn: module} | dict.fromkeys(discarded_layers(site, config), nothing)
     originals = {f"{site.name}.{name}": site.block.get_submodule(name) for name in new}
     for name, layer in new.items():
         site.block.add_module(name, layer)

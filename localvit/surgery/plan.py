@@ -175,6 +175,9 @@ def _dead_parameters(site: Site, new: nn.Module, config: LocalityConfig) -> list
     path = f"{site.name}.{site.ffn}." + ("" if config.init == "paper" else f"{HIDDEN_SLOT}.")
     names = [name for name, _ in new.named_parameters()]
     if config.prefix == "mlp":  # prefix tokens keep the point-wise path alive
+        last_norm = config.norm[2] if isinstance(config.norm, tuple) else config.norm
+        if last_norm in ("batch", "group"):
+            return []  # and its last norm takes statistics over prefix and patch tokens alike
         return [path + name for name in names if name.split(".")[0] in ("conv", "norm2", "gate")]
     around = [site.norm, site.layer_scale] if config.prefix == "bypass" else []
     kept = [name for name in around if name not in discarded_layers(site, config)]
