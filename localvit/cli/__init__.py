@@ -1,0 +1,82 @@
+"""The command line: a table from verb to module, each a dataclass of options and a function.
+
+A verb's module has `Options`, a frozen dataclass that tyro turns into flags, and
+``run(options) -> int``, which returns the exit code. It is imported when its verb is used, so that
+``localvit --help`` does not wait for torch.
+
+Exit codes: 0 done; 1 it began and could not be finished; 2 wrong use, with one line on stderr and nothing
+written; 130 interrupted. Anything unforeseen keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from localvit.cli.arguments import Failure, UsageError, parse
+
+VERBS = {
+    "train": ("localvit.cli.train", "train a model on pictures and report it on a test split"),
+    "evaluate": ("localvit.cli.evaluate", "measure a trained model on pictures"),
+    "predict": ("localvit.cli.predict", "say what a trained model sees in pictures"),
+}
+"""Verb -> the module that does it, and its line of help."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb.
+
+    Args:
+        argv: The arguments after the program's name; ``None`` takes the process's own.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(_help())
+            return 0 if arguments else 2
+        if arguments[0] == "--version":
+            print(_version())
+            return 0
+        verb = _verb(arguments[0])
+        module = importlib.import_module(VERBS[verb][0])
+        options = parse(module.Options, f"localvit {verb}", arguments[1:])
+        return 0 if options is None else int(module.run(options))
+    except (UsageError, Failure) as error:
+        print(f"localvit: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("localvit: interrupted", file=sys.stderr)
+        return 130
+
+
+def _verb(name: str) -> str:
+    if name in VERBS:
+        return name
+    near = difflib.get_close_matches(name, VERBS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"verbs: {', '.join(VERBS)}"
+    raise UsageError(f"there is no verb {name!r}; {hint}")
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: localvit VERB [options]",
+            "",
+            *lines,
+            "",
+            "localvit VERB --help tells the options of a verb.",
+        ]
+    )
+
+
+def _version() -> str:
+    import localvit
+
+    return f"localvit {localvit.__version__}"

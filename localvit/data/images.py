@@ -149,7 +149,7 @@ class Part(Dataset[Sample]):
                 f"class {unknown[0]!r} is not among the {len(class_names)} known classes "
                 f"({', '.join(class_names[:5])}, ...); {len(unknown)} such classes"
             )
-        self.images, self.indices = images, indices
+        self.images, self.indices, self.class_names = images, indices, tuple(class_names)
         self.relabel = [list(class_names).index(name) for name in images.class_names]
 
     def __len__(self) -> int:

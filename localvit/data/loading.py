@@ -39,13 +39,22 @@ class Batch(NamedTuple):
         images: (B, C, H, W) float32, normalised.
         targets: (B,) int64.
         indices: Index of each picture in its data set.
-        unreadable: Pictures that should have been in this batch.
+        unreadable: Pictures that should have been in this batch, by their index.
     """
 
     images: torch.Tensor
     targets: torch.Tensor
     indices: list[int]
-    unreadable: list[UnreadableImage]
+    unreadable: dict[int, UnreadableImage]
+
+
+class Loaded(NamedTuple):
+    """One picture on its way into a batch: an image with its target, or the error in its place."""
+
+    picture: int
+    image: torch.Tensor | None
+    target: int
+    error: UnreadableImage | None = None
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -129,35 +138,33 @@ class Prepared(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.images)  # type: ignore[arg-type]
 
-    def __getitems__(
-        self, draws: Sequence[Draw | int]
-    ) -> list[tuple[torch.Tensor, int, int] | UnreadableImage]:
+    def __getitems__(self, draws: Sequence[Draw | int]) -> list[Loaded]:
         # torch's DataLoader calls this with all of a batch, so the states are kept once for all of it.
         with random_scope():
             return [self._prepare(draw) for draw in draws]
 
-    def _prepare(self, draw: Draw | int) -> tuple[torch.Tensor, int, int] | UnreadableImage:
+    def _prepare(self, draw: Draw | int) -> Loaded:
         if isinstance(draw, Draw):
-            index = draw.picture
+            picture = draw.picture
             seed_all(draw.seed)
         else:  # evaluation: nothing is random
-            index = draw
+            picture = draw
         try:
-            image, target = self.images[index]
+            image, target = self.images[picture]
         except UnreadableImage as error:
             # Returned, not raised: a worker's exception reaches the main process as a wall of text.
-            return error
-        return self.transform(image.convert(self.mode)), target, index
+            return Loaded(picture, None, -1, error)
+        return Loaded(picture, self.transform(image.convert(self.mode)), target)
 
 
-def collate(samples: Sequence[tuple[torch.Tensor, int, int] | UnreadableImage]) -> Batch:
+def collate(samples: Sequence[Loaded]) -> Batch:
     """One batch of what `Prepared` returned."""
-    good = [sample for sample in samples if not isinstance(sample, UnreadableImage)]
+    good = [(s.picture, s.image, s.target) for s in samples if s.image is not None]
     return Batch(
-        images=torch.stack([image for image, _, _ in good]) if good else torch.empty(0),
-        targets=torch.tensor([target for _, target, _ in good], dtype=torch.int64),
-        indices=[index for _, _, index in good],
-        unreadable=[sample for sample in samples if isinstance(sample, UnreadableImage)],
+        images=torch.stack([image for _, image, _ in good]) if good else torch.empty(0),
+        targets=torch.tensor([target for _, _, target in good], dtype=torch.int64),
+        indices=[picture for picture, _, _ in good],
+        unreadable={s.picture: s.error for s in samples if s.error is not None},
     )
 
 
@@ -246,5 +253,5 @@ def readable(batch: Batch) -> Batch:
         UnreadableImage: the first that could not.
     """
     if batch.unreadable:
-        raise batch.unreadable[0]
+        raise next(iter(batch.unreadable.values()))
     return batch

@@ -9,26 +9,32 @@ from localvit.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from localvit.training.evaluate import Metrics
+from localvit.training.evaluate import Evaluation, Metrics, evaluate
 from localvit.training.files import dump, from_dict, list_recipes, load_recipe, load_yaml, resolve, to_dict
 from localvit.training.loop import RunResult, TrainingFailed, train
+from localvit.training.predict import Guess, Prediction, predict
 
 __all__ = [
     "AugmentConfig",
     "ConfigError",
     "DataConfig",
+    "Evaluation",
+    "Guess",
     "Metrics",
     "ModelConfig",
     "OptimConfig",
+    "Prediction",
     "RunResult",
     "ScheduleConfig",
     "TrainConfig",
     "TrainingFailed",
     "dump",
+    "evaluate",
     "from_dict",
     "list_recipes",
     "load_recipe",
     "load_yaml",
+    "predict",
     "resolve",
     "to_dict",
     "train",

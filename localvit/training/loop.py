@@ -133,7 +133,8 @@ def _prepare(config: TrainConfig) -> _Run:
     torch.manual_seed(config.seed)
     model = build_model(config.model, splits.num_classes)
     data_config = preprocessing(model, config.data)
-    loading = {
+    check_forward(model, config.model.name, data_config["input_size"])
+    loading: dict[str, Any] = {
         "batch_size": config.batch_size,
         "workers": config.workers,
         "pin_memory": device.type == "cuda",

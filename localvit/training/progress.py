@@ -46,9 +46,10 @@ class Progress:
             f"{len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test; "
             f"{splits.num_classes} classes",
             highlight=False,
+            soft_wrap=True,
         )
         for note in splits.notes:
-            self.console.print(note, style="dim", highlight=False)
+            self.console.print(note, style="dim", highlight=False, soft_wrap=True)
         self.bar.start()
         return self
 
@@ -70,6 +71,7 @@ class Progress:
             f"validation loss {metrics['validation_loss']:.4f}  top-1 {metrics['validation_top1']:6.2f} %"
             f"{' *' if improved else '  '}  {metrics['images_per_second']:,.0f} images/s",
             highlight=False,
+            soft_wrap=True,
         )
 
     def finish(self, best_epoch: int, test: Metrics) -> None:
@@ -78,4 +80,5 @@ class Progress:
             f"best epoch {best_epoch} (by validation); test on {test.images} images: "
             f"top-1 {test.top1:.2f} %, top-5 {test.top5:.2f} %, loss {test.loss:.4f}",
             highlight=False,
+            soft_wrap=True,
         )

@@ -1,0 +1,7 @@
+"""``python -m localvit`` is the command line."""
+
+import sys
+
+from localvit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,64 @@
+"""Arguments to options through tyro, and errors to one line. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+class UsageError(Exception):
+    """Wrong use: one line, exit code 2, nothing was written."""
+
+
+class Failure(Exception):
+    """It began and could not be finished for a foreseen reason: one line, exit code 1."""
+
+
+def parse(options: type[T], program: str, arguments: Sequence[str]) -> T | None:
+    """The options in `arguments`, or ``None`` if help was asked for (and printed).
+
+    Raises:
+        UsageError: with the gist of tyro's explanation.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(options, prog=program, args=list(arguments))
+    except SystemExit as end:
+        if end.code in (0, None):
+            return None
+        raise UsageError(f"{_gist(complaint.getvalue())} (see {program} --help)") from None
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn the library's errors that a user can cause into those of the command line."""
+    from localvit.data import DataError, UnreadableImage
+    from localvit.training import ConfigError, TrainingFailed
+
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        raise UsageError(str(error)) from error
+    except (UnreadableImage, TrainingFailed) as error:
+        raise Failure(str(error)) from error
+
+
+def _gist(boxed: str) -> str:
+    """The first paragraph inside tyro's frame, without its title."""
+    lines = [line.strip(" │╭╮╰╯─\t") for line in boxed.splitlines()]
+    body = lines[1:]
+    while body and not body[0].strip("-"):
+        body = body[1:]
+    paragraph: list[str] = []
+    for line in body:
+        if not line.strip("-"):
+            break
+        paragraph.append(line)
+    return " ".join(paragraph) or "wrong arguments"

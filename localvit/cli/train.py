@@ -1,0 +1,109 @@
+"""``localvit train``: a recipe, settings and flags make a configuration; the configuration is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from localvit.cli.arguments import UsageError, one_line_errors
+
+_SECTIONS = ("model", "data", "optim")
+_TOP = ("output", "epochs", "batch_size", "seed", "workers", "device")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train a model, choose its best epoch on a validation split, report it on a test split.
+
+    A recipe gives values, --set changes them, and the other flags beat both.
+    """
+
+    recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
+    """a recipe that comes with localvit, or a YAML file such as the config.yaml of another run"""
+    model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """any name that timm.create_model knows"""
+    data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
+    """training pictures: digits, an image folder, a .tar, or a name for timm.data.create_dataset"""
+    val_data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
+    """pictures that are reported; without it, what the data brings along, or a part held out of it"""
+    data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """where timm's named data sets keep their files"""
+    output: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """new folder for the results"""
+    locality: Annotated[str | None, tyro.conf.arg(metavar="default|none|YAML")] = None
+    """localize the model: default, none, or fields of LocalityConfig such as '{init: preserve}'"""
+    blocks: Annotated[str | None, tyro.conf.arg(metavar="YAML")] = None
+    """which blocks to localize: all, lower-half, [0, 1], [[0, 4]], ..."""
+    pretrained: tyro.conf.FlagCreatePairsOff[bool] = False
+    """start from published weights"""
+    epochs: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """passes over the training pictures"""
+    batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """pictures per update"""
+    lr: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
+    """peak learning rate"""
+    seed: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """decides split, initial weights, order and augmentation"""
+    workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """processes that load pictures"""
+    device: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """auto, cpu, cuda, cuda:1, ..."""
+    set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    """any field of the configuration (see --print-config), e.g. optim.lr=1e-3 or model.args.depth=4"""
+    print_config: tyro.conf.FlagCreatePairsOff[bool] = False
+    """print the resolved configuration as YAML and stop"""
+
+
+def run(options: Options) -> int:
+    """Train; 0 when done."""
+    from rich.console import Console
+
+    from localvit import training
+
+    with one_line_errors():
+        config = _config(options)
+        if options.print_config:
+            print(training.dump(config), end="")
+            return 0
+        if config.output is None:
+            raise UsageError("--output FOLDER is missing: where the results go")
+        training.train(config, console=Console())
+    return 0
+
+
+def _config(options: Options) -> Any:
+    """The configuration from recipe, settings and flags."""
+    import yaml
+
+    from localvit import training
+
+    if options.recipe is None and options.data is None and not options.set:
+        raise UsageError("--data SRC or --recipe NAME is missing: what to train on")
+    settings = list(options.set)
+    model: dict[str, Any] = {"name": options.model, "pretrained": options.pretrained or None}
+    try:
+        if options.locality is not None:
+            # A flag replaces what a recipe says about locality; it does not mix with it.
+            settings.append("model.locality=null")
+            words: dict[str, Any] = {"default": {}, "none": None}
+            value = options.locality
+            model["locality"] = words[value] if value in words else yaml.safe_load(value)
+        if options.blocks is not None:
+            model["blocks"] = yaml.safe_load(options.blocks)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--locality or --blocks is not YAML: {error}") from error
+    given = {
+        "model": model,
+        "data": {"train": options.data, "test": options.val_data, "root": options.data_root},
+        "optim": {"lr": options.lr},
+        **{name: getattr(options, name) for name in _TOP},
+    }
+    return training.resolve(options.recipe, settings, _drop_missing(given))
+
+
+def _drop_missing(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the flags that were not given, and without the sections in which none was."""
+    kept = {k: _drop_missing(v) if k in _SECTIONS else v for k, v in values.items()}
+    return {k: v for k, v in kept.items() if v is not None and not (k in _SECTIONS and not v)}
