@@ -94,7 +94,7 @@ MINIATURES = [
 
 def miniature(case: dict) -> nn.Module:
     args = case["constructor"]
-    keep = ("img_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads")
+    keep = ("img_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads", "qkv_bias")
     base = "deit_tiny_distilled_patch16_224" if "Distilled" in case["class"] else "deit_tiny_patch16_224"
     model = timm.create_model(base, **{k: args[k] for k in keep}, norm_layer=nn.LayerNorm)  # eps 1e-5
     if case["class"] != "LocalVisionTransformer":
