@@ -26,6 +26,7 @@ from localvit.training.build import (
     build_model,
     build_optimizer,
     build_scheduler,
+    check_forward,
     pick_device,
     preprocessing,
 )
