@@ -2,17 +2,23 @@
 
 __version__ = "0.1.0"
 
-from .locality import ConfigError as ConfigError
-from .locality import Grid as Grid
-from .locality import LocalityConfig as LocalityConfig
-from .locality import LocalityFeedForward as LocalityFeedForward
-from .models import CheckpointError as CheckpointError
-from .models import LoadReport as LoadReport
-from .models import load_official as load_official
-from .surgery import Plan as Plan
-from .surgery import Report as Report
-from .surgery import RestoreError as RestoreError
-from .surgery import UnsupportedModelError as UnsupportedModelError
-from .surgery import localize as localize
-from .surgery import plan as plan
-from .surgery import restore as restore
+from localvit.locality import ConfigError, Grid, LocalityConfig, LocalityFeedForward
+from localvit.models import CheckpointError, LoadReport, load_official
+from localvit.surgery import Plan, Report, RestoreError, UnsupportedModelError, localize, plan, restore
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Grid",
+    "LoadReport",
+    "LocalityConfig",
+    "LocalityFeedForward",
+    "Plan",
+    "Report",
+    "RestoreError",
+    "UnsupportedModelError",
+    "load_official",
+    "localize",
+    "plan",
+    "restore",
+]

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from timm.layers import EcaModule, LayerNorm2d, SqueezeExcite, trunc_normal_
 from torch import Tensor, nn
 
-from .config import DEFAULT_GATE_WIDTH, ConfigError, LocalityConfig
-from .grid import Grid, GridRecord, map_to_tokens, tokens_to_map
+from localvit.locality.config import DEFAULT_GATE_WIDTH, ConfigError, LocalityConfig
+from localvit.locality.grid import Grid, GridRecord, map_to_tokens, tokens_to_map
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "none": nn.Identity,

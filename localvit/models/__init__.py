@@ -1,9 +1,17 @@
 """Names of models, and the authors' weights."""
 
-from .published import CheckpointError as CheckpointError
-from .published import LoadReport as LoadReport
-from .published import load_official as load_official
-from .variants import BASELINES as BASELINES
-from .variants import VARIANTS as VARIANTS
-from .variants import Published as Published
-from .variants import Variant as Variant
+from localvit.models.catalogue import Entry, catalogue
+from localvit.models.published import CheckpointError, LoadReport, load_official
+from localvit.models.variants import BASELINES, VARIANTS, Published, Variant
+
+__all__ = [
+    "BASELINES",
+    "VARIANTS",
+    "CheckpointError",
+    "Entry",
+    "LoadReport",
+    "Published",
+    "Variant",
+    "catalogue",
+    "load_official",
+]

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..locality import LocalityConfig, LocalityFeedForward
+from localvit.locality import LocalityConfig, LocalityFeedForward
 
 _logger = logging.getLogger(__name__)
 

@@ -16,17 +16,17 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from ..locality import LocalityConfig
-from ..surgery import LOCALIZED, BlockSpec, localize
-from .published import to_own_keys
+from localvit.locality import LocalityConfig
+from localvit.models.published import to_own_keys
+from localvit.surgery import LOCALIZED, BlockSpec, localize
 
 # How timm's features_only reads a plain transformer, and the factory arguments that are not the base's.
 _FEATURES = {"out_indices": 3, "feature_cls": "getter"}
 _FACTORY_ARGS = ("features_only", "out_indices", "feature_cls", "pretrained_model_args")
 
 _RELEASES = "https://github.com/ofsoundof/LocalViT/releases/download/v1.0.0/"
-_LOCALVIT_README = "README of github.com/ofsoundof/LocalViT"
-_DEIT_README = "README_deit.md of github.com/facebookresearch/deit"
+_LOCALVIT_README = "ofsoundof/LocalViT README.md"
+_DEIT_README = "facebookresearch/deit README_deit.md"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from ..locality import Grid
+from localvit.locality import Grid
 
 # FFNs whose hidden state passes through `drop1` on its way to `fc2`.
 FFN_CLASSES: tuple[type[nn.Module], ...] = (Mlp, GluMlp, SwiGLU)

@@ -8,10 +8,10 @@ import torch
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
-from ..locality import GridRecord, HiddenLocality, LocalityConfig
-from .layouts import Site, layout_of
-from .placement import BlockSpec
-from .plan import HIDDEN_SLOT, Plan, discarded_layers, plan, planned_sites, replacement
+from localvit.locality import GridRecord, HiddenLocality, LocalityConfig
+from localvit.surgery.layouts import Site, layout_of
+from localvit.surgery.placement import BlockSpec
+from localvit.surgery.plan import HIDDEN_SLOT, Plan, discarded_layers, plan, planned_sites, replacement
 
 # Name of the generic model (localvit.models) that a saved configuration of a localized model refers to.
 LOCALIZED = "localized"

@@ -8,10 +8,10 @@ import torch
 from timm.models._input import get_model_input_config
 from torch import nn
 
-from ..cost import count_macs, count_parameters, macs_of, on_meta
-from ..locality import GridRecord, HiddenLocality, LocalityConfig, LocalityFeedForward
-from .layouts import Site, UnsupportedModelError, layout_of
-from .placement import BlockSpec, select_blocks
+from localvit.cost import count_macs, count_parameters, macs_of, on_meta
+from localvit.locality import GridRecord, HiddenLocality, LocalityConfig, LocalityFeedForward
+from localvit.surgery.layouts import Site, UnsupportedModelError, layout_of
+from localvit.surgery.placement import BlockSpec, select_blocks
 
 # The layer in front of which the hidden state of an FFN stands complete (after activation and gating).
 HIDDEN_SLOT = "drop1"
