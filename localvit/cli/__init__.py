@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from localvit.cli.arguments import Failure, UsageError, parse
 
 VERBS = {
+    "models": ("localvit.cli.models", "list models with locality: cost, published accuracy"),
     "train": ("localvit.cli.train", "train a model on pictures and report it on a test split"),
     "evaluate": ("localvit.cli.evaluate", "measure a trained model on pictures"),
     "predict": ("localvit.cli.predict", "say what a trained model sees in pictures"),

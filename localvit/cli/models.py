@@ -27,18 +27,20 @@ def run(options: Options) -> int:
     if options.json:
         print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=2))
         return 0
-    table = Table(title="ImageNet-1k accuracy is what the authors report; counts are measured")
+    sources = dict.fromkeys(entry.source for entry in entries if entry.source)
+    table = Table(
+        title="Parameters and multiply-accumulates measured, ImageNet-1k top-1 as published",
+        caption=f"Accuracy from {', '.join(sources)} (GitHub)",
+    )
     table.add_column("name", no_wrap=True)
     for column in ("params (M)", "GMACs", "top-1 (%)"):
         table.add_column(column, justify="right")
-    table.add_column("reported in (GitHub)")
     for entry in entries:
         table.add_row(
             entry.name,
             f"{entry.parameters / 1e6:.2f}",
             f"{entry.gmacs:.3f}",
             "-" if entry.top1 is None else f"{entry.top1:.2f}",
-            entry.source or "-",
         )
     Console().print(table)
     return 0
