@@ -1,0 +1,35 @@
+# Two targets do all set-up on a machine with Python >= 3.11: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+demo: .venv/.study
+	$(BIN)/localvit demo
+
+test: check
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.dev
+	$(BIN)/python benchmarks/locality.py
+
+# Each stamp is made anew when the dependencies change.
+.venv/.study: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --editable '.[study]'
+	touch $@
+
+.venv/.dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --editable '.[study,dev]'
+	touch $@ .venv/.study
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or later is needed, this is {sys.version}")'
+	$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv dist build *.egg-info
