@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from localvit.locality import ConfigError, Grid, LocalityConfig, LocalityFeedForward
 from localvit.models import CheckpointError, LoadReport, load_official
 from localvit.surgery import Plan, Report, RestoreError, UnsupportedModelError, localize, plan, restore
+from localvit.training import TrainConfig, evaluate, predict, train
 
 __all__ = [
     "CheckpointError",
@@ -16,9 +17,13 @@ __all__ = [
     "Plan",
     "Report",
     "RestoreError",
+    "TrainConfig",
     "UnsupportedModelError",
+    "evaluate",
     "load_official",
     "localize",
     "plan",
+    "predict",
     "restore",
+    "train",
 ]
