@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -206,6 +207,7 @@ def train_loader(
         mean=preprocessing["mean"],
         std=preprocessing["std"],
     )
+    _keep_a_bit(transform)
     prepared = Prepared(images, transform, preprocessing["input_size"][0])
     order = EpochOrder(len(prepared), batch_size, seed)
     return _loader(prepared, workers, pin_memory, batch_sampler=order)
@@ -244,6 +246,23 @@ def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any)
         generator=torch.Generator().manual_seed(0),
         **order,
     )
+
+
+def _keep_a_bit(transform: Any) -> None:
+    """Have timm's automatic augmentations posterize to one bit where they ask for none.
+
+    timm 1.0.31 asks for 0 bits at the ends of its range of strengths (black pictures, once), which Pillow
+    from version 13 on refuses in the midst of training.
+    """
+    for step in transform.transforms:
+        rules = [rule for pair in getattr(step, "policy", ()) for rule in pair]  # AutoAugment
+        for rule in [*getattr(step, "ops", ()), *rules]:  # RandAugment, AugMix
+            if rule.name.startswith("Posterize"):
+                rule.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    return image if bits >= 8 else ImageOps.posterize(image, max(bits, 1))
 
 
 def readable(batch: Batch) -> Batch:

@@ -209,5 +209,5 @@ def _convert_scalar(value: Any, kind: type, path: str) -> Any:
             pass
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+    names = {str: "a string", dict: "a mapping", int: "an integer", float: "a number", bool: "true or false"}
     raise ConfigError(f"{path}={value!r} is not {names.get(kind, f'a {kind.__name__}')}")

@@ -1,0 +1,235 @@
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from localvit.cli import VERBS, main
+
+TINY = [
+    *("--recipe", "digits", "--epochs", "1", "--batch-size", "64", "--device", "cpu"),
+    *("--set", "schedule.warmup_epochs=0", "--set", "model.args.embed_dim=16", "--set", "model.args.depth=1"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a short run."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", *TINY, "--output", str(folder)]) == 0
+    return folder
+
+
+def one_line(capsys):
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tain"], "there is no verb 'tain'; did you mean 'train'?"),
+        (["train"], "--data SRC or --recipe NAME is missing"),
+        (["train", "--data", "digits"], "--output FOLDER is missing"),
+        (["train", "--epocs", "3"], "--epocs"),
+        (["train", "--epochs", "many"], "--epochs"),
+        (["train", "--recipe", "digit", "--output", "X"], "did you mean 'digits'?"),
+        (["train", "--recipe", "digits", "--set", "optm.lr=1", "--output", "X"], "did you mean 'optim'"),
+        (["train", "--recipe", "digits", "--set", "optim.lr=fast", "--output", "X"], "optim.lr='fast'"),
+        (["train", "--recipe", "digits", "--model", "deit_tny", "--output", "X"], "no 'deit_tny'"),
+        (["train", "--recipe", "digits", "--locality", "{kernel: 3}", "--output", "X"], "kernel_size"),
+        (["train", "--recipe", "digits", "--locality", "{", "--output", "X"], "not YAML"),
+        (["train", "--recipe", "digits", "--blocks", "[0]", "--output", "X"], "without model.locality"),
+        (["train", "--data", "nowhere", "--output", "X"], "no data source 'nowhere'"),
+        (["evaluate"], "--checkpoint"),
+        (["evaluate", "--checkpoint", "nowhere/at/all", "--data", "digits"], "there is no such folder"),
+        (["evaluate", "--checkpoint", "deit_tny_patch16_224", "--data", "digits"], "did you mean"),
+        (["predict", "--checkpoint", "deit_tiny_patch16_224"], "PATHS is missing"),
+        (["predict", "--checkpoint", "deit_tiny_patch16_224", "nowhere.png"], "'nowhere.png' does not exist"),
+        (["predict", "--checkpoint", "x", "--format", "xml", "y.png"], "--format"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in one_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_the_verbs_and_each_verb_helps(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in VERBS)
+    for verb in ("train", "evaluate", "predict"):
+        assert main([verb, "--help"]) == 0
+        assert f"localvit {verb}" in capsys.readouterr().out
+    assert main([]) == 2
+
+
+def test_version(capsys):
+    import localvit
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"localvit {localvit.__version__}\n"
+
+
+def test_python_m_localvit():
+    done = subprocess.run(
+        [sys.executable, "-m", "localvit", "train", "--recipe", "digit"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+
+
+def test_flags_beat_settings_and_settings_beat_the_recipe(capsys):
+    import yaml
+
+    arguments = [
+        "--set",
+        "epochs=7",
+        "--set",
+        "optim.lr=0.1",
+        "--lr",
+        "0.2",
+        "--locality",
+        "{kernel_size: 5}",
+    ]
+    assert main(["train", "--recipe", "digits", *arguments, "--print-config"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["epochs"], config["optim"]["lr"]) == (7, 0.2)
+    assert config["model"]["locality"] == {"kernel_size": 5}
+    assert config["model"]["args"]["img_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"), [("default", {}), ("none", None), ("{init: preserve}", {"init": "preserve"})]
+)
+def test_locality_flag_replaces_that_of_the_recipe(capsys, flag, expected):
+    import yaml
+
+    arguments = ["--recipe", "digits", "--set", "model.locality={kernel_size: 5}", "--locality", flag]
+    assert main(["train", *arguments, "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["locality"] == expected
+
+
+def test_train_never_overwrites(run, capsys):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert main(["train", *TINY, "--output", str(run)]) == 2
+    assert "already holds a run" in one_line(capsys)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_train_says_what_was_held_out(tmp_path, capsys):
+    assert main(["train", *TINY, "--locality", "default", "--output", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "held out of 'digits'" in out
+    assert "+ locality" in out
+    assert "best epoch 1 (by validation); test on 500 images: top-1" in out
+
+
+def test_a_corrupt_training_image_is_named_with_exit_code_1(tmp_path, capsys):
+    for label in "ab":
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for i in range(10):
+            Image.new("L", (8, 8), i).save(tmp_path / "data" / label / f"{i}.png")
+            (tmp_path / "data" / label / f"{i}.png").write_bytes(b"broken")
+    arguments = [*TINY, "--batch-size", "4", "--data", str(tmp_path / "data")]
+    assert main(["train", *arguments, "--output", str(tmp_path / "run")]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "cannot read image" in err
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_evaluate_agrees_with_the_report_of_the_run(run, tmp_path, capsys):
+    reported = json.loads((run / "status.json").read_text())["test"]
+    output = tmp_path / "result.json"
+    for data in ([], ["--data", "digits"]):
+        assert main(["evaluate", "--checkpoint", str(run), *data, "--output", str(output)]) == 0
+        metrics = json.loads(output.read_text())["metrics"]
+        for name in ("loss", "top1", "top5", "images"):
+            assert metrics[name] == pytest.approx(reported[name])
+        output.unlink()
+    assert "top-1" in capsys.readouterr().out
+
+
+def test_evaluate_refuses_the_pictures_that_were_learned_from(tmp_path, capsys):
+    for label in "ab":
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for i in range(20):
+            Image.new("L", (8, 8), i).save(tmp_path / "data" / label / f"{i}.png")
+    data = str(tmp_path / "data")
+    arguments = [*TINY, "--batch-size", "4", "--data", data, "--output", str(tmp_path / "run")]
+    assert main(["train", *arguments]) == 0
+    assert main(["evaluate", "--checkpoint", str(tmp_path / "run")]) == 0  # its own held-out part
+    capsys.readouterr()
+    assert main(["evaluate", "--checkpoint", str(tmp_path / "run"), "--data", data]) == 2
+    assert "was trained on" in one_line(capsys)
+
+
+def test_evaluate_does_not_overwrite(run, tmp_path, capsys):
+    (tmp_path / "old.json").write_text("old")
+    arguments = ["evaluate", "--checkpoint", str(run), "--output", str(tmp_path / "old.json")]
+    assert main(arguments) == 2
+    assert "exists already" in one_line(capsys)
+    assert (tmp_path / "old.json").read_text() == "old"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Four pictures in a folder, the third of them broken."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (20, 12), (50 * i, 0, 0)).save(folder / f"{i}.png")
+    (folder / "2.png").write_bytes(b"broken")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def test_predict_names_a_broken_file_and_does_the_others(run, pictures, capsys):
+    assert main(["predict", "--checkpoint", str(run / "best"), str(pictures), "--format", "json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert [p["path"] for p in found] == [str(pictures / f"{i}.png") for i in range(4)]
+    assert [len(p["guesses"]) for p in found] == [5, 5, 0, 5]
+    assert sum(g["probability"] for g in found[0]["guesses"]) <= 1.0001
+    assert found[0]["guesses"][0]["label"] in "0123456789"
+    assert str(pictures / "2.png") in err
+    assert "1 of 4 files could not be read" in err
+
+
+def test_predict_as_csv_and_table(run, pictures, tmp_path, capsys):
+    output = tmp_path / "found.csv"
+    files = [str(pictures / "0.png"), str(pictures / "2.png")]
+    arguments = ["--format", "csv", "--top-k", "2", "--output", str(output)]
+    assert main(["predict", "--checkpoint", str(run), *arguments, *files]) == 0
+    rows = list(csv.DictReader(io.StringIO(output.read_text())))
+    assert [(r["path"], r["rank"]) for r in rows] == [(files[0], "1"), (files[0], "2"), (files[1], "")]
+    assert rows[2]["error"]
+    capsys.readouterr()
+    assert main(["predict", "--checkpoint", str(run), "--top-k", "1", files[0]]) == 0
+    assert "probability" in capsys.readouterr().out
+
+
+def test_predict_fails_if_nothing_could_be_read(run, pictures, capsys):
+    assert main(["predict", "--checkpoint", str(run), str(pictures / "2.png"), "--format", "json"]) == 1
+    assert "1 of 1 files could not be read" in capsys.readouterr().err
+
+
+def test_a_crash_keeps_its_traceback(monkeypatch, tmp_path):
+    from localvit import training
+
+    def crash(*_args, **_kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(training, "train", crash)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", *TINY, "--output", str(tmp_path / "run")])

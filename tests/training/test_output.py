@@ -1,0 +1,101 @@
+import os
+
+import pytest
+import timm
+import torch
+
+from localvit.training import ConfigError, output, train
+from localvit.training.output import RunFolder, replace_folder, write_atomically
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    return RunFolder(tiny(f"output={tmp_path / 'run'}"), notes=())
+
+
+@pytest.mark.parametrize("locality", ["null", "{}"])
+def test_saved_model_gives_the_same_logits_through_timm(tiny, tmp_path, locality):
+    result = train(tiny("epochs=2", f"output={tmp_path / 'run'}", f"model.locality={locality}"))
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'run' / 'best'}", pretrained=True).eval()
+    images = torch.rand(4, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), result.model(images))
+    assert loaded.pretrained_cfg["label_names"] == [str(i) for i in range(10)]
+    assert loaded.pretrained_cfg["mean"] == (0.305,) or loaded.pretrained_cfg["mean"] == [0.305]
+
+
+def test_a_folder_with_a_run_is_refused_and_left_alone(tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("precious")
+    with pytest.raises(ConfigError, match=r"already holds a run \(metrics\.jsonl\)"):
+        train(tiny(f"output={tmp_path / 'run'}"))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_output_that_is_a_file_is_refused(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        train(tiny(f"output={tmp_path / 'file'}"))
+    with pytest.raises(ConfigError, match="cannot be written"):
+        train(tiny(f"output={tmp_path / 'file' / 'run'}"))
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing that follows is run, except what `finally` does here."""
+
+
+def kill(*_args, **_kwargs):
+    raise Killed
+
+
+def test_killed_before_the_rename_a_file_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "status.json"
+    write_atomically(path, "old")
+    monkeypatch.setattr(os, "replace", kill)
+    with pytest.raises(Killed):
+        write_atomically(path, "new and longer")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_killed_while_saving_a_model_the_old_one_is_whole(tiny, folder, monkeypatch):
+    run = output_of(tiny)
+    folder.save_model("best", *run)
+    before = (folder.path / "best" / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        run[0].head.bias.add_(1)
+    monkeypatch.setattr(output, "replace_folder", kill)
+    with pytest.raises(Killed):
+        folder.save_model("best", *run)
+    assert (folder.path / "best" / "model.safetensors").read_bytes() == before
+    assert not list(folder.path.glob(".best-*"))
+    monkeypatch.undo()
+    folder.save_model("best", *run)
+    assert (folder.path / "best" / "model.safetensors").read_bytes() != before
+
+
+def test_killed_between_the_renames_both_models_are_whole(tmp_path, monkeypatch):
+    for name in ("best", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").write_text(name)
+    real, calls = os.rename, []
+
+    def rename(source, target):
+        if calls:
+            raise Killed
+        calls.append(source)
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(Killed):
+        replace_folder(tmp_path / "new", tmp_path / "best")
+    assert (tmp_path / "best.old" / "model").read_text() == "best"
+    assert (tmp_path / "new" / "model").read_text() == "new"
+
+
+def output_of(tiny):
+    from localvit.training.build import build_model, preprocessing
+
+    config = tiny()
+    model = build_model(config.model, 10)
+    return model, preprocessing(model, config.data), [str(i) for i in range(10)]
