@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-import warnings
 
 import pytest
 import timm
@@ -103,9 +102,7 @@ def test_script_compile_and_deepcopy(key):
     torch.testing.assert_close(copy.deepcopy(model)(x), expected)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        torch.testing.assert_close(torch.jit.script(model)(x), expected)
+    torch.testing.assert_close(torch.jit.script(model)(x), expected)
 
 
 @every_name

@@ -8,7 +8,6 @@ import copy
 import io
 import pickle
 import threading
-import warnings
 
 import pytest
 import timm
@@ -175,11 +174,9 @@ def test_torchscript(init, after_forward):
     model = make(init=init)
     if after_forward:
         model(images(WIDE))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # scripting is deprecated
-        torch.testing.assert_close(torch.jit.script(model)(images(WIDE)), model(images(WIDE)))
-        model.set_input_size(TALL)
-        torch.testing.assert_close(torch.jit.script(model)(images(TALL)), model(images(TALL)))
+    torch.testing.assert_close(torch.jit.script(model)(images(WIDE)), model(images(WIDE)))
+    model.set_input_size(TALL)
+    torch.testing.assert_close(torch.jit.script(model)(images(TALL)), model(images(TALL)))
 
 
 @torch.no_grad()
