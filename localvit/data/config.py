@@ -31,7 +31,7 @@ class DataConfig:
             it is the one reported; failing that, a part held out of ``train`` that depends on the seed.
         root: Folder in which timm's named data sets keep their files.
         download: Let a ``torch/`` data set download what is missing in ``root``.
-        train_split: Name of the training split of a ``hfds/``, ``hfids/``, ``tfds/`` or ``wds/`` set.
+        train_split: Name of the training split of a ``hfds/`` or ``wds/`` set.
         test_split: Name of its reported split. timm's default name.
         validation_split: Name of its split for choices, if it has a third one.
         holdout: Share of the images, per class, that each held-out part takes. 0.1 keeps nine tenths

@@ -1,24 +1,17 @@
 """Sets of labelled pictures, read by index, safe in any process, naming what they cannot read.
 
-timm's readers and torchvision's data sets do the reading wherever they are right. Two things are ours.
-timm's reader of tar files keeps one file open, and worker processes forked after its first read then share
-one file position and return each other's pictures; `TarReader` keeps nothing open. And timm's `ImageDataset`
-puts the next picture in the place of one that it cannot read; here that is an error with the file's name.
+timm's readers and torchvision's data sets do the reading wherever they are right; elsewhere
+`localvit.data.tar` does. timm's `ImageDataset` puts the next picture in the place of one that it cannot read; here that is an
+error with the file's name.
 """
 
 from __future__ import annotations
 
-import io
-import os
-import tarfile
 from collections.abc import Sequence
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader import Reader
-from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
 from localvit.data.config import DataError
@@ -158,52 +151,3 @@ class Part(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         image, label = self.images[int(self.indices[index])]
         return image, self.relabel[label]
-
-
-class TarReader(Reader):
-    """A timm reader for an uncompressed tar of `.../class_name/file` that is right in any process or thread.
-
-    The members are listed once; each read opens the file anew (some 20 microseconds), so that nothing,
-    above all no file position, is shared.
-
-    Args:
-        path: The tar file.
-
-    Raises:
-        DataError: if it is no plain tar or holds no pictures.
-    """
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self.path = path
-        extensions = get_img_extensions(as_set=True)
-        try:
-            with tarfile.open(path, mode="r:") as tar:
-                members = [(m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()]
-        except tarfile.TarError as error:
-            raise DataError(f"{path!r} is not an uncompressed tar file: {error}") from error
-        self.members = sorted(
-            (m for m in members if os.path.splitext(m[0])[1].lower() in extensions),
-            key=lambda member: natural_key(member[0]),
-        )
-        if not self.members:
-            raise DataError(f"{path!r} holds no pictures ({', '.join(sorted(extensions))})")
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __getitem__(self, index: int) -> tuple[BinaryIO, None]:
-        _, offset, size = self.members[index]
-        with open(self.path, "rb") as file:
-            file.seek(offset)
-            return io.BytesIO(file.read(size)), None
-
-    def folders(self) -> list[str]:
-        """Name of the innermost folder of each member: its class."""
-        return [os.path.basename(os.path.dirname(name)) for name, _, _ in self.members]
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        name = self.members[index][0]
-        if basename:
-            return os.path.basename(name)
-        return f"{self.path}:{name}" if absolute else name

@@ -9,14 +9,14 @@ from functools import partial
 import numpy as np
 from timm.data import create_dataset
 from timm.data.readers import create_reader
-from timm.utils.misc import natural_key
 
 from localvit.data.config import DataConfig, DataError
-from localvit.data.images import ArrayImages, Images, ReaderImages, TarReader, TorchvisionImages
+from localvit.data.images import ArrayImages, Images, ReaderImages, TorchvisionImages
+from localvit.data.tar import open_shards, open_tar
 
 ACCEPTED = (
     "'digits', an image folder with one folder per class, a .tar of one, or a name for "
-    "timm.data.create_dataset (torch/..., hfds/...)"
+    "timm.data.create_dataset (torch/..., hfds/..., wds/...)"
 )
 _SUBFOLDERS = {
     "train": ("train", "training"),
@@ -45,19 +45,20 @@ def find_splits(source: str, config: DataConfig) -> dict[str, Opener]:
     if os.path.isdir(source):
         return _folder_splits(source)
     if os.path.isfile(source) and source.endswith(".tar"):
-        return {"all": partial(_open_tar, source)}
+        return {"all": partial(open_tar, source)}
     if slash and prefix == "torch" and name not in ("folder", "image_folder"):
         return {
             "train": partial(_open_torchvision, source, "train", config),
             "test": partial(_open_torchvision, source, "validation", config),
         }
-    if slash and prefix == "hfds":
+    if slash and prefix in ("hfds", "wds"):
         splits = {
             "train": config.train_split,
             "validation": config.validation_split,
             "test": config.test_split,
         }
-        return {key: partial(_open_hub, source, split, config) for key, split in splits.items() if split}
+        opener = _open_hub if prefix == "hfds" else _open_shards
+        return {key: partial(opener, source, split, config) for key, split in splits.items() if split}
     raise DataError(f"no data source {source!r}; accepted: {ACCEPTED}")
 
 
@@ -135,14 +136,6 @@ def _open_folder(folder: str) -> ReaderImages:
     return ReaderImages(reader, list(reader.class_to_idx), labels)
 
 
-def _open_tar(path: str) -> ReaderImages:
-    reader = TarReader(path)
-    folders = reader.folders()
-    names = sorted(set(folders), key=natural_key)
-    index = {name: i for i, name in enumerate(names)}
-    return ReaderImages(reader, names, [index[folder] for folder in folders])
-
-
 def _open_torchvision(source: str, split: str, config: DataConfig) -> Images:
     if config.root is None:
         raise DataError(f"data.root=None; {source!r} needs the folder in which its files are")
@@ -164,6 +157,12 @@ def _open_hub(source: str, split: str, config: DataConfig) -> ReaderImages:
     labels = [int(label) for label in reader.iter_targets()]
     names = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
     return ReaderImages(reader, names or [str(i) for i in range(max(labels) + 1)], labels)
+
+
+def _open_shards(source: str, split: str, config: DataConfig) -> ReaderImages:
+    if config.root is None or not os.path.isdir(config.root):
+        raise DataError(f"data.root={config.root!r}; {source!r} needs the folder in which its shards are")
+    return open_shards(config.root, split)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,20 +1,21 @@
+import io
+import json
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from localvit.data import DataConfig, DataError, Part, TarReader, UnreadableImage, open_reported
+from localvit.data import DataConfig, DataError, Part, UnreadableImage, open_reported, open_splits
 from localvit.data.sources import find_splits
+from localvit.data.tar import open_tar
+from tests.data.conftest import picture
 
 
 def gray(sample):
     image, label = sample
     return np.asarray(image.convert("RGB"))[0, 0, 0].item(), label
-
-
-def first(samples):
-    return samples[0]
 
 
 def test_tar_is_right_in_forked_workers_after_a_peek_in_the_parent(make_tar):
@@ -49,10 +50,10 @@ def test_unreadable_image_survives_pickling():
 
 def test_tar_without_pictures_or_compressed_is_refused(tmp_path, make_tar):
     with pytest.raises(DataError, match="holds no pictures"):
-        TarReader(str(make_tar("empty.tar", {})))
+        open_tar(str(make_tar("empty.tar", {})))
     (tmp_path / "not.tar").write_bytes(b"no tar at all")
     with pytest.raises(DataError, match="not an uncompressed tar"):
-        TarReader(str(tmp_path / "not.tar"))
+        open_tar(str(tmp_path / "not.tar"))
 
 
 def test_labels_follow_the_given_classes(make_folder):
@@ -88,3 +89,50 @@ def test_torch_source_needs_a_root_and_says_how_to_download(tmp_path):
 def test_unknown_source_names_what_is_accepted():
     with pytest.raises(DataError, match=r"'nowhere'; accepted: 'digits', an image folder"):
         find_splits("nowhere", DataConfig())
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two shards of five pictures for training, one for validation; the class is the parity."""
+    for name, values in (("train-0", range(5)), ("train-1", range(5, 10)), ("val-0", range(10, 14))):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for value in values:
+                data = io.BytesIO()
+                picture(value).save(data, "PNG")
+                for suffix, content in (("png", data.getvalue()), ("cls", str(value % 2).encode())):
+                    member = tarfile.TarInfo(f"{value:04d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return tmp_path
+
+
+def test_webdataset_shards_are_read_by_index(shards):
+    config = DataConfig(
+        train="wds/pictures", root=str(shards), train_split="train-{0..1}.tar|10", test_split="val-0.tar"
+    )
+    splits = open_splits(config)
+    assert sorted(gray(s) for part in (splits.train, splits.validation) for s in part) == [
+        (i, i % 2) for i in range(10)
+    ]
+    assert [gray(s) for s in splits.test] == [(i, i % 2) for i in range(10, 14)]
+
+
+def test_webdataset_splits_by_name(shards):
+    info = {"splits": {"train": {"filenames": ["train-0.tar"]}, "validation": {"filenames": ["val-0.tar"]}}}
+    (shards / "_info.json").write_text(json.dumps(info))
+    splits = open_splits(DataConfig(train="wds/pictures", root=str(shards)))
+    assert (len(splits.train) + len(splits.validation), len(splits.test)) == (5, 4)
+    with pytest.raises(DataError, match="has the splits train, validation, not 'dev'"):
+        open_splits(DataConfig(train="wds/pictures", root=str(shards), test_split="dev"))
+
+
+def test_webdataset_errors(shards, make_tar):
+    with pytest.raises(DataError, match=r"data\.root=None"):
+        open_splits(DataConfig(train="wds/pictures"))
+    with pytest.raises(DataError, match="name shards"):
+        open_splits(DataConfig(train="wds/pictures", root=str(shards)))
+    with pytest.raises(DataError, match=r"train-2\.tar"):
+        open_splits(DataConfig(train="wds/pictures", root=str(shards), train_split="train-{0..2}.tar"))
+    make_tar("train-3.tar", {"a": 1})
+    with pytest.raises(DataError, match=r"'a/0\.png' in .* has no \.cls file"):
+        open_splits(DataConfig(train="wds/pictures", root=str(shards), train_split="train-3.tar"))
