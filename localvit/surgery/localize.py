@@ -54,6 +54,10 @@ def localize(
     they replace. Every FFN draws its new weights from a seed of its own, so the global random state is
     as before and a block starts alike whichever other blocks are chosen: seeds stay paired.
 
+    The model then takes any image size it took before, with one forward pass at a time per instance
+    (threads that run at once need a copy each), and under gradient checkpointing one image size per
+    backward pass.
+
     Args:
         model: A timm model with a row in the layout table (:mod:`localvit.surgery.layouts`).
         config: Default: the paper's. ``LocalityConfig(init="preserve")`` for pretrained weights.

@@ -287,6 +287,7 @@ REFUSED = {
     "eva": (lambda: timm.create_model("vit_small_patch16_rope_224", depth=1), "Eva"),
     "relpos": (lambda: timm.create_model("vit_relpos_small_patch16_224", depth=1), "VisionTransformerRelPos"),
     "parallel scaling": (lambda: make("vit_base_patch16_xp_224"), "ParallelScalingBlock"),
+    "diff parallel": (lambda: make("vit_dpwee_patch16_reg1_gap_256"), "DiffParallelScalingBlock"),
     "parallel things": (lambda: make("vit_small_patch16_18x2_224"), "ParallelThingsBlock"),
     "res post": (lambda: make("vit_base_patch32_plus_256", block_fn=_res_post()), "ResPostBlock"),
     "another mlp": (lambda: make(mlp_layer=_OtherMlp), "_OtherMlp"),
