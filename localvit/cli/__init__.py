@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from localvit.cli.arguments import Failure, UsageError, parse
 
 VERBS = {
+    "demo": ("localvit.cli.demo", "does locality help? a small controlled comparison, with a report"),
     "models": ("localvit.cli.models", "list models with locality: cost, published accuracy"),
     "train": ("localvit.cli.train", "train a model on pictures and report it on a test split"),
     "evaluate": ("localvit.cli.evaluate", "measure a trained model on pictures"),

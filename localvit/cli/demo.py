@@ -1,0 +1,176 @@
+"""``localvit demo``: the project's question, answered on real pictures by one command."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from localvit.cli.arguments import Failure, UsageError, one_line_errors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from localvit.studies.tuning import Tuning
+    from localvit.training import TrainConfig
+
+_NEEDED = {"scipy": "scipy", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train a small DeiT and the same DeiT with locality, and report what the difference shows.
+
+    Without options: scikit-learn's handwritten digits, a few minutes on two cores. Repeating the command
+    does what is missing and writes the report again.
+    """
+
+    data: Annotated[str, tyro.conf.arg(metavar="SRC")] = "digits"
+    """training pictures: digits, an image folder, a .tar, or a name for timm.data.create_dataset"""
+    val_data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
+    """pictures that are reported; without it, what the data brings along, or a part held out of it"""
+    recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
+    """what both arms share; digits for digits, otherwise small_images (32x32 pixels, 4x4 patches)"""
+    set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    """change a field of the recipe, e.g. epochs=5 or model.args.depth=4"""
+    seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 5
+    """pairs of runs, at least 2"""
+    output: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """for runs and report; demo for digits, otherwise demo/ and the name of the data"""
+    jobs: Annotated[int, tyro.conf.arg(metavar="N")] = 2
+    """runs at a time, one thread each"""
+    tune: tyro.conf.FlagCreatePairsOff[bool] = False
+    """find the learning rate of each arm on the validation split instead, into FOLDER/tuning"""
+    tune_seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 3
+    """seeds of --tune"""
+    tune_factors: Annotated[tuple[float, ...], tyro.conf.arg(metavar="X X ...")] = (0.25, 0.5, 1.0, 2.0, 4.0)
+    """grid of --tune as multiples of the recipe's learning rate; it grows while a best value is at its end"""
+
+
+def run(options: Options) -> int:
+    """Compare, or tune; 0 when done."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    _check(options)
+    console = Console()
+    with one_line_errors():
+        from localvit.studies.run import StudyFailed
+
+        base = _base(options)
+        folder = Path(options.output or _default_output(options.data))
+        try:
+            if options.tune:
+                _tune(options, base, folder / "tuning", console)
+            else:
+                _compare(options, base, folder, console)
+        except StudyFailed as error:
+            raise Failure(str(error)) from error
+        except KeyboardInterrupt:
+            console.print(f"stopped; finished runs are kept in {folder}, and the same command goes on")
+            return 130
+    return 0
+
+
+def command(options: Options) -> str:
+    """The command line that gives these options; flags at their defaults are left out."""
+    import shlex
+
+    words = ["localvit", "demo"]
+    for field in dataclasses.fields(options):
+        value, flag = getattr(options, field.name), "--" + field.name.replace("_", "-")
+        if value == field.default:
+            continue
+        if value is True:
+            words.append(flag)
+        elif field.name == "set":
+            words += [word for setting in value for word in (flag, setting)]
+        else:
+            words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
+
+
+def _check(options: Options) -> None:
+    """Everything that can be refused before anything heavy is imported.
+
+    Raises:
+        UsageError: naming it.
+    """
+    import importlib.util
+
+    missing = [name for module, name in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UsageError(f"localvit demo needs {', '.join(missing)}: pip install 'localvit[study]'")
+    for flag, value, least in (
+        ("seeds", options.seeds, 2),
+        ("jobs", options.jobs, 1),
+        ("tune-seeds", options.tune_seeds, 1),
+    ):
+        if value < least:
+            raise UsageError(f"--{flag} {value}: at least {least}")
+    if not options.tune_factors or min(options.tune_factors) <= 0:
+        raise UsageError(f"--tune-factors {options.tune_factors}: one or more positive numbers")
+
+
+def _base(options: Options) -> TrainConfig:
+    from localvit import training
+
+    data = {"train": options.data} | ({"test": options.val_data} if options.val_data is not None else {})
+    return training.resolve(_recipe(options), options.set, {"data": data})
+
+
+def _recipe(options: Options) -> str:
+    return options.recipe or ("digits" if options.data == "digits" else "small_images")
+
+
+def _default_output(data: str) -> str:
+    """A folder for each source, so that one comparison does not stand in the way of another."""
+    import re
+
+    if data == "digits":
+        return "demo"
+    return "demo/" + "-".join(re.findall(r"[\w-]+", data.removesuffix(".tar"))[-2:])
+
+
+def _tune(options: Options, base: TrainConfig, folder: Path, console: Console) -> None:
+    from localvit.studies import demo, tuning
+
+    found = tuning.tune(
+        base,
+        demo.ARMS,
+        folder,
+        factors=options.tune_factors,
+        seeds=options.tune_seeds,
+        jobs=options.jobs,
+        command=command(options),
+        console=console,
+    )
+    tuning.save_tuning(found, folder)
+    console.print(tuning.as_markdown(found), markup=False, highlight=False, soft_wrap=True)
+
+
+def _compare(options: Options, base: TrainConfig, folder: Path, console: Console) -> None:
+    from localvit.studies import comparison, demo, report
+
+    tuning = _tuning(options, folder)
+    study = demo.demo_study(base, options.seeds, tuning)
+    made = demo.answer(
+        study, folder, tuning=tuning, command=command(options), jobs=options.jobs, console=console
+    )
+    console.print(report.as_rich(made))
+    verdict = comparison.verdict(made.comparison)
+    for line in (made.result_notes(), verdict, f"report: {folder / 'report.html'}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _tuning(options: Options, folder: Path) -> Tuning | None:
+    """The user's own for this folder, or else the one that comes with the recipe."""
+    from localvit.studies.tuning import load_tuning, shipped_tuning
+
+    own = folder / "tuning" / "tuning.json"
+    return load_tuning(own) if own.exists() else shipped_tuning(_recipe(options))
