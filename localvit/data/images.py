@@ -1,7 +1,7 @@
 """Sets of labelled pictures, read by index, safe in any process, naming what they cannot read.
 
-timm's readers and torchvision's data sets do the reading wherever they are right; elsewhere
-`localvit.data.tar` does. timm's `ImageDataset` puts the next picture in the place of one that it cannot read; here that is an
+timm's readers and torchvision's data sets do the reading wherever they are right; `localvit.data.tar` does
+the rest. timm's `ImageDataset` puts the next picture in the place of one that it cannot read; here that is an
 error with the file's name.
 """
 

@@ -41,6 +41,8 @@ def test_default_locality_is_not_no_locality():
     assert on.model.locality == LocalityConfig()
     assert from_dict(yaml.safe_load(dump(on))) == on
     assert resolve(settings=["model.locality=null"]).model.locality is None
+    again = resolve(settings=["model.locality={kernel_size: 5}", "model.locality={}"])
+    assert again.model.locality == LocalityConfig()  # a value, not "no change"
 
 
 @pytest.mark.parametrize(
