@@ -100,7 +100,9 @@ def verdict(comparison: Comparison) -> str:
         sentence = (
             f"The model with {name} is {word} than the {comparison.control.name} by "
             f"{points(abs(found.estimate.mean))} of top-1 (95 % interval of the difference "
-            f"{interval(found.estimate, sign=True)}, {p_text(found.p_value)}, {seeds})."
+            f"{interval(found.estimate, sign=True)}, {p_text(found.p_value)}, {seeds}). "
+            "This holds for the feed-forward network as a whole, not for one part of it, and for this data, "
+            "size and training only."
         )
     else:
         sentence = (

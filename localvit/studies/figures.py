@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import nn
 
 from localvit.locality import LocalityFeedForward
@@ -43,8 +44,9 @@ def learning_curves(records: Mapping[str, Sequence[Record]]) -> str:
             epochs = np.arange(1, curves.shape[1] + 1)
             axes.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.2, linewidth=0)
             axes.plot(epochs, curves.mean(0), color=colour, label=name)
-        axes.set(xlabel="epoch", ylabel="validation top-1, %", xlim=(1, curves.shape[1]))
-        axes.legend(frameon=False, loc="lower right")
+        axes.set(xlabel="epoch", ylabel="validation top-1, %")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(frameon=False, loc="outside upper left", ncols=len(records))
         return _svg(figure)
 
 
@@ -66,7 +68,7 @@ def paired_scores(comparison: Comparison) -> str:
         return _svg(figure)
 
 
-def kernels(model: nn.Module, skip: Sequence[str] = ()) -> tuple[str, list[str]] | None:
+def kernels(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, str]:
     """Learned depth-wise kernels of up to three blocks (first, middle, last): the 48 of largest norm each.
 
     Every kernel is scaled to its own largest weight.
@@ -76,26 +78,28 @@ def kernels(model: nn.Module, skip: Sequence[str] = ()) -> tuple[str, list[str]]
         skip: Paths of feed-forward networks that are left out, e.g. because no output depends on them.
 
     Returns:
-        The picture and the paths of what it shows; ``None`` if there is no such convolution.
+        Path of the feed-forward network -> picture; empty if there is no such convolution.
     """
     found = {
         name: module.conv.weight.detach().cpu().numpy()[:, 0]
         for name, module in model.named_modules()
         if isinstance(module, LocalityFeedForward) and isinstance(module.conv, nn.Conv2d) and name not in skip
     }
-    if not found:
-        return None
     paths = list(found)
-    shown = list(dict.fromkeys((paths[0], paths[len(paths) // 2], paths[-1])))
+    shown = dict.fromkeys(paths[i] for i in (0, len(paths) // 2, -1)) if paths else {}
+    return {path: _kernel_picture(found[path]) for path in shown}
+
+
+def _kernel_picture(weights: np.ndarray) -> str:
+    mosaic = _mosaic(weights)
+    rows, columns = mosaic.shape
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(3.2 * len(shown), 1.75), layout="constrained")
-        for axes, path in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
-            mosaic = _mosaic(found[path])
-            axes.pcolormesh(mosaic, cmap="RdBu_r", vmin=-1, vmax=1)
-            axes.set(aspect="equal", title=path.removesuffix(".mlp"))
-            axes.invert_yaxis()
-            axes.set_axis_off()
-        return _svg(figure), shown
+        figure = Figure(figsize=(4.4, 4.4 * rows / columns))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.pcolormesh(mosaic, cmap="RdBu_r", vmin=-1, vmax=1)
+        axes.invert_yaxis()
+        axes.set_axis_off()
+        return _svg(figure)
 
 
 def _mosaic(weights: np.ndarray) -> np.ndarray:

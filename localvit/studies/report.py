@@ -12,6 +12,7 @@ from string import Template
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from localvit.locality.config import LocalityConfig
@@ -56,10 +57,11 @@ class Report:
     def setting(self) -> str:
         """What was trained on what, in a line."""
         base, seeds = self.study.base, len(self.study.seeds)
-        images = self.comparison.test_images
+        sizes = ", ".join(f"{name} {value}" for name, value in base.model.args.items())
         return (
-            f"{base.model.name} {base.model.args} on {base.data.train}, {base.epochs} epochs, {seeds} paired "
-            f"seeds (split, order, initial values of shared weights), {images:,} test images."
+            f"{base.model.name} ({sizes}) on {base.data.train}; {base.epochs} epochs; {seeds} paired seeds, "
+            "each fixing split, order and the initial values of shared weights; "
+            f"{self.comparison.test_images:,} test images."
         )
 
     def result(self) -> tuple[list[str], Rows]:
@@ -128,8 +130,9 @@ class Report:
         return f"{mixed}{' / '.join(sorted(made))}. Trained on: {machines}."
 
     def data_notes(self) -> str:
-        """What was held out of what."""
-        return "; ".join(dict.fromkeys(n for runs in self.records.values() for r in runs for n in r.notes))
+        """What was held out of what, as the first run has it."""
+        first = next(iter(self.records.values()))[0]
+        return f"Splits of seed {self.study.seeds[0]}: {'; '.join(first.notes) or 'as the data brings them'}."
 
 
 def as_rich(report: Report) -> Table:
@@ -139,7 +142,7 @@ def as_rich(report: Report) -> Table:
     for i, name in enumerate(head):
         table.add_column(name, justify="right" if i else "left")
     for row in rows:
-        table.add_row(*row, end_section=row is rows[-2])
+        table.add_row(*map(Text, row), end_section=row is rows[-2])  # Text: brackets are no markup here
     return table
 
 
@@ -209,18 +212,19 @@ def as_html(report: Report) -> str:
 
 def _kernels(report: Report) -> str:
     drawn = figures.kernels(report.treatment, skip=report.dead)
-    if drawn is None:
+    if not drawn:
         return ""
-    picture, paths = drawn
-    left_out = f" Left out, because no output depends on it: {', '.join(report.dead)}." if report.dead else ""
-    caption = (
-        f"Depth-wise kernels learned with seed {report.study.seeds[0]} in {', '.join(paths)}: the 48 of "
-        f"largest norm, each scaled to its largest weight (red positive, blue negative).{left_out}"
+    left_out = f" {', '.join(report.dead)} is left out: no output depends on it." if report.dead else ""
+    words = (
+        f"Depth-wise kernels learned with seed {report.study.seeds[0]}: the 48 of largest norm, each scaled "
+        f"to its largest weight (red positive, blue negative).{left_out}"
     )
-    return (
-        '<figure role="img" aria-label="Learned depth-wise kernels" style="margin-top:1rem">'
-        f"{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
+    pictures = [
+        f'<figure role="img" aria-label="Learned kernels of {html.escape(path)}">{picture}'
+        f"<figcaption>{html.escape(path)}</figcaption></figure>"
+        for path, picture in drawn.items()
+    ]
+    return f'<p class="small">{html.escape(words)}</p><div class="figures">{"".join(pictures)}</div>'
 
 
 def _with_interval(value: Estimate, *, sign: bool = False) -> str:

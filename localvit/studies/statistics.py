@@ -90,30 +90,30 @@ def paired_difference(treatment: Sequence[float], control: Sequence[float]) -> D
     )
 
 
-def smallest_detectable(sd: float, n: int, power: float = POWER) -> float:
-    """The true mean difference that a two-sided paired t-test finds with probability `power`.
+def smallest_detectable(sd: float, n: int) -> float:
+    """The true mean difference that a two-sided paired t-test at 5 % finds with probability `POWER`.
 
     Args:
         sd: Standard deviation of the differences, above 0; the result has its unit.
         n: Number of pairs, at least 2.
-        power: Between 1 - `CONFIDENCE`, which no difference at all reaches by chance, and 1.
 
     Raises:
         ValueError: for values outside these.
     """
-    if n < 2 or not 0 < sd < np.inf or not 1 - CONFIDENCE < power < 1:
-        raise ValueError(f"sd={sd!r}, n={n!r}, power={power!r}: needs sd > 0, n >= 2, 0.05 < power < 1")
+    if n < 2 or not 0 < sd < np.inf:
+        raise ValueError(f"sd={sd!r}, n={n!r}: needs sd > 0 and n >= 2")
     freedom = n - 1
     critical = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
 
     def missing_power(shift: float) -> float:
-        found = stats.nct.sf(critical, freedom, shift) + stats.nct.cdf(-critical, freedom, shift)
-        return float(found) - power
+        # The test statistic has a noncentral t-distribution; its square, which has both tails in one, a
+        # noncentral F. (scipy's noncentral t is NaN in parts of its far tail.)
+        return float(stats.ncf.sf(critical**2, 1, freedom, shift**2)) - POWER
 
     high = 1.0
     while missing_power(high) < 0:
         high *= 2
-    return float(optimize.brentq(missing_power, 0.0, high)) * sd / float(np.sqrt(n))
+    return float(optimize.brentq(missing_power, high / 2, high)) * sd / float(np.sqrt(n))
 
 
 def _checked(values: Sequence[float]) -> np.ndarray:

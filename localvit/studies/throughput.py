@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 THREADS = 1
-"""On a CPU: as in training, and the number least disturbed by what else the machine does."""
+"""On a CPU: as in training; several threads of small models wait for each other more than they work."""
 _SECONDS = 0.05  # Of one measurement: long enough for the clock, short enough to alternate often.
 
 
@@ -34,19 +34,28 @@ def images_per_second(
         rounds: How often each has its turn.
         device: Where to measure; on a CPU with `THREADS`.
     """
-    images = torch.rand(batch_size, *input_size, device=device)
-    timers = {
-        name: Timer(
-            "with torch.inference_mode(): model(images)",
-            globals={"model": model.to(device).eval(), "images": images},
-            num_threads=THREADS,
-        )
-        for name, model in models.items()
-    }
-    first = {name: timer.timeit(3).median for name, timer in timers.items()}
-    repeats = {name: max(1, round(_SECONDS / seconds)) for name, seconds in first.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            seconds[name].append(timer.timeit(repeats[name]).median)
-    return {name: batch_size / statistics.median(taken) for name, taken in seconds.items()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        images = torch.rand(batch_size, *input_size, device=device)
+        for model in models.values():
+            _seconds(model.to(device).eval(), images, 3)  # warm-up
+        first = {name: _seconds(model, images, 3) for name, model in models.items()}
+        taken: dict[str, list[float]] = {name: [] for name in models}
+        for _ in range(rounds):
+            for name, model in models.items():
+                taken[name].append(_seconds(model, images, max(1, round(_SECONDS / first[name]))))
+    finally:
+        torch.set_num_threads(threads)
+    return {name: batch_size / statistics.median(seconds) for name, seconds in taken.items()}
+
+
+@torch.inference_mode()
+def _seconds(model: nn.Module, images: torch.Tensor, repeats: int) -> float:
+    """Mean time of a forward pass."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        model(images)
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    return (time.perf_counter() - start) / repeats
