@@ -72,7 +72,8 @@ class AugmentConfig:
 
     Attributes:
         crop: ``"rrc"`` random resized crop, ``"rkrc"``/``"rkrr"`` resize keeping the aspect ratio, then a
-            centre/random crop with reflected borders, ``"none"`` resize and centre crop only.
+            centre/random crop with reflected borders, ``"none"`` no change to the pictures at all: the
+            fields from `scale` to `erase` are then without effect.
         scale: Area of the crop as a share of the picture (``rrc``), or zoom (``rkrc``, ``rkrr``).
         ratio: Aspect ratio of the crop.
         hflip: Probability of a horizontal flip. Not for digits or letters.

@@ -25,7 +25,8 @@ _SUBFOLDERS = {
 }
 DIGITS_TEST = 500
 """Test images of `digits`: 28 % of them, for a standard error below one point at 95 %."""
-_FIXED_SEED = 20240  # Of splits that must be the same in every run.
+FIXED_SEED = 20240
+"""Of the splits that must be the same in every run."""
 
 Opener = Callable[[], Images]
 
@@ -83,7 +84,7 @@ def open_digits(split: str) -> ArrayImages:
         raise DataError("data 'digits' needs scikit-learn: pip install 'localvit[study]'") from error
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0..16
-    kept, held = stratified_holdout(digits.target, DIGITS_TEST, seed=_FIXED_SEED)
+    kept, held = stratified_holdout(digits.target, DIGITS_TEST, seed=FIXED_SEED)
     indices = held if split == "test" else kept
     names = [str(name) for name in digits.target_names]
     return ArrayImages(pixels[indices], digits.target[indices].tolist(), names)

@@ -9,9 +9,7 @@ import numpy as np
 
 from localvit.data.config import DataConfig, DataError
 from localvit.data.images import Images, Part
-from localvit.data.sources import Opener, find_splits, same_source, stratified_holdout
-
-_FIXED_SEED = 20240  # Of the held-out test part: it must not depend on the seed of a run.
+from localvit.data.sources import FIXED_SEED, Opener, find_splits, same_source, stratified_holdout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +63,7 @@ def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
     elif own := _first(available, ("test", "validation")):
         test = _whole(own(), config.train, names)
     else:
-        kept, test = _hold_out(train, kept, names, config.holdout, _FIXED_SEED)
+        kept, test = _hold_out(train, kept, names, config.holdout, FIXED_SEED)
         notes.append(_note("test", test, config.train, "the same for every seed"))
 
     # A validation split that comes with the training pictures, unless it is already the one reported.

@@ -74,7 +74,10 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """How the learning rate moves, update by update, within `epochs` (warm-up included).
+    """How the learning rate moves, update by update, within `epochs`.
+
+    As in DeiT's recipe, the warm-up lies over the start of the schedule: after it, the rate is where the
+    schedule without a warm-up would be.
 
     Attributes:
         name: A schedule of timm.
@@ -133,6 +136,9 @@ class TrainConfig:
         if self.schedule.name != "constant" and self.schedule.warmup_epochs >= self.epochs:
             warmup = self.schedule.warmup_epochs
             raise ConfigError(f"schedule.warmup_epochs={warmup:g} must be less than epochs={self.epochs}")
+        if self.schedule.name != "constant" and self.schedule.min_lr > self.optim.lr:
+            low = self.schedule.min_lr
+            raise ConfigError(f"schedule.min_lr={low:g} must not be above optim.lr={self.optim.lr:g}")
         if self.augment.mixes and self.batch_size % 2:
             raise ConfigError(
                 f"batch_size={self.batch_size} must be even for augment.mixup and augment.cutmix"

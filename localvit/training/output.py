@@ -121,7 +121,7 @@ class RunFolder:
             for file in temporary.iterdir():
                 os.chmod(file, 0o666 & ~_umask())
                 _sync(file)
-            replace_folder(temporary, self.path / name)
+            move_into_place(temporary, self.path / name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -142,20 +142,20 @@ def write_atomically(path: Path, text: str) -> None:
             os.unlink(temporary)
 
 
-def replace_folder(new: Path, place: Path) -> None:
-    """Move the folder `new` to `place`; an old one goes only once the new one is whole on disk.
+def move_into_place(new: Path, place: Path) -> None:
+    """Move the folder `new` to `place`; where `place` exists, its files are replaced one by one.
 
-    No system call swaps two folders portably, so for an instant between two renames `place` is missing
-    while the old folder stands beside it with the suffix ``.old``.
+    At every instant `place` holds whole files. Two saves of one run differ in their weights only, so a
+    mixture of old and new files is a valid model too.
     """
     _sync(new)
-    old = place.with_name(place.name + ".old")
     if place.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(place, old)
-    os.rename(new, place)
-    _sync(place.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        for file in new.iterdir():
+            os.replace(file, place / file.name)
+        _sync(place)
+    else:
+        os.rename(new, place)
+        _sync(place.parent)
 
 
 def _sync(path: Path) -> None:

@@ -20,7 +20,7 @@ from localvit.training.files import merge, parse_setting
 
 @given(
     seed=st.integers(0, 2**31),
-    lr=st.floats(1e-8, 10),
+    lr=st.floats(1e-4, 10),
     blocks=st.sampled_from(["all", [0, 1], [[0, 2], [3, 4]]]),
     kernel=st.sampled_from([3, 5]),
     ema=st.none() | st.floats(0.1, 0.9999),
@@ -61,6 +61,7 @@ def test_default_locality_is_not_no_locality():
         ("workers=-1", r"workers=-1 must be at least 0"),
         ("schedule.name=cosin", r"schedule\.name='cosin'; accepted: 'cosine'"),
         ("schedule.warmup_epochs=100", r"warmup_epochs=100 must be less than epochs=100"),
+        ("optim.lr=1e-6", r"schedule\.min_lr=1e-05 must not be above optim\.lr=1e-06"),
         ("augment.scale=[1]", r"augment\.scale=\[1\] is not a list of 2 values"),
         ("augment.scale=[0.5, 0.1]", r"augment\.scale=\[0\.5, 0\.1\] is not a pair"),
         ("augment.hflip=2", r"augment\.hflip=2\.0 is not a probability"),

@@ -5,7 +5,7 @@ import timm
 import torch
 
 from localvit.training import ConfigError, output, train
-from localvit.training.output import RunFolder, replace_folder, write_atomically
+from localvit.training.output import RunFolder, move_into_place, write_atomically
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_killed_while_saving_a_model_the_old_one_is_whole(tiny, folder, monkeypa
     before = (folder.path / "best" / "model.safetensors").read_bytes()
     with torch.no_grad():
         run[0].head.bias.add_(1)
-    monkeypatch.setattr(output, "replace_folder", kill)
+    monkeypatch.setattr(output, "move_into_place", kill)
     with pytest.raises(Killed):
         folder.save_model("best", *run)
     assert (folder.path / "best" / "model.safetensors").read_bytes() == before
@@ -74,23 +74,26 @@ def test_killed_while_saving_a_model_the_old_one_is_whole(tiny, folder, monkeypa
     assert (folder.path / "best" / "model.safetensors").read_bytes() != before
 
 
-def test_killed_between_the_renames_both_models_are_whole(tmp_path, monkeypatch):
+def test_killed_between_two_files_all_files_are_whole(tmp_path, monkeypatch):
     for name in ("best", "new"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "model").write_text(name)
-    real, calls = os.rename, []
+        for file in ("config.json", "model.safetensors"):
+            (tmp_path / name / file).write_text(name)
+    real, calls = os.replace, []
 
-    def rename(source, target):
+    def replace(source, target):
         if calls:
             raise Killed
         calls.append(source)
         real(source, target)
 
-    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(Killed):
-        replace_folder(tmp_path / "new", tmp_path / "best")
-    assert (tmp_path / "best.old" / "model").read_text() == "best"
-    assert (tmp_path / "new" / "model").read_text() == "new"
+        move_into_place(tmp_path / "new", tmp_path / "best")
+    assert sorted((tmp_path / "best" / f).read_text() for f in ("config.json", "model.safetensors")) == [
+        "best",
+        "new",
+    ]
 
 
 def output_of(tiny):

@@ -124,6 +124,13 @@ def test_learning_rate_warms_up_and_decays(tiny):
     assert rates[-1] < 1e-5
 
 
+@pytest.mark.parametrize("name", ["cosine", "tanh", "poly", "wsd", "constant"])
+def test_every_schedule_runs(tiny, name):
+    rates = [h["lr"] for h in train(tiny("epochs=4", f"schedule.name={name}")).history]
+    assert 3e-3 < rates[0] <= 4e-3  # after one epoch of warm-up, a quarter down the way of the schedule
+    assert rates[-1] == (pytest.approx(4e-3) if name == "constant" else pytest.approx(1e-5, abs=3e-4))
+
+
 def test_averaged_weights_are_the_ones_reported(tiny):
     plain, averaged = train(tiny()), train(tiny("ema_decay=0.99"))
     assert [h["train_loss"] for h in plain.history] == [h["train_loss"] for h in averaged.history]
