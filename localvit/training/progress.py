@@ -33,7 +33,7 @@ class Progress:
             progress.TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            disable=console is None,
+            disable=not self.console.is_terminal,
         )
         whole_batches = len(splits.train) // config.batch_size * config.batch_size
         self.task = self.bar.add_task("training", total=config.epochs * whole_batches, speed="")
