@@ -72,7 +72,7 @@ def run(options: Options) -> int:
         except StudyFailed as error:
             raise Failure(str(error)) from error
         except KeyboardInterrupt:
-            console.print(f"stopped; finished runs are kept in {folder}, and the same command goes on")
+            print(f"stopped; finished runs are kept in {folder}, and the same command goes on")
             return 130
     return 0
 

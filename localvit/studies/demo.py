@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 import localvit
-from localvit.data import open_splits
 from localvit.locality.config import LocalityConfig
 from localvit.studies.comparison import compare
 from localvit.studies.confounders import confounders
@@ -20,7 +20,7 @@ from localvit.studies.throughput import THREADS, images_per_second
 from localvit.studies.tuning import Tuning
 from localvit.surgery import Plan
 from localvit.training import ConfigError, TrainConfig
-from localvit.training.build import build_model, build_optimizer, check_forward, pick_device, preprocessing
+from localvit.training.build import build_model, pick_device, preprocessing
 from localvit.training.checkpoint import load_checkpoint
 
 QUESTION = "Does locality in the feed-forward networks help this vision transformer?"
@@ -71,7 +71,6 @@ def answer(
         StudyFailed: if runs failed; the others are kept, and another call tries these again.
     """
     store = StudyFolder(folder, study)
-    plan = check_arms(study)
     failures = run_missing(store, jobs=jobs, console=console)
     if failures:
         reasons = "; ".join(f"{run.arm} seed {run.seed}: {reason}" for run, reason in failures.items())
@@ -82,14 +81,15 @@ def answer(
     models = {name: load_checkpoint(str(store.of(run)), device).model for name, run in first.items()}
     input_size = preprocessing(models[study.arms[0].name], study.base.data)["input_size"]
     speeds = images_per_second(models, input_size, device=device)
-    treatment = study.arms[1].name
+    treatment = models[study.arms[1].name]
+    plan = _plan(study, treatment.num_classes)  # type: ignore[arg-type]
     report = Report(
         study=study,
         comparison=compare(study, records, speeds),
         records={
             arm.name: [record for run, record in records.items() if run.arm == arm.name] for arm in study.arms
         },
-        treatment=models[treatment],
+        treatment=treatment,
         confounders=confounders(study.base.model, plan),
         dead=tuple(site.name for site in plan.sites if site.dead_parameters),
         tuning=tuning,
@@ -100,22 +100,9 @@ def answer(
     return report
 
 
-def check_arms(study: Study) -> Plan:
-    """Build what each arm trains, so that what cannot work fails before anything is written.
-
-    Returns:
-        What locality does to the control's model.
-
-    Raises:
-        ConfigError, DataError: as `training.train`, for an arm that cannot be trained.
-    """
-    configs = [study.config(arm, study.seeds[0]) for arm in study.arms]
-    splits = open_splits(study.base.data, seed=study.seeds[0])
-    for config in configs:
-        model = build_model(config.model, splits.num_classes)
-        check_forward(model, config.model.name, preprocessing(model, config.data)["input_size"])
-        build_optimizer(model, config.optim)
-        pick_device(config.device)
-    treated = configs[1].model
-    control = build_model(dataclasses.replace(treated, locality=None, blocks="all"), splits.num_classes)
-    return localvit.plan(control, treated.locality, treated.blocks)  # type: ignore[arg-type]  # checked above
+def _plan(study: Study, num_classes: int) -> Plan:
+    """What locality does to the control's model."""
+    treated = study.config(study.arms[1], study.seeds[0]).model
+    control = build_model(dataclasses.replace(treated, locality=None, blocks="all"), num_classes)
+    blocks: Any = treated.blocks  # building the model has checked it
+    return localvit.plan(control, treated.locality, blocks)

@@ -18,8 +18,10 @@ import torch
 from rich import progress
 from rich.console import Console
 
+from localvit.data import open_splits
 from localvit.studies.records import Record, StudyFolder, perform
-from localvit.studies.study import Run
+from localvit.studies.study import Run, Study
+from localvit.training.build import build_model, build_optimizer, check_forward, pick_device, preprocessing
 
 
 class StudyFailed(RuntimeError):
@@ -42,8 +44,10 @@ def run_missing(folder: StudyFolder, *, jobs: int = 2, console: Console | None =
         console: Where progress is shown; ``None`` shows nothing.
 
     Raises:
-        ConfigError: if a record cannot be read or another process works in the folder.
+        ConfigError, DataError: if an arm cannot be trained, a record cannot be read or another process works
+            in the folder; nothing was written.
     """
+    check_arms(folder.study)
     with folder.claim():
         runs = folder.study.runs()
         done = folder.finished()
@@ -59,6 +63,21 @@ def run_missing(folder: StudyFolder, *, jobs: int = 2, console: Console | None =
         finally:
             folder.write_results()
     return failures
+
+
+def check_arms(study: Study) -> None:
+    """Build what each arm trains, so that what cannot work fails before anything is written.
+
+    Raises:
+        ConfigError, DataError: as `training.train`, for an arm that cannot be trained.
+    """
+    for arm in study.arms:
+        config = study.config(arm, study.seeds[0])
+        pick_device(config.device)
+        splits = open_splits(config.data, seed=config.seed)
+        model = build_model(config.model, splits.num_classes)
+        check_forward(model, config.model.name, preprocessing(model, config.data)["input_size"])
+        build_optimizer(model, config.optim)
 
 
 def _collect(futures: dict[Future[Record], Run], failures: Failures, display: _Display) -> None:

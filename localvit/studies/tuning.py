@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from localvit.studies.records import StudyFolder, versions
-from localvit.studies.run import StudyFailed, run_missing
+from localvit.studies.run import Failures, StudyFailed, run_missing
 from localvit.studies.study import Arm, Study, differences
 from localvit.training import ConfigError, TrainConfig, to_dict
 from localvit.training.files import merge
@@ -90,7 +90,8 @@ def tune(
         console: Where progress is shown.
 
     Raises:
-        ConfigError: if the folder holds something else, or every rate of an arm failed.
+        ConfigError, DataError: as `run.run_missing`.
+        StudyFailed: if no rate of an arm finished with all seeds.
     """
     rates = sorted(base.optim.lr * factor for factor in factors)
     for extension in range(MOST_EXTENSIONS + 1):
@@ -102,20 +103,11 @@ def tune(
             arm.name: [[top1.get((_name(arm, rate), seed)) for seed in study.seeds] for rate in rates]
             for arm in arms
         }
-        chosen = {}
-        for name, by_rate in scores.items():
-            best = _best(rates, by_rate)
-            if best is None:
-                raise StudyFailed(f"{name}: no learning rate finished ({'; '.join(failures.values())})")
-            chosen[name] = best
-        borders = {rates[0], rates[-1]} & set(chosen.values())
-        if not borders or extension == MOST_EXTENSIONS:
+        chosen = _choose(rates, scores, failures)
+        wider = _extended(rates, list(chosen.values()))
+        if wider == rates or extension == MOST_EXTENSIONS:
             break
-        rates = [
-            *([rates[0] / 2] if rates[0] in borders else []),
-            *rates,
-            *([rates[-1] * 2] if rates[-1] in borders else []),
-        ]
+        rates = wider
     return Tuning(
         base=_tuned_part(base),
         changes={arm.name: arm.changes for arm in arms},
@@ -123,7 +115,7 @@ def tune(
         seeds=list(study.seeds),
         validation_top1=scores,
         chosen=chosen,
-        at_border=[name for name, rate in chosen.items() if rate in borders],
+        at_border=[name for name, rate in chosen.items() if _extended(rates, [rate]) != rates],
         command=command,
         versions=versions(),
     )
@@ -198,6 +190,16 @@ def _name(arm: Arm, rate: float) -> str:
     return f"{arm.name}-lr-{rate:g}"
 
 
+def _choose(
+    rates: Sequence[float], scores: Mapping[str, Sequence[Sequence[float | None]]], failures: Failures
+) -> dict[str, float]:
+    chosen = {name: _best(rates, by_rate) for name, by_rate in scores.items()}
+    found = {name: rate for name, rate in chosen.items() if rate is not None}
+    if len(found) < len(chosen):
+        raise StudyFailed(f"an arm finished with no learning rate ({'; '.join(failures.values())})")
+    return found
+
+
 def _best(rates: Sequence[float], by_rate: Sequence[Sequence[float | None]]) -> float | None:
     """The rate with the highest mean, the lower one of equals; ``None`` if each has a failed run."""
     means = {
@@ -206,6 +208,13 @@ def _best(rates: Sequence[float], by_rate: Sequence[Sequence[float | None]]) -> 
         if None not in scores
     }
     return max(means, key=lambda rate: (means[rate], -rate), default=None)
+
+
+def _extended(rates: Sequence[float], chosen: Sequence[float]) -> list[float]:
+    """The grid, longer by a factor of 2 at each end where a chosen rate lies."""
+    below = [rates[0] / 2] if rates[0] in chosen else []
+    above = [rates[-1] * 2] if rates[-1] in chosen else []
+    return [*below, *rates, *above]
 
 
 def _tuned_part(base: TrainConfig) -> dict[str, Any]:

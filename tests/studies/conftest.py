@@ -1,0 +1,38 @@
+import pytest
+
+from localvit.studies import run as run_module
+from localvit.studies.demo import demo_study
+from localvit.studies.records import StudyFolder
+from localvit.training import resolve
+from tests.studies.tiny import SETTINGS, make_pictures, workers_here
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs of a study need no worker processes."""
+    monkeypatch.setattr(run_module, "_workers", workers_here)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def settings(pictures):
+    return (*SETTINGS, f"data.train={pictures}")
+
+
+@pytest.fixture
+def tiny(settings):
+    return resolve("digits", settings)
+
+
+@pytest.fixture
+def study(tiny):
+    return demo_study(tiny, 2, None)
+
+
+@pytest.fixture
+def folder(study, tmp_path):
+    return StudyFolder(tmp_path / "out", study)
