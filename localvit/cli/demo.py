@@ -34,7 +34,7 @@ class Options:
     val_data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
     """pictures that are reported; without it, what the data brings along, or a part held out of it"""
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
-    """what both arms share; digits for digits, otherwise small_images (32x32 pixels, 4x4 patches)"""
+    """what both arms share; digits for digits, otherwise small_images_quick (32x32 pixels)"""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """change a field of the recipe, e.g. epochs=5 or model.args.depth=4"""
     seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 5
@@ -125,7 +125,7 @@ def _base(options: Options) -> TrainConfig:
 
 
 def _recipe(options: Options) -> str:
-    return options.recipe or ("digits" if options.data == "digits" else "small_images")
+    return options.recipe or ("digits" if options.data == "digits" else "small_images_quick")
 
 
 def _default_output(data: str) -> str:
