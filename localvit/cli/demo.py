@@ -152,6 +152,7 @@ def _tune(options: Options, base: TrainConfig, folder: Path, console: Console) -
     )
     tuning.save_tuning(found, folder)
     console.print(tuning.as_markdown(found), markup=False, highlight=False, soft_wrap=True)
+    print(f"written: {folder / 'tuning.json'}; the demo with the same data and output will use it")
 
 
 def _compare(options: Options, base: TrainConfig, folder: Path, console: Console) -> None:

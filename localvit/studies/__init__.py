@@ -1,1 +1,1 @@
-"""Controlled comparisons: a study as a value, its runs, and what they show."""
+"""Controlled comparisons: a study as a value, its runs, and what they show. Needs the extra `study`."""

@@ -109,7 +109,7 @@ def verdict(comparison: Comparison) -> str:
             f"Not distinguishable with {seeds}: the difference of {points(found.estimate.mean, sign=True)} "
             f"(95 % interval {interval(found.estimate, sign=True)}, {p_text(found.p_value)}) may be chance, "
             f"and a true difference below {points(found.detectable)} would have been missed more often "
-            f"than {1 - POWER:.0%} of the time."
+            f"than {100 * (1 - POWER):.0f} % of the time."
         )
     return sentence + _ceiling(comparison)
 
