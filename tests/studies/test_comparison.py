@@ -45,11 +45,14 @@ def test_worse():
     assert "-2.25 to -1.75" in found
 
 
-def test_not_distinguishable_says_what_could_not_have_been_seen():
-    # Differences +1, -1, +0.5: mean 1/6, sd 1.0408.
-    made = comparison([90.0, 91.0, 92.0], [91.0, 90.0, 92.5])
+# Differences +1, -1, +0.5 (p = 0.8) and +1, +0.2, +0.9 (t = 2.78 with 2 degrees: p = 0.109).
+@pytest.mark.parametrize(
+    ("treatment", "mean"), [([91.0, 90.0, 92.5], "+0.17"), ([91.0, 91.2, 92.9], "+0.70")]
+)
+def test_not_distinguishable_says_what_could_not_have_been_seen(treatment, mean):
+    made = comparison([90.0, 91.0, 92.0], treatment)
     found = verdict(made)
-    assert found.startswith("Not distinguishable with 3 seeds: the difference of +0.17 points")
+    assert found.startswith(f"Not distinguishable with 3 seeds: the difference of {mean} points")
     assert f"below {made.difference.detectable:.2f} points would have been missed" in found
 
 
