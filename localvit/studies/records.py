@@ -20,15 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import timm
 import torch
 
-import localvit
 from localvit.cost import count_macs
 from localvit.studies.study import Run, Study, differences, key_of
 from localvit.training import ConfigError, Metrics, TrainConfig, from_dict, to_dict, train
 from localvit.training.build import preprocessing
-from localvit.training.output import write_atomically
+from localvit.training.output import versions, write_atomically
 
 _OWN = ("runs", "results.jsonl", "report.html", "report.md", "summary.json")
 
@@ -183,16 +181,6 @@ class StudyFolder:
             for run, record in self.finished().items()
         ]
         write_atomically(self.path / "results.jsonl", "".join(f"{row}\n" for row in rows))
-
-
-def versions() -> dict[str, str]:
-    """Package -> version of what a result depends on."""
-    return {
-        "localvit": localvit.__version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def machine(threads: int) -> str:

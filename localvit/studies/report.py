@@ -18,12 +18,12 @@ from torch import nn
 from localvit.locality.config import LocalityConfig
 from localvit.studies import figures
 from localvit.studies.comparison import Comparison, interval, p_text, points, verdict
-from localvit.studies.records import Record, versions
+from localvit.studies.records import Record
 from localvit.studies.statistics import Estimate
 from localvit.studies.study import Study, differences
 from localvit.studies.tuning import Tuning, tuning_table
 from localvit.training import to_dict
-from localvit.training.output import write_atomically
+from localvit.training.output import versions, write_atomically
 
 Rows = list[list[str]]
 

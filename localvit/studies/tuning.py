@@ -18,12 +18,12 @@ from typing import Any
 
 from rich.console import Console
 
-from localvit.studies.records import StudyFolder, versions
+from localvit.studies.records import StudyFolder
 from localvit.studies.run import Failures, StudyFailed, run_missing
 from localvit.studies.study import Arm, Study, differences
 from localvit.training import ConfigError, TrainConfig, to_dict
 from localvit.training.files import merge
-from localvit.training.output import write_atomically
+from localvit.training.output import versions, write_atomically
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """The first grid, as multiples of the base's learning rate; 2 apart, nearer ones differ less than seeds."""

@@ -69,12 +69,7 @@ class RunFolder:
             "best": None,
             "test": None,
             "notes": list(notes),
-            "versions": {
-                "localvit": localvit.__version__,
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         }
         write_atomically(self.path / "config.yaml", dump(config))
         self.update()
@@ -124,6 +119,16 @@ class RunFolder:
             move_into_place(temporary, self.path / name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def versions() -> dict[str, str]:
+    """Package -> version of what a result depends on."""
+    return {
+        "localvit": localvit.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def write_atomically(path: Path, text: str) -> None:
