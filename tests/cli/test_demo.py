@@ -14,6 +14,7 @@ from localvit.cli import main
 from localvit.cli.arguments import parse
 from localvit.cli.demo import Options, _default_output, command
 from localvit.studies import run as run_module
+from localvit.studies import tuning as tuning_module
 from tests.studies.tiny import SETTINGS, make_pictures, workers_here
 
 FLAGS = [word for setting in SETTINGS for word in ("--set", setting)]
@@ -45,6 +46,7 @@ def test_demo_in_worker_processes(pictures, tmp_path, capsys):
 
 def test_own_tuning_is_used(pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_module, "_workers", workers_here)
+    monkeypatch.setattr(tuning_module, "MOST_EXTENSIONS", 0)
     out = tmp_path / "out"
     data = ("--data", pictures, "--output", out)
     assert demo(*data, "--tune", "--tune-seeds", 1, "--tune-factors", 1, 2) == 0

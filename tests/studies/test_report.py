@@ -11,6 +11,7 @@ from rich.console import Console
 
 from localvit.studies import figures
 from localvit.studies import run as run_module
+from localvit.studies import tuning as tuning_module
 from localvit.studies.comparison import verdict
 from localvit.studies.demo import ARMS, answer, demo_study
 from localvit.studies.report import as_html, as_markdown, as_rich
@@ -60,6 +61,7 @@ def tiny(pictures):
 def report(tiny, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "_workers", workers_here)
+        patch.setattr(tuning_module, "MOST_EXTENSIONS", 0)
         tuning = tune(tiny, ARMS, folder / "tuning", factors=(1.0, 2.0), seeds=1, command="tuned <so>")
         study = demo_study(tiny, 2, tuning)
         return answer(study, folder, tuning=tuning, command="demo <so> & so", jobs=1, console=None)

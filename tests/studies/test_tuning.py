@@ -85,7 +85,8 @@ def test_rates_with_a_failed_run_are_out_and_the_lower_of_equals_wins():
     assert module._best([1.0], [[None]]) is None
 
 
-def test_a_real_tuning_is_kept_and_read_back(tiny, tmp_path):
+def test_a_real_tuning_is_kept_and_read_back(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MOST_EXTENSIONS", 0)
     found = tune(tiny, ARMS, tmp_path, factors=(1.0, 2.0), seeds=1, command="the command")
     save_tuning(found, tmp_path)
     assert load_tuning(tmp_path / "tuning.json") == found
