@@ -114,7 +114,7 @@ def test_the_command_in_the_report_gives_the_same_options(line):
     ("data", "folder"),
     [
         ("digits", "demo"),
-        ("../shared/data/cifar10-mini/train.tar", "demo/cifar10-mini-train"),
+        ("../data/cifar10-mini/train.tar", "demo/cifar10-mini-train"),
         ("torch/cifar10", "demo/torch-cifar10"),
         ("pictures", "demo/pictures"),
     ],
