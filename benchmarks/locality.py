@@ -1,6 +1,6 @@
 """What locality costs in time: ratios of interleaved runs, medians with quartiles.
 
-    make bench        # a few minutes; writes benchmarks/results/locality_<processor>_<date>.{md,json}
+    make bench        # a few minutes; writes benchmarks/results/locality_<machine>_<date>.{md,json}
 
 Every pair alternates within one process, so both sides meet the same machine. A ratio below 1 means that
 the first is faster. Compare ratios, not seconds: those belong to the machine named in the file.
@@ -9,7 +9,6 @@ the first is faster. Compare ratios, not seconds: those belong to the machine na
 import argparse
 import datetime
 import json
-import platform
 import re
 import statistics
 import time
@@ -26,6 +25,7 @@ from torch import nn
 
 import localvit
 from localvit import Grid, LocalityFeedForward
+from localvit.studies.records import machine
 
 Work = Callable[[], object]
 
@@ -103,12 +103,6 @@ def measurements(quick: bool) -> list[dict[str, object]]:
     ]
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -117,9 +111,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = measurements(args.quick)
-    machine = f"{processor()}, {args.threads} thread(s), PyTorch {torch.__version__}, timm {timm.__version__}"
-    table = Table("measured", "against", "ratio [quartiles]", title=machine)
-    lines = [f"# Cost of locality\n\n{machine}; localvit {localvit.__version__}; float32, eager.\n"]
+    hardware = machine(args.threads)
+    setting = f"{hardware}, PyTorch {torch.__version__}, timm {timm.__version__}"
+    table = Table("measured", "against", "ratio [quartiles]", title=setting)
+    lines = [f"# Cost of locality\n\n{setting}; localvit {localvit.__version__}; float32, eager.\n"]
     lines += ["| measured | against | ratio [quartiles] |", "|---|---|---|"]
     for row in rows:
         cells = (
@@ -130,11 +125,11 @@ def main() -> None:
         table.add_row(*cells)
         lines.append(f"| {' | '.join(cells)} |")
     Console().print(table)
-    slug = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
-    path = args.output / f"locality_{slug}_t{args.threads}_{datetime.date.today()}"
+    slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
+    path = args.output / f"locality_{slug}_{datetime.date.today()}"
     args.output.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    path.with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    path.with_suffix(".json").write_text(json.dumps({"machine": setting, "rows": rows}, indent=2) + "\n")
     print(f"written: {path}.md and .json")
 
 
