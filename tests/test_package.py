@@ -57,10 +57,11 @@ def test_commands_in_the_readme_exist():
 ROOMS = {
     "locality": set(),
     "cost": set(),
-    "surgery": {"locality", "cost"},
-    "models": {"locality", "cost", "surgery"},
+    "baselines": set(),
+    "surgery": {"locality", "cost", "baselines"},
+    "models": {"locality", "cost", "baselines", "surgery"},
     "data": set(),
-    "training": {"locality", "cost", "surgery", "models", "data"},
+    "training": {"locality", "cost", "baselines", "surgery", "models", "data"},
     "studies": {"locality", "cost", "surgery", "models", "data", "training"},
     "cli": {"locality", "cost", "surgery", "models", "data", "training", "studies"},
 }
