@@ -1,0 +1,610 @@
+"""Pyramid Vision Transformer (PVT), first version.
+
+Wang et al., Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions,
+arXiv 2102.12122. Reference: whai362/PVT, classification/pvt.py (Apache-2.0). timm has PVT v2 only.
+
+Four stages halve the resolution. Each starts with a patch embedding and a learnt position table; its
+attention reads keys and values from a spatially reduced copy of the tokens. Only the last stage has a class
+token, and only that token is classified.
+
+Shapes below: B batch, C channels, H and W sides of a map, N = H * W patch tokens, P prefix tokens (0 or 1).
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    DropPath,
+    LayerNorm,
+    Mlp,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    resample_abs_pos_embed,
+    to_2tuple,
+    to_ntuple,
+    trunc_normal_,
+    use_fused_attn,
+)
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    named_apply,
+    register_model,
+)
+from timm.models._features import feature_take_indices
+from timm.models._input import get_pretrained_grid_size, update_model_input_size
+from timm.models.vision_transformer import global_pool_nlc, init_weights_vit_timm
+from torch import Tensor, nn
+
+__all__ = ["PyramidVisionTransformer"]
+
+# Blocks per stage; the other sizes are the defaults of the class (classification/pvt.py).
+DEPTHS: dict[str, tuple[int, ...]] = {
+    "pvt_tiny": (2, 2, 2, 2),
+    "pvt_small": (3, 4, 6, 3),
+    "pvt_medium": (3, 4, 18, 3),
+    "pvt_large": (3, 8, 27, 3),
+}
+
+# ImageNet-1k top-1 in percent at 224 x 224: whai362/PVT, classification/README.md, "PVTv1 on ImageNet-1K".
+PUBLISHED: dict[str, float] = {"pvt_tiny": 75.1, "pvt_small": 79.8, "pvt_medium": 81.2, "pvt_large": 81.7}
+
+GlobalPool = Literal["", "token", "avg"]
+
+
+def _to_map(tokens: Tensor, feat_size: tuple[int, int], num_prefix_tokens: int = 0) -> Tensor:
+    """Patch tokens as a map: ``(B, P + N, C) -> (B, C, H, W)``, a channels-last view."""
+    patches = tokens[:, num_prefix_tokens:]
+    return patches.transpose(1, 2).reshape(patches.shape[0], -1, feat_size[0], feat_size[1])
+
+
+class Attention(nn.Module):
+    """Self-attention whose keys and values come from a spatially reduced copy of the tokens.
+
+    A rest of the map that ``sr_ratio`` does not divide is not seen by keys and values, as in the reference.
+    With the default ratios there is none: they reduce every stage to the resolution of the last.
+
+    Args:
+        dim: Token width.
+        num_heads: Heads; must divide ``dim``.
+        sr_ratio: Kernel and stride of the reducing convolution; 1 for plain attention, which is the only
+            kind that admits prefix tokens.
+        qkv_bias: Bias in the linear layers of query, key and value.
+        attn_drop, proj_drop: Dropout of attention weights and of the output.
+    """
+
+    fused_attn: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        sr_ratio: int = 1,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide the embedding width {dim}")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.fused_attn = use_fused_attn()
+
+        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio, **dd) if sr_ratio > 1 else None
+        # The reference's default eps, 1e-5, unlike the norms of the block.
+        self.norm = nn.LayerNorm(dim, **dd) if sr_ratio > 1 else nn.Identity()
+
+    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
+        """``(B, P + N, C) -> (B, P + N, C)``; ``feat_size`` is (H, W)."""
+        B, N, C = x.shape
+        q = self.q(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
+        if self.sr is not None:
+            x = self.sr(_to_map(x, feat_size)).flatten(2).transpose(1, 2)
+            x = self.norm(x)
+        kv = self.kv(x).reshape(B, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        k, v = kv.unbind(0)
+
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        else:
+            attn = (q * self.scale) @ k.transpose(-2, -1)
+            attn = self.attn_drop(attn.softmax(dim=-1))
+            x = attn @ v
+
+        x = x.transpose(1, 2).reshape(B, N, C)
+        return self.proj_drop(self.proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; only its attention needs to know the map's size."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        sr_ratio: int = 1,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        act_layer: type[nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = LayerNorm,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = Attention(dim, num_heads, sr_ratio, qkv_bias, attn_drop, proj_drop, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
+        """``(B, P + N, C) -> (B, P + N, C)``; ``feat_size`` is (H, W)."""
+        x = x + self.drop_path1(self.attn(self.norm1(x), feat_size))
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x
+
+
+class PyramidVisionTransformerStage(nn.Module):
+    """Patch embedding, class token if any, position table, blocks.
+
+    Args:
+        dim, dim_out: Channels of the map that comes in, width of the tokens that go out.
+        depth: Number of blocks.
+        img_size: Sides of the map that comes in.
+        patch_size: Factor by which the stage reduces them.
+        num_prefix_tokens: 1 where a class token is put in front, which asks for ``sr_ratio`` 1.
+        pos_drop: Dropout after the position table has been added.
+        drop_path: Drop-path rate, one for all blocks or one for each.
+        dynamic_img_size: Accept other sizes, for which the position table is interpolated.
+
+    The other arguments are those of :class:`Block`.
+    """
+
+    dynamic_img_size: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        dim_out: int,
+        depth: int,
+        img_size: tuple[int, int],
+        patch_size: int = 2,
+        num_prefix_tokens: int = 0,
+        sr_ratio: int = 1,
+        pos_drop: float = 0.0,
+        drop_path: float | Sequence[float] = 0.0,
+        dynamic_img_size: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        **block_args: Any,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if num_prefix_tokens and sr_ratio > 1:
+            raise ValueError(f"sr_ratio {sr_ratio}: must be 1 in the stage with the class token (the last)")
+        self.num_prefix_tokens = num_prefix_tokens
+        self.dynamic_img_size = dynamic_img_size
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=dim,
+            embed_dim=dim_out,
+            norm_layer=nn.LayerNorm,  # with the reference's default eps, 1e-5
+            strict_img_size=not dynamic_img_size,
+            **dd,
+        )
+        num_tokens = num_prefix_tokens + self.patch_embed.num_patches
+        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, dim_out, **dd))
+        self.pos_drop = nn.Dropout(pos_drop)
+        self.blocks = nn.ModuleList(
+            Block(dim_out, sr_ratio=sr_ratio, drop_path=rate, **block_args, **dd)
+            for rate in to_ntuple(depth)(drop_path)
+        )
+
+    def set_input_size(self, img_size: tuple[int, int]) -> None:
+        """Take maps of ``img_size`` from now on; the position table is interpolated (bicubic)."""
+        old_size = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size)
+        if self.patch_embed.grid_size != old_size:
+            resampled = resample_abs_pos_embed(
+                self.pos_embed.detach(), self.patch_embed.grid_size, old_size, self.num_prefix_tokens
+            )
+            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
+
+    def forward(self, x: Tensor, cls_token: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """Map to tokens.
+
+        Args:
+            x: ``(B, dim, H, W)``.
+            cls_token: ``(1, 1, dim_out)`` where ``num_prefix_tokens`` is 1.
+
+        Returns:
+            ``(B, P + N, dim_out)`` and the size (H / patch size, W / patch size) of the N patch tokens.
+        """
+        B, _, H, W = x.shape
+        feat_size = self.patch_embed.dynamic_feat_size((H, W))
+        x = self.patch_embed(x)
+        if cls_token is not None:
+            x = torch.cat([cls_token.expand(B, -1, -1), x], dim=1)
+        pos_embed = self.pos_embed
+        if self.dynamic_img_size:
+            pos_embed = resample_abs_pos_embed(
+                pos_embed, feat_size, self.patch_embed.grid_size, self.num_prefix_tokens
+            )
+        x = self.pos_drop(x + pos_embed)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, feat_size)
+            else:
+                x = block(x, feat_size)
+        return x, feat_size
+
+
+class PyramidVisionTransformer(nn.Module):
+    """Pyramid Vision Transformer; the defaults are PVT-Small.
+
+    Args:
+        img_size: Sides of the image, multiples of the whole reduction (32 by default). They size the
+            position tables.
+        patch_size: Patch size of the first stage; the later ones have 2.
+        in_chans: Image channels.
+        num_classes: Classes; 0 for no classifier.
+        global_pool: What the head reads: the class token, the mean of the last stage's patch tokens, or
+            (``""``) all tokens.
+        embed_dims, depths, num_heads, mlp_ratios, sr_ratios: One value per stage. The last ratio of spatial
+            reduction must be 1, because of the class token.
+        qkv_bias: Bias in the linear layers of query, key and value.
+        drop_rate: Dropout in front of the classifier.
+        pos_drop_rate, proj_drop_rate, attn_drop_rate: Dropout after the position tables; after attention's
+            projection and in the feed-forward; of attention weights. The reference's one ``drop_rate`` is the
+            first two.
+        drop_path_rate: Drop-path rate of the last block; it grows linearly from 0 at the first.
+        norm_layer: Norm of the blocks and of the final tokens. The default has eps 1e-6, as in the reference.
+        dynamic_img_size: Accept images of other sizes, for which position tables are interpolated.
+
+    Raises:
+        ValueError: for an ``img_size`` that the stages do not divide, lengths that differ, or a
+            ``global_pool`` that there is not.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: GlobalPool = "token",
+        embed_dims: Sequence[int] = (64, 128, 320, 512),
+        depths: Sequence[int] = (3, 4, 6, 3),
+        num_heads: int | Sequence[int] = (1, 2, 5, 8),
+        mlp_ratios: float | Sequence[float] = (8.0, 8.0, 4.0, 4.0),
+        sr_ratios: int | Sequence[int] = (8, 4, 2, 1),
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = LayerNorm,
+        dynamic_img_size: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        num_stages = len(depths)
+        num_heads = _per_stage("num_heads", num_heads, num_stages)
+        mlp_ratios = _per_stage("mlp_ratios", mlp_ratios, num_stages)
+        sr_ratios = _per_stage("sr_ratios", sr_ratios, num_stages)
+        embed_dims = _per_stage("embed_dims", embed_dims, num_stages)
+        map_size = _checked_img_size(img_size, patch_size, num_stages)
+
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dims[-1]
+        self.num_prefix_tokens = 1
+        self.dynamic_img_size = dynamic_img_size
+        self.feature_info = [
+            {"num_chs": dim, "reduction": patch_size * 2**i, "module": f"stages.{i}"}
+            for i, dim in enumerate(embed_dims)
+        ]
+
+        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.stages: Any = nn.ModuleList()  # of PyramidVisionTransformerStage, which its type cannot say
+        for i in range(num_stages):
+            stage = PyramidVisionTransformerStage(
+                dim=embed_dims[i - 1] if i else in_chans,
+                dim_out=embed_dims[i],
+                depth=depths[i],
+                img_size=map_size,
+                patch_size=2 if i else patch_size,
+                num_prefix_tokens=int(i == num_stages - 1),
+                num_heads=num_heads[i],
+                mlp_ratio=mlp_ratios[i],
+                sr_ratio=sr_ratios[i],
+                qkv_bias=qkv_bias,
+                pos_drop=pos_drop_rate,
+                proj_drop=proj_drop_rate,
+                attn_drop=attn_drop_rate,
+                drop_path=drop_path[i],
+                norm_layer=norm_layer,
+                dynamic_img_size=dynamic_img_size,
+                **dd,
+            )
+            self.stages.append(stage)
+            map_size = stage.patch_embed.grid_size
+
+        self.cls_token: nn.Parameter | None = nn.Parameter(torch.empty(1, 1, self.embed_dim, **dd))
+        self.norm = norm_layer(self.embed_dim, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+        self.init_weights(needs_reset=False)
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """As in the reference: std 0.02 for linear layers, tables and class token, else PyTorch's defaults.
+
+        Args:
+            needs_reset: Also draw what PyTorch draws at construction (convolutions, norms), for weights
+                that came from the meta device.
+        """
+        for stage in self.stages:
+            trunc_normal_(stage.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            trunc_normal_(self.cls_token, std=0.02)
+        named_apply(partial(init_weights_vit_timm, needs_reset=needs_reset), self)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The class token alone; position tables are decayed, as in the reference."""
+        return {"cls_token"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of parameter groups, by stage (``coarse``) or by block.
+
+        What precedes a stage's first block is in its group, and so is the class token in the last stage's.
+        """
+        last = len(self.stages) - 1
+        blocks: list[tuple[str, tuple[int, ...] | None]]
+        if coarse:
+            blocks = [(r"^stages\.(\d+)", None), (r"^cls_token", (last,))]
+        else:
+            blocks = [
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)\.", (0,)),
+                (r"^cls_token", (last, 0)),
+                (r"^norm", (99999,)),
+            ]
+        return {"stem": r"^stages\.0\.(?:patch_embed|pos_embed)", "blocks": blocks}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
+        """New classifier for ``num_classes`` (0: none), and another pooling if given."""
+        if global_pool is not None:
+            accepted = get_args(GlobalPool) if self.num_prefix_tokens else ("", "avg")
+            if global_pool not in accepted:
+                raise ValueError(f"global_pool {global_pool!r}: accepted are {accepted}")
+            self.global_pool: str = global_pool
+        self.num_classes = num_classes
+        dd = get_device_dtype(self)
+        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head.train(self.training)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Take images of ``img_size`` from now on; the position tables are interpolated (bicubic).
+
+        Raises:
+            ValueError: if the stages do not divide it; the model is left as it is.
+        """
+        patch_size = self.stages[0].patch_embed.patch_size[0]
+        map_size = image_size = _checked_img_size(img_size, patch_size, len(self.stages))
+        for stage in self.stages:
+            stage.set_input_size(map_size)
+            map_size = stage.patch_embed.grid_size
+        update_model_input_size(self, image_size)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """What :meth:`forward_features` returns, and the maps ``(B, C, H, W)`` after the stages.
+
+        Args:
+            x: Images, ``(B, in_chans, H, W)``.
+            indices: Which stages: the last n, or these; ``None`` for all.
+            norm: Apply the final norm to the map of the last stage; the others have none.
+            stop_early: Leave out the stages behind the last of ``indices``. The features are then the map of
+                that one.
+            output_fmt: "NCHW".
+            intermediates_only: Return the maps alone.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt {output_fmt!r}: accepted is 'NCHW'")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        intermediates = []
+        for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
+            x, feat_size = stage(x, self.cls_token if stage.num_prefix_tokens else None)
+            if i in take_indices:
+                tokens = self.norm(x) if norm and i == last else x
+                intermediates.append(_to_map(tokens, feat_size, stage.num_prefix_tokens).contiguous())
+            x = self.norm(x) if i == last else _to_map(x, feat_size)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the maps at ``indices`` do not need; returns them, counted from the first stage."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()
+        if prune_end:  # the class token and the head belong to the last stage
+            self.cls_token = None
+            self.num_prefix_tokens = 0
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if prune_head or prune_end:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images ``(B, in_chans, H, W)`` to the normed tokens of the last stage, ``(B, 1 + N, C)``."""
+        last = len(self.stages) - 1
+        for i, stage in enumerate(self.stages):
+            x, feat_size = stage(x, self.cls_token if stage.num_prefix_tokens else None)
+            if i < last:
+                x = _to_map(x, feat_size)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens ``(B, 1 + N, C)`` to logits, or (``pre_logits``) to what the classifier reads."""
+        x = global_pool_nlc(x, self.global_pool, self.num_prefix_tokens)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``(B, in_chans, H, W)`` to logits ``(B, num_classes)``."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _per_stage(name: str, values: Any, num_stages: int) -> tuple[Any, ...]:
+    """One value per stage, where one value may stand for all."""
+    values = to_ntuple(num_stages)(values)
+    if len(values) != num_stages:
+        raise ValueError(f"{name} {values}: {len(values)} values for {num_stages} stages (depths)")
+    return values
+
+
+def _checked_img_size(img_size: int | tuple[int, int], patch_size: int, num_stages: int) -> tuple[int, int]:
+    """(height, width), of which no patch embedding drops a row or column."""
+    size = to_2tuple(img_size)
+    multiple = patch_size * 2 ** (num_stages - 1)
+    if len(size) != 2 or any(side < multiple or side % multiple for side in size):
+        raise ValueError(
+            f"img_size {img_size}: height and width must be multiples of {multiple}, by which the "
+            f"{num_stages} stages reduce the image"
+        )
+    return size
+
+
+def to_own_key(key: str) -> str:
+    """Name of a weight here, from its name in the reference; names that are ours already are kept."""
+
+    def stage(match: re.Match[str]) -> str:
+        layer, number = match.groups()
+        return f"stages.{int(number) - 1}.{'blocks' if layer == 'block' else layer}"
+
+    return re.sub(r"^(patch_embed|pos_embed|block)(\d+)(?=\.|$)", stage, key)
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: PyramidVisionTransformer) -> dict[str, Tensor]:
+    """A checkpoint of the reference, or our own, as a state dict for ``model``.
+
+    Position tables are interpolated (bicubic) where the checkpoint has another input size than ``model``.
+
+    Raises:
+        ValueError: if that size is not recorded (``pretrained_model_args``) and the tables are not square.
+    """
+    weights = {to_own_key(key): value for key, value in state_dict.get("model", state_dict).items()}
+    if "stages.0.pos_embed" not in weights:
+        return weights
+    first_kernel = weights.get("stages.0.patch_embed.proj.weight")
+    num_patches = weights["stages.0.pos_embed"].shape[1] - model.stages[0].num_prefix_tokens
+    old_grid = get_pretrained_grid_size(model, first_kernel, num_patches)  # None: not what is recorded
+    new_grid = model.stages[0].patch_embed.grid_size
+    if old_grid is None and num_patches == new_grid[0] * new_grid[1]:
+        old_grid = new_grid
+    elif old_grid is None:
+        old_grid = (math.isqrt(num_patches), math.isqrt(num_patches))
+        if old_grid[0] ** 2 != num_patches:
+            raise ValueError(
+                f"pos_embed of the checkpoint: {num_patches} patches, of unknown rows and columns"
+            )
+    for i, stage in enumerate(model.stages):
+        new_grid = stage.patch_embed.grid_size
+        key, grid = f"stages.{i}.pos_embed", (old_grid[0] // 2**i, old_grid[1] // 2**i)
+        if grid != new_grid:
+            weights[key] = resample_abs_pos_embed(weights[key], new_grid, grid, stage.num_prefix_tokens)
+    return weights
+
+
+def _cfg(name: str) -> dict[str, Any]:
+    """Weights and evaluation of the reference: resize 256 bicubic, crop 224 (classification/datasets.py)."""
+    return {
+        "url": f"https://github.com/whai362/PVT/releases/download/v2/{name}.pth",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "fixed_input_size": True,
+        "pool_size": (7, 7),
+        "interpolation": "bicubic",
+        "crop_pct": 224 / 256,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stages.0.patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/whai362/PVT",
+        "paper_ids": "arXiv:2102.12122",
+    }
+
+
+default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name) for name in DEPTHS})
+
+
+def _entrypoint(name: str) -> Callable[..., PyramidVisionTransformer]:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
+        args = {"depths": DEPTHS[name], **kwargs}
+        return build_model_with_cfg(
+            PyramidVisionTransformer,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": "getter"},
+            **args,
+        )
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    return entrypoint
+
+
+for _name in DEPTHS:
+    globals()[_name] = register_model(_entrypoint(_name))
