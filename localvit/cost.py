@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -42,5 +43,19 @@ def _as_meta(tensor: Tensor) -> Tensor:
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     """``build()`` without memory and without random numbers: for counting."""
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutInit():
         return build()
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Initial values are not drawn. On the meta device they are no values, and take most of the time."""
+
+    _METHODS = frozenset(
+        getattr(Tensor, name)
+        for name in ("uniform_", "normal_", "clamp_", "erfinv_", "mul_", "add_", "fill_", "zero_", "copy_")
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._METHODS and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))

@@ -58,9 +58,9 @@ class SoftSplit(nn.Module):
 def _positive_features(x: Tensor, w: Tensor) -> Tensor:
     """``exp(w x - |x|^2 / 2) / sqrt(m)`` for m rows of ``w``: ``(B, N, C) -> (B, N, m)``.
 
-    The exponent is ``|w|^2 / 2 - |x - w|^2 / 2``, hence at most ``m / 2`` for rows of norm ``sqrt(m)``
-    (16 in the published models). It cannot overflow float32, and where it underflows the epsilon
-    of the quotient has long decided the result.
+    The exponent is ``|w|^2 / 2 - |x - w|^2 / 2``, hence at most ``m / 2`` for rows of norm ``sqrt(m)``: 16 in
+    the published models, and no overflow of float32 up to m = 80. Where it underflows, the epsilon of
+    the quotient has long made the attention zero, as in the reference; there the skip path remains.
     """
     exponent = x @ w.t() - x.square().sum(dim=-1, keepdim=True) / 2
     return exponent.exp() / math.sqrt(w.shape[0])

@@ -1,46 +1,121 @@
-"""``localvit models``: the names, what they cost, and what their authors report."""
+"""``localvit models``: the names, what they cost, what their authors report, and what confounds it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from localvit.cli.arguments import UsageError
+
+if TYPE_CHECKING:
+    from localvit.models import Card, Entry
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """List the models with locality and their baselines."""
+    """List the models with locality and their baselines, or all that is known of one."""
 
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None
+    """print the card of this name"""
     json: bool = False
-    """print JSON instead of a table"""
+    """print JSON instead"""
 
 
 def run(options: Options) -> int:
-    """Print the table; 0 when done."""
+    """Print the table or a card; 0 when done."""
     import dataclasses
     import json
 
-    from rich.console import Console
-    from rich.table import Table
+    from localvit.models import card, catalogue
 
-    from localvit.models import catalogue
-
+    if options.name is not None:
+        chosen = card(_known(options.name))
+        print(json.dumps(dataclasses.asdict(chosen), indent=2) if options.json else "\n".join(_card(chosen)))
+        return 0
     entries = catalogue()
     if options.json:
         print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=2))
-        return 0
+    else:
+        _print_table(entries)
+    return 0
+
+
+def _known(name: str) -> str:
+    import difflib
+
+    from localvit.models.catalogue import names
+
+    if name in names():
+        return name
+    near = difflib.get_close_matches(name, names(), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "`localvit models` lists the names"
+    raise UsageError(f"there is no model {name!r} in the table; {hint}")
+
+
+def _print_table(entries: Sequence[Entry]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
     sources = dict.fromkeys(entry.source for entry in entries if entry.source)
     table = Table(
-        title="Parameters and multiply-accumulates measured, ImageNet-1k top-1 as published",
-        caption=f"Accuracy from {', '.join(sources)} (GitHub)",
+        title="Parameters and multiply-accumulates measured, ImageNet-1k accuracy (%) as published",
+        caption=f"Accuracy from {', '.join(sources)} (GitHub). localvit models NAME tells more of one.",
+        box=box.SIMPLE,
+        padding=(0, 0, 0, 1),
     )
     table.add_column("name", no_wrap=True)
-    for column in ("params (M)", "GMACs", "top-1 (%)"):
-        table.add_column(column, justify="right")
+    for column in ("Mparams", "GMACs", "top-1", "top-5"):
+        table.add_column(column, justify="right", no_wrap=True)
     for entry in entries:
         table.add_row(
             entry.name,
             f"{entry.parameters / 1e6:.2f}",
             f"{entry.gmacs:.3f}",
             "-" if entry.top1 is None else f"{entry.top1:.2f}",
+            "-" if entry.top5 is None else f"{entry.top5:.2f}",
         )
     Console().print(table)
-    return 0
+
+
+def _card(card: Card) -> Iterator[str]:
+    yield card.entry.name
+    yield from _facts(card.entry)
+    if card.base is None:
+        return
+    yield f"  made from       {card.base.name} by localvit.localize"
+    yield f"  locality        {_settings(card.entry.locality or {})}"
+    for group, values in card.entry.also.items():
+        yield f"    {group}: {_settings(values)}"
+    if card.entry.args:
+        yield f"  arguments       {_settings(card.entry.args)}"
+    if card.dead_parameters:
+        yield f"  dead            {card.dead_parameters:,} parameters that no output depends on"
+    if card.matched:
+        yield f"  matched         {card.matched}: with the control's heads, pre-norm, drop-path and token paths"
+    yield "baseline"
+    yield f"  {card.base.name}"
+    yield from _facts(card.base)
+    yield "what differs besides the depth-wise convolution"
+    yield from (f"  - {sentence}" for sentence in card.confounders)
+    yield from (f"note: {note}" for note in card.notes)
+
+
+def _facts(entry: Entry) -> Iterator[str]:
+    channels, height, width = entry.input_size
+    yield f"  cost            {entry.parameters:,} parameters, {entry.gmacs:.4f} GMACs at {height} x {width}"
+    if entry.top1 is None:
+        yield "  published       no accuracy"
+    else:
+        top5 = "" if entry.top5 is None else f", top-5 {entry.top5:g} %"
+        yield f"  published       top-1 {entry.top1:g} %{top5} on ImageNet-1k ({entry.source}); not repeated here"
+    yield f"  weights         {entry.weights or 'none published'}"
+
+
+def _settings(values: object) -> str:
+    import json
+
+    return json.dumps(values)

@@ -18,14 +18,14 @@ Norm = Literal["none", "batch", "layer", "group"]
 NormOrder = Literal["norm-act", "act-norm"]
 Prefix = Literal["bypass", "mlp", "passthrough"]
 
-# What a field left at None becomes. "base" is not a value of any field: it says that the FFN being
-# replaced decides, so the field stays None and an explicit value contradicts `init`.
+# What a field left at None becomes. "base" is not a value of any field: it says that the FFN which is there
+# decides, so the field stays None. (Under init="preserve" an explicit value then contradicts `init`.)
 _BASE = "base"
 _DECIDED: dict[Init, dict[str, Any]] = {
     "paper": {
         "activation": "hardswish",
         "gate": "se",
-        "expansion": 4.0,
+        "expansion": _BASE,
         "norm": "batch",
         "bias": False,
         "inner_skip": False,
@@ -50,6 +50,8 @@ _DECIDED: dict[Init, dict[str, Any]] = {
 # Squeeze units of the SE gate when neither `gate_width` nor `gate_reduction` is given: what the paper's
 # LocalViT-T and -S have (hidden 768 // 192 and 1536 // 384).
 DEFAULT_GATE_WIDTH = 4
+# Hidden width over `dim` where there is no FFN to take it from: DeiT's and the paper's.
+DEFAULT_EXPANSION = 4.0
 
 
 class ConfigError(ValueError):
@@ -77,8 +79,10 @@ class LocalityConfig:
         gate: Channel gate on the hidden map: ``"se"`` (squeeze-and-excitation with a hard sigmoid),
             ``"eca"`` (sigmoid), ``"eca_hard"`` (hard sigmoid) or ``"none"``. Paper: ``"se"``.
         gate_reduction: SE squeeze width as ``hidden // gate_reduction`` (the paper's "reduction").
+            ``"dim"`` stands for the token width, as in the paper's PVT and TNT.
         gate_width: SE squeeze width in units. With neither given it is 4, as in LocalViT-T and -S.
-        expansion: Hidden width as a multiple of ``dim``. Paper: 4.
+        expansion: Hidden width as a multiple of ``dim``. Default: that of the FFN which is there (4 in
+            DeiT, Swin and TNT, 8 and 4 in PVT, 2 in T2T-ViT-7), which is the paper's choice.
         norm: One value, or a triple (after the expansion, the depth-wise convolution, the projection).
             Paper: ``"batch"``.
         norm_groups: Number of groups where ``norm`` is ``"group"``; it must divide the channels. 32 is
@@ -103,7 +107,7 @@ class LocalityConfig:
     position: Position = "mid"
     activation: Activation | tuple[Activation, Activation] | None = None
     gate: Gate | None = None
-    gate_reduction: float | None = None
+    gate_reduction: float | Literal["dim"] | None = None
     gate_width: int | None = None
     expansion: float | None = None
     norm: Norm | tuple[Norm, Norm, Norm] | None = None
@@ -130,7 +134,7 @@ class LocalityConfig:
             raise _error("kernel_size", self.kernel_size, "a positive odd integer")
         for name in ("gate_reduction", "gate_width", "expansion", "norm_groups"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
+            if value not in (None, "dim") and not 0 < value < float("inf"):
                 raise _error(name, value, "a positive number")
 
     def _check_init(self) -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from timm.layers import EcaModule, LayerNorm2d, SqueezeExcite, trunc_normal_
 from torch import Tensor, nn
 
-from localvit.locality.config import DEFAULT_GATE_WIDTH, ConfigError, LocalityConfig
+from localvit.locality.config import DEFAULT_EXPANSION, DEFAULT_GATE_WIDTH, ConfigError, LocalityConfig
 from localvit.locality.grid import Grid, GridRecord, map_to_tokens, tokens_to_map
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -76,12 +76,13 @@ class LatticeModule(nn.Module):
 
     @torch.jit.unused
     def _recorded_size(self) -> tuple[int, int]:
-        if self.grid_record is None or self.grid_record.size is None:
+        size = self.grid_record.size if self.grid_record is not None else None
+        if size is None:
             raise RuntimeError(
                 f"{type(self).__name__} does not know the lattice of its tokens: run it inside the model "
                 "that was localized, or pass grid=Grid(height, width, num_prefix_tokens)"
             )
-        return self.grid_record.size
+        return size
 
 
 class LocalityFeedForward(LatticeModule):
@@ -98,6 +99,7 @@ class LocalityFeedForward(LatticeModule):
     Args:
         dim: Token width C.
         config: Design; ``init`` must be ``"paper"``.
+        hidden_dim: Hidden width D where ``config.expansion`` leaves it open; default: 4 C.
         num_prefix_tokens: P, used when the lattice is looked up rather than passed.
         grid_record: Where to look the lattice up; without it, ``grid`` must be passed.
 
@@ -110,6 +112,7 @@ class LocalityFeedForward(LatticeModule):
         dim: int,
         config: LocalityConfig | None = None,
         *,
+        hidden_dim: int | None = None,
         num_prefix_tokens: int = 0,
         grid_record: GridRecord | None = None,
     ) -> None:
@@ -120,10 +123,12 @@ class LocalityFeedForward(LatticeModule):
                 f"init={cfg.init!r} adds to an existing FFN (use localize, or HiddenLocality); "
                 "LocalityFeedForward needs init='paper'"
             )
-        assert cfg.expansion is not None
         assert cfg.norm is not None
         assert cfg.activation is not None
-        hidden = int(dim * cfg.expansion)
+        if cfg.expansion is None and hidden_dim is not None:
+            hidden = hidden_dim
+        else:
+            hidden = int(dim * (cfg.expansion or DEFAULT_EXPANSION))
         if hidden < 1:
             raise ConfigError(f"expansion={cfg.expansion} of dim={dim} leaves no hidden channel")
         norms = cfg.norm if isinstance(cfg.norm, tuple) else (cfg.norm,) * 3
@@ -143,7 +148,7 @@ class LocalityFeedForward(LatticeModule):
             self.conv = _depthwise(channels, cfg.kernel_size, bias)
             self.norm2 = _norm(norms[1], channels, cfg)
             self.act2 = _ACTIVATIONS[acts[1]]()
-        self.gate = _gate(hidden, cfg)
+        self.gate = _gate(dim, hidden, cfg)
         self.fc2 = nn.Conv2d(hidden, dim, 1, bias=bias)
         self.norm3 = _norm(norms[2], dim, cfg)
         self.init_weights()
@@ -271,14 +276,14 @@ def _norm(name: str, channels: int, config: LocalityConfig) -> nn.Module:
     return nn.Identity()
 
 
-def _gate(hidden: int, config: LocalityConfig) -> nn.Module | None:
+def _gate(dim: int, hidden: int, config: LocalityConfig) -> nn.Module | None:
     if config.gate in ("eca", "eca_hard"):
         return EcaModule(hidden, gate_layer=HardSigmoid if config.gate == "eca_hard" else nn.Sigmoid)
     if config.gate != "se":
         return None
     width = config.gate_width or DEFAULT_GATE_WIDTH
     if config.gate_reduction is not None:
-        width = int(hidden // config.gate_reduction)
+        width = int(hidden // (dim if config.gate_reduction == "dim" else config.gate_reduction))
         if width < 1:
             raise ConfigError(
                 f"gate_reduction={config.gate_reduction} of {hidden} hidden channels leaves no squeeze unit "

@@ -20,31 +20,46 @@ class Grid(NamedTuple):
 class GridRecord:
     """Where a model's hook leaves the lattice of the forward pass under way, for its FFNs to read.
 
-    All localized FFNs of one model share one record, and so does the module (``source``) whose input
-    size decides the lattice. A record is transient: in a copy or a pickle ``size`` is unset, because it
-    may hold symbolic integers of an export or proxies of an fx trace. The record of a copied model
-    belongs to the copy: a copy (EMA, say) that wrote to the record of its original would silently
-    reshape the original's tokens.
+    All localized FFNs that work on one lattice share one record, and so does the module whose forward is
+    hooked: one per model in a plain transformer, one per stage in a pyramid. A record is transient: in a
+    copy or a pickle its size is unset, because it may hold symbolic integers of an export or proxies of an
+    fx trace. The record of a copied model belongs to the copy: a copy (EMA, say) that wrote to the record
+    of its original would silently reshape the original's tokens.
 
     One forward pass at a time per model instance: two threads that share an instance share its record.
 
     Args:
-        source: Module with ``grid_size``, the lattice for the configured input size (timm's patch
-            embeddings). TorchScript cannot run hooks, so scripted models use that one.
+        source: Module that knows the lattice for the configured input size. TorchScript cannot run hooks,
+            so scripted models use that one.
+        attribute: Its attribute (height, width): ``grid_size`` in timm's patch embeddings.
+        constant: The lattice does not depend on the image (pixels within a patch), so there is no hook.
     """
 
-    def __init__(self, source: nn.Module | None = None) -> None:
+    def __init__(
+        self, source: nn.Module | None = None, attribute: str = "grid_size", constant: bool = False
+    ) -> None:
         self.source = source
-        self.size: tuple[int, int] | None = None
+        self.attribute = attribute
+        self.constant = constant
+        self._size: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Lattice of the forward pass under way; ``None`` where none was recorded."""
+        return self.static_size if self.constant else self._size
+
+    @size.setter
+    def size(self, size: tuple[int, int]) -> None:
+        self._size = size
 
     @property
     def static_size(self) -> tuple[int, int]:
         """Lattice for the configured input size, (0, 0) where there is none."""
-        size = getattr(self.source, "grid_size", None)
+        size = getattr(self.source, self.attribute, None)
         return (int(size[0]), int(size[1])) if size is not None else (0, 0)
 
     def __getstate__(self) -> dict[str, Any]:  # read by copy.copy, copy.deepcopy and pickle alike
-        return {"source": self.source, "size": None}
+        return {**self.__dict__, "_size": None}
 
 
 def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:

@@ -1,17 +1,20 @@
 """Names of models, and the authors' weights."""
 
-from localvit.models.catalogue import Entry, catalogue
+from localvit.models import variants  # noqa: F401 (registers the names with timm)
+from localvit.models.catalogue import Card, Entry, card, catalogue
 from localvit.models.published import CheckpointError, LoadReport, load_official
-from localvit.models.variants import BASELINES, VARIANTS, Published, Variant
+from localvit.models.table import BASELINES, VARIANTS, Published, Variant
 
 __all__ = [
     "BASELINES",
     "VARIANTS",
+    "Card",
     "CheckpointError",
     "Entry",
     "LoadReport",
     "Published",
     "Variant",
+    "card",
     "catalogue",
     "load_official",
 ]

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
-import torch
 from timm.models import get_pretrained_cfg
+from torch import nn
 
-from localvit.cost import count_macs, count_parameters
-from localvit.models.variants import BASELINES, VARIANTS
+from localvit.cost import count_macs, count_parameters, on_meta
+from localvit.models.table import BASELINES, VARIANTS
+from localvit.surgery import confounders, plan
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Entry:
         name: For ``timm.create_model``.
         base: The plain model it is made from; its own name for a baseline.
         locality: What is put into its feed-forward networks; ``None`` for a baseline.
+        also: What is put into further groups of them, by group.
         args: Constructor arguments in which it differs from its base.
         parameters: Counted on the built model, 1,000 classes.
         gmacs: Multiply-accumulates of one image at `input_size`, in units of 1e9 (:func:`count_macs`).
@@ -32,6 +34,7 @@ class Entry:
     name: str
     base: str
     locality: Mapping[str, Any] | None
+    also: Mapping[str, Mapping[str, Any]]
     args: Mapping[str, Any]
     parameters: int
     gmacs: float
@@ -42,12 +45,68 @@ class Entry:
     weights: str | None
 
 
+@dataclass(frozen=True)
+class Card:
+    """All that is known of one name; every field a JSON value.
+
+    Attributes:
+        entry: Its line of the table.
+        base: That of the plain model it is compared with; ``None`` for a baseline.
+        confounders: What differs between the two besides the depth-wise convolution, in sentences.
+        notes: Facts that do not follow from the configuration.
+        dead_parameters: Parameters that no output depends on (:class:`localvit.Plan`).
+        matched: Name of the variant without the confounders around the feed-forward network.
+    """
+
+    entry: Entry
+    base: Entry | None
+    confounders: tuple[str, ...]
+    notes: tuple[str, ...]
+    dead_parameters: int
+    matched: str | None
+
+
+def card(name: str) -> Card:
+    """The card of a name of the table.
+
+    Raises:
+        KeyError: for a name that is not in it.
+    """
+    if name not in names():
+        raise KeyError(name)
+    variant, entry = VARIANTS.get(name), _entry(name)
+    if variant is None:
+        return Card(entry, None, (), (), 0, None)
+    base, model = _on_meta(variant.base), _on_meta(name)
+    the_plan = plan(_on_meta(variant.base, **variant.args), variant.locality, also=variant.also)
+    dead = set(the_plan.dead_parameters)
+    matched = f"{name}_matched"
+    return Card(
+        entry=entry,
+        base=_entry(variant.base),
+        confounders=(*_other_heads(base, model), *confounders(the_plan)),
+        notes=variant.notes,
+        dead_parameters=sum(p.numel() for key, p in model.named_parameters() if key in dead),
+        matched=matched if matched in VARIANTS else None,
+    )
+
+
+def _other_heads(base: nn.Module, model: nn.Module) -> list[str]:
+    heads = [[m.num_heads for m in each.modules() if hasattr(m, "num_heads")] for each in (base, model)]
+    if heads[0] == heads[1]:
+        return []
+    control, local = ("/".join(map(str, dict.fromkeys(each))) for each in heads)
+    return [f"Attention heads: {control} in the control, {local} with locality."]
+
+
 def catalogue() -> list[Entry]:
     """All names with locality, each after the baseline it is compared with."""
-    names: list[str] = []
-    for name, variant in VARIANTS.items():
-        names += [n for n in (variant.base, name) if n not in names]
-    return [_entry(name) for name in names]
+    return [_entry(name) for name in names()]
+
+
+def names() -> list[str]:
+    """The names of the table, in its order."""
+    return list(dict.fromkeys(n for name, variant in VARIANTS.items() for n in (variant.base, name)))
 
 
 def _entry(name: str) -> Entry:
@@ -55,12 +114,12 @@ def _entry(name: str) -> Entry:
     published = variant.published if variant else BASELINES.get(name)
     cfg = get_pretrained_cfg(name)
     assert cfg is not None
-    with torch.device("meta"):  # built without memory, to be counted
-        model = timm.create_model(name)
+    model = _on_meta(name)
     return Entry(
         name=name,
         base=variant.base if variant else name,
         locality=variant.locality.to_dict() if variant else None,
+        also={group: config.to_dict() for group, config in variant.also.items()} if variant else {},
         args=dict(variant.args) if variant else {},
         parameters=count_parameters(model),
         gmacs=round(count_macs(model, cfg.input_size) / 1e9, 4),
@@ -70,3 +129,8 @@ def _entry(name: str) -> Entry:
         source=published.source if published else None,
         weights=(f"hf-hub:{cfg.hf_hub_id}" if cfg.hf_hub_id else str(cfg.url)) if cfg.has_weights else None,
     )
+
+
+def _on_meta(name: str, **args: Any) -> nn.Module:
+    """Built without memory, to be counted."""
+    return on_meta(lambda: timm.create_model(name, **args))

@@ -1,14 +1,16 @@
 """The authors' released weights, under our names.
 
 Reference repository: ofsoundof/LocalViT (paper: arXiv 2104.05707). Its checkpoints hold the model under
-``"model"``, beside optimizer state and an ``argparse.Namespace``. Attention, embeddings and head have
-timm's keys. The feed-forward network is one ``Sequential`` (``blocks.N.conv.conv.K``) whose positions
-depend on its options; :func:`reference_layers` spells them out.
+``"model"``, beside optimizer state and an ``argparse.Namespace``. What surrounds the feed-forward network is
+named as by the authors of each family (:mod:`localvit.models.families`). The feed-forward network is one
+``Sequential`` (``BLOCK.conv.conv.K``) whose positions depend on its options; :func:`reference_layers` spells
+them out.
 """
 
 import argparse
 import logging
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +23,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from localvit.locality import LocalityConfig, LocalityFeedForward
+from localvit.models.families import family_of, family_of_file
+from localvit.models.table import VARIANTS
 
 _logger = logging.getLogger(__name__)
 
 # Buffers that a model computes from its own geometry (Swin).
 _DERIVED = ("relative_position_index", "attn_mask")
-# Architectures that a file is tried against when no model is named.
-_CANDIDATES = ["localvit_*", "deit_*"]
+# Where a file may hold the weights; averaged ones are what T2T-ViT's authors evaluate.
+_CONTAINERS = ("model", "state_dict_ema", "state_dict")
 
 
 class CheckpointError(ValueError):
@@ -64,7 +68,7 @@ class LoadReport:
 def load_official(
     source: str | Path | Mapping[str, Any], model: str | nn.Module | None = None, *, strict: bool = True
 ) -> nn.Module:
-    """A model with the weights that the authors of LocalViT (or DeiT) published.
+    """A model with the weights that the authors of LocalViT, DeiT, T2T-ViT, PVT, TNT or Swin published.
 
     Args:
         source: Path of a ``.pth`` or ``.safetensors`` file, or its content. Pickled files are read with
@@ -101,11 +105,19 @@ def load_official(
 
 
 def to_own_keys(content: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Published weights as a state dict for ``model``: the checkpoint filter for timm's loaders."""
+    """Published weights as a state dict for ``model``: the checkpoint filter for timm's loaders.
+
+    Positions are interpolated where ``model`` has another input size than the file.
+    """
     weights, _ = weights_of(content)
-    own = model.state_dict()
-    names = _own_names(model)
-    return {names.get(k, k): _as_conv(v, own.get(names.get(k, k))) for k, v in weights.items()}
+    own, names = model.state_dict(), _own_names(weights, model)
+    renamed = {
+        names[key]: _in_shape_of(own.get(names[key]), value)
+        for key, value in weights.items()
+        if names[key] in own or not _is_unused(names[key], model)
+    }
+    family = family_of(model)
+    return dict(family.adapt(renamed, model)) if family else renamed
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
@@ -134,10 +146,11 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 
 def weights_of(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors to load, and what is left out: other entries of the file, derived buffers."""
-    inner = content.get("model", content)
+    container = next((name for name in _CONTAINERS if name in content), None)
+    inner = content if container is None else content[container]
     if not isinstance(inner, Mapping):
-        raise CheckpointError(f"'model' holds a {type(inner).__name__}, not a state dict")
-    dropped = {key: "not the model's weights" for key in content if inner is not content and key != "model"}
+        raise CheckpointError(f"{container!r} holds a {type(inner).__name__}, not a state dict")
+    dropped = dict.fromkeys((k for k in content if container and k != container), "not the model's weights")
     weights = {}
     for key, value in inner.items():
         if key.rpartition(".")[2] in _DERIVED:
@@ -169,9 +182,9 @@ def reference_layers(config: LocalityConfig) -> dict[str, str]:
     return names
 
 
-def _own_names(model: nn.Module) -> dict[str, str]:
-    """Reference key -> own key, where they differ."""
-    names = {}
+def _own_names(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
+    """Key of the file -> own key (which the model need not have)."""
+    local = {}
     for path, module in model.named_modules():
         if isinstance(module, LocalityFeedForward):
             theirs = {ours: position for position, ours in reference_layers(module.config).items()}
@@ -179,40 +192,57 @@ def _own_names(model: nn.Module) -> dict[str, str]:
             for key in module.state_dict():
                 layer, _, leaf = key.rpartition(".")
                 position = theirs.get(layer) or f"{theirs[layer.split('.')[0]]}.{layer.partition('.')[2]}"
-                names[f"{block}.conv.conv.{position}.{leaf}"] = f"{path}.{key}"
-    return names
+                local[f"{block}.conv.conv.{position}.{leaf}"] = f"{path}.{key}"
+    family = family_of(model)
+    names = family.own_keys(weights) if family else {key: key for key in weights}
+    return {key: local.get(name, name) for key, name in names.items()}
+
+
+def _is_unused(key: str, model: nn.Module) -> bool:
+    """Whether the reference stores this weight without using it."""
+    family = family_of(model)
+    return family is not None and family.unused is not None and re.search(family.unused, key) is not None
 
 
 def _fit(
-    name: str, weights: Mapping[str, Tensor], model: nn.Module, dropped: dict[str, str]
+    name: str, weights: Mapping[str, Tensor], model: nn.Module, dropped: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], LoadReport]:
     own = {k: v for k, v in model.state_dict().items() if k.rpartition(".")[2] not in _DERIVED}
-    names = _own_names(model)
+    names, dropped = _own_names(weights, model), dict(dropped)
     fitting, unexpected = {}, []
     for key, value in weights.items():
-        target = own.get(names.get(key, key))
-        value = _as_conv(value, target)
-        if target is None or target.shape != value.shape:
+        target = own.get(names[key])
+        value = _in_shape_of(target, value)
+        if target is None and _is_unused(names[key], model):
+            dropped[key] = "stored by the reference, never used by it"
+        elif target is None or target.shape != value.shape:
             unexpected.append(
                 key if target is None else f"{key} {list(value.shape)}, not {list(target.shape)}"
             )
         else:
-            fitting[names.get(key, key)] = value
-    matched = tuple(key for key in weights if names.get(key, key) in fitting)
+            fitting[names[key]] = value
+    matched = tuple(key for key in weights if names[key] in fitting)
     missing = tuple(key for key in own if key not in fitting)
     return fitting, LoadReport(name, matched, dropped, missing, tuple(unexpected))
 
 
-def _as_conv(value: Tensor, target: Tensor | None) -> Tensor:
-    """A linear weight (out, in) as the 1x1 convolution (out, in, 1, 1) that stands in its place."""
-    if target is not None and value.ndim == 2 and target.ndim == 4:
-        return value[:, :, None, None]
+def _in_shape_of(target: Tensor | None, value: Tensor) -> Tensor:
+    """The same weight where only its form differs: a linear weight (out, in) for a 1x1 convolution, a table
+    (1, positions, channels) for one (1, channels, height, width)."""
+    if target is not None and target.ndim == 4 and target.numel() == value.numel():
+        if value.ndim == 2:
+            return value[:, :, None, None]
+        if value.ndim == 3:
+            return value.transpose(1, 2).reshape(target.shape)
     return value
 
 
 def _recognise(weights: Mapping[str, Tensor]) -> str:
+    bases = timm.list_models(list(family_of_file(weights).bases))
+    is_local = any(".conv." in key for key in weights)
+    names = [name for name, variant in VARIANTS.items() if variant.base in bases] if is_local else bases
     reports = {}
-    for name in timm.list_models(_CANDIDATES):
+    for name in names:
         with torch.device("meta"):
             model = timm.create_model(name, **_class_count(weights))
         _, reports[name] = _fit(name, weights, model, {})
@@ -223,4 +253,5 @@ def _recognise(weights: Mapping[str, Tensor]) -> str:
 
 
 def _class_count(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {"num_classes": weights["head.bias"].shape[0]} if "head.bias" in weights else {}
+    bias = next((weights[key] for key in ("head.bias", "head.fc.bias") if key in weights), None)
+    return {} if bias is None else {"num_classes": bias.shape[0]}

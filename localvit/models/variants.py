@@ -1,113 +1,49 @@
-"""Names: each a baseline, a locality configuration, and what the reference does differently.
+"""The names of the table, registered with timm on ``import localvit``.
 
-Registered with timm on ``import localvit``, so ``timm.create_model("localvit_tiny_patch16_224")`` works
-with all that timm's factory offers. :func:`localized` makes any other localized model by its parts.
+So ``timm.create_model("localvit_tiny_patch16_224")`` works with all that timm's factory offers.
+:func:`localized` makes any other localized model by its parts.
 """
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.error import URLError
 
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import nn
 
+from localvit.baselines import tnt_legacy  # noqa: F401 (registers the size that timm lacks)
 from localvit.locality import LocalityConfig
 from localvit.models.published import to_own_keys
+from localvit.models.table import VARIANTS, Variant
 from localvit.surgery import LOCALIZED, BlockSpec, localize
 
-# How timm's features_only reads a plain transformer, and the factory arguments that are not the base's.
-_FEATURES = {"out_indices": 3, "feature_cls": "getter"}
+# Factory arguments that are not the base's.
 _FACTORY_ARGS = ("features_only", "out_indices", "feature_cls", "pretrained_model_args")
 
 _RELEASES = "https://github.com/ofsoundof/LocalViT/releases/download/v1.0.0/"
-_LOCALVIT_README = "ofsoundof/LocalViT README.md"
-_DEIT_README = "facebookresearch/deit README_deit.md"
-
-
-@dataclass(frozen=True)
-class Published:
-    """ImageNet-1k validation accuracy in percent, as its source states it."""
-
-    top1: float
-    top5: float
-    source: str
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One name.
-
-    Attributes:
-        base: timm name of the baseline.
-        locality: What is put into its FFNs.
-        args: Constructor arguments in which the reference differs from the baseline.
-        published: Accuracy that the authors report.
-        file: Name of the authors' weights among their releases.
-    """
-
-    base: str
-    locality: LocalityConfig
-    args: Mapping[str, Any] = field(default_factory=dict)
-    published: Published | None = None
-    file: str | None = None
-
-
-# Head counts: the reference's LocalViT-T has 4 and -S 8 where DeiT has 3 and 6 (models/localvit.py there).
-# Gate reductions: tables 2 and 5 of the paper; 192 and 384 leave 4 squeeze units.
-VARIANTS: dict[str, Variant] = {
-    "localvit_tiny_patch16_224": Variant(
-        base="deit_tiny_patch16_224",
-        locality=LocalityConfig(gate_reduction=192),
-        args={"num_heads": 4},
-        published=Published(74.84, 92.61, _LOCALVIT_README),
-        file="localvit_t.pth",
-    ),
-    "localvit_tiny_se4_patch16_224": Variant(
-        base="deit_tiny_patch16_224",
-        locality=LocalityConfig(gate_reduction=4),
-        args={"num_heads": 4},
-        published=Published(75.74, 93.05, _LOCALVIT_README),
-        file="localvit_t_se4.pth",
-    ),
-    "localvit_tiny_relu6_x6_patch16_224": Variant(
-        base="deit_tiny_patch16_224",
-        locality=LocalityConfig(activation="relu6", gate="none", expansion=6),
-        args={"num_heads": 4},
-    ),
-    "localvit_small_patch16_224": Variant(
-        base="deit_small_patch16_224",
-        locality=LocalityConfig(gate_reduction=384),
-        args={"num_heads": 8},
-        published=Published(80.78, 95.38, _LOCALVIT_README),
-        file="localvit_s.pth",
-    ),
-}
-
-# timm's names of the plain models that the variants are compared with.
-BASELINES: dict[str, Published] = {
-    "deit_tiny_patch16_224": Published(72.2, 91.1, _DEIT_README),
-    "deit_small_patch16_224": Published(79.9, 95.0, _DEIT_README),
-}
 
 
 def _default_cfg(variant: Variant) -> dict[str, Any]:
-    """timm's pretrained configuration: evaluation as in the reference (resize 256, centre crop 224)."""
+    """timm's pretrained configuration: the base's, with evaluation as in the reference, which resizes to 256,
+    crops 224 and normalises with ImageNet's statistics in all families."""
+    base = get_pretrained_cfg(variant.base)
+    assert base is not None
     return {
         "url": _RELEASES + variant.file if variant.file else "",
         "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "fixed_input_size": True,
+        "input_size": base.input_size,
+        "fixed_input_size": base.fixed_input_size,
+        "pool_size": base.pool_size,
         "interpolation": "bicubic",
         "crop_pct": 224 / 256,
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
+        "first_conv": base.first_conv,
+        "classifier": base.classifier,
         "license": "mit",
         "origin_url": "https://github.com/ofsoundof/LocalViT",
         "paper_ids": "arXiv:2104.05707",
@@ -119,11 +55,20 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def _features(base: str) -> dict[str, Any]:
+    """How timm's features_only reads the model: the four stages of a pyramid, the last blocks of the rest."""
+    cfg = get_pretrained_cfg(base)
+    pyramid = cfg is not None and cfg.pool_size is not None
+    return {"out_indices": (0, 1, 2, 3) if pyramid else 3, "feature_cls": "getter"}
+
+
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     variant = VARIANTS[name]
 
     def build(**model_args: Any) -> nn.Module:
-        return _localized_base(variant.base, variant.locality, "all", **{**variant.args, **model_args})
+        return _localized_base(
+            variant.base, variant.locality, "all", variant.also, **{**variant.args, **model_args}
+        )
 
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' files hold one
@@ -132,7 +77,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
                 name,
                 pretrained,
                 pretrained_filter_fn=to_own_keys,
-                feature_cfg=dict(_FEATURES),
+                feature_cfg=_features(variant.base),
                 **kwargs,
             )
     except URLError as error:
@@ -144,10 +89,14 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 
 def _localized_base(
-    base: str, locality: LocalityConfig | None, blocks: BlockSpec, **kwargs: Any
+    base: str,
+    locality: LocalityConfig,
+    blocks: BlockSpec,
+    also: Mapping[str, LocalityConfig],
+    **kwargs: Any,
 ) -> nn.Module:
     model = timm.create_model(base, **kwargs)
-    localize(model, locality, blocks, keep_originals=False)
+    localize(model, locality, blocks, also=also, keep_originals=False, count_macs=False)
     model._model_args = {}  # type: ignore[assignment]  # timm records the arguments of the outer call
     return model
 
@@ -158,6 +107,7 @@ def localized(
     base: str,
     locality: Mapping[str, Any] | None = None,
     blocks: BlockSpec = "all",
+    also: Mapping[str, Mapping[str, Any]] | None = None,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: Any = None,
     cache_dir: Any = None,
@@ -174,21 +124,23 @@ def localized(
         base: timm name of the plain model.
         locality: :meth:`LocalityConfig.to_dict`; default: the paper's.
         blocks: Which blocks (:func:`localvit.surgery.select_blocks`).
+        also: Further groups of FFNs (:func:`localvit.localize`), each a :meth:`LocalityConfig.to_dict`.
         kwargs: Further arguments of the base (``num_classes``, ``img_size``, ``features_only``, ...).
     """
     saved = pretrained_cfg is not None
     config = LocalityConfig.from_dict(locality or {})
+    others = {group: LocalityConfig.from_dict(values) for group, values in (also or {}).items()}
     base_args = {k: v for k, v in kwargs.items() if k not in _FACTORY_ARGS}
     if not saved:
         base_args |= {"pretrained": pretrained, "cache_dir": cache_dir}
-    model = _localized_base(base, config, blocks, **base_args)
+    model = _localized_base(base, config, blocks, others, **base_args)
     return build_model_with_cfg(
         lambda **_: model,
         LOCALIZED,
         pretrained and saved,
         pretrained_cfg=pretrained_cfg if saved else model.pretrained_cfg,  # type: ignore[arg-type]
         pretrained_cfg_overlay=pretrained_cfg_overlay,
-        feature_cfg=dict(_FEATURES),
+        feature_cfg=_features(base),
         cache_dir=cache_dir,
         **kwargs,
     )

@@ -11,14 +11,13 @@ from rich.console import Console
 import localvit
 from localvit.locality.config import LocalityConfig
 from localvit.studies.comparison import compare
-from localvit.studies.confounders import confounders
 from localvit.studies.records import StudyFolder, machine
 from localvit.studies.report import Report, write_report
 from localvit.studies.run import StudyFailed, run_missing
 from localvit.studies.study import Arm, Study
 from localvit.studies.throughput import THREADS, images_per_second
 from localvit.studies.tuning import Tuning
-from localvit.surgery import Plan
+from localvit.surgery import Plan, confounders
 from localvit.training import ConfigError, TrainConfig
 from localvit.training.build import build_model, pick_device, preprocessing
 from localvit.training.checkpoint import load_checkpoint
@@ -90,7 +89,7 @@ def answer(
             arm.name: [record for run, record in records.items() if run.arm == arm.name] for arm in study.arms
         },
         treatment=treatment,
-        confounders=confounders(study.base.model, plan),
+        confounders=confounders(plan, float(study.base.model.args.get("drop_path_rate", 0.0))),
         dead=tuple(site.name for site in plan.sites if site.dead_parameters),
         tuning=tuning,
         command=command,

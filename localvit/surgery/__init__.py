@@ -1,5 +1,6 @@
 """The idea put into a model: plan, apply, report, restore."""
 
+from localvit.surgery.confounders import confounders
 from localvit.surgery.layouts import UnsupportedModelError
 from localvit.surgery.localize import LOCALIZED, Report, RestoreError, localize, restore
 from localvit.surgery.placement import BlockSpec, select_blocks
@@ -13,6 +14,7 @@ __all__ = [
     "RestoreError",
     "SitePlan",
     "UnsupportedModelError",
+    "confounders",
     "localize",
     "plan",
     "restore",

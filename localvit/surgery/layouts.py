@@ -2,24 +2,60 @@
 
 ``LAYOUTS`` is the table: a new family is a new row. A class without a row is refused, because many
 classes look alike and order or drop their tokens differently.
+
+| family, group | FFN | tokens it is given | lattice |
+|---|---|---|---|
+| ViT, DeiT | ``blocks.i.mlp`` | (B, P + N, C), P from the model | the patch embedding's |
+| Swin | ``layers.s.blocks.i.mlp`` | (B, N, C), raster order, windows merged | the stage's |
+| PVT | ``stages.s.blocks.i.mlp`` | (B, P + N, C), P 0, then 1 | the stage's patch embedding's |
+| T2T | ``blocks.i.mlp`` | (B, 1 + N, C) | the last soft split's |
+| T2T, tokens_to_token | ``patch_embed.attention{1,2}.mlp`` | (B, N, C) | the soft split's before |
+| TNT | ``blocks.i.mlp`` | (B, 1 + N, C) | the pixel embedding's |
+| TNT, inner | ``blocks.i.mlp_in`` | (B N, pixels of a patch, c) | pixels of a patch, always |
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from timm.layers import GluMlp, Mlp, PatchDropout, PatchEmbed, SwiGLU
+from timm.models import swin_transformer, tnt
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from localvit.baselines.pvt import Block as PvtBlock
+from localvit.baselines.pvt import PyramidVisionTransformer
+from localvit.baselines.t2t_vit import T2TViT
 from localvit.locality import Grid
+from localvit.surgery.drop_path import BlockWithOwnDropPath
 
 # FFNs whose hidden state passes through `drop1` on its way to `fc2`.
 FFN_CLASSES: tuple[type[nn.Module], ...] = (Mlp, GluMlp, SwiGLU)
 
+# The group of FFNs that `localize` takes unless told otherwise.
+MAIN_GROUP = "blocks"
+
 
 class UnsupportedModelError(ValueError):
     """The model cannot be localized; the message says why."""
+
+
+@dataclass(frozen=True)
+class GridSource:
+    """Where the lattice of some FFNs becomes known.
+
+    Attributes:
+        module: Its forward is hooked.
+        reads: ``"input"``: ``module.dynamic_feat_size`` says what becomes of the size of its input map
+            (B, C, H, W). ``"output"``: the lattice is that of its output (B, H, W, C). ``"never"``: the
+            lattice does not depend on the image, so nothing is hooked.
+        static: Module that knows the lattice for the configured input size, and its attribute.
+    """
+
+    module: nn.Module
+    reads: Literal["input", "output", "never"]
+    static: tuple[nn.Module, str]
 
 
 @dataclass(frozen=True)
@@ -29,21 +65,31 @@ class Site:
     Attributes:
         name: Path of the block in the model, e.g. ``"blocks.3"``.
         block: The block, of which the following are attributes.
-        ffn, norm, layer_scale, drop_path: Attribute names of the FFN and of what stands around it.
+        ffn, norm, layer_scale, drop_path: Attribute names of the FFN and of what stands around it;
+            ``layer_scale`` and ``drop_path`` are ``None`` where the family has none.
         dim: Token width.
         grid: Lattice and prefix tokens that the FFN sees at the configured input size.
+        source: Where that lattice comes from.
         dead_patches: Whether no later layer reads the patch tokens that leave this block.
+        sequences: Token sequences per image (in TNT every patch is one for the inner transformer).
     """
 
     name: str
     block: nn.Module
     ffn: str
     norm: str
-    layer_scale: str
-    drop_path: str
+    layer_scale: str | None
+    drop_path: str | None
     dim: int
     grid: Grid
-    dead_patches: bool
+    source: GridSource
+    dead_patches: bool = False
+    sequences: int = 1
+
+    @property
+    def path(self) -> str:
+        """Path of the FFN in the model."""
+        return f"{self.name}.{self.ffn}"
 
     @property
     def module(self) -> nn.Module:
@@ -60,13 +106,13 @@ class Layout:
 
     Attributes:
         check: Raises :class:`UnsupportedModelError` for a model of the class that cannot be localized.
-        sites: The FFNs, in order of depth.
-        grid_source: The module whose input size decides the lattice; its forward is hooked.
+        groups: Name of a group -> its FFNs, in order of depth. The first is :data:`MAIN_GROUP`.
+        image_size: Configured (height, width).
     """
 
     check: Callable[[nn.Module], None]
-    sites: Callable[[nn.Module], Sequence[Site]]
-    grid_source: Callable[[nn.Module], nn.Module]
+    groups: Callable[[nn.Module], Mapping[str, Sequence[Site]]]
+    image_size: Callable[[nn.Module], tuple[int, int]]
 
 
 def layout_of(model: nn.Module) -> Layout:
@@ -85,51 +131,214 @@ def layout_of(model: nn.Module) -> Layout:
     return layout
 
 
-def _check_vit(model: nn.Module) -> None:
+def _check_blocks(blocks: Mapping[str, nn.Module], kind: type[nn.Module], *ffns: str) -> None:
+    for path, block in blocks.items():
+        if type(block) not in (kind, BlockWithOwnDropPath):
+            raise UnsupportedModelError(f"{path} is a {type(block).__name__} (accepted: {kind.__name__})")
+        for ffn in ffns:
+            found = type(block.get_submodule(ffn))
+            if found not in FFN_CLASSES:
+                names = ", ".join(cls.__name__ for cls in FFN_CLASSES)
+                raise UnsupportedModelError(f"{path}.{ffn} is a {found.__name__} (accepted: {names})")
+
+
+def _numbered(prefix: str, modules: nn.Module) -> dict[str, nn.Module]:
+    return {f"{prefix}.{name}": module for name, module in modules.named_children()}
+
+
+def _staged(prefix: str, stages: nn.Module) -> dict[str, nn.Module]:
+    return {
+        path: block
+        for name, stage in stages.named_children()
+        for path, block in _numbered(f"{prefix}.{name}.blocks", stage.get_submodule("blocks")).items()
+    }
+
+
+def _embedding(module: nn.Module) -> GridSource:
+    """A patch embedding, or anything else with ``dynamic_feat_size`` and ``grid_size``."""
+    return GridSource(module, "input", (module, "grid_size"))
+
+
+def _width(block: nn.Module, ffn: str) -> int:
+    """Of the tokens that an FFN is given."""
+    return int(block.get_submodule(f"{ffn}.fc1").in_features)  # type: ignore[arg-type]
+
+
+def _grid(source: GridSource, prefix: int) -> Grid:
+    module, attribute = source.static
+    height, width = getattr(module, attribute)
+    return Grid(height, width, prefix)
+
+
+# --- plain transformers: ViT, DeiT, T2T ----------------------------------------------------------------
+
+
+def _check_plain(model: nn.Module) -> None:
     assert isinstance(model, VisionTransformer)
-    if type(model.patch_embed) is not PatchEmbed:
-        raise UnsupportedModelError(
-            f"patch_embed is a {type(model.patch_embed).__name__}, whose token lattice is not known "
-            "(accepted: PatchEmbed)"
-        )
     if isinstance(model.patch_drop, PatchDropout) and model.patch_drop.prob > 0:
         raise UnsupportedModelError(
             f"patch_drop_rate={model.patch_drop.prob} removes tokens in training, so they have no lattice "
             "(accepted: 0)"
         )
-    for i, block in enumerate(model.blocks):
-        if type(block) is not Block:
-            raise UnsupportedModelError(f"blocks.{i} is a {type(block).__name__} (accepted: Block)")
-        if type(block.mlp) not in FFN_CLASSES:
-            names = ", ".join(cls.__name__ for cls in FFN_CLASSES)
-            raise UnsupportedModelError(f"blocks.{i}.mlp is a {type(block.mlp).__name__} (accepted: {names})")
+    _check_blocks(_numbered("blocks", model.blocks), Block, "mlp")
 
 
-def _vit_sites(model: nn.Module) -> list[Site]:
+def _check_vit(model: nn.Module) -> None:
+    if type(model.patch_embed) is not PatchEmbed:
+        raise UnsupportedModelError(
+            f"patch_embed is a {type(model.patch_embed).__name__}, whose token lattice is not known "
+            "(accepted: PatchEmbed)"
+        )
+    _check_plain(model)
+
+
+def _plain_sites(model: nn.Module, source: GridSource) -> list[Site]:
     assert isinstance(model, VisionTransformer)
-    height, width = model.patch_embed.grid_size
-    only_prefix_read = model.global_pool == "token"
     return [
         Site(
-            name=f"blocks.{i}",
+            name=path,
             block=block,
             ffn="mlp",
             norm="norm2",
             layer_scale="ls2",
             drop_path="drop_path2",
             dim=model.embed_dim,
-            grid=Grid(height, width, model.num_prefix_tokens),
-            dead_patches=only_prefix_read and i == len(model.blocks) - 1,
+            grid=_grid(source, model.num_prefix_tokens),
+            source=source,
+            dead_patches=model.global_pool == "token" and block is model.blocks[-1],
         )
-        for i, block in enumerate(model.blocks)
+        for path, block in _numbered("blocks", model.blocks).items()
     ]
 
 
-_VIT = Layout(
-    check=_check_vit, sites=_vit_sites, grid_source=lambda model: model.get_submodule("patch_embed")
-)
+def _vit_groups(model: nn.Module) -> dict[str, Sequence[Site]]:
+    return {MAIN_GROUP: _plain_sites(model, _embedding(model.get_submodule("patch_embed")))}
+
+
+def _t2t_groups(model: nn.Module) -> dict[str, Sequence[Site]]:
+    splits = [_embedding(model.get_submodule(f"patch_embed.soft_split{i}")) for i in range(3)]
+    stages = [
+        Site(
+            name=f"patch_embed.attention{i}",
+            block=model.get_submodule(f"patch_embed.attention{i}"),
+            ffn="mlp",
+            norm="norm2",
+            layer_scale=None,
+            drop_path=None,
+            dim=_width(model.get_submodule(f"patch_embed.attention{i}"), "mlp"),
+            grid=_grid(splits[i - 1], 0),
+            source=splits[i - 1],
+        )
+        for i in (1, 2)
+    ]
+    return {MAIN_GROUP: _plain_sites(model, splits[2]), "tokens_to_token": stages}
+
+
+# --- pyramids: Swin, PVT -------------------------------------------------------------------------------
+
+
+def _check_swin(model: nn.Module) -> None:
+    assert isinstance(model, swin_transformer.SwinTransformer)
+    _check_blocks(_staged("layers", model.layers), swin_transformer.SwinTransformerBlock, "mlp")
+
+
+def _swin_groups(model: nn.Module) -> dict[str, Sequence[Site]]:
+    assert isinstance(model, swin_transformer.SwinTransformer)
+    sites: list[Site] = []
+    for index, stage in enumerate(model.layers):
+        source = GridSource(stage.get_submodule("downsample"), "output", (stage, "output_resolution"))
+        sites += _stage_sites(f"layers.{index}.blocks", stage, source, 0)
+    return {MAIN_GROUP: sites}
+
+
+def _check_pvt(model: nn.Module) -> None:
+    _check_blocks(_staged("stages", model.get_submodule("stages")), PvtBlock, "mlp")
+
+
+def _pvt_groups(model: nn.Module) -> dict[str, Sequence[Site]]:
+    assert isinstance(model, PyramidVisionTransformer)
+    sites: list[Site] = []
+    for index, stage in enumerate(model.stages):
+        source = _embedding(stage.get_submodule("patch_embed"))
+        sites += _stage_sites(f"stages.{index}.blocks", stage, source, stage.num_prefix_tokens)
+    sites[-1] = replace(sites[-1], dead_patches=model.global_pool == "token")
+    return {MAIN_GROUP: sites}
+
+
+def _stage_sites(path: str, stage: nn.Module, source: GridSource, prefix: int) -> list[Site]:
+    return [
+        Site(
+            name=name,
+            block=block,
+            ffn="mlp",
+            norm="norm2",
+            layer_scale=None,
+            drop_path="drop_path2",
+            dim=_width(block, "mlp"),
+            grid=_grid(source, prefix),
+            source=source,
+        )
+        for name, block in _numbered(path, stage.get_submodule("blocks")).items()
+    ]
+
+
+# --- TNT -----------------------------------------------------------------------------------------------
+
+
+def _check_tnt(model: nn.Module) -> None:
+    _check_blocks(_numbered("blocks", model.get_submodule("blocks")), tnt.Block, "mlp", "mlp_in")
+
+
+def _tnt_groups(model: nn.Module) -> dict[str, Sequence[Site]]:
+    assert isinstance(model, tnt.TNT)
+    outer = _embedding(model.pixel_embed)
+    inner = GridSource(model.pixel_embed, "never", (model.pixel_embed, "new_patch_size"))
+    blocks = _numbered("blocks", model.blocks)
+    return {
+        MAIN_GROUP: [
+            Site(
+                name=path,
+                block=block,
+                ffn="mlp",
+                norm="norm_mlp",
+                layer_scale=None,
+                drop_path="drop_path_mlp",
+                dim=_width(block, "mlp"),
+                grid=_grid(outer, model.num_prefix_tokens),
+                source=outer,
+                dead_patches=model.global_pool == "token" and block is model.blocks[-1],
+            )
+            for path, block in blocks.items()
+        ],
+        "inner": [
+            Site(
+                name=path,
+                block=block,
+                ffn="mlp_in",
+                norm="norm_mlp_in",
+                layer_scale=None,
+                drop_path="drop_path_mlp_in",
+                dim=_width(block, "mlp_in"),
+                grid=_grid(inner, 0),
+                source=inner,
+                sequences=model.num_patches,
+            )
+            for path, block in blocks.items()
+        ],
+    }
+
+
+def _size_of(path: str) -> Callable[[nn.Module], tuple[int, int]]:
+    return lambda model: tuple(model.get_submodule(path).img_size)  # type: ignore[arg-type]
+
+
+_VIT = Layout(_check_vit, _vit_groups, _size_of("patch_embed"))
 
 LAYOUTS: dict[type[nn.Module], Layout] = {
     VisionTransformer: _VIT,
     VisionTransformerDistilled: _VIT,
+    T2TViT: Layout(_check_plain, _t2t_groups, _size_of("patch_embed")),
+    PyramidVisionTransformer: Layout(_check_pvt, _pvt_groups, _size_of("stages.0.patch_embed")),
+    swin_transformer.SwinTransformer: Layout(_check_swin, _swin_groups, _size_of("patch_embed")),
+    tnt.TNT: Layout(_check_tnt, _tnt_groups, _size_of("pixel_embed")),
 }

@@ -1,16 +1,16 @@
 """What a localization will do to a model, worked out before anything is done."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.models._input import get_model_input_config
 from torch import nn
 
 from localvit.cost import count_macs, count_parameters, macs_of, on_meta
-from localvit.locality import GridRecord, HiddenLocality, LocalityConfig, LocalityFeedForward
-from localvit.surgery.layouts import Site, UnsupportedModelError, layout_of
+from localvit.locality import ConfigError, GridRecord, HiddenLocality, LocalityConfig, LocalityFeedForward
+from localvit.surgery.layouts import MAIN_GROUP, Site, UnsupportedModelError, layout_of
 from localvit.surgery.placement import BlockSpec, select_blocks
 
 # The layer in front of which the hidden state of an FFN stands complete (after activation and gating).
@@ -30,6 +30,7 @@ class SitePlan:
         dead_parameters: Trainable parameters that no output of the model depends on, as full names. The
             head of many models reads only prefix tokens, and then what the last block does to patch
             tokens is never read. They are kept for compatibility with published weights.
+        num_prefix_tokens: Class, distillation and register tokens that the FFN is given.
     """
 
     name: str
@@ -38,76 +39,112 @@ class SitePlan:
     new: str
     weights: str
     parameters: tuple[int, int]
-    macs: tuple[int, int]
+    macs: tuple[int, int] | None
     dead_parameters: tuple[str, ...]
+    num_prefix_tokens: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Printable, and JSON through :meth:`to_dict`. ``macs`` is for one image of the configured size."""
+    """Printable, and JSON through :meth:`to_dict`.
+
+    ``macs`` is for one image of the configured size, ``None`` where it was not counted. ``blocks`` are
+    indices among the ``depth`` blocks of the model; ``also`` has the configurations of further groups.
+    """
 
     model: str
     config: LocalityConfig
     blocks: tuple[int, ...]
     depth: int
+    also: dict[str, LocalityConfig]
     sites: tuple[SitePlan, ...]
     parameters: tuple[int, int]
-    macs: tuple[int, int]
+    macs: tuple[int, int] | None
 
     @property
     def dead_parameters(self) -> tuple[str, ...]:
         return tuple(name for site in self.sites for name in site.dead_parameters)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "config": self.config.to_dict()}
+        also = {name: config.to_dict() for name, config in self.also.items()}
+        return {**asdict(self), "config": self.config.to_dict(), "also": also}
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: locality in {len(self.sites)} of {self.depth} blocks"]
+        elsewhere = "".join(f", and in {group}" for group in self.also)
+        lines = [f"{self.model}: locality in {len(self.blocks)} of {self.depth} blocks{elsewhere}"]
         for site in self.sites:
             note = f"; {len(site.dead_parameters)} dead parameters" if site.dead_parameters else ""
             lines.append(f"  {site.name}: {site.old} -> {site.new} ({site.weights}){note}")
-        lines.append(f"  parameters {_change(self.parameters, 1e6, 'M')}, {_change(self.macs, 1e9, 'GMACs')}")
+        macs = f", {_change(self.macs, 1e9, 'GMACs')}" if self.macs else ""
+        lines.append(f"  parameters {_change(self.parameters, 1e6, 'M')}{macs}")
         if self.dead_parameters:
             lines.append("  dead: no output depends on the patch tokens that leave the last block")
         return "\n".join(lines)
 
 
-def plan(model: nn.Module, config: LocalityConfig | None = None, blocks: BlockSpec = "all") -> Plan:
-    """What :func:`localvit.localize` would do; the model is left as it is.
+class Change(NamedTuple):
+    """One FFN and what it is to become."""
+
+    site: Site
+    config: LocalityConfig
+
+
+def plan(
+    model: nn.Module,
+    config: LocalityConfig | None = None,
+    blocks: BlockSpec = "all",
+    *,
+    also: Mapping[str, LocalityConfig] | None = None,
+) -> Plan:
+    """What :func:`localvit.localize` would do (arguments as there); the model is left as it is.
 
     Raises:
         UnsupportedModelError: if the model cannot be localized.
-        ValueError: if ``blocks`` does not fit it, or a width that follows from ``config`` is impossible.
+        ValueError: if ``blocks`` or ``also`` does not fit it, or a width that follows from ``config`` is
+            impossible.
     """
-    config = config or LocalityConfig()
-    sites, chosen = planned_sites(model, blocks)
-    plans = tuple(_plan_site(sites[i], config) for i in chosen)
-    before = count_parameters(model), count_macs(model, _input_size(model))
-    after = [
-        total + sum(getattr(p, field)[1] - getattr(p, field)[0] for p in plans)
-        for total, field in zip(before, ("parameters", "macs"), strict=True)
-    ]
-    return Plan(
-        model=type(model).__name__,
-        config=config,
-        blocks=chosen,
-        depth=len(sites),
-        sites=plans,
-        parameters=(before[0], after[0]),
-        macs=(before[1], after[1]),
-    )
+    return plan_changes(model, config, blocks, also)[0]
 
 
-def planned_sites(model: nn.Module, blocks: BlockSpec) -> tuple[list[Site], tuple[int, ...]]:
-    """All FFNs of the model and the chosen indices, after every check that needs no configuration."""
+def plan_changes(
+    model: nn.Module,
+    config: LocalityConfig | None,
+    blocks: BlockSpec,
+    also: Mapping[str, LocalityConfig] | None,
+    *,
+    count: bool = True,
+) -> tuple[Plan, list[Change]]:
+    """The plan, and its sites to work on; every check of :func:`plan` is made.
+
+    Counting multiply-accumulates takes most of the time; ``count`` says whether to.
+    """
+    config, also = config or LocalityConfig(), dict(also or {})
     refuse_wrapped(model)
     if any(isinstance(m, (LocalityFeedForward, HiddenLocality)) for m in model.modules()):
         raise UnsupportedModelError("the model is localized already (localvit.restore undoes that)")
-    sites = list(layout_of(model).sites(model))
-    modules = [id(site.module) for site in sites]
-    if len(set(modules)) < len(modules):
-        raise UnsupportedModelError("two blocks share one FFN, so one of them cannot be changed alone")
-    return sites, select_blocks(blocks, len(sites))
+    layout = layout_of(model)
+    groups = layout.groups(model)
+    _refuse_shared([site for sites in groups.values() for site in sites])
+    chosen = select_blocks(blocks, len(groups[MAIN_GROUP]))
+    changes = [Change(groups[MAIN_GROUP][i], config) for i in chosen] + _elsewhere(groups, also)
+
+    costs: dict[Any, _Cost] = {}
+    sites = tuple(_plan_site(change, costs, count) for change in changes)
+    parameters, macs = count_parameters(model), None
+    if count:
+        channels = int(get_model_input_config(model)["input_size"][0])
+        macs = _total(count_macs(model, (channels, *layout.image_size(model))), [s.macs for s in sites])
+    the_plan = Plan(
+        model=type(model).__name__,
+        config=config,
+        blocks=chosen,
+        depth=len(groups[MAIN_GROUP]),
+        also=also,
+        sites=sites,
+        parameters=_total(parameters, [s.parameters for s in sites]),
+        macs=macs,
+    )
+    return the_plan, changes
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -126,53 +163,75 @@ def refuse_wrapped(model: nn.Module) -> None:
         raise UnsupportedModelError("the model is compiled; localize it before that")
 
 
-def replacement(
-    site: Site, config: LocalityConfig, record: GridRecord | None = None
-) -> Callable[[], nn.Module]:
-    """Builder of the module that carries locality at ``site``."""
-    prefix = site.grid.num_prefix_tokens
+def replacement(change: Change, record: GridRecord | None = None) -> Callable[[], nn.Module]:
+    """Builder of the module that carries locality at a site."""
+    site, config = change
+    common: dict[str, Any] = {"num_prefix_tokens": site.grid.num_prefix_tokens, "grid_record": record}
     if config.init == "paper":
-        return lambda: LocalityFeedForward(site.dim, config, num_prefix_tokens=prefix, grid_record=record)
+        return lambda: LocalityFeedForward(site.dim, config, hidden_dim=site.hidden_dim, **common)
     then = site.module.get_submodule(HIDDEN_SLOT)
-    return lambda: HiddenLocality(site.hidden_dim, then, config, num_prefix_tokens=prefix, grid_record=record)
+    return lambda: HiddenLocality(site.hidden_dim, then, config, **common)
 
 
-def discarded_layers(site: Site, config: LocalityConfig) -> tuple[str, ...]:
+def discarded_layers(change: Change) -> tuple[str, ...]:
     """Attributes of the block that locality as configured does without."""
-    config = config.resolve()
+    site, config = change.site, change.config.resolve()
     keep = {site.norm: config.prenorm, site.layer_scale: config.layer_scale, site.drop_path: config.drop_path}
-    return tuple(name for name, kept in keep.items() if not kept)
+    return tuple(name for name, kept in keep.items() if name is not None and not kept)
 
 
-def _plan_site(site: Site, config: LocalityConfig) -> SitePlan:
-    new = on_meta(replacement(site, config))
-    height, width, prefix = site.grid
-    tokens = height * width + prefix
-    dropped = sum(count_parameters(site.block.get_submodule(n)) for n in discarded_layers(site, config))
-    old_parameters = count_parameters(site.module)
-    old_macs = macs_of(site.module, torch.empty(1, tokens, site.dim, device="meta"))
+class _Cost(NamedTuple):
+    """Of one FFN before and after; equal ones are counted once."""
+
+    new: nn.Module
+    parameters: tuple[int, int]
+    macs: tuple[int, int] | None
+
+
+def _plan_site(change: Change, costs: dict[Any, _Cost], count: bool) -> SitePlan:
+    site, config = change
     replaces = config.init == "paper"
-    width_in = site.dim if replaces else site.hidden_dim
-    new_macs = macs_of(new, torch.empty(1, tokens, width_in, device="meta"), site.grid)
+    key = (repr(site.module), site.dim, site.grid, config)
+    if key not in costs:
+        costs[key] = _cost(change, count)
+    new, parameters, macs = costs[key]
     old_class = type(site.module).__name__
+    layers = [getattr(site.block, name, None) for name in discarded_layers(change)]
+    dropped = sum(count_parameters(layer) for layer in layers if layer is not None)
     return SitePlan(
-        name=f"{site.name}.{site.ffn}",
+        name=site.path,
         action="replace" if replaces else "extend",
         old=old_class,
         new=type(new).__name__ if replaces else f"{old_class} + {type(new).__name__}",
         weights="discarded, new ones drawn" if replaces else "kept, a zero kernel added",
-        parameters=(
-            old_parameters + dropped,
-            count_parameters(new) + (0 if replaces else old_parameters),
-        ),
-        macs=(old_macs, new_macs + (0 if replaces else old_macs)),
-        dead_parameters=tuple(_dead_parameters(site, new, config)) if site.dead_patches else (),
+        parameters=(parameters[0] + dropped, parameters[1]),
+        macs=macs,
+        dead_parameters=tuple(_dead_parameters(change, new)) if site.dead_patches else (),
+        num_prefix_tokens=site.grid.num_prefix_tokens,
     )
 
 
-def _dead_parameters(site: Site, new: nn.Module, config: LocalityConfig) -> list[str]:
-    config = config.resolve()
-    path = f"{site.name}.{site.ffn}." + ("" if config.init == "paper" else f"{HIDDEN_SLOT}.")
+def _cost(change: Change, count: bool) -> _Cost:
+    site, config = change
+    new, old = on_meta(replacement(change)), count_parameters(site.module)
+    kept = 0 if config.init == "paper" else 1  # the old FFN stays, and the new module works on its hidden map
+    macs = None
+    if count:
+        length = site.grid.height * site.grid.width + site.grid.num_prefix_tokens
+        seen = site.hidden_dim if kept else site.dim
+        before = macs_of(site.module, torch.empty(1, length, site.dim, device="meta"))
+        after = macs_of(new, torch.empty(1, length, seen, device="meta"), site.grid) + kept * before
+        macs = before * site.sequences, after * site.sequences
+    return _Cost(new, (old, count_parameters(new) + kept * old), macs)
+
+
+def _total(before: int, changes: list[Any]) -> tuple[int, int]:
+    return before, before + sum(new - old for old, new in changes)
+
+
+def _dead_parameters(change: Change, new: nn.Module) -> list[str]:
+    site, config = change.site, change.config.resolve()
+    path = f"{site.path}." + ("" if config.init == "paper" else f"{HIDDEN_SLOT}.")
     names = [name for name, _ in new.named_parameters()]
     if config.prefix == "mlp":  # prefix tokens keep the point-wise path alive
         last_norm = config.norm[2] if isinstance(config.norm, tuple) else config.norm
@@ -180,7 +239,7 @@ def _dead_parameters(site: Site, new: nn.Module, config: LocalityConfig) -> list
             return []  # and its last norm takes statistics over prefix and patch tokens alike
         return [path + name for name in names if name.split(".")[0] in ("conv", "norm2", "gate")]
     around = [site.norm, site.layer_scale] if config.prefix == "bypass" else []
-    kept = [name for name in around if name not in discarded_layers(site, config)]
+    kept = [name for name in around if name is not None and name not in discarded_layers(change)]
     outside = [
         f"{site.name}.{layer}.{n}"
         for layer in kept
@@ -189,10 +248,19 @@ def _dead_parameters(site: Site, new: nn.Module, config: LocalityConfig) -> list
     return outside + [path + name for name in names]
 
 
-def _input_size(model: nn.Module) -> tuple[int, int, int]:
-    size = get_model_input_config(model)["input_size"]
-    source: Any = layout_of(model).grid_source(model)
-    return (int(size[0]), *source.img_size)
+def _elsewhere(groups: Mapping[str, Sequence[Site]], also: Mapping[str, LocalityConfig]) -> list[Change]:
+    further = {name: sites for name, sites in groups.items() if name != MAIN_GROUP}
+    for name in also:
+        if name not in further:
+            known = ", ".join(map(repr, further)) or "none in this model"
+            raise ConfigError(f"also={name!r} is no further group of FFNs (accepted: {known})")
+    return [Change(site, config) for name, config in also.items() for site in further[name]]
+
+
+def _refuse_shared(sites: list[Site]) -> None:
+    modules = [id(site.module) for site in sites]
+    if len(set(modules)) < len(modules):
+        raise UnsupportedModelError("two blocks share one FFN, so one of them cannot be changed alone")
 
 
 def _change(values: tuple[int, int], unit: float, name: str) -> str:

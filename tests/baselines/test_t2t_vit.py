@@ -182,6 +182,21 @@ def test_lattice_is_known_before_and_after(size):
         x = x.new_zeros(1, 2, *split.grid_size)
 
 
+@pytest.mark.parametrize("tokens_type", FLAVOURS)
+def test_stem_keeps_rows_and_columns_apart(tokens_type):
+    def as_map(tokens: Tensor, height: int, width: int) -> Tensor:
+        rows = [tokens[:, i * width : (i + 1) * width].transpose(1, 2) for i in range(height)]
+        return torch.stack(rows, dim=2)
+
+    stem, image = small(tokens_type, img_size=(48, 80)).patch_embed, images(48, 80)
+    x = as_map(stem.attention1(stem.soft_split0(image)), 12, 20)
+    x = as_map(stem.attention2(stem.soft_split1(x)), 6, 10)
+    x = stem.project(stem.soft_split2(x))
+    torch.testing.assert_close(stem(image), x)
+    lattice = small(tokens_type, img_size=(48, 80), dynamic_img_size=True).patch_embed(image)
+    torch.testing.assert_close(lattice, x.unflatten(1, (3, 5)))
+
+
 def plain_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> Tensor:
     """As token_performer.py of the reference states it, one query at a time, in float64."""
     k, q, v, w = (t.double() for t in (k, q, v, w))
@@ -291,6 +306,8 @@ def test_dynamic_size_equals_a_model_set_to_that_size(size):
     assert isinstance(dict(fixed.named_buffers())["pos_embed"], Tensor)
     assert "pos_embed" not in dict(fixed.named_parameters())
     again = small(img_size=size)
+    for name in ("soft_split0", "soft_split1", "soft_split2"):
+        assert getattr(fixed.patch_embed, name).grid_size == getattr(again.patch_embed, name).grid_size
     again.load_state_dict(fixed.state_dict())
     torch.testing.assert_close(again(images(*size)), want)
 
@@ -521,8 +538,12 @@ def test_traced_by_fx(portable):
 
 
 def test_fused_and_plain_attention_agree():
-    fused, plain = small("transformer"), small("transformer")
-    for stage in (plain.patch_embed.attention1, plain.patch_embed.attention2):
-        assert stage.attn.fused_attn
-        stage.attn.fused_attn = False
-    torch.testing.assert_close(plain(images(48, 48)), fused(images(48, 48)))
+    stage = small("transformer").patch_embed.attention1.attn
+    nn.init.normal_(stage.qkv.weight)  # attention that is far from uniform
+    tokens = torch.randn(2, 9, 147)
+    assert stage.fused_attn
+    fused = stage(tokens)
+    stage.fused_attn = False
+    torch.testing.assert_close(stage(tokens), fused, rtol=1e-4, atol=1e-4)
+    stage.scale *= 1.1
+    assert not torch.allclose(stage(tokens), fused, rtol=1e-2, atol=1e-2)

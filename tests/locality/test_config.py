@@ -41,7 +41,7 @@ def test_defaults_are_omitted_and_the_paper_is_the_default():
     assert LocalityConfig().to_dict() == {}
     assert LocalityConfig(init="preserve", kernel_size=5).to_dict() == {"init": "preserve", "kernel_size": 5}
     paper = LocalityConfig().resolve()
-    assert (paper.activation, paper.gate, paper.expansion, paper.norm) == ("hardswish", "se", 4.0, "batch")
+    assert (paper.activation, paper.gate, paper.expansion, paper.norm) == ("hardswish", "se", None, "batch")
     assert (paper.prenorm, paper.drop_path, paper.bias, paper.prefix) == (False, False, False, "bypass")
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from localvit import LocalityConfig, plan
 from localvit.studies.comparison import ArmResult, Comparison, interval, p_text, verdict
-from localvit.studies.confounders import confounders
 from localvit.studies.statistics import estimate, paired_difference
+from localvit.surgery import confounders
 from localvit.training.build import build_model
 
 
@@ -78,7 +78,7 @@ def test_numbers_as_text():
 
 def sentences(tiny, config, **args):
     model = dataclasses.replace(tiny.model, args={**tiny.model.args, **args})
-    return " ".join(confounders(model, plan(build_model(model, 10), config)))
+    return " ".join(confounders(plan(build_model(model, 10), config), model.args.get("drop_path_rate", 0.0)))
 
 
 def test_confounders_of_the_papers_feed_forward_network(tiny):

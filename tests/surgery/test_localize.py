@@ -294,7 +294,7 @@ REFUSED = {
     "a subclass": (lambda: _Subclass(**SMALL), "_Subclass"),
     "not a transformer": (lambda: timm.create_model("resnet10t"), "ResNet"),
     "naflex": (lambda: timm.create_model("naflexvit_base_patch16_gap", depth=1), "NaFlexVit"),
-    "swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer"),
+    "swin v2": (lambda: timm.create_model("swinv2_tiny_window8_256"), "SwinTransformerV2"),
 }
 
 

@@ -1,0 +1,54 @@
+"""TNT's blocks with a drop-path of its own for each FFN.
+
+One ``drop_path`` serves all four branches of a TNT block, so that of the FFN cannot be taken away alone, as
+LocalViT does. The class of the block is changed in place, and back by :func:`localvit.restore`; names and
+values of parameters are not touched.
+"""
+
+import torch
+from timm.layers import DropPath
+from timm.models import tnt
+from torch import Tensor, nn
+
+
+class BlockWithOwnDropPath(tnt.Block):
+    """Computes what ``timm.models.tnt.Block`` does, with ``drop_path_mlp`` and ``drop_path_mlp_in``."""
+
+    drop_path_mlp: nn.Module
+    drop_path_mlp_in: nn.Module
+
+    def forward(self, pixel_embed: Tensor, patch_embed: Tensor) -> tuple[Tensor, Tensor]:
+        pixel_embed = pixel_embed + self.drop_path(self.attn_in(self.norm_in(pixel_embed)))
+        pixel_embed = pixel_embed + self.drop_path_mlp_in(self.mlp_in(self.norm_mlp_in(pixel_embed)))
+        batch, tokens = patch_embed.shape[0], patch_embed.shape[1]
+        if self.norm2_proj is None:  # legacy=True: the norm is over each pixel
+            pixels = self.proj(self.norm1_proj(pixel_embed).reshape(batch, tokens - 1, -1))
+        else:
+            pixels = self.norm2_proj(self.proj(self.norm1_proj(pixel_embed.reshape(batch, tokens - 1, -1))))
+        patch_embed = torch.cat([patch_embed[:, :1], patch_embed[:, 1:] + pixels], dim=1)
+        patch_embed = patch_embed + self.drop_path(self.attn_out(self.norm_out(patch_embed)))
+        patch_embed = patch_embed + self.drop_path_mlp(self.mlp(self.norm_mlp(patch_embed)))
+        return pixel_embed, patch_embed
+
+
+def separate_drop_path(block: nn.Module) -> None:
+    """Give a TNT block the two layers; any other block has its own already."""
+    if type(block) is not tnt.Block:
+        return
+    block.__class__ = BlockWithOwnDropPath
+    for name in ("drop_path_mlp", "drop_path_mlp_in"):
+        block.add_module(name, _like(block.drop_path))
+
+
+def join_drop_path(block: nn.Module) -> None:
+    """Undo :func:`separate_drop_path`."""
+    if type(block) is BlockWithOwnDropPath:
+        del block.drop_path_mlp
+        del block.drop_path_mlp_in
+        block.__class__ = tnt.Block  # type: ignore[assignment]
+
+
+def _like(drop_path: nn.Module) -> nn.Module:
+    if isinstance(drop_path, DropPath):
+        return DropPath(drop_path.drop_prob, drop_path.scale_by_keep).train(drop_path.training)
+    return nn.Identity().train(drop_path.training)
