@@ -32,7 +32,7 @@ class GridRecord:
         source: Module that knows the lattice for the configured input size. TorchScript cannot run hooks,
             so scripted models use that one.
         attribute: Its attribute (height, width): ``grid_size`` in timm's patch embeddings.
-        constant: The lattice does not depend on the image (pixels within a patch), so there is no hook.
+        constant: The lattice is always the configured one (TNT), so there is no hook.
     """
 
     def __init__(

@@ -14,9 +14,6 @@ from torch import Tensor, nn
 class BlockWithOwnDropPath(tnt.Block):
     """Computes what ``timm.models.tnt.Block`` does, with ``drop_path_mlp`` and ``drop_path_mlp_in``."""
 
-    drop_path_mlp: nn.Module
-    drop_path_mlp_in: nn.Module
-
     def forward(self, pixel_embed: Tensor, patch_embed: Tensor) -> tuple[Tensor, Tensor]:
         pixel_embed = pixel_embed + self.drop_path(self.attn_in(self.norm_in(pixel_embed)))
         pixel_embed = pixel_embed + self.drop_path_mlp_in(self.mlp_in(self.norm_mlp_in(pixel_embed)))

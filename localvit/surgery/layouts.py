@@ -49,7 +49,7 @@ class GridSource:
         module: Its forward is hooked.
         reads: ``"input"``: ``module.dynamic_feat_size`` says what becomes of the size of its input map
             (B, C, H, W). ``"output"``: the lattice is that of its output (B, H, W, C). ``"never"``: the
-            lattice does not depend on the image, so nothing is hooked.
+            lattice is always the configured one, so nothing is hooked.
         static: Module that knows the lattice for the configured input size, and its attribute.
     """
 
@@ -291,7 +291,9 @@ def _check_tnt(model: nn.Module) -> None:
 
 def _tnt_groups(model: nn.Module) -> dict[str, Sequence[Site]]:
     assert isinstance(model, tnt.TNT)
-    outer = _embedding(model.pixel_embed)
+    # Its embedding refuses any size but the configured one. (And it takes two inputs, so that a hook on it
+    # could not be scripted.)
+    outer = GridSource(model.pixel_embed, "never", (model.pixel_embed, "grid_size"))
     inner = GridSource(model.pixel_embed, "never", (model.pixel_embed, "new_patch_size"))
     blocks = _numbered("blocks", model.blocks)
     return {

@@ -21,7 +21,7 @@ from localvit.baselines.pvt import (
 from localvit.cost import count_macs, count_parameters, on_meta
 
 from .. import golden
-from ..models.test_golden import check_taps
+from ..models.test_golden import check_taps, taps
 
 SMALL = {
     "img_size": 64,
@@ -38,20 +38,6 @@ def small(**kwargs) -> PyramidVisionTransformer:
 
 def images(batch: int = 2, height: int = 64, width: int = 64) -> Tensor:
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
-def taps(model: nn.Module, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output, and the tokens after the first and last block."""
-    seen: dict[str, Tensor] = {}
-    blocks = {"first_block": model.stages[0].blocks[0], "last_block": model.stages[-1].blocks[-1]}
-    hooks = [
-        block.register_forward_hook(lambda _m, _i, out, key=key: seen.update({key: out.detach()}))
-        for key, block in blocks.items()
-    ]
-    out = model(image)
-    for hook in hooks:
-        hook.remove()
-    return out, seen
 
 
 # --- golden numbers ------------------------------------------------------------------------------------
