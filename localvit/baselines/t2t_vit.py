@@ -160,7 +160,8 @@ def _adapt_in_chans(state_dict: dict[str, Tensor], model: T2TViT) -> None:
     """Convert the first stage to the model's number of input channels, by timm's rule for convolutions.
 
     Its features are channel-slowest windows, so a linear layer's row is a convolution kernel. The norm
-    before it takes the mean of the channels where the layer takes the sum.
+    before it takes the mean of the channels where the layer takes the sum. The transformer's scale depends
+    on the width of its input; queries and keys make up for the change.
     """
     side = model.patch_embed.soft_split0.kernel_size
     for name in ("norm1.weight", "norm1.bias", "kqv.weight", "attn.qkv.weight"):
@@ -172,8 +173,11 @@ def _adapt_in_chans(state_dict: dict[str, Tensor], model: T2TViT) -> None:
         if kernel.shape[1] == model.in_chans:
             return
         adapted = adapt_input_conv(model.in_chans, kernel, base_chans=kernel.shape[1])
+        ratio = model.in_chans / kernel.shape[1]
         if name.startswith("norm1"):
-            adapted = adapted * (model.in_chans / kernel.shape[1])
+            adapted = adapted * ratio
+        elif name == "attn.qkv.weight":
+            adapted[: 2 * len(adapted) // 3] *= ratio**0.25
         state_dict[key] = adapted.reshape(*value.shape[:-1], -1)
 
 
