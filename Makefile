@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench timm-suite clean
 
 demo: .venv/.study
 	$(BIN)/localvit demo
@@ -17,6 +17,10 @@ check: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/locality.py
+
+timm-suite: .venv/.dev
+	@test -f "$(TIMM_TESTS)" || { echo "usage: make timm-suite TIMM_TESTS=path to timm's tests/test_models.py"; exit 2; }
+	$(BIN)/python benchmarks/timm_suite.py "$(TIMM_TESTS)" --output docs/timm-suite.list.md
 
 # Each stamp is made anew when the dependencies change.
 .venv/.study: pyproject.toml | .venv/bin/python

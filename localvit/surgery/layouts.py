@@ -246,7 +246,11 @@ def _swin_groups(model: nn.Module) -> dict[str, Sequence[Site]]:
     assert isinstance(model, swin_transformer.SwinTransformer)
     sites: list[Site] = []
     for index, stage in enumerate(model.layers):
-        source = GridSource(stage.get_submodule("downsample"), "output", (stage, "output_resolution"))
+        downsample = stage.get_submodule("downsample")
+        if isinstance(downsample, nn.Identity):  # of the first stage; an fx trace does not run its hooks
+            source = _embedding(model.patch_embed)
+        else:
+            source = GridSource(downsample, "output", (stage, "output_resolution"))
         sites += _stage_sites(f"layers.{index}.blocks", stage, source, 0)
     return {MAIN_GROUP: sites}
 

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from timm.models import get_pretrained_cfg, save_for_hf
+from timm.models._features_fx import create_feature_extractor
 from torch import nn
 
 import localvit
@@ -257,11 +258,15 @@ TRACED = [
 
 
 @pytest.mark.parametrize("key", TRACED)
+@pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing")  # drop-path: in training only
 @torch.no_grad()
 def test_script_compile_export_and_deepcopy(key):
     model = stirred(make(key, img_size=CASES[key].shrunk.wide)).eval()
     x = images(key, 2, CASES[key].shrunk.wide)
+    graph = create_feature_extractor(model, {"head": "out"})  # before any forward pass left a lattice
     expected = model(x)
+    out = graph(x)["out"]
+    torch.testing.assert_close(out, expected)
     torch.testing.assert_close(copy.deepcopy(model)(x), expected)
     torch.testing.assert_close(torch.jit.script(model)(x), expected)
     torch._dynamo.reset()
