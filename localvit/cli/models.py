@@ -30,12 +30,17 @@ def run(options: Options) -> int:
     import json
 
     from localvit.models import card, catalogue
+    from localvit.models.listing import names
 
     if options.name is not None:
         chosen = card(_known(options.name))
         print(json.dumps(dataclasses.asdict(chosen), indent=2) if options.json else "\n".join(_card(chosen)))
         return 0
-    entries = catalogue()
+    from rich.console import Console
+    from rich.progress import track
+
+    quiet = Console(stderr=True)  # counting takes some seconds
+    entries = list(track(catalogue(), "counting", total=len(names()), console=quiet, transient=True))
     if options.json:
         print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=2))
     else:
@@ -46,7 +51,7 @@ def run(options: Options) -> int:
 def _known(name: str) -> str:
     import difflib
 
-    from localvit.models.catalogue import names
+    from localvit.models.listing import names
 
     if name in names():
         return name
@@ -95,7 +100,7 @@ def _card(card: Card) -> Iterator[str]:
     if card.dead_parameters:
         yield f"  dead            {card.dead_parameters:,} parameters that no output depends on"
     if card.matched:
-        yield f"  matched         {card.matched}: with the control's heads, pre-norm, drop-path and token paths"
+        yield f"  matched         {card.matched}: heads, pre-norm, drop-path, class token as in the control"
     yield "baseline"
     yield f"  {card.base.name}"
     yield from _facts(card.base)
@@ -105,13 +110,13 @@ def _card(card: Card) -> Iterator[str]:
 
 
 def _facts(entry: Entry) -> Iterator[str]:
-    channels, height, width = entry.input_size
+    _, height, width = entry.input_size
     yield f"  cost            {entry.parameters:,} parameters, {entry.gmacs:.4f} GMACs at {height} x {width}"
     if entry.top1 is None:
         yield "  published       no accuracy"
     else:
         top5 = "" if entry.top5 is None else f", top-5 {entry.top5:g} %"
-        yield f"  published       top-1 {entry.top1:g} %{top5} on ImageNet-1k ({entry.source}); not repeated here"
+        yield f"  published       ImageNet-1k top-1 {entry.top1:g} %{top5} ({entry.source}); not repeated here"
     yield f"  weights         {entry.weights or 'none published'}"
 
 

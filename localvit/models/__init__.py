@@ -1,7 +1,7 @@
 """Names of models, and the authors' weights."""
 
 from localvit.models import variants  # noqa: F401 (registers the names with timm)
-from localvit.models.catalogue import Card, Entry, card, catalogue
+from localvit.models.listing import Card, Entry, card, catalogue
 from localvit.models.published import CheckpointError, LoadReport, load_official
 from localvit.models.table import BASELINES, VARIANTS, Published, Variant
 

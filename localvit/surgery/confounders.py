@@ -50,7 +50,9 @@ def _tokens(locality: LocalityConfig, plan: Plan) -> list[str]:
     sites = [site for site in plan.sites if site.num_prefix_tokens]
     if locality.prefix == "bypass" and sites:
         where = "the" if len(sites) == len(plan.sites) else f"{len(sites)} of {len(plan.sites)}"
-        found.append(f"The class token bypasses {where} feed-forward networks; in the control it passes through.")
+        found.append(
+            f"The class token bypasses {where} feed-forward networks; in the control it passes through."
+        )
     for site in plan.sites:
         if site.dead_parameters:
             found.append(

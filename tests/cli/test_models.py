@@ -1,16 +1,38 @@
 import json
 
+import pytest
 import timm
 
 from localvit.cli import main
 from localvit.models import VARIANTS
+from localvit.models.listing import names
+
+FEW = [
+    "deit_tiny_patch16_224",
+    "localvit_tiny_patch16_224",
+    "localvit_tiny_relu6_x6_patch16_224",
+    "localvit_t2t_vit_7",
+]
 
 
-def test_json_has_every_name_and_its_baseline(capsys):
+@pytest.fixture
+def few(monkeypatch):
+    """A short table: to build and count all names takes a while."""
+    monkeypatch.setattr("localvit.models.listing.names", lambda: FEW)
+
+
+def test_every_variant_stands_after_its_baseline():
+    table = names()
+    assert len(set(table)) == len(table)
+    assert {v.base for v in VARIANTS.values()} | set(VARIANTS) == set(table)
+    assert all(table.index(v.base) < table.index(name) for name, v in VARIANTS.items())
+    assert all(timm.is_model(name) for name in table)
+
+
+def test_json(few, capsys):
     assert main(["models", "--json"]) == 0
     entries = {e["name"]: e for e in json.loads(capsys.readouterr().out)}
-    assert set(VARIANTS) <= set(entries)
-    assert {v.base for v in VARIANTS.values()} <= set(entries)
+    assert list(entries) == FEW
     tiny = entries["localvit_tiny_patch16_224"]
     assert (tiny["parameters"], tiny["gmacs"], tiny["top1"]) == (5_908_696, 1.2665, 74.84)
     assert tiny["args"] == {"num_heads": 4}
@@ -18,16 +40,74 @@ def test_json_has_every_name_and_its_baseline(capsys):
     assert tiny["weights"].endswith("localvit_t.pth")
     assert entries["deit_tiny_patch16_224"]["locality"] is None
     assert entries["localvit_tiny_relu6_x6_patch16_224"]["weights"] is None
-    assert all(timm.is_model(name) for name in entries)
+    assert entries["localvit_t2t_vit_7"]["also"] == {"tokens_to_token": {"gate": "none"}}
 
 
-def test_table_shows_names_whole(capsys):
+def test_a_size_that_was_not_trained_says_so():
+    for name, variant in VARIANTS.items():
+        assert bool(timm.get_pretrained_cfg(name).has_weights) == (variant.file is not None)
+    card = json.loads(_json_card("localvit_pvt_large"))
+    assert card["entry"]["weights"] is None
+    assert any("did not train" in note for note in card["notes"])
+
+
+def test_table_shows_names_whole(few, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["models"]) == 0
     assert "localvit_tiny_relu6_x6_patch16_224" in capsys.readouterr().out
 
 
-def test_wrong_use_is_one_line(capsys):
-    assert main(["models", "--jason"]) == 2
+def _json_card(name: str) -> str:
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main(["models", name, "--json"]) == 0
+    return out.getvalue()
+
+
+def test_a_card_tells_what_confounds_the_comparison(capsys):
+    assert main(["models", "localvit_tiny_patch16_224"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for fact in (
+        "Attention heads: 3 in the control, 4 with locality",
+        "No pre-norm",
+        "No drop-path",
+        "class token bypasses the feed-forward networks",
+        "312,196 parameters that no output depends on",
+        "matched localvit_tiny_patch16_224_matched",
+        "top-1 74.84 %",
+    ):
+        assert fact in text, fact
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.endswith("_matched")])
+def test_matched_variants_have_no_confounder_around_the_network(name):
+    text = " ".join(json.loads(_json_card(name))["confounders"])
+    for word in ("heads", "pre-norm", "drop-path", "bypasses", "no output depends"):
+        assert word not in text
+
+
+def test_the_class_token_of_a_pyramid_bypasses_the_last_stage_only():
+    text = " ".join(json.loads(_json_card("localvit_pvt_tiny"))["confounders"])
+    assert "The class token bypasses 2 of 8 feed-forward networks" in text
+    assert "class token" not in " ".join(
+        json.loads(_json_card("localvit_swin_tiny_patch4_window7_224"))["confounders"]
+    )
+
+
+def test_a_baseline_has_a_card_too(capsys):
+    assert main(["models", "pvt_tiny"]) == 0
+    assert "13,229,288 parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"), [(["--jason"], ""), (["localvit_pvt_tny"], "did you mean 'localvit_pvt_tiny'?")]
+)
+def test_wrong_use_is_one_line(arguments, hint, capsys):
+    assert main(["models", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
+    assert hint in captured.err
