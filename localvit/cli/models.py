@@ -116,7 +116,7 @@ def _facts(entry: Entry) -> Iterator[str]:
         yield "  published       no accuracy"
     else:
         top5 = "" if entry.top5 is None else f", top-5 {entry.top5:g} %"
-        yield f"  published       ImageNet-1k top-1 {entry.top1:g} %{top5} ({entry.source}); not repeated here"
+        yield f"  published       ImageNet top-1 {entry.top1:g} %{top5} ({entry.source}); not repeated here"
     yield f"  weights         {entry.weights or 'none published'}"
 
 
