@@ -89,19 +89,25 @@ class EpochOrder(Sampler[list[Draw]]):
     A last batch of one picture would give BatchNorm nothing to average over, so the remainder is left out;
     another permutation leaves out other pictures.
 
+    With `repeats`, every picture of the permutation comes that many times in a row, and the epoch ends at
+    the same length, as in DeiT (samplers.py): dealt out one by one to several processes, the copies of a
+    picture go to different ones, in the same update. (There an epoch is cut to a multiple of 256 pictures
+    as well, which changes nothing where the batch size divides 256 or is a multiple of it.)
+
     Args:
         length: Number of pictures.
         batch_size: Pictures in a batch.
         seed: The run's seed.
+        repeats: Times that a picture comes in a row.
 
     Raises:
         DataError: if not one batch can be filled.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int) -> None:
+    def __init__(self, length: int, batch_size: int, seed: int, repeats: int = 1) -> None:
         if not 1 <= batch_size <= length:
             raise DataError(f"batch_size={batch_size} does not fit {length} training images (1 to {length})")
-        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.length, self.batch_size, self.seed, self.repeats = length, batch_size, seed, repeats
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -113,7 +119,8 @@ class EpochOrder(Sampler[list[Draw]]):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
-        order = torch.randperm(self.length, generator=generator).tolist()
+        pictures = torch.randperm(self.length, generator=generator)
+        order = pictures.repeat_interleave(self.repeats)[: self.length].tolist()
         draws = [
             Draw(index, derive_seed(self.seed, "augment", self.epoch, position))
             for position, index in enumerate(order)
@@ -209,7 +216,7 @@ def train_loader(
     )
     _keep_a_bit(transform)
     prepared = Prepared(images, transform, preprocessing["input_size"][0])
-    order = EpochOrder(len(prepared), batch_size, seed)
+    order = EpochOrder(len(prepared), batch_size, seed, augment.repeats)
     return _loader(prepared, workers, pin_memory, batch_sampler=order)
 
 

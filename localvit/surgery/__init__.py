@@ -2,6 +2,7 @@
 
 from localvit.surgery.layouts import UnsupportedModelError
 from localvit.surgery.localize import LOCALIZED, Report, RestoreError, localize, restore
+from localvit.surgery.parameters import locality_parameters
 from localvit.surgery.placement import BlockSpec, select_blocks
 from localvit.surgery.plan import Plan, SitePlan, plan
 
@@ -13,6 +14,7 @@ __all__ = [
     "RestoreError",
     "SitePlan",
     "UnsupportedModelError",
+    "locality_parameters",
     "localize",
     "plan",
     "restore",

@@ -14,6 +14,7 @@ __all__ = [
     "AugmentConfig",
     "ConfigError",
     "DataConfig",
+    "DistillConfig",
     "LocalityConfig",
     "ModelConfig",
     "OptimConfig",
@@ -50,19 +51,30 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimizer. Biases, one-dimensional parameters and what the model itself names are not decayed.
+    """The optimizer. Biases, one-dimensional parameters and what `no_decay` names are not decayed.
 
     Attributes:
         name: Any of ``timm.optim.list_optimizers()``.
         lr: Peak learning rate. 5e-4 at batch 512 is DeiT's.
+        lr_batch: The batch size that `lr` is meant for: the peak is then ``lr * batch_size / lr_batch``, as
+            in DeiT (main.py), where it is 512. Warm-up start and minimum stay as they are, as there.
+            ``None``: `lr` as it is.
+        layer_decay: The rate of each layer is this times that of the layer above it (Clark et al., ELECTRA,
+            arXiv 2003.10555), for fine-tuning; the head has the full rate. ``None``: one rate for all.
         weight_decay: DeiT's 0.05.
+        no_decay: Names of parameters that are not decayed, ``*`` for any characters; ``[]`` for none.
+            ``None``: what the model's own ``no_weight_decay()`` names, which is not for every family what
+            its authors do (timm excludes Swin's bias tables and DeiT's distillation token).
         momentum: For optimizers that have one.
-        args: Further arguments of ``timm.optim.create_optimizer_v2`` (`betas`, `eps`, `layer_decay`, ...).
+        args: Further arguments of ``timm.optim.create_optimizer_v2`` (`betas`, `eps`, ...).
     """
 
     name: str = "adamw"
     lr: float = 5e-4
+    lr_batch: int | None = None
+    layer_decay: float | None = None
     weight_decay: float = 0.05
+    no_decay: tuple[str, ...] | None = None
     momentum: float = 0.9
     args: dict[str, Any] = field(default_factory=dict)
 
@@ -70,6 +82,16 @@ class OptimConfig:
         _at_least(self, "optim", 0.0, "weight_decay")
         if not 0.0 < self.lr < float("inf"):
             raise ConfigError(f"optim.lr={self.lr!r} must be positive")
+        if self.lr_batch is not None:
+            _at_least(self, "optim", 1, "lr_batch")
+        if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
+            raise ConfigError(
+                f"optim.layer_decay={self.layer_decay!r} is not above 0 and up to 1 (off: null)"
+            )
+
+    def effective_lr(self, batch_size: int) -> float:
+        """The peak learning rate at `batch_size` pictures per update."""
+        return self.lr if self.lr_batch is None else self.lr * batch_size / self.lr_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +118,42 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Learning from a teacher's answers beside the labels (Touvron et al., arXiv 2012.12877, section 4).
+
+    The loss is ``(1 - alpha) * loss(labels) + alpha * loss(teacher)``. The teacher sees the same augmented
+    pictures, normalised as it wants them.
+
+    Attributes:
+        teacher: A name with published weights, a run's folder, or a ``local-dir:`` or ``hf-hub:``
+            reference. It must have the classes of the data and take the student's image size.
+        kind: ``"hard"``: cross-entropy with the teacher's choice, the better one in the paper (table 3).
+            ``"soft"``: Kullback-Leibler divergence from its probabilities at `temperature`, times
+            ``temperature ** 2``, averaged over the batch.
+        alpha: Weight of the teacher. DeiT's 0.5 (main.py); the paper's soft distillation has 0.1.
+        temperature: Of the soft kind. DeiT's 1 (main.py); the paper's soft distillation has 3.
+        token: The teacher is heard at a head of its own, on the distillation token of a model that has one
+            (``deit_*_distilled_*``). ``False``: at the classifier, with any model.
+    """
+
+    teacher: str
+    kind: Literal["soft", "hard"] = "hard"
+    alpha: float = 0.5
+    temperature: float = 1.0
+    token: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.alpha <= 1.0:
+            raise ConfigError(f"distill.alpha={self.alpha!r} is not a share above 0 and up to 1")
+        if not 0.0 < self.temperature < float("inf"):
+            raise ConfigError(f"distill.temperature={self.temperature!r} must be positive")
+        if self.kind == "hard" and self.temperature != 1.0:
+            raise ConfigError(
+                f"distill.temperature={self.temperature:g} has no effect with distill.kind='hard'"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run.
 
@@ -105,6 +163,9 @@ class TrainConfig:
         optim: The optimizer.
         schedule: The learning rate over time.
         augment: What is done to training pictures and labels.
+        distill: A teacher to learn from as well, or ``None``.
+        train_only: ``"all"`` parameters, or ``"locality"``: those that locality added, and the classifier,
+            which is new wherever the classes are. All others stay as they start.
         ema_decay: Decay per update of an exponential moving average of the weights. Where it is on, the
             averaged weights are validated, saved and reported. ``None``: off.
         epochs: Passes over the training pictures.
@@ -120,6 +181,8 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    distill: DistillConfig | None = None
+    train_only: Literal["all", "locality"] = "all"
     ema_decay: float | None = None
     epochs: int = 100
     batch_size: int = 128
@@ -136,18 +199,40 @@ class TrainConfig:
         if self.schedule.name != "constant" and self.schedule.warmup_epochs >= self.epochs:
             warmup = self.schedule.warmup_epochs
             raise ConfigError(f"schedule.warmup_epochs={warmup:g} must be less than epochs={self.epochs}")
-        if self.schedule.name != "constant" and self.schedule.min_lr > self.optim.lr:
-            low = self.schedule.min_lr
-            raise ConfigError(f"schedule.min_lr={low:g} must not be above optim.lr={self.optim.lr:g}")
+        if self.schedule.name != "constant" and self.schedule.min_lr > self.effective_lr:
+            low, scaled = self.schedule.min_lr, ""
+            if self.optim.lr_batch is not None:
+                factor = f"{self.batch_size} / {self.optim.lr_batch}"
+                scaled = f" x batch_size / optim.lr_batch = {factor}, which is {self.effective_lr:g}"
+            raise ConfigError(f"schedule.min_lr={low:g} must not be above optim.lr={self.optim.lr:g}{scaled}")
+        if self.augment.repeats > self.batch_size:
+            raise ConfigError(
+                f"augment.repeats={self.augment.repeats} must not be above batch_size={self.batch_size}: "
+                "a batch would hold one picture many times"
+            )
         if self.augment.mixes and self.batch_size % 2:
             raise ConfigError(
                 f"batch_size={self.batch_size} must be even for augment.mixup and augment.cutmix"
             )
 
+    @property
+    def effective_lr(self) -> float:
+        """The peak learning rate, scaled to `batch_size` where `optim.lr_batch` says so."""
+        return self.optim.effective_lr(self.batch_size)
+
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
-    """An error for a name that does not exist, with the nearest ones that do."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    """An error for a name that does not exist, with the nearest ones that do.
+
+    Args:
+        what: What was looked for.
+        name: The name, which may be the last part of a dotted one.
+        known: What exists; dotted names are compared by their last part too.
+    """
+    whole = list(known)
+    tails = {k.rpartition(".")[2]: k for k in reversed(whole)}
+    near = difflib.get_close_matches(name, whole, n=3, cutoff=0.5)
+    near = near or [tails[tail] for tail in difflib.get_close_matches(name, tails, n=3, cutoff=0.7)]
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     return ConfigError(f"{what}: there is no {name!r}{hint}")
 

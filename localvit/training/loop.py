@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from timm.data import Mixup
+from timm.loss import create_classification_loss
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -27,10 +28,12 @@ from localvit.training.build import (
     build_optimizer,
     build_scheduler,
     check_forward,
+    freeze,
     pick_device,
     preprocessing,
 )
 from localvit.training.config import TrainConfig
+from localvit.training.distill import distillation_task
 from localvit.training.evaluate import Metrics, measure
 from localvit.training.output import RunFolder, check_output
 from localvit.training.progress import Progress
@@ -77,7 +80,7 @@ class _Run:
     config: TrainConfig
     splits: Splits
     device: torch.device
-    task: ClassificationTask
+    task: TrainingTask
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     mixup: Mixup | None
@@ -142,9 +145,17 @@ def _prepare(config: TrainConfig) -> _Run:
     }
     loader = train_loader(splits.train, config.augment, data_config, seed=config.seed, **loading)
     model.to(device)
-    optimizer = build_optimizer(model, config.optim)
-    smoothing = {"smoothing": config.augment.smoothing, "soft_targets": config.augment.mixes}
-    task = ClassificationTask(model, criterion_kwargs=smoothing, device=device, verbose=False)
+    freeze(model, config.train_only)
+    optimizer = build_optimizer(model, config.optim, config.batch_size)
+    criterion = create_classification_loss(
+        smoothing=config.augment.smoothing, soft_targets=config.augment.mixes
+    )
+    task: TrainingTask
+    if config.distill is None:
+        task = ClassificationTask(model, criterion, device=device, verbose=False)
+    else:
+        names = splits.class_names
+        task = distillation_task(model, config.distill, criterion, data_config, names, device=device)
     if config.ema_decay is not None:
         task.setup_ema(decay=config.ema_decay)
     return _Run(
@@ -235,7 +246,7 @@ def train_epoch(run: _Run, epoch: int, advance: Callable[[int], None]) -> dict[s
             f"the training loss became {train_loss} in epoch {epoch + 1}; try a lower optim.lr"
         )
     return {
-        "lr": optimizer.param_groups[0]["lr"],
+        "lr": max(group["lr"] for group in optimizer.param_groups),  # layer decay lowers some
         "train_loss": train_loss,
         "seconds": seconds,
         "images_per_second": images / seconds,

@@ -1,0 +1,113 @@
+"""Distillation: timm's tasks with a teacher that was checked and sees what it should see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.task import LogitDistillationTask, TokenDistillationTask, TrainingTask
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from localvit.data.loading import random_scope
+from localvit.training.build import check_forward
+from localvit.training.checkpoint import Checkpoint, load_checkpoint
+from localvit.training.config import ConfigError, DistillConfig
+
+
+def distillation_task(
+    model: nn.Module,
+    config: DistillConfig,
+    criterion: nn.Module,
+    data_config: dict[str, Any],
+    class_names: Sequence[str],
+    *,
+    device: torch.device,
+) -> TrainingTask:
+    """timm's task for `config`; the global random state is left as it was.
+
+    Args:
+        model: The student, on `device`.
+        config: The teacher and how it is listened to.
+        criterion: Loss against the labels.
+        data_config: How the student's pictures are prepared (`input_size`, `mean`, `std`).
+        class_names: Name of each label.
+        device: Where to put the teacher.
+
+    Raises:
+        ConfigError: if the teacher cannot be loaded, has other classes or refuses the student's image
+            size, or if the student has no distillation token where one is asked for.
+    """
+    if config.token and not hasattr(model, "set_distilled_training"):
+        raise ConfigError(
+            f"distill.token=true: {type(model).__name__} has no distillation token (accepted: "
+            "deit_*_distilled_* models; or distill.token=false)"
+        )
+    with random_scope():  # building a model draws numbers, even if weights are loaded over them
+        teacher = _load_teacher(config.teacher, model, data_config, class_names, device)
+    shared: dict[str, Any] = {
+        "student_model": model,
+        "teacher_model": teacher.model,
+        "criterion": criterion,
+        "task_loss_weight": 1.0 - config.alpha,
+        "distill_loss_weight": config.alpha,
+        "temperature": config.temperature,
+        "device": device,
+        "verbose": False,
+    }
+    if config.token:
+        task: TrainingTask = TokenDistillationTask(distill_type=config.kind, **shared)
+    elif config.kind == "soft":
+        task = LogitDistillationTask(**shared)
+    else:
+        task = HardDistillationTask(**shared)
+    # timm takes both from the models' own configuration, which knows nothing of data.mean and data.std.
+    task.student_mean, task.student_std = _per_channel(data_config, device)
+    task.teacher.mean_kd, task.teacher.std_kd = _per_channel(teacher.data_config, device)  # type: ignore
+    return task
+
+
+class HardDistillationTask(LogitDistillationTask):
+    """Hard distillation at the classifier, without a token (the paper's table 3), which timm lacks."""
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """(B, C, H, W) pictures and their labels -> `loss`, `output`, `task_loss`, `kd_loss`."""
+        output = self.trainable_module(input)
+        task_loss = self.criterion(output, target)
+        with torch.no_grad():
+            mean, std = self.get_buffer("student_mean"), self.get_buffer("student_std")
+            seen = self.teacher.normalize_input(input, mean, std)
+            choice = self.teacher(seen).argmax(dim=-1)
+        kd_loss = F.cross_entropy(output, choice)
+        loss = self.task_loss_weight * task_loss + self.distill_loss_weight * kd_loss
+        return {"loss": loss, "output": output, "task_loss": task_loss, "kd_loss": kd_loss}
+
+
+def _load_teacher(
+    source: str,
+    student: nn.Module,
+    data_config: dict[str, Any],
+    class_names: Sequence[str],
+    device: torch.device,
+) -> Checkpoint:
+    try:
+        teacher = load_checkpoint(source, torch.device("cpu"))
+        theirs, ours = teacher.model.num_classes, student.num_classes
+        if theirs != ours:
+            raise ConfigError(f"it has {theirs} classes, but the student has {ours}")
+        own = teacher.model.pretrained_cfg.get("label_names")  # type: ignore[union-attr, operator]
+        different = [pair for pair in zip(own or (), class_names, strict=False) if len(set(pair)) > 1]
+        if different:
+            raise ConfigError("it has class {!r} where the data has {!r}".format(*different[0]))
+        check_forward(teacher.model, source, data_config["input_size"])
+    except ConfigError as error:
+        raise ConfigError(f"distill.teacher={source!r}: {error}") from error
+    teacher.model.eval().requires_grad_(False).to(device)
+    return teacher
+
+
+def _per_channel(data_config: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation as (1, C, 1, 1)."""
+    mean, std = (torch.tensor(data_config[name], device=device).view(1, -1, 1, 1) for name in ("mean", "std"))
+    return mean, std
