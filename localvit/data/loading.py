@@ -90,9 +90,9 @@ class EpochOrder(Sampler[list[Draw]]):
     another permutation leaves out other pictures.
 
     With `repeats`, every picture of the permutation comes that many times in a row, and the epoch ends at
-    the same length, as in DeiT (samplers.py): dealt out one by one to several processes, the copies of a
-    picture go to different ones, in the same update. (There an epoch is cut to a multiple of 256 pictures
-    as well, which changes nothing where the batch size divides 256 or is a multiple of it.)
+    the same length, as in DeiT (samplers.py). There too the copies of a picture are in one update (each in
+    another process) unless it ends between them. That it cuts an epoch to a multiple of 256 pictures as well
+    changes nothing where whole batches are filled and 256 is a multiple of their size or the reverse.
 
     Args:
         length: Number of pictures.

@@ -21,7 +21,7 @@ from rich.console import Console
 from localvit.studies.records import StudyFolder
 from localvit.studies.run import Failures, StudyFailed, run_missing
 from localvit.studies.study import Arm, Study, differences
-from localvit.training import ConfigError, TrainConfig, to_dict
+from localvit.training import ConfigError, TrainConfig, from_dict, to_dict
 from localvit.training.files import merge
 from localvit.training.output import versions, write_atomically
 
@@ -63,7 +63,8 @@ class Tuning:
 
     def departures(self, base: TrainConfig) -> dict[str, tuple[Any, ...]]:
         """Fields of `base` that differ from what was tuned: path -> (tuned, here)."""
-        return differences(self.base, _tuned_part(base))
+        tuned = _tuned_part(from_dict(self.base))  # with the defaults of fields that are newer than it
+        return differences(tuned, _tuned_part(base))
 
 
 def tune(

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from timm.data import Mixup
-from timm.loss import create_classification_loss
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationTask, TrainingTask
+from timm.task import TrainingTask
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -33,10 +32,10 @@ from localvit.training.build import (
     preprocessing,
 )
 from localvit.training.config import TrainConfig
-from localvit.training.distill import distillation_task
 from localvit.training.evaluate import Metrics, measure
 from localvit.training.output import RunFolder, check_output
 from localvit.training.progress import Progress
+from localvit.training.task import build_task
 
 
 class TrainingFailed(RuntimeError):
@@ -147,15 +146,7 @@ def _prepare(config: TrainConfig) -> _Run:
     model.to(device)
     freeze(model, config.train_only)
     optimizer = build_optimizer(model, config.optim, config.batch_size)
-    criterion = create_classification_loss(
-        smoothing=config.augment.smoothing, soft_targets=config.augment.mixes
-    )
-    task: TrainingTask
-    if config.distill is None:
-        task = ClassificationTask(model, criterion, device=device, verbose=False)
-    else:
-        names = splits.class_names
-        task = distillation_task(model, config.distill, criterion, data_config, names, device=device)
+    task = build_task(model, config, data_config, splits.class_names, device=device)
     if config.ema_decay is not None:
         task.setup_ema(decay=config.ema_decay)
     return _Run(

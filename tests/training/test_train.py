@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from timm.task import ClassificationTask
 
 from localvit.data import UnreadableImage
 from localvit.training import ConfigError, TrainingFailed, from_dict, loop, train
@@ -46,8 +47,8 @@ def batches_seen(monkeypatch, config):
         seen.append((inputs.clone(), targets.clone()))
         return forward(task, inputs, targets)
 
-    forward = loop.ClassificationTask.forward
-    monkeypatch.setattr(loop.ClassificationTask, "forward", spy)
+    forward = ClassificationTask.forward
+    monkeypatch.setattr(ClassificationTask, "forward", spy)
     train(config)
     monkeypatch.undo()
     return seen

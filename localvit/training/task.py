@@ -1,4 +1,4 @@
-"""Distillation: timm's tasks with a teacher that was checked and sees what it should see."""
+"""The model with its loss: timm's tasks, with a teacher that was checked and sees what it should see."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.task import LogitDistillationTask, TokenDistillationTask, TrainingTask
+from timm.loss import create_classification_loss
+from timm.task import ClassificationTask, LogitDistillationTask, TokenDistillationTask, TrainingTask
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from localvit.data.loading import random_scope
 from localvit.training.build import check_forward
 from localvit.training.checkpoint import Checkpoint, load_checkpoint
-from localvit.training.config import ConfigError, DistillConfig
+from localvit.training.config import ConfigError, DistillConfig, TrainConfig
 
 
-def distillation_task(
+def build_task(
     model: nn.Module,
-    config: DistillConfig,
-    criterion: nn.Module,
+    config: TrainConfig,
     data_config: dict[str, Any],
     class_names: Sequence[str],
     *,
@@ -28,27 +28,42 @@ def distillation_task(
     """timm's task for `config`; the global random state is left as it was.
 
     Args:
-        model: The student, on `device`.
-        config: The teacher and how it is listened to.
-        criterion: Loss against the labels.
-        data_config: How the student's pictures are prepared (`input_size`, `mean`, `std`).
+        model: What learns, on `device`.
+        config: The run.
+        data_config: How its pictures are prepared (`input_size`, `mean`, `std`).
         class_names: Name of each label.
-        device: Where to put the teacher.
+        device: Where the model is, and where a teacher goes.
 
     Raises:
-        ConfigError: if the teacher cannot be loaded, has other classes or refuses the student's image
-            size, or if the student has no distillation token where one is asked for.
+        ConfigError: if a teacher cannot be loaded, has other classes or refuses the model's image size, or
+            if the model has no distillation token where one is asked for.
     """
-    if config.token and not hasattr(model, "set_distilled_training"):
+    criterion = create_classification_loss(
+        smoothing=config.augment.smoothing, soft_targets=config.augment.mixes
+    )
+    distill = config.distill
+    if distill is None:
+        return ClassificationTask(model, criterion, device=device, verbose=False)
+    if distill.token and not hasattr(model, "set_distilled_training"):
         raise ConfigError(
             f"distill.token=true: {type(model).__name__} has no distillation token (accepted: "
             "deit_*_distilled_* models; or distill.token=false)"
         )
     with random_scope():  # building a model draws numbers, even if weights are loaded over them
-        teacher = _load_teacher(config.teacher, model, data_config, class_names, device)
+        teacher = _load_teacher(distill.teacher, model, data_config, class_names, device)
+    task = _distillation(model, teacher.model, distill, criterion, device)
+    # timm takes both from the models' own configuration, which knows nothing of data.mean and data.std.
+    task.student_mean, task.student_std = _per_channel(data_config, device)
+    task.teacher.mean_kd, task.teacher.std_kd = _per_channel(teacher.data_config, device)  # type: ignore
+    return task
+
+
+def _distillation(
+    model: nn.Module, teacher: nn.Module, config: DistillConfig, criterion: nn.Module, device: torch.device
+) -> TrainingTask:
     shared: dict[str, Any] = {
         "student_model": model,
-        "teacher_model": teacher.model,
+        "teacher_model": teacher,
         "criterion": criterion,
         "task_loss_weight": 1.0 - config.alpha,
         "distill_loss_weight": config.alpha,
@@ -57,15 +72,8 @@ def distillation_task(
         "verbose": False,
     }
     if config.token:
-        task: TrainingTask = TokenDistillationTask(distill_type=config.kind, **shared)
-    elif config.kind == "soft":
-        task = LogitDistillationTask(**shared)
-    else:
-        task = HardDistillationTask(**shared)
-    # timm takes both from the models' own configuration, which knows nothing of data.mean and data.std.
-    task.student_mean, task.student_std = _per_channel(data_config, device)
-    task.teacher.mean_kd, task.teacher.std_kd = _per_channel(teacher.data_config, device)  # type: ignore
-    return task
+        return TokenDistillationTask(distill_type=config.kind, **shared)
+    return LogitDistillationTask(**shared) if config.kind == "soft" else HardDistillationTask(**shared)
 
 
 class HardDistillationTask(LogitDistillationTask):
