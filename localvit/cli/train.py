@@ -14,11 +14,8 @@ _TOP = ("output", "epochs", "batch_size", "seed", "workers", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Train a model, choose its best epoch on a validation split, report it on a test split.
-
-    A recipe gives values, --set changes them, and the other flags beat both.
-    """
+class ConfigOptions:
+    """The flags that make a configuration: a recipe, --set over it, and the other flags over both."""
 
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
     """a recipe that comes with localvit, or a YAML file such as the config.yaml of another run"""
@@ -52,8 +49,17 @@ class Options:
     """auto, cpu, cuda, cuda:1, ..."""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """any field of the configuration (see --print-config), e.g. optim.lr=1e-3 or model.args.depth=4"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ConfigOptions):
+    """Train a model, choose its best epoch on a validation split, report it on a test split.
+
+    A recipe gives values, --set changes them, and the other flags beat both.
+    """
+
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
-    """print the resolved configuration as YAML and stop"""
+    """print the resolved configuration as YAML, and what it comes to as comments, and stop"""
 
 
 def run(options: Options) -> int:
@@ -63,9 +69,11 @@ def run(options: Options) -> int:
     from localvit import training
 
     with one_line_errors():
-        config = _config(options)
+        config = configuration(options)
         if options.print_config:
+            effective = training.effective(config)  # before anything is printed: it finds what cannot work
             print(training.dump(config), end="")
+            print("# effective", *effective, sep="\n#   ")
             return 0
         if config.output is None:
             raise UsageError("--output FOLDER is missing: where the results go")
@@ -73,8 +81,12 @@ def run(options: Options) -> int:
     return 0
 
 
-def _config(options: Options) -> Any:
-    """The configuration from recipe, settings and flags."""
+def configuration(options: ConfigOptions) -> Any:
+    """The configuration from recipe, settings and flags.
+
+    Raises:
+        UsageError, ConfigError: if there is none, or it contradicts itself.
+    """
     import yaml
 
     from localvit import training

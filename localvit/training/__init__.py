@@ -11,8 +11,10 @@ from localvit.training.config import (
     TrainConfig,
 )
 from localvit.training.evaluate import Evaluation, Metrics, evaluate
+from localvit.training.facts import Figure, effective
 from localvit.training.files import dump, from_dict, list_recipes, load_recipe, load_yaml, resolve, to_dict
 from localvit.training.loop import RunResult, TrainingFailed, train
+from localvit.training.planning import Machine, plan_run
 from localvit.training.predict import Guess, Prediction, predict
 
 __all__ = [
@@ -21,7 +23,9 @@ __all__ = [
     "DataConfig",
     "DistillConfig",
     "Evaluation",
+    "Figure",
     "Guess",
+    "Machine",
     "Metrics",
     "ModelConfig",
     "OptimConfig",
@@ -31,11 +35,13 @@ __all__ = [
     "TrainConfig",
     "TrainingFailed",
     "dump",
+    "effective",
     "evaluate",
     "from_dict",
     "list_recipes",
     "load_recipe",
     "load_yaml",
+    "plan_run",
     "predict",
     "resolve",
     "to_dict",

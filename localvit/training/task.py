@@ -44,11 +44,8 @@ def build_task(
     distill = config.distill
     if distill is None:
         return ClassificationTask(model, criterion, device=device, verbose=False)
-    if distill.token and not hasattr(model, "set_distilled_training"):
-        raise ConfigError(
-            f"distill.token=true: {type(model).__name__} has no distillation token (accepted: "
-            "deit_*_distilled_* models; or distill.token=false)"
-        )
+    if distill.token:
+        check_student(model)
     with random_scope():  # building a model draws numbers, even if weights are loaded over them
         teacher = _load_teacher(distill.teacher, model, data_config, class_names, device)
     task = _distillation(model, teacher.model, distill, criterion, device)
@@ -56,6 +53,15 @@ def build_task(
     task.student_mean, task.student_std = _per_channel(data_config, device)
     task.teacher.mean_kd, task.teacher.std_kd = _per_channel(teacher.data_config, device)  # type: ignore
     return task
+
+
+def check_student(model: nn.Module) -> None:
+    """Raise `ConfigError` if `model` has no distillation token."""
+    if not hasattr(model, "set_distilled_training"):
+        raise ConfigError(
+            f"distill.token=true: {type(model).__name__} has no distillation token (accepted: "
+            "deit_*_distilled_* models; or distill.token=false)"
+        )
 
 
 def _distillation(
