@@ -44,6 +44,10 @@ def from_dict(values: Mapping[str, Any], kind: type[T] = TrainConfig, path: str 
     for key in values:
         if key not in hints:
             raise unknown("configuration", _join(path, key), _all_paths(kind, path))
+    for needed in dataclasses.fields(kind):  # type: ignore[arg-type]
+        given = needed.name in values or needed.default is not dataclasses.MISSING
+        if not given and needed.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{_join(path, needed.name)} is missing")
     built = {key: _convert(value, hints[key], _join(path, key)) for key, value in values.items()}
     try:
         return kind(**built)
