@@ -28,6 +28,7 @@ def test_memory_of_a_step_by_hand():
     assert found.optimizer == 4 * (2 * parameters + 4)  # two moments, and a count for each of four tensors
     # A picture keeps: input (12), hidden state (20, for ReLU and the next layer at once), output (5).
     assert found.activations == 4 * (12 + 20 + 5)
+    assert found.activations_fixed == 0  # weights are kept too, and counted already
 
 
 def test_memory_is_of_what_learns():
