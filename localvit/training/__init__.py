@@ -1,9 +1,11 @@
 """Training, evaluation and prediction of any timm model, localized or not."""
 
+from localvit.training.callbacks import Callback, TensorBoard
 from localvit.training.config import (
     AugmentConfig,
     ConfigError,
     DataConfig,
+    EngineConfig,
     ModelConfig,
     OptimConfig,
     ScheduleConfig,
@@ -11,13 +13,19 @@ from localvit.training.config import (
 )
 from localvit.training.evaluate import Evaluation, Metrics, evaluate
 from localvit.training.files import dump, from_dict, list_recipes, load_recipe, load_yaml, resolve, to_dict
-from localvit.training.loop import RunResult, TrainingFailed, train
+from localvit.training.loop import train
 from localvit.training.predict import Guess, Prediction, predict
+from localvit.training.result import RunResult, TrainingFailed, TrainingInterrupted
+from localvit.training.signals import stop_on_signals
+from localvit.training.state import DamagedState
 
 __all__ = [
     "AugmentConfig",
+    "Callback",
     "ConfigError",
+    "DamagedState",
     "DataConfig",
+    "EngineConfig",
     "Evaluation",
     "Guess",
     "Metrics",
@@ -26,8 +34,10 @@ __all__ = [
     "Prediction",
     "RunResult",
     "ScheduleConfig",
+    "TensorBoard",
     "TrainConfig",
     "TrainingFailed",
+    "TrainingInterrupted",
     "dump",
     "evaluate",
     "from_dict",
@@ -36,6 +46,7 @@ __all__ = [
     "load_yaml",
     "predict",
     "resolve",
+    "stop_on_signals",
     "to_dict",
     "train",
 ]

@@ -10,6 +10,8 @@ from timm.data import resolve_input_data_config
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationTask
+from timm.task.task import TrainingTask
 from torch import nn
 
 from localvit.data import DataConfig
@@ -104,6 +106,12 @@ def build_scheduler(
         updates_per_epoch=updates_per_epoch,
     )
     return scheduler
+
+
+def build_task(model: nn.Module, config: TrainConfig, device: torch.device) -> TrainingTask:
+    """timm's task: the model with its loss."""
+    smoothing = {"smoothing": config.augment.smoothing, "soft_targets": config.augment.mixes}
+    return ClassificationTask(model, criterion_kwargs=smoothing, device=device, verbose=False)
 
 
 def pick_device(name: str) -> torch.device:
