@@ -15,6 +15,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DistillConfig",
+    "EngineConfig",
     "LocalityConfig",
     "ModelConfig",
     "OptimConfig",
@@ -154,6 +155,45 @@ class DistillConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How an update is computed: precision, memory, batch norm, reproducibility.
+
+    Attributes:
+        precision: Of the forward pass, by autocast; weights and optimizer stay float32. ``"fp16"`` scales
+            the loss and needs a GPU; ``"bf16"`` needs no scaling.
+        grad_accum: Pieces that a process cuts its share of a batch into, one after the other, to save
+            memory. Same gradients, except that batch norm sees a piece where it would see a share.
+        clip_grad: Largest norm of the gradient of all weights; ``None``: not clipped.
+        channels_last: Store images and maps channels last, which GPUs with tensor cores prefer.
+        compile: ``torch.compile`` the model.
+        grad_checkpointing: Recompute activations in the backward pass to save memory.
+        batch_norm: What batch norm does where several processes train, each on its share of a batch.
+            ``"local"``: every process normalises by its share; the running statistics of the first are
+            evaluated and saved. ``"average"``: the same, with the running statistics averaged over the
+            processes before each evaluation; the default because it uses all pictures, as timm's script
+            does. ``"sync"``: statistics of the whole batch, on GPUs only (PyTorch has no other).
+            ``"frozen"``: running statistics normalise in training too and never change (with any number
+            of processes); scale and shift still learn, so the parameters are those of the other modes.
+        deterministic: Only algorithms that give the same bits every time; an operation without one is an
+            error. CPUs need no such option.
+    """
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    grad_accum: int = 1
+    clip_grad: float | None = None
+    channels_last: bool = False
+    compile: bool = False
+    grad_checkpointing: bool = False
+    batch_norm: Literal["local", "sync", "average", "frozen"] = "average"
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(self, "engine", 1, "grad_accum")
+        if self.clip_grad is not None and not 0.0 < self.clip_grad < float("inf"):
+            raise ConfigError(f"engine.clip_grad={self.clip_grad!r} must be positive (off: null)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run.
 
@@ -166,14 +206,21 @@ class TrainConfig:
         distill: A teacher to learn from as well, or ``None``.
         train_only: ``"all"`` parameters, or ``"locality"``: those that locality added, and the classifier,
             which is new wherever the classes are. All others stay as they start.
-        ema_decay: Decay per update of an exponential moving average of the weights. Where it is on, the
-            averaged weights are validated, saved and reported. ``None``: off.
+        engine: How an update is computed.
+        ema_decay: Decay per update of an exponential moving average of the weights and of batch norm's
+            statistics. Where it is on, the averaged model is validated, saved and reported. ``None``: off.
         epochs: Passes over the training pictures.
-        batch_size: Pictures per update. 128 fits ImageNet-size tiny models into a few gigabytes.
+        batch_size: Pictures per update, over all processes. 128 fits ImageNet-size tiny models into a few
+            gigabytes.
         seed: Decides the split, the initial weights, and order and augmentation of the pictures.
         workers: Processes that load pictures; 0 loads in the training process. Results do not depend on it.
         device: ``"auto"`` takes a GPU where there is one; otherwise a torch device.
         output: Folder for the results, or ``None`` to keep them in memory only.
+        save_seconds: Time between two saves of the state that a killed run goes on from: what a kill
+            may cost, besides the start. Saves at the end of each epoch come on top.
+        max_bad_images: Training pictures that may be unreadable; each is named, counted and replaced by
+            another one that is drawn by its seed, so that batches stay full. 0: the first one stops the
+            run. Pictures to evaluate on must all be readable, as scores on fewer could not be compared.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -183,6 +230,7 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     distill: DistillConfig | None = None
     train_only: Literal["all", "locality"] = "all"
+    engine: EngineConfig = field(default_factory=EngineConfig)
     ema_decay: float | None = None
     epochs: int = 100
     batch_size: int = 128
@@ -190,10 +238,12 @@ class TrainConfig:
     workers: int = 0
     device: str = "auto"
     output: str | None = None
+    save_seconds: float = 60.0
+    max_bad_images: int = 0
 
     def __post_init__(self) -> None:
         _at_least(self, "", 1, "epochs", "batch_size")
-        _at_least(self, "", 0, "seed", "workers")
+        _at_least(self, "", 0, "seed", "workers", "save_seconds", "max_bad_images")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ConfigError(f"ema_decay={self.ema_decay!r} is not between 0 and 1 (off: null)")
         if self.schedule.name != "constant" and self.schedule.warmup_epochs >= self.epochs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from localvit.data.loading import random_scope
 from localvit.training.config import ConfigError, TrainConfig
@@ -63,8 +62,7 @@ def plan_run(config: TrainConfig, machine: Machine, images: int | None = None) -
     if run.images.value is None:
         raise ConfigError(f"{run.images.how}; --images N says how many pictures are learned from")
     with random_scope():
-        precision = _engine(config, "precision", "fp32")
-        memory = measure_step(run.model, run.optimizer, run.input_size, precision)
+        memory = measure_step(run.model, run.optimizer, run.input_size, config.engine.precision)
     return [
         *schedule_figures(run),
         *size_figures(run),
@@ -76,14 +74,9 @@ def plan_run(config: TrainConfig, machine: Machine, images: int | None = None) -
     ]
 
 
-# Fields of `TrainConfig.engine`, and what goes for a configuration without them.
-def _engine(config: TrainConfig, field: str, default: Any) -> Any:
-    return getattr(getattr(config, "engine", None), field, default)
-
-
 def _share(config: TrainConfig, gpus: int) -> int:
     """Pictures of a batch that one GPU gets."""
-    pieces = gpus * _engine(config, "grad_accum", 1)
+    pieces = gpus * config.engine.grad_accum
     share, rest = divmod(config.batch_size, pieces)
     if rest or (config.augment.mixes and share % 2):
         even = " of an even number, which mixup and cutmix need" if not rest else ""
@@ -116,14 +109,13 @@ def _speed(run: OpenRun, machine: Machine) -> list[Figure]:
 
 def _memory(run: OpenRun, machine: Machine, memory: StepMemory, share: int) -> list[Figure]:
     config = run.config
-    at_once = share // _engine(config, "grad_accum", 1)
-    precision = _engine(config, "precision", "fp32")
+    at_once = share // config.engine.grad_accum
     average = memory.weights if config.ema_decay is not None else 0
     buckets = memory.gradients if machine.total > 1 else 0
     fixed = memory.weights + memory.gradients + memory.optimizer + average + buckets
     fixed += memory.activations_fixed
-    kept = f"{precision}, what autograd keeps of 2 and of 4 pictures on a CPU"
-    if _engine(config, "grad_checkpointing", False):
+    kept = f"{config.engine.precision}, what autograd keeps of 2 and of 4 pictures on a CPU"
+    if config.engine.grad_checkpointing:
         kept += "; less with engine.grad_checkpointing, which this leaves out"
 
     def mb(name: str, value: float, basis: Basis, how: str) -> Figure:

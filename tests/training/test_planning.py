@@ -94,6 +94,15 @@ def test_memory_adds_up():
     assert alone["training"] is None
 
 
+def test_pieces_of_a_batch_and_precision_save_memory():
+    whole = values(plan_run(resolve("digits"), Machine()))
+    pieces = values(plan_run(resolve("digits", ["engine.grad_accum=4"]), Machine()))
+    fixed = whole["memory: one GPU"] - 32 * whole["memory: activations"]
+    assert pieces["memory: one GPU"] == pytest.approx(8 * whole["memory: activations"] + fixed, abs=1e-6)
+    half = values(plan_run(resolve("digits", ["engine.precision=bf16"]), Machine()))
+    assert half["memory: activations"] < 0.9 * whole["memory: activations"]
+
+
 def test_most_pictures_at_once_is_the_border(tmp_path):
     config = resolve("digits")
     found = values(plan_run(config, Machine()))
@@ -123,6 +132,7 @@ def test_effective_values_of_data_that_is_there_and_of_data_that_is_not():
         ([], {"images_per_second": float("nan")}, None, "images_per_second=nan must be"),
         ([], {"memory_gb": 0.0}, None, r"memory_gb=0\.0 must be"),
         ([], {"gpus": 5}, None, "batch_size=32 cannot be cut into 5 equal parts"),
+        (["engine.grad_accum=5"], {"gpus": 2}, None, "batch_size=32 cannot be cut into 10 equal parts"),
         (["augment.mixup=0.8"], {"gpus": 32}, None, "cut into 32 equal parts of an even number, which mixup"),
         ([], {}, 20, "batch_size=32 does not fit 20 training images"),
         (["batch_size=2000"], {}, None, "batch_size=2000 does not fit 1038 training images"),

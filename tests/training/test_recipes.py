@@ -95,7 +95,7 @@ def test_the_recipe_of_deit_by_hand():
         ("tnt_imagenet", "deit_imagenet", {"model", "optim"}),
         ("t2t_imagenet", "deit_imagenet", {"model", "optim"}),
         ("swin_imagenet", "deit_imagenet", {"model", "optim"}),
-        ("swin_imagenet_authors", "swin_imagenet", {"model", "optim", "schedule", "augment"}),
+        ("swin_imagenet_authors", "swin_imagenet", {"model", "optim", "schedule", "augment", "engine"}),
         (
             "t2t_imagenet_authors",
             "t2t_imagenet",
