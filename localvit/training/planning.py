@@ -119,7 +119,7 @@ def _memory(run: OpenRun, machine: Machine, memory: StepMemory, share: int) -> l
         kept += "; less with engine.grad_checkpointing, which this leaves out"
 
     def mb(name: str, value: float, basis: Basis, how: str) -> Figure:
-        return Figure(name=f"memory: {name}", value=round(value / 1e6, 3), unit="MB", basis=basis, how=how)
+        return Figure(name=f"memory: {name}", value=value / 1e6, unit="MB", basis=basis, how=how)
 
     figures = [
         mb("weights", memory.weights, "measured", "parameters and buffers"),
@@ -153,7 +153,7 @@ def _files(run: OpenRun, memory: StepMemory) -> list[Figure]:
         ),
         Figure(
             name="state to go on from",
-            value=round(state / 1e6, 3),
+            value=state / 1e6,
             unit="MB",
             how="weights, optimizer" + ", average" * bool(average),
         ),

@@ -71,24 +71,17 @@ def test_what_the_recipe_of_deit_comes_to_on_imagenet(tmp_path, monkeypatch):
 
 
 def test_memory_adds_up():
-    config = resolve("digits", ["ema_decay=0.9"])
-    figures = plan_run(config, Machine(gpus=2, memory_gb=0.01))
-    mb = {
-        name.removeprefix("memory: "): v for name, v in values(figures).items() if name.startswith("memory")
-    }
-    parameters = 58_234
-    assert (
-        mb["weights"] == mb["gradients"] == mb["average"] == mb["exchange"] == round(4 * parameters / 1e6, 3)
-    )
+    figures = plan_run(resolve("digits", ["ema_decay=0.9"]), Machine(gpus=2, memory_gb=0.01))
+    found = values(figures)
+    mb = {name.removeprefix("memory: "): value for name, value in found.items() if "memory: " in name}
+    weights = 4 * 58_234 / 1e6
+    assert mb["weights"] == mb["gradients"] == mb["average"] == mb["exchange"] == weights
     parts = ["weights", "gradients", "optimizer", "average", "exchange"]
     expected = sum(mb[part] for part in parts) + 16 * mb["activations"]
-    assert mb["one GPU"] == pytest.approx(
-        expected, rel=0.02
-    )  # what any number of pictures keeps comes on top
-    found = values(figures)
+    assert mb["one GPU"] == pytest.approx(expected, rel=0.02)  # on top is what any number of pictures keeps
     assert found["fits"] == ("yes" if mb["one GPU"] <= 10 else "no")
-    assert found["model file"] == mb["weights"]
-    assert found["state to go on from"] == pytest.approx(2 * mb["weights"] + mb["optimizer"], abs=0.002)
+    assert found["model file"] == weights
+    assert found["state to go on from"] == pytest.approx(2 * weights + mb["optimizer"])
     alone = values(plan_run(resolve("digits"), Machine()))
     assert alone["memory: exchange"] == alone["memory: average"] == 0
     assert alone["training"] is None
