@@ -147,14 +147,9 @@ def _memory(run: OpenRun, machine: Machine, memory: StepMemory, share: int) -> l
 def _files(run: OpenRun, memory: StepMemory) -> list[Figure]:
     average = memory.saved if run.config.ema_decay is not None else 0
     state = memory.saved + memory.optimizer + average
+    parts = "weights, optimizer, average" if average else "weights, optimizer"
+    model = "weights and buffers that are saved; last/ and best/ hold one each"
     return [
-        Figure(
-            name="model file", value=round(memory.weights / 1e6, 3), unit="MB", how="weights; last/ and best/"
-        ),
-        Figure(
-            name="state to go on from",
-            value=state / 1e6,
-            unit="MB",
-            how="weights, optimizer" + ", average" * bool(average),
-        ),
+        Figure(name="model file", value=memory.saved / 1e6, unit="MB", how=model),
+        Figure(name="state to go on from", value=state / 1e6, unit="MB", how=parts),
     ]
