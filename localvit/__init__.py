@@ -4,7 +4,16 @@ __version__ = "0.1.0"
 
 from localvit.locality import ConfigError, Grid, LocalityConfig, LocalityFeedForward
 from localvit.models import CheckpointError, LoadReport, load_official
-from localvit.surgery import Plan, Report, RestoreError, UnsupportedModelError, localize, plan, restore
+from localvit.surgery import (
+    Plan,
+    Report,
+    RestoreError,
+    UnsupportedModelError,
+    locality_parameters,
+    localize,
+    plan,
+    restore,
+)
 from localvit.training import TrainConfig, evaluate, predict, train
 
 __all__ = [
@@ -21,6 +30,7 @@ __all__ = [
     "UnsupportedModelError",
     "evaluate",
     "load_official",
+    "locality_parameters",
     "localize",
     "plan",
     "predict",

@@ -21,6 +21,7 @@ VERBS = {
     "demo": ("localvit.cli.demo", "does locality help? a small controlled comparison, with a report"),
     "models": ("localvit.cli.models", "list models with locality: cost, published accuracy"),
     "train": ("localvit.cli.train", "train a model on pictures and report it on a test split"),
+    "plan": ("localvit.cli.plan", "say what a training run will take: updates, hours, memory, data"),
     "evaluate": ("localvit.cli.evaluate", "measure a trained model on pictures"),
     "predict": ("localvit.cli.predict", "say what a trained model sees in pictures"),
 }

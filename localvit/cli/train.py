@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -14,11 +16,8 @@ _TOP = ("output", "epochs", "batch_size", "seed", "workers", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Train a model, choose its best epoch on a validation split, report it on a test split.
-
-    A recipe gives values, --set changes them, and the other flags beat both.
-    """
+class ConfigOptions:
+    """The flags that make a configuration: a recipe, --set over it, and the other flags over both."""
 
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
     """a recipe that comes with localvit, or a YAML file such as the config.yaml of another run"""
@@ -31,7 +30,7 @@ class Options:
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """where timm's named data sets keep their files"""
     output: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """new folder for the results"""
+    """folder for the results: a new one, or that of this very run to go on with it"""
     locality: Annotated[str | None, tyro.conf.arg(metavar="default|none|YAML")] = None
     """localize the model: default, none, or fields of LocalityConfig such as '{init: preserve}'"""
     blocks: Annotated[str | None, tyro.conf.arg(metavar="YAML")] = None
@@ -41,7 +40,7 @@ class Options:
     epochs: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """passes over the training pictures"""
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """pictures per update"""
+    """pictures per update, over all processes"""
     lr: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
     """peak learning rate"""
     seed: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
@@ -52,29 +51,55 @@ class Options:
     """auto, cpu, cuda, cuda:1, ..."""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """any field of the configuration (see --print-config), e.g. optim.lr=1e-3 or model.args.depth=4"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ConfigOptions):
+    """Train a model, choose its best epoch on a validation split, report it on a test split.
+
+    A recipe gives values, --set changes them, and the other flags beat both. The same command again goes on
+    where a run in its output folder ended, however it ended. On several GPUs or machines: torchrun
+    --nproc-per-node N -m localvit train ...
+    """
+
+    allow_change: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FIELD")] = ()
+    """go on although this has changed since: a field, a section, data, versions, world_size"""
+    tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
+    """write curves for TensorBoard into the output folder"""
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
-    """print the resolved configuration as YAML and stop"""
+    """print the resolved configuration as YAML, and what it comes to as comments, and stop"""
 
 
 def run(options: Options) -> int:
-    """Train; 0 when done."""
+    """Train; 0 when done, and when a signal asked for the end and the state is saved."""
     from rich.console import Console
 
     from localvit import training
 
-    with one_line_errors():
-        config = _config(options)
+    with one_line_errors(), training.stop_on_signals():
+        config = configuration(options)
         if options.print_config:
+            effective = training.effective(config)  # before anything is printed: it finds what cannot work
             print(training.dump(config), end="")
+            print("# effective", *effective, sep="\n#   ")
             return 0
         if config.output is None:
             raise UsageError("--output FOLDER is missing: where the results go")
-        training.train(config, console=Console())
+        callbacks = [training.TensorBoard()] if options.tensorboard else []
+        try:
+            training.train(config, console=Console(), allow_change=options.allow_change, callbacks=callbacks)
+        except training.TrainingInterrupted as end:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"localvit: {end}", file=sys.stderr)
     return 0
 
 
-def _config(options: Options) -> Any:
-    """The configuration from recipe, settings and flags."""
+def configuration(options: ConfigOptions) -> Any:
+    """The configuration from recipe, settings and flags.
+
+    Raises:
+        UsageError, ConfigError: if there is none, or it contradicts itself.
+    """
     import yaml
 
     from localvit import training

@@ -87,6 +87,9 @@ class AugmentConfig:
         mix_prob: Probability that a batch is mixed at all.
         mix_switch_prob: Probability of cutmix where both are on.
         smoothing: Label smoothing.
+        repeats: Repeated augmentation (Hoffer et al., arXiv 1901.09335; DeiT's is 3): each picture of an
+            epoch comes this many times in a row, augmented differently each time. An epoch keeps its
+            length, so it holds a share ``1 / repeats`` of the pictures, another one each time.
     """
 
     crop: Literal["rrc", "rkrc", "rkrr", "none"] = "rrc"
@@ -102,6 +105,7 @@ class AugmentConfig:
     mix_prob: float = 1.0
     mix_switch_prob: float = 0.5
     smoothing: float = 0.1
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         for name in ("hflip", "vflip", "erase", "mix_prob", "mix_switch_prob", "smoothing"):
@@ -115,6 +119,10 @@ class AugmentConfig:
             low, high = getattr(self, name)
             if not 0.0 < low <= high:
                 raise DataError(f"augment.{name}={[low, high]} is not a pair 0 < low <= high")
+        if self.repeats < 1:
+            raise DataError(f"augment.repeats={self.repeats!r} must be at least 1 (off)")
+        if self.repeats > 1 and self.crop == "none":
+            raise DataError(f"augment.repeats={self.repeats} repeats equal pictures with augment.crop='none'")
 
     @property
     def mixes(self) -> bool:

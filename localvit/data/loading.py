@@ -24,6 +24,8 @@ from localvit.data.config import AugmentConfig, DataError
 from localvit.data.images import Sample, UnreadableImage
 
 _MODES = {1: "L", 3: "RGB"}
+_REPLACEMENTS = 100
+"""How many pictures are tried in the place of one that cannot be read."""
 
 
 class Draw(NamedTuple):
@@ -40,7 +42,8 @@ class Batch(NamedTuple):
         images: (B, C, H, W) float32, normalised.
         targets: (B,) int64.
         indices: Index of each picture in its data set.
-        unreadable: Pictures that should have been in this batch, by their index.
+        unreadable: Pictures that should have been in this batch, by their index; in training, others stand
+            in their places.
     """
 
     images: torch.Tensor
@@ -89,37 +92,79 @@ class EpochOrder(Sampler[list[Draw]]):
     A last batch of one picture would give BatchNorm nothing to average over, so the remainder is left out;
     another permutation leaves out other pictures.
 
+    With `repeats`, every picture of the permutation comes that many times in a row, and the epoch ends at
+    the same length, as in DeiT (samplers.py). There too the copies of a picture are in one update (each in
+    another process) unless it ends between them. That it cuts an epoch to a multiple of 256 pictures as well
+    changes nothing where whole batches are filled and 256 is a multiple of their size or the reverse.
+
     Args:
         length: Number of pictures.
         batch_size: Pictures in a batch.
         seed: The run's seed.
+        repeats: Times that a picture comes in a row.
+        rank: Which share of every batch to yield, of `world_size` equal ones (see `share`).
+        world_size: Processes that share the batches; it divides `batch_size`.
 
     Raises:
         DataError: if not one batch can be filled.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        repeats: int = 1,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         if not 1 <= batch_size <= length:
             raise DataError(f"batch_size={batch_size} does not fit {length} training images (1 to {length})")
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.epoch = 0
+        self.length, self.batch_size, self.seed, self.repeats = length, batch_size, seed, repeats
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (from 0) that the next iteration yields."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch (from 0) that the next iteration yields, and the batch that it begins with."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
+        """Batches of a whole epoch."""
         return self.length // self.batch_size
 
     def __iter__(self) -> Iterator[list[Draw]]:
+        draws = self._draws()
+        for number in range(self.start, len(self)):
+            batch = draws[number * self.batch_size : (number + 1) * self.batch_size]
+            yield share(batch, self.rank, self.world_size)
+
+    def batch(self, number: int) -> list[Draw]:
+        """The draws of one batch of the chosen epoch, of all processes."""
+        return self._draws()[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def _draws(self) -> list[Draw]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
-        order = torch.randperm(self.length, generator=generator).tolist()
-        draws = [
+        pictures = torch.randperm(self.length, generator=generator)
+        order = pictures.repeat_interleave(self.repeats)[: self.length].tolist()
+        return [
             Draw(index, derive_seed(self.seed, "augment", self.epoch, position))
             for position, index in enumerate(order)
         ]
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield draws[start : start + self.batch_size]
+
+
+def share(batch: list[Draw], part: int, parts: int) -> list[Draw]:
+    """One of `parts` equal parts of a batch.
+
+    A part has as much from the front as from the back, mirrored: mixup and cutmix mix picture i with the
+    i-th from the end, so each pair is within one part, and parts mixed with one seed are the mixed batch.
+    (A part of odd size, which cannot be mixed, is a plain slice.)
+    """
+    size = len(batch) // parts
+    if size % 2:
+        return batch[part * size : (part + 1) * size]
+    half, end = size // 2, len(batch)
+    return batch[part * half : (part + 1) * half] + batch[end - (part + 1) * half : end - part * half]
 
 
 class Prepared(Dataset[Any]):
@@ -142,7 +187,22 @@ class Prepared(Dataset[Any]):
     def __getitems__(self, draws: Sequence[Draw | int]) -> list[Loaded]:
         # torch's DataLoader calls this with all of a batch, so the states are kept once for all of it.
         with random_scope():
-            return [self._prepare(draw) for draw in draws]
+            return [loaded for draw in draws for loaded in self._readable(draw)]
+
+    def _readable(self, draw: Draw | int) -> Iterator[Loaded]:
+        """The picture; if it is drawn and cannot be read, the error and then a picture in its place.
+
+        The other picture depends on the draw's seed only, so the batch is as large as it should be, and the
+        same in every process and after every resume.
+        """
+        loaded = self._prepare(draw)
+        yield loaded
+        for _ in range(_REPLACEMENTS):
+            if loaded.error is None or not isinstance(draw, Draw):
+                return
+            draw = Draw(derive_seed(draw.seed, "picture") % len(self), derive_seed(draw.seed, "augment"))
+            loaded = self._prepare(draw)
+            yield loaded
 
     def _prepare(self, draw: Draw | int) -> Loaded:
         if isinstance(draw, Draw):
@@ -178,6 +238,8 @@ def train_loader(
     seed: int,
     workers: int = 0,
     pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> DataLoader[Batch]:
     """Shuffled, augmented, whole batches; ``loader.batch_sampler.set_epoch(e)`` before each epoch.
 
@@ -185,10 +247,12 @@ def train_loader(
         images: Labelled pictures.
         augment: What is done to them.
         preprocessing: `input_size` (C, H, W), `mean`, `std`, `interpolation`, as timm resolves them.
-        batch_size: Pictures in a batch.
+        batch_size: Pictures in a batch, over all processes.
         seed: Decides order and augmentation.
         workers: Processes that load; the batches do not depend on it.
         pin_memory: For a GPU.
+        rank: Which share of each batch this process takes.
+        world_size: Processes that train.
     """
     transform = create_transform(
         preprocessing["input_size"],
@@ -209,7 +273,7 @@ def train_loader(
     )
     _keep_a_bit(transform)
     prepared = Prepared(images, transform, preprocessing["input_size"][0])
-    order = EpochOrder(len(prepared), batch_size, seed)
+    order = EpochOrder(len(prepared), batch_size, seed, augment.repeats, rank=rank, world_size=world_size)
     return _loader(prepared, workers, pin_memory, batch_sampler=order)
 
 
@@ -220,8 +284,14 @@ def eval_loader(
     batch_size: int,
     workers: int = 0,
     pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> DataLoader[Batch]:
-    """Every picture once, in order, as the model is meant to see it (arguments as `train_loader`)."""
+    """Every picture once, in order, as the model is meant to see it (arguments as `train_loader`).
+
+    Of several processes each takes every `world_size`-th picture: shares may differ by one picture, and
+    no picture is in two of them.
+    """
     transform = create_transform(
         preprocessing["input_size"],
         is_training=False,
@@ -232,7 +302,8 @@ def eval_loader(
         crop_mode=preprocessing["crop_mode"],
     )
     prepared = Prepared(images, transform, preprocessing["input_size"][0])
-    return _loader(prepared, workers, pin_memory, batch_size=batch_size, shuffle=False)
+    own = range(rank, len(prepared), world_size)
+    return _loader(prepared, workers, pin_memory, batch_size=batch_size, sampler=own)
 
 
 def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any) -> DataLoader[Batch]:

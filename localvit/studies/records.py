@@ -23,9 +23,10 @@ import filelock
 import torch
 
 from localvit.cost import count_macs
-from localvit.studies.study import Run, Study, differences, key_of
+from localvit.studies.study import Run, Study, key_of
 from localvit.training import ConfigError, Metrics, TrainConfig, from_dict, to_dict, train
 from localvit.training.build import preprocessing
+from localvit.training.identity import differences
 from localvit.training.output import versions, write_atomically
 
 _OWN = ("runs", "results.jsonl", "report.html", "report.md", "summary.json")

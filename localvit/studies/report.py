@@ -20,9 +20,10 @@ from localvit.studies import figures
 from localvit.studies.comparison import Comparison, interval, p_text, points, verdict
 from localvit.studies.records import Record
 from localvit.studies.statistics import Estimate
-from localvit.studies.study import Study, differences
+from localvit.studies.study import Study
 from localvit.studies.tuning import Tuning, tuning_table
 from localvit.training import to_dict
+from localvit.training.identity import differences
 from localvit.training.output import versions, write_atomically
 
 Rows = list[list[str]]

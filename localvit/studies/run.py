@@ -77,7 +77,7 @@ def check_arms(study: Study) -> None:
         splits = open_splits(config.data, seed=config.seed)
         model = build_model(config.model, splits.num_classes)
         check_forward(model, config.model.name, preprocessing(model, config.data)["input_size"])
-        build_optimizer(model, config.optim)
+        build_optimizer(model, config.optim, config.batch_size)
 
 
 def _collect(futures: dict[Future[Record], Run], failures: Failures, display: _Display) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 
 from localvit.training import ConfigError, TrainConfig, from_dict, to_dict
 from localvit.training.files import merge
+from localvit.training.identity import UNCOMPARED
 
-_NOT_IDENTITY = ("output", "workers")  # They change where results go and how fast they come, not what.
+# The device is part of it, although a run may move between devices: a comparison must not.
+_NOT_IDENTITY = tuple(name for name in UNCOMPARED if name != "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,28 +116,6 @@ def key_of(config: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits that name a configuration (a mapping as `training.to_dict` makes it)."""
     identity = {name: value for name, value in config.items() if name not in _NOT_IDENTITY}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def differences(first: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Fields in which nested mappings differ: dotted path -> the value in each; missing ones are ``None``.
-
-    `model.locality` stands as a whole, because its defaults are left out of it.
-    """
-    flat = [_flatten(mapping) for mapping in (first, *others)]
-    paths = dict.fromkeys(path for one in flat for path in one)
-    values = {path: tuple(one.get(path) for one in flat) for path in paths}
-    return {path: each for path, each in values.items() if any(value != each[0] for value in each)}
-
-
-def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in mapping.items():
-        path = prefix + name
-        if isinstance(value, Mapping) and path != "model.locality":
-            flat |= _flatten(value, f"{path}.")
-        else:
-            flat[path] = value
-    return flat
 
 
 def _check_unique(what: str, values: list[Any]) -> None:

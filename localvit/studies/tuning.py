@@ -20,9 +20,10 @@ from rich.console import Console
 
 from localvit.studies.records import StudyFolder
 from localvit.studies.run import Failures, StudyFailed, run_missing
-from localvit.studies.study import Arm, Study, differences
-from localvit.training import ConfigError, TrainConfig, to_dict
+from localvit.studies.study import Arm, Study
+from localvit.training import ConfigError, TrainConfig, from_dict
 from localvit.training.files import merge
+from localvit.training.identity import comparable, differences
 from localvit.training.output import versions, write_atomically
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -63,7 +64,9 @@ class Tuning:
 
     def departures(self, base: TrainConfig) -> dict[str, tuple[Any, ...]]:
         """Fields of `base` that differ from what was tuned: path -> (tuned, here)."""
-        return differences(self.base, _tuned_part(base))
+        # Read as a configuration: a field that is newer than the tuning has its default there.
+        tuned: TrainConfig = from_dict(merge(self.base, {"optim": {"lr": base.optim.lr}}))
+        return differences(_tuned_part(tuned), _tuned_part(base))
 
 
 def tune(
@@ -218,7 +221,7 @@ def _extended(rates: Sequence[float], chosen: Sequence[float]) -> list[float]:
 
 
 def _tuned_part(base: TrainConfig) -> dict[str, Any]:
-    values = to_dict(dataclasses.replace(base, seed=0, output=None, workers=0, device="auto"))
+    values = comparable(dataclasses.replace(base, seed=0))
     del values["optim"]["lr"]
     return values
 

@@ -3,6 +3,7 @@
 from localvit.surgery.confounders import confounders
 from localvit.surgery.layouts import UnsupportedModelError
 from localvit.surgery.localize import LOCALIZED, Report, RestoreError, localize, restore
+from localvit.surgery.parameters import locality_parameters
 from localvit.surgery.placement import BlockSpec, select_blocks
 from localvit.surgery.plan import Plan, SitePlan, plan
 
@@ -15,6 +16,7 @@ __all__ = [
     "SitePlan",
     "UnsupportedModelError",
     "confounders",
+    "locality_parameters",
     "localize",
     "plan",
     "restore",

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import timm
 import torch
 from timm.data import resolve_input_data_config
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import (
+    create_optimizer_v2,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from localvit.data import DataConfig
+from localvit.surgery import locality_parameters
 from localvit.training.config import ConfigError, ModelConfig, OptimConfig, TrainConfig, unknown
 
 _BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, KeyError, IndexError)
+# Arguments of create_optimizer_v2 that timm ignores when it is given groups of parameters.
+_GROUPING = (
+    "fallback_list",
+    "fallback_no_weight_decay",
+    "filter_bias_and_bn",
+    "layer_decay_min_scale",
+    "layer_decay_no_opt_scale",
+    "param_group_fn",
+)
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
@@ -45,9 +61,10 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     except _BAD_ARGUMENTS as error:
         raise ConfigError(f"model {config.name!r}: {_line(error)}") from error
     except (OSError, RuntimeError) as error:
-        if not config.pretrained:
+        if not config.pretrained and ":" not in config.name:
             raise
-        raise ConfigError(f"model.pretrained: no weights for {config.name!r}: {_line(error)}") from error
+        what = "model.pretrained: no weights for" if config.pretrained else "model.name: cannot open"
+        raise ConfigError(f"{what} {config.name!r}: {_line(error)}") from error
 
 
 def preprocessing(model: nn.Module, config: DataConfig) -> dict[str, Any]:
@@ -65,26 +82,82 @@ def preprocessing(model: nn.Module, config: DataConfig) -> dict[str, Any]:
         raise ConfigError(f"data: {error}") from error
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """timm's optimizer; biases, 1-D parameters and ``model.no_weight_decay()`` are not decayed.
+def freeze(model: nn.Module, train_only: Literal["all", "locality"]) -> None:
+    """Leave only what `train_only` says trainable: ``"locality"`` is its parameters and the classifier.
 
     Raises:
-        ConfigError: for an unknown name or arguments that the optimizer refuses.
+        ConfigError: if the model has no locality.
+    """
+    if train_only == "all":
+        return
+    kept = {id(parameter) for _, parameter in locality_parameters(model)}
+    if not kept:
+        raise ConfigError("train_only='locality': the model has none (model.locality=null)")
+    classifier = model.get_classifier()  # type: ignore[operator]
+    for head in classifier if isinstance(classifier, tuple) else (classifier,):
+        kept |= {id(parameter) for parameter in head.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, batch_size: int | None = None
+) -> torch.optim.Optimizer:
+    """timm's optimizer over the trainable parameters; see `OptimConfig` for what is decayed.
+
+    Args:
+        model: Where the parameters are.
+        config: Which optimizer.
+        batch_size: Pictures per update; it scales the rate where `config.lr_batch` is set.
+
+    Raises:
+        ConfigError: for an unknown name, arguments that the optimizer refuses, or what the model does not
+            support.
     """
     known = [str(name) for name in list_optimizers()]
     if config.name not in known:
         raise unknown("optim.name", config.name, known)
+    if config.lr_batch is not None and batch_size is None:
+        raise ConfigError(f"optim.lr_batch={config.lr_batch}: the learning rate needs the batch size")
+    if config.layer_decay is not None and not hasattr(model, "group_matcher"):
+        raise ConfigError(
+            f"optim.layer_decay={config.layer_decay:g}: {type(model).__name__} does not say which parameter "
+            "is in which layer (it has no group_matcher)"
+        )
+    args = config.args
+    if config.no_decay is not None:
+        args = {**args, "param_group_fn": _own_groups(config, config.no_decay)}
     try:
         return create_optimizer_v2(
             model,
             opt=config.name,
-            lr=config.lr,
+            lr=config.lr if batch_size is None else config.effective_lr(batch_size),
             weight_decay=config.weight_decay,
             momentum=config.momentum,
-            **config.args,
+            layer_decay=config.layer_decay,
+            **args,
         )
     except _BAD_ARGUMENTS as error:
         raise ConfigError(f"optim.args={config.args}: {_line(error)}") from error
+
+
+def _own_groups(config: OptimConfig, no_decay: tuple[str, ...]) -> Any:
+    """timm's grouping of parameters, with `no_decay` in the place of the model's list."""
+    ignored = sorted(set(config.args) & set(_GROUPING))
+    if ignored:
+        raise ConfigError(f"optim.args.{ignored[0]} has no effect with optim.no_decay")
+    if config.layer_decay is None:
+        return partial(
+            param_groups_weight_decay,
+            weight_decay=config.weight_decay,
+            no_weight_decay_list=no_decay,
+        )
+    return partial(
+        param_groups_layer_decay,
+        weight_decay=config.weight_decay,
+        no_weight_decay_list=no_decay,
+        layer_decay=config.layer_decay,
+    )
 
 
 def build_scheduler(

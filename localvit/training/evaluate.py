@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from timm.task.evaluator import ClassificationEvaluator
 from torch import nn
-from torch.utils.data import DataLoader
 
 from localvit.data import Batch, DataConfig, Part, eval_loader, open_reported, open_splits
 from localvit.data.loading import readable
@@ -38,13 +38,16 @@ class Metrics:
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, loader: DataLoader[Batch], device: torch.device) -> Metrics:
+def measure(
+    model: nn.Module, loader: Iterable[Batch], device: torch.device, *, distributed: bool = False
+) -> Metrics:
     """Evaluate a model; it is left in the mode (training or not) in which it was.
 
     Args:
         model: Returns logits (B, classes).
         loader: From `eval_loader`.
         device: Where the model is.
+        distributed: Whether the pictures are spread over processes, whose counts are to be added up.
 
     Raises:
         UnreadableImage: if a picture cannot be decoded.
@@ -59,9 +62,12 @@ def measure(model: nn.Module, loader: DataLoader[Batch], device: torch.device) -
             evaluator.update(output, batch.targets.to(device, non_blocking=True))
     finally:
         model.train(training)
-    values = evaluator.compute()  # waits for the device
+    values = evaluator.compute(distributed)  # waits for the device
     seconds = time.perf_counter() - start
-    images = evaluator.num_samples
+    counted = torch.tensor(evaluator.num_samples, device=device)
+    if distributed:
+        torch.distributed.all_reduce(counted)
+    images = int(counted)
     return Metrics(**values, images=images, images_per_second=images / seconds)
 
 

@@ -17,6 +17,7 @@ from localvit.locality.config import LocalityConfig
 from localvit.training.config import ConfigError, TrainConfig, unknown
 
 T = TypeVar("T")
+_FILES = (".yaml", ".yml")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -43,6 +44,10 @@ def from_dict(values: Mapping[str, Any], kind: type[T] = TrainConfig, path: str 
     for key in values:
         if key not in hints:
             raise unknown("configuration", _join(path, key), _all_paths(kind, path))
+    for needed in dataclasses.fields(kind):  # type: ignore[arg-type]
+        given = needed.name in values or needed.default is not dataclasses.MISSING
+        if not given and needed.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{_join(path, needed.name)} is missing")
     built = {key: _convert(value, hints[key], _join(path, key)) for key, value in values.items()}
     try:
         return kind(**built)
@@ -81,16 +86,44 @@ def list_recipes() -> list[str]:
 def load_recipe(recipe: str) -> dict[str, Any]:
     """The values of a recipe that comes with the package, or of a YAML file.
 
+    A recipe may begin with ``extends: NAME|FILE``: its values then stand over those of that one, mapping
+    by mapping. A file that is not absolute is looked for beside the one that names it.
+
     Raises:
-        ConfigError: if there is no such recipe.
+        ConfigError: if there is no such recipe, or it extends itself.
     """
-    if recipe.endswith((".yaml", ".yml")):
+    layers: list[dict[str, Any]] = []
+    chain: list[str] = []
+    following: str | None = str(Path(recipe).resolve()) if recipe.endswith(_FILES) else recipe
+    while following is not None:
+        if following in chain:
+            raise ConfigError(f"recipe {recipe!r} extends itself: {' -> '.join([*chain, following])}")
+        chain.append(following)
+        layers.append(_read_recipe(following))
+        following = _extended(layers[-1].pop("extends", None), following)
+    values: dict[str, Any] = {}
+    for layer in reversed(layers):
+        values = merge(values, layer)
+    return values
+
+
+def _read_recipe(recipe: str) -> dict[str, Any]:
+    if recipe.endswith(_FILES):
         return load_yaml(recipe)
     if recipe not in list_recipes():
         error = unknown("recipe", recipe, list_recipes())
         raise ConfigError(f"{error} (recipes: {', '.join(list_recipes())}; or a .yaml file)")
     with resources.as_file(resources.files("localvit.training") / "recipes" / f"{recipe}.yaml") as path:
         return load_yaml(path)
+
+
+def _extended(name: Any, by: str) -> str | None:
+    """What the recipe `by` extends; a file as a full path, so that a circle is seen."""
+    if name is None or (isinstance(name, str) and not name.endswith(_FILES)):
+        return name
+    if not isinstance(name, str):
+        raise ConfigError(f"recipe {by!r}: extends={name!r} is not the name of a recipe")
+    return str((Path(by).parent / name).resolve())
 
 
 def parse_setting(setting: str) -> dict[str, Any]:
@@ -145,8 +178,9 @@ def _all_paths(kind: type, path: str) -> list[str]:
     found = []
     for key, hint in typing.get_type_hints(kind).items():
         found.append(_join(path, key))
-        if dataclasses.is_dataclass(hint):
-            found += _all_paths(typing.cast(type, hint), _join(path, key))
+        for choice in (hint, *typing.get_args(hint)):  # what may be absent is a union with None
+            if dataclasses.is_dataclass(choice):
+                found += _all_paths(typing.cast(type, choice), _join(path, key))
     return found
 
 

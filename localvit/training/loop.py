@@ -1,260 +1,283 @@
-"""Training: one function, `train`, and one epoch of it on a screen."""
+"""Training: one function, `train`, and what it does epoch by epoch."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import math
+import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from timm.data import Mixup
-from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationTask
+from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
 from localvit.cost import count_parameters
-from localvit.data import Batch, Splits, eval_loader, open_splits, train_loader
-from localvit.data.loading import derive_seed, random_scope, readable, seed_all
-from localvit.training.build import (
-    build_model,
-    build_optimizer,
-    build_scheduler,
-    check_forward,
-    pick_device,
-    preprocessing,
-)
+from localvit.data import Batch
+from localvit.training.callbacks import Callback
+from localvit.training.checkpoint import load_checkpoint
 from localvit.training.config import TrainConfig
+from localvit.training.distributed import World, open_world
+from localvit.training.engine import LossWatch, deterministic
 from localvit.training.evaluate import Metrics, measure
-from localvit.training.output import RunFolder, check_output
+from localvit.training.identity import check_allowed
+from localvit.training.keeper import Keeper
+from localvit.training.output import check_output, read_status
 from localvit.training.progress import Progress
+from localvit.training.result import RunResult, TrainingFailed
+from localvit.training.run import Run, best_model, prepare
+from localvit.training.signals import stop_requested
 
 
-class TrainingFailed(RuntimeError):
-    """Training cannot go on; the message says where it stopped and why."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What a run produced.
-
-    Attributes:
-        output: Its folder, if it has one.
-        history: One mapping per epoch, as in `metrics.jsonl`: `epoch` (from 1), `lr` (at its end),
-            `train_loss`, `validation_loss`, `validation_top1`, `validation_top5`, `seconds`,
-            `images_per_second` (training only, loading included).
-        best_epoch: The epoch with the highest validation top-1; the lower loss, then the earlier epoch,
-            decides between equals.
-        validation: Metrics of that epoch. It was chosen on them, so they flatter it.
-        test: Metrics of that epoch's weights on the reported split, measured once.
-        images_per_second: Median over the epochs.
-        parameters: Number of parameters.
-        notes: Sentences about the splits.
-        model: The model with the weights of `best_epoch`, in evaluation mode.
-    """
-
-    output: str | None
-    history: list[dict[str, Any]]
-    best_epoch: int
-    validation: Metrics
-    test: Metrics
-    images_per_second: float
-    parameters: int
-    notes: tuple[str, ...]
-    model: nn.Module
-
-
-@dataclass(kw_only=True)
-class _Run:
-    """Everything that a run works with, ready before anything is written."""
-
-    config: TrainConfig
-    splits: Splits
-    device: torch.device
-    task: ClassificationTask
-    optimizer: torch.optim.Optimizer
-    scheduler: Scheduler
-    mixup: Mixup | None
-    data_config: dict[str, Any]
-    train: DataLoader[Batch]
-    validation: DataLoader[Batch]
-    test: DataLoader[Batch]
-    updates: int = 0
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The model that is validated, saved and reported: the averaged one where there is one."""
-        averaged = self.task.get_trainable_module(ema=True)
-        model = self.task.get_trainable_module() if averaged is None else averaged.module
-        assert isinstance(model, nn.Module)
-        return model
-
-
-def train(config: TrainConfig, *, console: Console | None = None) -> RunResult:
+def train(
+    config: TrainConfig,
+    *,
+    console: Console | None = None,
+    allow_change: Collection[str] = (),
+    callbacks: Sequence[Callback] = (),
+) -> RunResult:
     """Train a model; choose the epoch on the validation split; report it on the test split.
 
     The same configuration gives the same weights and metrics again (on a CPU to the last bit, on the same
-    machine with the same number of threads). torch's global random state is seeded.
+    machine with the same number of threads), and so does a run that was ended in whatever way and called
+    again, any number of times: it goes on from its last state. A finished run is returned as it is. Under
+    ``torchrun`` all processes train one model. torch's global random state is seeded.
 
     Args:
         config: What to do. `config.output=None` writes nothing.
         console: Where progress is shown; ``None`` shows nothing.
+        allow_change: In what a run that goes on may differ from its first part: dotted fields of the
+            configuration or whole sections of it, ``"data"`` (its pictures too), ``"versions"``,
+            ``"world_size"``. With another number of processes, batches stay the same, while drop-path,
+            dropout and statistics of batch norm do not.
+        callbacks: Told about the epochs, in the first process.
 
     Raises:
-        ConfigError: if the configuration cannot work; nothing was written.
+        ConfigError: if the configuration cannot work, or the folder holds another run, is in use or has
+            damaged states only; nothing was written.
         DataError: if the data cannot be used; nothing was written.
         UnreadableImage: if a picture cannot be decoded.
-        TrainingFailed: if the loss is no longer a number.
+        TrainingFailed: if training cannot go on: the loss or a weight is no number, a data worker or another
+            process died, the disk is full.
+        TrainingInterrupted: if a signal asked for it (see `stop_on_signals`); the state is saved.
     """
-    if config.output is not None:
-        check_output(config.output)  # first, because it is quick; again when the folder is made
-    run = _prepare(config)
-    folder = RunFolder(config, run.splits.notes) if config.output is not None else None
-    progress = Progress(console, config, run.splits, count_parameters(run.evaluated))
-    try:
-        with progress:
-            result = _fit(run, folder, progress)
-    except BaseException as error:
-        if folder:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            folder.update(state="interrupted" if interrupted else "failed", error=f"{error!r}")
-        raise
+    check_allowed(allow_change)
+    with open_world(config.device) as world, deterministic(config.engine), ExitStack() as stack:
+        if config.output is not None:
+            held = world.from_first(lambda: check_output(config, allow_change))
+            if held == "finished":
+                return world.from_first(lambda: _finished(config, console))
+        run = prepare(config, world)
+        keeper = Keeper(run)
+        progress = Progress(
+            console if world.first else None, config, run.splits, count_parameters(run.engine.evaluated)
+        )
+        try:
+            with progress:
+                keeper.open(stack, allow_change, progress)
+                return _fit(run, keeper, progress, callbacks if world.first else ())
+        except BaseException as error:
+            explained = _explained(error, keeper)
+            keeper.failed(explained)
+            if explained is error:
+                raise
+            raise explained from error
+
+
+def _fit(run: Run, keeper: Keeper, progress: Progress, callbacks: Sequence[Callback]) -> RunResult:
+    at = run.reached
+    for callback in callbacks:
+        callback.on_start(run.config, keeper.folder.path if keeper.folder else None)
+    while at.epoch < run.config.epochs:
+        trained = train_epoch(run, keeper, progress)
+        validation = _measure(run, run.validation, keeper)
+        measured = {f"validation_{name}": getattr(validation, name) for name in ("loss", "top1", "top5")}
+        improved = at.best is None or _rank(validation) > _rank(at.best)
+        if improved:
+            at.best, at.best_epoch = validation, at.epoch + 1
+            at.best_weights = copy.deepcopy(run.engine.evaluated.state_dict())
+        at.close_epoch({"epoch": at.epoch + 1, **trained, **measured})
+        keeper.save_epoch(improved)
+        progress.epoch(at.history[-1], improved)
+        for callback in callbacks:
+            callback.on_epoch(at.history[-1])
+
+    assert at.best is not None
+    best_model(run)
+    test = _measure(run, run.test, keeper)
+    if keeper.folder:
+        keeper.folder.finish(test=dataclasses.asdict(test))
+    progress.finish(at.best_epoch, test)
+    best = at.best_epoch, at.best, test
+    result = _result(run.config, at.history, best, run.splits.notes, run.engine.evaluated)
+    for callback in callbacks:
+        callback.on_end(result)
     return result
 
 
-def _prepare(config: TrainConfig) -> _Run:
-    device = pick_device(config.device)
-    splits = open_splits(config.data, seed=config.seed)
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, splits.num_classes)
-    data_config = preprocessing(model, config.data)
-    check_forward(model, config.model.name, data_config["input_size"])
-    loading: dict[str, Any] = {
-        "batch_size": config.batch_size,
-        "workers": config.workers,
-        "pin_memory": device.type == "cuda",
+def train_epoch(run: Run, keeper: Keeper, progress: Progress) -> dict[str, float]:
+    """One pass over the training pictures, or the rest of one.
+
+    Returns:
+        `lr`, `train_loss`, `seconds`, `images_per_second`.
+    """
+    engine, at, world, watch = run.engine, run.reached, run.world, LossWatch()
+    engine.train()
+    run.train.batch_sampler.set_epoch(at.epoch, at.batch)  # type: ignore[union-attr]
+    start = time.perf_counter() - at.seconds
+    for batch in run.train:
+        _note_unreadable(run, batch, progress)
+        loss = engine.backward(*run.inputs(batch))
+        bad = watch.look(loss, at.batch)
+        *bad_batch, due, stop = world.agree(*_place(world, bad), keeper.due(), stop_requested())
+        _refuse(run, keeper, bad, bad_batch)
+        engine.step()
+        at.batch += 1
+        at.loss_sum += loss.double() * len(batch.indices)
+        at.images += len(batch.indices)
+        at.seconds = time.perf_counter() - start
+        progress.advance(run.config.batch_size)
+        if due or stop or at.batch == len(run.train):
+            bad = watch.flush()
+            _refuse(run, keeper, bad, world.agree(*_place(world, bad)))
+        if due:
+            keeper.save()
+        keeper.stop_if_asked(bool(stop))
+    loss_sum, images = world.total(torch.stack([at.loss_sum, at.loss_sum.new_tensor(at.images)])).tolist()
+    return {
+        "lr": engine.lr,
+        "train_loss": loss_sum / images,
+        "seconds": at.seconds,
+        "images_per_second": images / at.seconds,
     }
-    loader = train_loader(splits.train, config.augment, data_config, seed=config.seed, **loading)
-    model.to(device)
-    optimizer = build_optimizer(model, config.optim)
-    smoothing = {"smoothing": config.augment.smoothing, "soft_targets": config.augment.mixes}
-    task = ClassificationTask(model, criterion_kwargs=smoothing, device=device, verbose=False)
-    if config.ema_decay is not None:
-        task.setup_ema(decay=config.ema_decay)
-    return _Run(
-        config=config,
-        splits=splits,
-        device=device,
-        task=task,
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, config, len(loader)),
-        mixup=_build_mixup(config, splits.num_classes),
-        data_config=data_config,
-        train=loader,
-        validation=eval_loader(splits.validation, data_config, **loading),
-        test=eval_loader(splits.test, data_config, **loading),
+
+
+def _place(world: World, bad: tuple[float, int] | None) -> tuple[int, int]:
+    """Which process found a loss that is no number, and in which batch, both counted from 1; or zeros."""
+    return (0, 0) if bad is None else (world.rank + 1, bad[1] + 1)
+
+
+def _refuse(run: Run, keeper: Keeper, bad: tuple[float, int] | None, place: Sequence[float]) -> None:
+    """End the run in all processes if the loss is no number in one of them.
+
+    Raises:
+        TrainingFailed: with the place, the learning rate, the pictures and the last good state.
+    """
+    rank, batch = (int(value) - 1 for value in place)
+    if rank < 0:
+        return
+    names = run.pictures(batch, rank)
+    update = run.reached.epoch * len(run.train) + batch + 1
+    more = f" and {len(names) - 3} more (in status.json)" if len(names) > 3 else ""
+    raise TrainingFailed(
+        f"the loss became {bad[0] if bad else 'no finite number'} in epoch {run.reached.epoch + 1}, update "
+        f"{update}, at learning rate {run.engine.lr:.3g}, on the pictures "
+        f"{', '.join(names[:3])}{more}; {keeper.last_state()}; try a lower optim.lr",
+        names,
     )
 
 
-def _fit(run: _Run, folder: RunFolder | None, progress: Progress) -> RunResult:
-    history: list[dict[str, Any]] = []
-    best: tuple[int, Metrics] | None = None
-    best_weights: dict[str, torch.Tensor] = {}
-    names = list(run.splits.class_names)
-    for epoch in range(run.config.epochs):
-        trained = train_epoch(run, epoch, progress.advance)
-        validation = measure(run.evaluated, run.validation, run.device)
-        measured = {f"validation_{name}": getattr(validation, name) for name in ("loss", "top1", "top5")}
-        history.append({"epoch": epoch + 1, **trained, **measured})
-        improved = best is None or _rank(validation) > _rank(best[1])
-        if improved:
-            best = epoch + 1, validation
-            best_weights = copy.deepcopy(run.evaluated.state_dict())
-        if folder:
-            folder.save_model("last", run.evaluated, run.data_config, names)
-            if improved:
-                folder.save_model("best", run.evaluated, run.data_config, names)
-                folder.update(best={"epoch": epoch + 1, "validation": dataclasses.asdict(validation)})
-            folder.add_epoch(history[-1])
-        progress.epoch(history[-1], improved)
+def _note_unreadable(run: Run, batch: Batch, progress: Progress) -> None:
+    """Count pictures that could not be read.
 
-    assert best is not None
-    model = run.evaluated
-    model.load_state_dict(best_weights)
-    test = measure(model, run.test, run.device)
-    if folder:
-        folder.update(state="finished", test=dataclasses.asdict(test))
-    progress.finish(best[0], test)
+    Raises:
+        UnreadableImage: the first of them, if none is allowed or there was none to take its place.
+        TrainingFailed: if there are more than `max_bad_images`.
+    """
+    known, limit = run.reached.bad_images, run.config.max_bad_images
+    for index, error in batch.unreadable.items():
+        if limit == 0 or len(batch.indices) < run.config.batch_size // run.world.size:
+            raise error
+        if index not in known:
+            known[index] = error.name
+            progress.note(f"another picture in its place: {error}")
+        if len(known) > limit:
+            raise TrainingFailed(
+                f"more than max_bad_images={limit} training pictures are unreadable; {error}"
+            )
+
+
+def _measure(run: Run, loader: DataLoader[Batch], keeper: Keeper) -> Metrics:
+    """Measure the evaluated model on all processes.
+
+    Raises:
+        TrainingInterrupted: if a signal asked for the end meanwhile.
+    """
+    run.engine.share_statistics()
+    with run.engine.autocast():
+        metrics = measure(
+            run.engine.evaluated, _until_stop(loader), run.world.device, distributed=run.world.size > 1
+        )
+    (stop,) = run.world.agree(stop_requested())
+    keeper.stop_if_asked(bool(stop))
+    return metrics
+
+
+def _until_stop(loader: Iterable[Batch]) -> Iterator[Batch]:
+    for batch in loader:
+        if stop_requested():
+            return
+        yield batch
+
+
+def _explained(error: BaseException, keeper: Keeper) -> BaseException:
+    """In one line what PyTorch says in many."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        reason = " ".join(text.split()).partition(". ")[0]
+        return TrainingFailed(
+            f"a process that loads pictures died ({reason}), perhaps for want of memory; "
+            f"{keeper.last_state()}"
+        )
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
+        return TrainingFailed(f"another process of this run ended; {keeper.last_state()}")
+    return error
+
+
+def _finished(config: TrainConfig, console: Console | None) -> RunResult:
+    """The result of a run that is done."""
+    assert config.output is not None
+    path = Path(config.output)
+    status = read_status(path)
+    history = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    best_epoch = int(status["best"]["epoch"])
+    validation, test = Metrics(**status["best"]["validation"]), Metrics(**status["test"])
+    model = load_checkpoint(config.output, torch.device("cpu")).model
+    if console:
+        console.print(
+            f"{config.output} holds this run already, finished: best epoch {best_epoch}, test top-1 "
+            f"{test.top1:.2f} %",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return _result(config, history, (best_epoch, validation, test), tuple(status["notes"]), model)
+
+
+def _result(
+    config: TrainConfig,
+    history: list[dict[str, Any]],
+    best: tuple[int, Metrics, Metrics],
+    notes: tuple[str, ...],
+    model: nn.Module,
+) -> RunResult:
     return RunResult(
-        output=run.config.output,
+        output=config.output,
         history=history,
         best_epoch=best[0],
         validation=best[1],
-        test=test,
+        test=best[2],
         images_per_second=statistics.median(h["images_per_second"] for h in history),
         parameters=count_parameters(model),
-        notes=run.splits.notes,
+        notes=notes,
         model=model.eval(),
     )
 
 
-def train_epoch(run: _Run, epoch: int, advance: Callable[[int], None]) -> dict[str, float]:
-    """One pass over the training pictures; returns `lr`, `train_loss`, `seconds`, `images_per_second`."""
-    task, optimizer = run.task, run.optimizer
-    task.train()
-    run.train.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
-    total, images = torch.zeros((), dtype=torch.float64, device=run.device), 0
-    start = time.perf_counter()
-    for step, batch in enumerate(map(readable, run.train)):
-        inputs = batch.images.to(run.device, non_blocking=True)
-        targets = batch.targets.to(run.device, non_blocking=True)
-        if run.mixup is not None:
-            with random_scope():  # mixup draws from NumPy's global state
-                seed_all(derive_seed(run.config.seed, "mixup", epoch, step))
-                inputs, targets = run.mixup(inputs, targets)
-        optimizer.zero_grad()
-        loss = task(inputs, targets)["loss"]
-        loss.backward()
-        optimizer.step()
-        run.updates += 1
-        run.scheduler.step_update(run.updates)
-        task.update_ema(step=run.updates)
-        total += loss.detach().double() * len(inputs)
-        images += len(inputs)
-        advance(len(inputs))
-    train_loss = total.item() / images  # waits for the device
-    seconds = time.perf_counter() - start
-    if not math.isfinite(train_loss):
-        raise TrainingFailed(
-            f"the training loss became {train_loss} in epoch {epoch + 1}; try a lower optim.lr"
-        )
-    return {
-        "lr": optimizer.param_groups[0]["lr"],
-        "train_loss": train_loss,
-        "seconds": seconds,
-        "images_per_second": images / seconds,
-    }
-
-
 def _rank(validation: Metrics) -> tuple[float, float]:
     return validation.top1, -validation.loss
-
-
-def _build_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
-    augment = config.augment
-    if not augment.mixes:
-        return None
-    return Mixup(
-        mixup_alpha=augment.mixup,
-        cutmix_alpha=augment.cutmix,
-        prob=augment.mix_prob,
-        switch_prob=augment.mix_switch_prob,
-        label_smoothing=augment.smoothing,
-        num_classes=config.model.args.get("num_classes", num_classes),
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -49,7 +50,7 @@ class Progress:
             soft_wrap=True,
         )
         for note in splits.notes:
-            self.console.print(note, style="dim", highlight=False, soft_wrap=True)
+            self.note(note)
         self.bar.start()
         return self
 
@@ -57,6 +58,17 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.stop()
+
+    def resume(self, images: int, where: str, warnings: Sequence[str]) -> None:
+        """The run goes on: so many images were trained on before."""
+        for warning in warnings:
+            self.note(f"warning: {warning}")
+        self.note(f"going on {where}")
+        self.bar.update(self.task, completed=images)
+
+    def note(self, line: str) -> None:
+        """Show a line."""
+        self.console.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
 
     def advance(self, images: int) -> None:
         """So many images more have been trained on."""

@@ -121,8 +121,10 @@ def test_locality_flag_replaces_that_of_the_recipe(capsys, flag, expected):
 
 def test_train_never_overwrites(run, capsys):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    assert main(["train", *TINY, "--output", str(run)]) == 2
-    assert "already holds a run" in one_line(capsys)
+    assert main(["train", *TINY, "--output", str(run)]) == 0
+    assert "holds this run already, finished: best epoch 1" in capsys.readouterr().out
+    assert main(["train", *TINY, "--seed", "1", "--output", str(run)]) == 2
+    assert "already holds a finished run, and this is another one (seed: 0 -> 1)" in one_line(capsys)
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 

@@ -1,8 +1,11 @@
+import dataclasses
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from timm.data.distributed_sampler import RepeatAugSampler
 
 from localvit.data import AugmentConfig, DataConfig, DataError, UnreadableImage, open_splits, train_loader
 from localvit.data.loading import EpochOrder, eval_loader, random_scope, readable, seed_all
@@ -69,6 +72,39 @@ def test_every_epoch_is_another_permutation_in_whole_batches():
     second = [draw.picture for batch in order for draw in batch]
     assert len(first) == len(set(first)) == 8 == 4 * len(order)
     assert first != second
+
+
+def test_repeats_by_hand():
+    plain = [draw.picture for batch in EpochOrder(10, 1, seed=0) for draw in batch]  # the permutation
+    batches = list(EpochOrder(10, 4, seed=0, repeats=3))
+    # Ten places: three pictures three times and one once, of which two whole batches take eight.
+    expected = [plain[0]] * 3 + [plain[1]] * 3 + [plain[2]] * 2
+    assert [[draw.picture for draw in batch] for batch in batches] == [expected[:4], expected[4:]]
+    assert len({draw.seed for batch in batches for draw in batch}) == 8  # each augmented in its own way
+    order = EpochOrder(10, 4, seed=0, repeats=3)
+    order.set_epoch(1)
+    again = list(order)
+    assert again != batches
+    assert again == list(order)
+
+
+def test_an_epoch_with_repeats_holds_what_timms_sampler_deals_out_to_all_processes():
+    ranks = [
+        list(RepeatAugSampler(range(1000), num_replicas=4, rank=rank, num_repeats=3)) for rank in range(4)
+    ]
+    assert len(EpochOrder(1000, 256, seed=0, repeats=3)) * 256 == sum(map(len, ranks)) == 768
+    theirs = Counter(Counter(picture for rank in ranks for picture in rank).values())
+    drawn = Counter(d.picture for batch in EpochOrder(1000, 256, seed=0, repeats=3) for d in batch)
+    assert Counter(drawn.values()) == theirs == {3: 256}
+
+
+def test_repeated_pictures_are_augmented_differently():
+    splits = open_splits(DataConfig())
+    repeated = dataclasses.replace(HEAVY, repeats=3)
+    loader = train_loader(splits.train, repeated, PREPROCESSING, batch_size=9, seed=0)
+    batch = next(iter(loader))
+    assert [len(set(batch.indices[i : i + 3])) for i in (0, 3, 6)] == [1, 1, 1]
+    assert not torch.equal(batch.images[0], batch.images[1])
 
 
 @pytest.mark.parametrize("batch_size", [0, 11])

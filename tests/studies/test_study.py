@@ -7,9 +7,10 @@ import torch
 
 from localvit import LocalityConfig
 from localvit.studies.demo import ARMS, demo_study
-from localvit.studies.study import Arm, Study, differences, key_of
+from localvit.studies.study import Arm, Study, key_of
 from localvit.training import ConfigError, to_dict
 from localvit.training.build import build_model
+from localvit.training.identity import differences
 
 
 def test_arms_differ_in_locality_only_without_tuned_rates(study):

@@ -5,12 +5,14 @@ import timm
 import torch
 
 from localvit.training import ConfigError, output, train
-from localvit.training.output import RunFolder, move_into_place, write_atomically
+from localvit.training.atomic import move_into_place, write_atomically
+from localvit.training.output import open_folder
 
 
 @pytest.fixture
 def folder(tiny, tmp_path):
-    return RunFolder(tiny(f"output={tmp_path / 'run'}"), notes=())
+    with open_folder(tiny(f"output={tmp_path / 'run'}"), notes=(), data="some") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("locality", ["null", "{}"])

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from timm.task import ClassificationTask
 
 from localvit.data import UnreadableImage
 from localvit.training import ConfigError, TrainingFailed, from_dict, loop, train
@@ -46,8 +47,8 @@ def batches_seen(monkeypatch, config):
         seen.append((inputs.clone(), targets.clone()))
         return forward(task, inputs, targets)
 
-    forward = loop.ClassificationTask.forward
-    monkeypatch.setattr(loop.ClassificationTask, "forward", spy)
+    forward = ClassificationTask.forward
+    monkeypatch.setattr(ClassificationTask, "forward", spy)
     train(config)
     monkeypatch.undo()
     return seen
@@ -149,8 +150,8 @@ def test_best_epoch_is_chosen_on_validation(tiny, monkeypatch):
     # Validation says that epoch 2 of 3 is best; the result must hold its weights and no others.
     real, seen = loop.measure, []
 
-    def measure(model, loader, device):
-        metrics = real(model, loader, device)
+    def measure(model, loader, device, **options):
+        metrics = real(model, loader, device, **options)
         if metrics.images != 259:
             return metrics
         seen.append({k: v.clone() for k, v in model.state_dict().items()})
@@ -166,7 +167,7 @@ def test_best_epoch_is_chosen_on_validation(tiny, monkeypatch):
 
 def test_a_loss_that_is_no_number_stops_the_run(tiny, tmp_path):
     settings = ("optim.name=sgd", "optim.lr=1e30", f"output={tmp_path / 'run'}")
-    with pytest.raises(TrainingFailed, match="loss became nan in epoch"):
+    with pytest.raises(TrainingFailed, match="loss became nan in epoch 1, update 3, at learning rate"):
         train(tiny(*settings))
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed"
@@ -205,6 +206,7 @@ def test_output_folder_tells_the_whole_story(tiny, tmp_path):
     config = tiny(f"output={tmp_path / 'run'}")
     result = train(config)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        ".lock",
         "best",
         "config.yaml",
         "last",

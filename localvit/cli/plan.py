@@ -1,0 +1,60 @@
+"""``localvit plan``: what a configuration will take, before it is trained."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from localvit.cli.arguments import UsageError, one_line_errors
+from localvit.cli.train import ConfigOptions, configuration
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ConfigOptions):
+    """Say what a training run will take: updates, hours, memory, data rate, sizes of files.
+
+    Every line says whether it was measured just now, computed, or assumed. Nothing is written.
+    """
+
+    gpus: Annotated[str, tyro.conf.arg(metavar="N|NODESxN")] = "1"
+    """GPUs, or nodes x GPUs in each, such as 8x8"""
+    images_per_second: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
+    """training speed of one GPU, as `localvit train` shows it"""
+    memory_gb: Annotated[float | None, tyro.conf.arg(metavar="GB")] = None
+    """memory of one GPU, in units of 1e9 bytes"""
+    images: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """pictures that are learned from, where the data is not at hand"""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """print JSON"""
+
+
+def run(options: Options) -> int:
+    """Print the plan."""
+    from localvit import training
+
+    with one_line_errors():
+        nodes, gpus = _gpus(options.gpus)
+        machine = training.Machine(
+            nodes=nodes,
+            gpus=gpus,
+            images_per_second=options.images_per_second,
+            memory_gb=options.memory_gb,
+        )
+        figures = training.plan_run(configuration(options), machine, options.images)
+    if options.json:
+        print(json.dumps([figure.to_dict() for figure in figures], indent=1))
+    else:
+        print(*figures, sep="\n")
+    return 0
+
+
+def _gpus(text: str) -> tuple[int, int]:
+    """Nodes and GPUs in each."""
+    found = re.fullmatch(r"(?:(\d+)x)?(\d+)", text)
+    if found is None:
+        raise UsageError(f"--gpus {text!r} is neither a number nor NODESxGPUS, such as 8x8")
+    return int(found[1] or 1), int(found[2])

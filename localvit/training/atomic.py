@@ -1,0 +1,69 @@
+"""Files and folders that are whole at every instant, whatever interrupts their writing."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_atomically(path: Path, *contents: str | bytes | memoryview) -> None:
+    """Write a file so that a reader, now or after a crash, sees all of the old one or all of the new one.
+
+    Args:
+        path: The file.
+        contents: What it holds, one after the other; text as UTF-8.
+
+    Raises:
+        OSError: if it cannot be written; the old one is as it was.
+    """
+    descriptor, temporary = tempfile.mkstemp(prefix=temporary_prefix(path.name), dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            for content in contents:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~umask())
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def move_into_place(new: Path, place: Path) -> None:
+    """Move the folder `new` to `place`; where `place` exists, its files are replaced one by one.
+
+    At every instant `place` holds whole files. Two saves of one run differ in their weights only, so a
+    mixture of old and new files is a valid model too.
+    """
+    sync(new)
+    if place.exists():
+        for file in new.iterdir():
+            os.replace(file, place / file.name)
+        sync(place)
+    else:
+        os.rename(new, place)
+        sync(place.parent)
+
+
+def temporary_prefix(name: str) -> str:
+    """How the names of unfinished versions of `name` begin."""
+    return f".{name}-"
+
+
+def sync(path: Path) -> None:
+    """Have a file or folder on the disk, not only in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def umask() -> int:
+    """The permissions that new files of this process do not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

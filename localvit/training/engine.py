@@ -1,0 +1,211 @@
+"""One update of a model: forward, backward, step, in the precision and the pieces that were asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from timm.task.task import TrainingTask
+from timm.utils.distributed import distribute_bn
+from timm.utils.model import unwrap_model
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from localvit.training.build import build_optimizer, build_scheduler
+from localvit.training.config import ConfigError, EngineConfig, TrainConfig
+from localvit.training.distributed import World
+from localvit.training.task import build_task
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Engine:
+    """A model with its loss, optimizer, schedule and average, spread over the processes.
+
+    Args:
+        model: On the CPU; it is moved, and prepared as `config.engine` says.
+        config: The run.
+        world: The processes.
+        updates_per_epoch: For the schedule.
+        data_config: How pictures are prepared, for a teacher.
+        class_names: Name of each label, for a teacher.
+
+    Raises:
+        ConfigError: if the options do not fit the model, the device or each other.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        world: World,
+        updates_per_epoch: int,
+        data_config: dict[str, Any],
+        class_names: Sequence[str],
+    ) -> None:
+        self.config, self.world = config.engine, world
+        self.updates = 0
+        model = _prepare(model, self.config, world)
+        self.task = build_task(model, config, data_config, class_names, device=world.device)
+        learner = self.task.get_trainable_module()
+        assert learner is not None
+        self.optimizer = build_optimizer(learner, config.optim, config.batch_size)
+        self.scheduler = build_scheduler(self.optimizer, config, updates_per_epoch)
+        self.scaler = torch.amp.GradScaler("cuda", enabled=self.config.precision == "fp16")
+        if config.ema_decay is not None:
+            self.task.setup_ema(decay=config.ema_decay)
+        if self.config.compile:
+            self.task.compile()
+        if world.size > 1:
+            devices = [world.device.index] if world.device.type == "cuda" else None
+            # Each process keeps the running statistics of its share until `share_statistics`.
+            self.task.prepare_distributed(device_ids=devices, broadcast_buffers=False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that learns, without wrappers."""
+        return _unwrapped(self.task, ema=False)
+
+    @property
+    def average(self) -> nn.Module | None:
+        """The averaged model, if there is one."""
+        return _unwrapped(self.task, ema=True) if self.task.has_ema() else None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is validated, saved and reported: the averaged one where there is one."""
+        return self.average or self.model
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next update; where layers have rates of their own, the highest."""
+        return float(max(group["lr"] for group in self.optimizer.param_groups))
+
+    def train(self) -> None:
+        """Enter training mode; frozen batch norm stays as in evaluation."""
+        self.task.train()
+        if self.config.batch_norm == "frozen":
+            for module in self.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+
+    def backward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Compute the gradients of one batch; returns its mean loss, on the device.
+
+        Args:
+            images: (B, C, H, W), this process's share.
+            targets: (B,) classes or (B, classes) shares of classes.
+        """
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        pieces = self.config.grad_accum
+        chunks = list(zip(images.chunk(pieces), targets.chunk(pieces), strict=True))
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=images.device)
+        for number, (inputs, labels) in enumerate(chunks, start=1):
+            # Processes exchange gradients once, with the last piece.
+            with self.task.no_sync() if number < pieces else nullcontext():
+                with self.autocast():
+                    loss = self.task(inputs, labels)["loss"] / pieces
+                self.scaler.scale(loss).backward()
+            total = total + loss.detach()
+        return total
+
+    def step(self) -> None:
+        """Apply the gradients."""
+        if self.config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.task.get_clip_parameters(), self.config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.updates += 1
+        self.scheduler.step_update(self.updates)
+        self.task.update_ema(step=self.updates)
+
+    def go_to(self, updates: int) -> None:
+        """Set the number of updates done, and the learning rate that follows from it."""
+        self.updates = updates
+        if updates:
+            self.scheduler.step_update(updates)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of a forward pass."""
+        dtype = _DTYPES[self.config.precision]
+        enabled = dtype != torch.float32
+        return torch.autocast(self.world.device.type, dtype if enabled else None, enabled=enabled)
+
+    def share_statistics(self) -> None:
+        """Give all processes the same running statistics of batch norm, ready for evaluation."""
+        if self.world.size > 1:
+            for model in filter(None, (self.model, self.average)):
+                distribute_bn(model, self.world.size, reduce=self.config.batch_norm == "average")
+
+
+class LossWatch:
+    """Finds a loss that is no number. On a GPU it looks one update later, so that nothing has to wait."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[torch.Tensor, torch.cuda.Event, Any] | None = None
+
+    def look(self, loss: torch.Tensor, about: Any) -> Any | None:
+        """Note a loss; returns what was said about the newest looked-at one if it is no number."""
+        if loss.device.type != "cuda":
+            return None if loss.isfinite() else (loss.item(), about)
+        found = self.flush()
+        event = torch.cuda.Event()
+        copy = loss.to("cpu", non_blocking=True)
+        event.record()
+        self._pending = copy, event, about
+        return found
+
+    def flush(self) -> Any | None:
+        """Look at the loss that is still pending."""
+        if self._pending is None:
+            return None
+        (loss, event, about), self._pending = self._pending, None
+        event.synchronize()
+        return None if loss.isfinite() else (loss.item(), about)
+
+
+@contextmanager
+def deterministic(config: EngineConfig) -> Iterator[None]:
+    """Within, PyTorch uses deterministic algorithms only, if `config` asks for it."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it so
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+def _prepare(model: nn.Module, config: EngineConfig, world: World) -> nn.Module:
+    """The model on its device, as the options want it."""
+    on_gpu = world.device.type == "cuda"
+    if config.precision == "fp16" and not on_gpu:
+        raise ConfigError("engine.precision='fp16' needs a GPU; 'bf16' works on CPUs too")
+    if config.batch_norm == "sync" and world.size > 1:
+        if not on_gpu:
+            raise ConfigError("engine.batch_norm='sync' needs GPUs; 'average' and 'frozen' work on CPUs too")
+        model = convert_sync_batchnorm(model)
+    if config.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AttributeError, TypeError, AssertionError) as error:
+            raise ConfigError("engine.grad_checkpointing: this model does not offer it") from error
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    return model.to(world.device)
+
+
+def _unwrapped(task: TrainingTask, ema: bool) -> nn.Module:
+    model = unwrap_model(task.get_eval_model(ema=ema))
+    assert isinstance(model, nn.Module)
+    return model

@@ -1,0 +1,56 @@
+"""What a run ends in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from localvit.training.evaluate import Metrics
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the message says where it stopped and why.
+
+    Attributes:
+        pictures: Names of the pictures of the batch that it stopped at, if they may be the reason.
+    """
+
+    def __init__(self, message: str, pictures: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.pictures = pictures
+
+
+class TrainingInterrupted(Exception):
+    """A signal asked for the end, and the state is saved; the message says how to go on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run produced.
+
+    Attributes:
+        output: Its folder, if it has one.
+        history: One mapping per epoch, as in `metrics.jsonl`: `epoch` (from 1), `lr` (at its end),
+            `train_loss`, `validation_loss`, `validation_top1`, `validation_top5`, `seconds`,
+            `images_per_second` (training only, loading included).
+        best_epoch: The epoch with the highest validation top-1; the lower loss, then the earlier epoch,
+            decides between equals.
+        validation: Metrics of that epoch. It was chosen on them, so they flatter it.
+        test: Metrics of that epoch's weights on the reported split, measured once.
+        images_per_second: Median over the epochs.
+        parameters: Number of parameters.
+        notes: Sentences about the splits.
+        model: The model with the weights of `best_epoch`, in evaluation mode.
+    """
+
+    output: str | None
+    history: list[dict[str, Any]]
+    best_epoch: int
+    validation: Metrics
+    test: Metrics
+    images_per_second: float
+    parameters: int
+    notes: tuple[str, ...]
+    model: nn.Module

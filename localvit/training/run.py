@@ -1,0 +1,274 @@
+"""A run: what it works with, how far it is, and both as a state to go on from."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+
+from localvit.data import Batch, Splits, eval_loader, open_splits, picture_name, train_loader
+from localvit.data.loading import derive_seed, random_scope, seed_all, share
+from localvit.training.build import build_model, check_forward, freeze, preprocessing
+from localvit.training.config import ConfigError, TrainConfig
+from localvit.training.distributed import World
+from localvit.training.engine import Engine
+from localvit.training.evaluate import Metrics
+from localvit.training.identity import Changes
+from localvit.training.result import TrainingFailed
+from localvit.training.state import State, random_states, set_random_states
+
+
+@dataclass(kw_only=True)
+class Reached:
+    """How far a run is.
+
+    Attributes:
+        epoch: The one under way, from 0.
+        batch: Batches of it that are done.
+        loss_sum: Sum of its losses over this process's pictures, float64 on the device.
+        images: How many pictures those are.
+        seconds: Spent on it so far.
+        history: The epochs before, as in `RunResult`.
+        best_epoch: From 1; 0 before there is one.
+        best: Its metrics on the validation split.
+        best_weights: Its weights.
+        bad_images: Training pictures that could not be read: index -> name.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    loss_sum: torch.Tensor
+    images: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    best: Metrics | None = None
+    best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    bad_images: dict[int, str] = field(default_factory=dict)
+
+    def close_epoch(self, metrics: dict[str, Any]) -> None:
+        """Go to the beginning of the next epoch."""
+        self.history.append(metrics)
+        self.epoch, self.batch, self.images, self.seconds = self.epoch + 1, 0, 0, 0.0
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything that a run works with, ready before anything is written."""
+
+    config: TrainConfig
+    world: World
+    splits: Splits
+    engine: Engine
+    mixup: Mixup | None
+    data_config: dict[str, Any]
+    train: DataLoader[Batch]
+    validation: DataLoader[Batch]
+    test: DataLoader[Batch]
+    reached: Reached
+
+    def inputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and targets of the next batch on the device, mixed if the run mixes."""
+        images = batch.images.to(self.world.device, non_blocking=True)
+        targets = batch.targets.to(self.world.device, non_blocking=True)
+        if self.mixup is None:
+            return images, targets
+        with random_scope():  # mixup draws from NumPy's global state
+            seed_all(derive_seed(self.config.seed, "mixup", self.reached.epoch, self.reached.batch))
+            mixed: tuple[torch.Tensor, torch.Tensor] = self.mixup(images, targets)
+        return mixed
+
+    def pictures(self, batch: int, rank: int) -> tuple[str, ...]:
+        """Names of the training pictures of a batch of the current epoch, of one process's share."""
+        draws = self.train.batch_sampler.batch(batch)  # type: ignore[union-attr]
+        own = share(draws, rank, self.world.size)
+        return tuple(picture_name(self.splits.train, draw.picture) for draw in own)
+
+    def snapshot(self) -> State | None:
+        """The state, in the first process; all must call it.
+
+        Schedule and batches follow from the position, so they are not in it.
+
+        Raises:
+            TrainingFailed: if a weight is no finite number.
+        """
+        engine, at = self.engine, self.reached
+        if not all(weight.isfinite().all() for weight in engine.model.parameters()):
+            raise TrainingFailed(
+                f"a weight is no finite number after update {engine.updates} (epoch {at.epoch + 1}), so that "
+                "state is not saved; try a lower optim.lr"
+            )
+        own: dict[str, Any] = {
+            "random": random_states(self.world.device),
+            "loss_sum": at.loss_sum.item(),
+            "images": at.images,
+            "bad_images": at.bad_images,
+            "statistics": self._statistics() if self.world.size > 1 else {},
+        }
+        processes = self.world.gather(own)
+        if not processes:
+            return None
+        for process in processes:
+            at.bad_images |= process["bad_images"]
+        return {
+            "epoch": at.epoch,
+            "pictures": at.batch * self.config.batch_size,
+            "seconds": at.seconds,
+            "history": at.history,
+            "best_epoch": at.best_epoch,
+            "best": dataclasses.asdict(at.best) if at.best else None,
+            "best_weights": at.best_weights,
+            "task": engine.task.get_checkpoint_state(),
+            "average": engine.task.get_checkpoint_state(ema=True),
+            "optimizer": engine.optimizer.state_dict(),
+            "scaler": engine.scaler.state_dict(),
+            "processes": processes,
+        }
+
+    def restore(self, state: State, changes: Changes) -> None:
+        """Go to where `state` was taken; all processes must call it with the same one.
+
+        Args:
+            state: From `snapshot`.
+            changes: In what the configuration differs from the one of that time. Settings of the optimizer
+                are the state's unless they are among them.
+
+        Raises:
+            ConfigError: if it does not fit the model or the optimizer.
+        """
+        try:
+            self._restore_engine(state, any(path.startswith("optim") for path in changes))
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"the saved state does not fit the model or the optimizer: {reason}") from error
+        at, processes = self.reached, state["processes"]
+        at.epoch, at.batch = state["epoch"], state["pictures"] // self.config.batch_size
+        at.seconds, at.history = state["seconds"], state["history"]
+        at.best_epoch, at.best_weights = state["best_epoch"], state["best_weights"]
+        at.best = Metrics(**state["best"]) if state["best"] else None
+        for process in processes:
+            at.bad_images |= process["bad_images"]
+        if len(processes) == self.world.size:
+            own = [processes[self.world.rank]]
+            self._load_statistics(own[0]["statistics"])
+        else:  # another number of processes: the first takes over all sums
+            own = processes if self.world.first else []
+        at.loss_sum += sum(process["loss_sum"] for process in own)
+        at.images = sum(process["images"] for process in own)
+        if self.world.rank < len(processes):
+            set_random_states(processes[self.world.rank]["random"], self.world.device)
+        self.engine.go_to(at.epoch * len(self.train) + at.batch)
+
+    def _restore_engine(self, state: State, new_settings: bool) -> None:
+        engine = self.engine
+        engine.task.load_checkpoint_state(state["task"]["state_dict"], state["task"].get("task_state"))
+        if engine.average is not None:
+            saved = state["average"] or {f"{key}_ema": value for key, value in state["task"].items()}
+            engine.task.load_checkpoint_state(saved["state_dict_ema"], saved.get("task_state_ema"), ema=True)
+        optimizer = engine.optimizer.state_dict() if new_settings else state["optimizer"]
+        engine.optimizer.load_state_dict({**optimizer, "state": state["optimizer"]["state"]})
+        if state["scaler"] and engine.scaler.is_enabled():
+            engine.scaler.load_state_dict(state["scaler"])
+
+    def _statistics(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Running statistics of batch norm, which differ between processes until they are shared."""
+        models = {"model": self.engine.model, "average": self.engine.average}
+        return {
+            which: {
+                f"{name}.{key}": value.cpu()
+                for name, module in model.named_modules()
+                if isinstance(module, _BatchNorm)
+                for key, value in module.named_buffers()
+            }
+            for which, model in models.items()
+            if model is not None
+        }
+
+    def _load_statistics(self, statistics: dict[str, dict[str, torch.Tensor]]) -> None:
+        for which, model in (("model", self.engine.model), ("average", self.engine.average)):
+            if model is not None and which in statistics:
+                model.load_state_dict(statistics[which], strict=False)
+
+
+def prepare(config: TrainConfig, world: World) -> Run:
+    """Open the data and build everything.
+
+    Raises:
+        ConfigError, DataError: as `train`.
+    """
+    _check_shares(config, world)
+    splits = open_splits(config.data, seed=config.seed)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, splits.num_classes)
+    data_config = preprocessing(model, config.data)
+    check_forward(model, config.model.name, data_config["input_size"])
+    loading: dict[str, Any] = {
+        "workers": config.workers,
+        "pin_memory": world.device.type == "cuda",
+        "rank": world.rank,
+        "world_size": world.size,
+    }
+    train = train_loader(
+        splits.train, config.augment, data_config, batch_size=config.batch_size, seed=config.seed, **loading
+    )
+    freeze(model, config.train_only)
+    engine = Engine(model, config, world, len(train), data_config, splits.class_names)
+    # From here on, random numbers are for drop-path and dropout: each process has its own.
+    if world.rank > 0:
+        torch.manual_seed(derive_seed(config.seed, "process", world.rank))
+    batch_size = config.batch_size // world.size
+    return Run(
+        config=config,
+        world=world,
+        splits=splits,
+        engine=engine,
+        mixup=_build_mixup(config, splits.num_classes),
+        data_config=data_config,
+        train=train,
+        validation=eval_loader(splits.validation, data_config, batch_size=batch_size, **loading),
+        test=eval_loader(splits.test, data_config, batch_size=batch_size, **loading),
+        reached=Reached(loss_sum=torch.zeros((), dtype=torch.float64, device=world.device)),
+    )
+
+
+def best_model(run: Run) -> dict[str, torch.Tensor]:
+    """Put the best weights into the evaluated model; returns those that were there."""
+    model = run.engine.evaluated
+    before = copy.deepcopy(model.state_dict())
+    model.load_state_dict(run.reached.best_weights)
+    return before
+
+
+def _check_shares(config: TrainConfig, world: World) -> None:
+    accum, size = config.engine.grad_accum, config.batch_size
+    if size % (world.size * accum):
+        raise ConfigError(
+            f"batch_size={size} is that of all processes together; it must be divisible by "
+            f"{world.size} {'processes' if world.size > 1 else 'process'} x engine.grad_accum={accum}"
+        )
+    if config.augment.mixes and size // world.size % 2:
+        raise ConfigError(
+            f"batch_size={size}: the share of each of {world.size} processes must be even for augment.mixup "
+            "and augment.cutmix"
+        )
+
+
+def _build_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
+    augment = config.augment
+    if not augment.mixes:
+        return None
+    return Mixup(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        prob=augment.mix_prob,
+        switch_prob=augment.mix_switch_prob,
+        label_smoothing=augment.smoothing,
+        num_classes=config.model.args.get("num_classes", num_classes),
+    )

@@ -1,0 +1,127 @@
+"""The model with its loss: timm's tasks, with a teacher that was checked and sees what it should see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.loss import create_classification_loss
+from timm.task import ClassificationTask, LogitDistillationTask, TokenDistillationTask, TrainingTask
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from localvit.data.loading import random_scope
+from localvit.training.build import check_forward
+from localvit.training.checkpoint import Checkpoint, load_checkpoint
+from localvit.training.config import ConfigError, DistillConfig, TrainConfig
+
+
+def build_task(
+    model: nn.Module,
+    config: TrainConfig,
+    data_config: dict[str, Any],
+    class_names: Sequence[str],
+    *,
+    device: torch.device,
+) -> TrainingTask:
+    """timm's task for `config`; the global random state is left as it was.
+
+    Args:
+        model: What learns, on `device`.
+        config: The run.
+        data_config: How its pictures are prepared (`input_size`, `mean`, `std`).
+        class_names: Name of each label.
+        device: Where the model is, and where a teacher goes.
+
+    Raises:
+        ConfigError: if a teacher cannot be loaded, has other classes or refuses the model's image size, or
+            if the model has no distillation token where one is asked for.
+    """
+    criterion = create_classification_loss(
+        smoothing=config.augment.smoothing, soft_targets=config.augment.mixes
+    )
+    distill = config.distill
+    if distill is None:
+        return ClassificationTask(model, criterion, device=device, verbose=False)
+    if distill.token:
+        check_student(model)
+    with random_scope():  # building a model draws numbers, even if weights are loaded over them
+        teacher = _load_teacher(distill.teacher, model, data_config, class_names, device)
+    task = _distillation(model, teacher.model, distill, criterion, device)
+    # timm takes both from the models' own configuration, which knows nothing of data.mean and data.std.
+    task.student_mean, task.student_std = _per_channel(data_config, device)
+    task.teacher.mean_kd, task.teacher.std_kd = _per_channel(teacher.data_config, device)  # type: ignore
+    return task
+
+
+def check_student(model: nn.Module) -> None:
+    """Raise `ConfigError` if `model` has no distillation token."""
+    if not hasattr(model, "set_distilled_training"):
+        raise ConfigError(
+            f"distill.token=true: {type(model).__name__} has no distillation token (accepted: "
+            "deit_*_distilled_* models; or distill.token=false)"
+        )
+
+
+def _distillation(
+    model: nn.Module, teacher: nn.Module, config: DistillConfig, criterion: nn.Module, device: torch.device
+) -> TrainingTask:
+    shared: dict[str, Any] = {
+        "student_model": model,
+        "teacher_model": teacher,
+        "criterion": criterion,
+        "task_loss_weight": 1.0 - config.alpha,
+        "distill_loss_weight": config.alpha,
+        "temperature": config.temperature,
+        "device": device,
+        "verbose": False,
+    }
+    if config.token:
+        return TokenDistillationTask(distill_type=config.kind, **shared)
+    return LogitDistillationTask(**shared) if config.kind == "soft" else HardDistillationTask(**shared)
+
+
+class HardDistillationTask(LogitDistillationTask):
+    """Hard distillation at the classifier, without a token (the paper's table 3), which timm lacks."""
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """(B, C, H, W) pictures and their labels -> `loss`, `output`, `task_loss`, `kd_loss`."""
+        output = self.trainable_module(input)
+        task_loss = self.criterion(output, target)
+        with torch.no_grad():
+            mean, std = self.get_buffer("student_mean"), self.get_buffer("student_std")
+            seen = self.teacher.normalize_input(input, mean, std)
+            choice = self.teacher(seen).argmax(dim=-1)
+        kd_loss = F.cross_entropy(output, choice)
+        loss = self.task_loss_weight * task_loss + self.distill_loss_weight * kd_loss
+        return {"loss": loss, "output": output, "task_loss": task_loss, "kd_loss": kd_loss}
+
+
+def _load_teacher(
+    source: str,
+    student: nn.Module,
+    data_config: dict[str, Any],
+    class_names: Sequence[str],
+    device: torch.device,
+) -> Checkpoint:
+    try:
+        teacher = load_checkpoint(source, torch.device("cpu"))
+        theirs, ours = teacher.model.num_classes, student.num_classes
+        if theirs != ours:
+            raise ConfigError(f"it has {theirs} classes, but the student has {ours}")
+        own = teacher.model.pretrained_cfg.get("label_names")  # type: ignore[union-attr, operator]
+        different = [pair for pair in zip(own or (), class_names, strict=False) if len(set(pair)) > 1]
+        if different:
+            raise ConfigError("it has class {!r} where the data has {!r}".format(*different[0]))
+        check_forward(teacher.model, source, data_config["input_size"])
+    except ConfigError as error:
+        raise ConfigError(f"distill.teacher={source!r}: {error}") from error
+    teacher.model.eval().requires_grad_(False).to(device)
+    return teacher
+
+
+def _per_channel(data_config: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation as (1, C, 1, 1)."""
+    mean, std = (torch.tensor(data_config[name], device=device).view(1, -1, 1, 1) for name in ("mean", "std"))
+    return mean, std
