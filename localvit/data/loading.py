@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -312,11 +313,21 @@ def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any)
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=collate,
+        worker_init_fn=_outlive_one_sigterm,
         pin_memory=pin_memory,
         # Its own: iterating a loader without one draws a number from torch's global state.
         generator=torch.Generator().manual_seed(0),
         **order,
     )
+
+
+def _outlive_one_sigterm(_worker: int) -> None:
+    """Ignore the first SIGTERM, in a process that loads.
+
+    Where a whole job gets the signal (SLURM, torchrun), the training process still needs batches to finish
+    its update. It ends its loaders itself, by a message, or by more than one signal.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _keep_a_bit(transform: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,6 +16,7 @@ from timm.utils.distributed import distribute_bn
 from timm.utils.model import unwrap_model
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from localvit.training.build import build_optimizer, build_scheduler
 from localvit.training.config import ConfigError, EngineConfig, TrainConfig
@@ -61,9 +64,7 @@ class Engine:
         if self.config.compile:
             self.task.compile()
         if world.size > 1:
-            devices = [world.device.index] if world.device.type == "cuda" else None
-            # Each process keeps the running statistics of its share until `share_statistics`.
-            self.task.prepare_distributed(device_ids=devices, broadcast_buffers=False)
+            _distribute(self.task, world)
 
     @property
     def model(self) -> nn.Module:
@@ -203,6 +204,18 @@ def _prepare(model: nn.Module, config: EngineConfig, world: World) -> nn.Module:
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     return model.to(world.device)
+
+
+def _distribute(task: TrainingTask, world: World) -> None:
+    """Have the gradients averaged over the processes."""
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    # Each process keeps the running statistics of its share until `share_statistics`. The option that says
+    # so has another name in newer releases of PyTorch.
+    names = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    task.prepare_distributed(device_ids=devices, **{name: False})
+    # About 1x1 convolutions, where two ways to write the strides of one side of length 1 are compared.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
 
 
 def _unwrapped(task: TrainingTask, ema: bool) -> nn.Module:

@@ -23,6 +23,7 @@ class Keeper:
         self.folder: RunFolder | None = None  # in the first process only
         self._saved_at = time.monotonic()
         self._saved = (0, 0)
+        self._began = False
 
     def open(self, stack: ExitStack, allow_change: Collection[str], progress: Progress) -> None:
         """Claim the folder until `stack` is closed, and go to the state in it."""
@@ -45,6 +46,7 @@ class Keeper:
             progress.resume(run.engine.updates * run.config.batch_size, where, warnings)
         self._saved = (at.epoch, at.batch)
         if self.folder is not None:
+            self._began = True
             self.folder.begin(at.history, best=self._best(), bad_images=self._bad_images())
             if at.best:  # the model there may be newer than the state, or older
                 now = best_model(run)
@@ -97,8 +99,8 @@ class Keeper:
             raise TrainingInterrupted(f"interrupted after update {updates}, in epoch {at.epoch + 1}; {kept}")
 
     def failed(self, error: BaseException) -> None:
-        """Write down why the run ended, if that can be written."""
-        if self.folder:
+        """Write down why the run ended, if it had begun and that can be written."""
+        if self.folder and self._began:
             interrupted = isinstance(error, KeyboardInterrupt | TrainingInterrupted)
             facts: dict[str, Any] = {"bad_images": self._bad_images()}
             if pictures := getattr(error, "pictures", ()):

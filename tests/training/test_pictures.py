@@ -1,0 +1,156 @@
+"""Pictures that cannot be read, processes that load them and die, and one process per folder."""
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from localvit.data import UnreadableImage, loading, open_splits, picture_name, train_loader
+from localvit.training import ConfigError, TrainingFailed, resolve, train
+from localvit.training.lock import locked
+from localvit.training.run import Run
+from tests.training.runs import TOUGH, start, status, story, updates_saved
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A function that spoils some of 2 x 20 pictures and returns a configuration, and their names."""
+    for label in "ab":
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for i in range(20):
+            Image.new("L", (8, 8), i * 12).save(tmp_path / "data" / label / f"{i}.png")
+    args = "{img_size: 8, patch_size: 4, in_chans: 1, embed_dim: 8, depth: 1, num_heads: 1}"
+
+    def configure(spoilt, *settings):
+        config = resolve(
+            settings=[
+                *(f"data.train={tmp_path / 'data'}", f"model.args={args}", "batch_size=8", "epochs=3"),
+                *("schedule.warmup_epochs=1", "augment.mixup=0.5", f"output={tmp_path / 'run'}", *settings),
+            ]
+        )
+        # Held-out pictures must stay whole.
+        train_part = open_splits(config.data, seed=config.seed).train
+        names = [picture_name(train_part, i) for i in range(len(train_part))]
+        for name in names[:spoilt]:
+            Path(name).write_bytes(b"no picture")
+        return config, names[:spoilt]
+
+    return configure
+
+
+def test_unreadable_pictures_are_replaced_named_and_counted(pictures, tmp_path, monkeypatch):
+    config, names = pictures(3, "max_bad_images=3")
+    sizes, real = [], Run.inputs
+    monkeypatch.setattr(
+        Run, "inputs", lambda run, batch: (sizes.append(len(batch.images)), real(run, batch))[1]
+    )
+    train(config)
+    assert sizes == [8] * 12
+    assert status(tmp_path / "run")["bad_images"] == sorted(names)
+
+
+def test_one_unreadable_picture_too_many_stops_the_run(pictures, tmp_path):
+    config, names = pictures(3, "max_bad_images=2")
+    with pytest.raises(TrainingFailed, match=r"more than max_bad_images=2 .* cannot read image") as caught:
+        train(config)
+    assert any(name in str(caught.value) for name in names)
+    assert status(tmp_path / "run")["bad_images"] == sorted(names)
+
+
+def test_nothing_readable_is_an_error_whatever_is_allowed(pictures):
+    config, _ = pictures(100, "max_bad_images=1000")
+    with pytest.raises(UnreadableImage):
+        train(config)
+
+
+def test_the_replacement_depends_on_the_draw_alone(pictures):
+    config, _ = pictures(8)
+    part = open_splits(config.data).train
+    prepared = {"input_size": (1, 8, 8), "mean": [0.5], "std": [0.5], "interpolation": "bicubic"}
+
+    def batches(workers, start):
+        loader = train_loader(part, config.augment, prepared, batch_size=8, seed=1, workers=workers)
+        loader.batch_sampler.set_epoch(2, start)
+        return [(b.indices, sorted(b.unreadable), b.images.sum().item()) for b in loader]
+
+    whole = batches(0, 0)
+    assert any(unreadable for _, unreadable, _ in whole)
+    assert all(len(indices) == 8 for indices, _, _ in whole)
+    assert batches(2, 0) == whole
+    assert batches(1, 2) == whole[2:]
+
+
+def test_a_process_that_loads_and_dies_is_named_in_one_line(tiny, tmp_path, monkeypatch):
+    main, real = os.getpid(), loading.Prepared._prepare
+
+    def deadly(self, draw):
+        if os.getpid() != main and isinstance(draw, loading.Draw) and draw.picture == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, draw)
+
+    monkeypatch.setattr(loading.Prepared, "_prepare", deadly)
+    with pytest.raises(
+        TrainingFailed, match=r"a process that loads pictures died \(DataLoader worker"
+    ) as caught:
+        train(tiny("workers=1", f"output={tmp_path / 'run'}"))
+    assert "\n" not in str(caught.value)
+    assert status(tmp_path / "run")["state"] == "failed"
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(tiny, tmp_path):
+    folder = tmp_path / "run"
+    config = tiny(*TOUGH, f"output={folder}", "workers=2", "epochs=50")
+    process = start(config)
+    while updates_saved(folder) < 2:
+        assert process.is_alive()
+        time.sleep(0.002)
+    with pytest.raises(ConfigError, match="another process trains there"):
+        train(config)
+    workers = children(process.pid)
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)  # so that they certainly outlive it
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert len(workers) == 2
+    assert all(Path(f"/proc/{worker}").exists() for worker in workers)
+    with locked(folder):
+        pass
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_one_process_cannot_use_a_folder_twice_at_once(tmp_path):
+    with locked(tmp_path):
+        with pytest.raises(ConfigError, match="another process"), locked(tmp_path):
+            pass
+        with pytest.raises(ConfigError, match="another process"), locked(tmp_path):
+            pass
+    with locked(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ConfigError, match="Read-only file system"), locked(tmp_path):
+        pass
+
+
+def test_a_finished_folder_needs_neither_lock_nor_data(pictures, tmp_path):
+    config, _ = pictures(0)
+    first = train(config)
+    kept = story(tmp_path / "run")
+    for picture in (tmp_path / "data").rglob("*.png"):
+        picture.unlink()
+    assert train(config).test == first.test
+    assert story(tmp_path / "run") == kept

@@ -1,0 +1,346 @@
+"""A run that is ended in any way goes on as if nothing had happened, or says why it cannot."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from localvit.training import (
+    Callback,
+    ConfigError,
+    DamagedState,
+    TrainingFailed,
+    TrainingInterrupted,
+    dump,
+    keeper,
+    loop,
+    output,
+    resolve,
+    state,
+    stop_on_signals,
+    train,
+)
+from localvit.training.engine import Engine
+from localvit.training.run import Run
+from tests.training.conftest import TINY
+from tests.training.runs import TOUGH, kill_after, states, status, stop_after, story, updates_saved
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def tough(tiny, folder):
+    """A function from settings to the tough run in `folder`: 16 updates in 2 epochs."""
+    return lambda *settings: tiny(*TOUGH, f"output={folder}", *settings)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """What the tough run leaves if nothing happens to it."""
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("whole") / "run"
+    train(resolve("digits", [*TINY, *TOUGH, f"output={path}", "save_seconds=60"]))
+    return story(path)
+
+
+class Calls(Callback):
+    """Notes what it is told."""
+
+    def __init__(self):
+        self.calls = []
+
+    def on_start(self, config, folder):
+        self.calls.append("start")
+
+    def on_epoch(self, metrics):
+        self.calls.append(metrics["epoch"])
+
+    def on_end(self, result):
+        self.calls.append("end")
+
+
+def test_killed_again_and_again_the_run_ends_the_same(tough, folder, uninterrupted):
+    config = tough("workers=2")
+    kills = [kill_after(config, folder, updates) for updates in (1, 4, 8, 11, 15)]
+    assert sum(kills) >= 4  # the last one may come too late
+    train(config)
+    assert story(folder) == uninterrupted
+    assert not (folder / "state").exists()
+    assert not [path for path in folder.iterdir() if "-" in path.name]  # nothing half written
+
+
+@pytest.mark.parametrize("updates", [3, 8, 16])
+def test_it_goes_on_in_the_midst_of_an_epoch_and_at_its_end(
+    tough, folder, uninterrupted, monkeypatch, updates
+):
+    stop_after(monkeypatch, tough(), updates)
+    assert (status(folder)["state"], updates_saved(folder)) == ("interrupted", updates)
+    assert len(states(folder)) == 2
+    train(tough("workers=1", "save_seconds=9"))
+    assert story(folder) == uninterrupted
+
+
+def test_only_what_is_missing_is_trained_and_told(tough, monkeypatch):
+    stop_after(monkeypatch, tough(), 11)
+    seen, real = [], Run.inputs
+    monkeypatch.setattr(Run, "inputs", lambda run, batch: (seen.append(batch), real(run, batch))[1])
+    told = Calls()
+    result = train(tough(), callbacks=[told])
+    assert len(seen) == 16 - 11
+    assert told.calls == ["start", 2, "end"]
+    again = Calls()
+    finished = train(tough(), callbacks=[again])
+    assert again.calls == []
+    assert len(seen) == 16 - 11
+    assert (finished.history, finished.best_epoch) == (result.history, result.best_epoch)
+    assert (finished.validation, finished.test) == (result.validation, result.test)
+    assert (finished.notes, finished.parameters) == (result.notes, result.parameters)
+    images = torch.rand(2, 1, 8, 8)
+    assert torch.equal(finished.model(images), result.model(images))
+
+
+def test_sigterm_saves_and_exits_with_zero_and_one_line(tough, folder, uninterrupted, tmp_path):
+    config = tough("workers=2")
+    (tmp_path / "config.yaml").write_text(dump(config))
+    command = [sys.executable, "-m", "localvit", "train", "--recipe", str(tmp_path / "config.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while updates_saved(folder) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.count("\n")) == (0, 1), err
+    assert "the same command goes on from there" in err
+    assert status(folder)["state"] == "interrupted"
+    train(config)
+    assert story(folder) == uninterrupted
+
+
+@pytest.mark.parametrize("measured", [259, 500])  # validation, test
+def test_a_signal_while_measuring_stops_it_too(tough, folder, uninterrupted, monkeypatch, measured):
+    real = loop._until_stop
+
+    def interrupting(loader):
+        if len(loader.dataset) == measured:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(loader)
+
+    monkeypatch.setattr(loop, "_until_stop", interrupting)
+    with stop_on_signals(), pytest.raises(TrainingInterrupted, match="goes on from there"):
+        train(tough())
+    monkeypatch.undo()
+    assert status(folder)["epochs_done"] == (0 if measured == 259 else 2)
+    train(tough())
+    assert story(folder) == uninterrupted
+
+
+def test_the_second_signal_ends_at_once():
+    with stop_on_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def spoil(path, at=-1):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(tough, folder, uninterrupted, monkeypatch, capsys):
+    from rich.console import Console
+
+    stop_after(monkeypatch, tough(), 11)
+    newest = folder / "state" / states(folder)[-1]
+    spoil(newest, at=newest.stat().st_size // 2)
+    train(tough(), console=Console())
+    shown = capsys.readouterr().out
+    assert f"warning: state '{newest}' is damaged" in shown
+    assert "going on after update 10, in epoch 2" in shown
+    assert story(folder) == uninterrupted
+
+
+def test_damaged_states_only_are_an_error_that_changes_nothing(tough, folder, monkeypatch):
+    stop_after(monkeypatch, tough(), 5)
+    first, second = sorted((folder / "state").iterdir())
+    first.write_bytes(first.read_bytes()[:100])
+    second.write_bytes(b"")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(DamagedState, match=r"000000005\.state' is damaged.*000000004\.state' is damaged"):
+        train(tough())
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("hacked",)
+
+
+def test_a_state_cannot_run_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = state.write_state(tmp_path / "state", 1, {"random": Evil()})
+    with pytest.raises(DamagedState, match="cannot be read"):
+        state.read_state(path)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_another_configuration_is_refused_with_the_difference(tough, folder, monkeypatch):
+    stop_after(monkeypatch, tough(), 5)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    other = tough("optim.lr=1e-3", "model.args.depth=1")
+    with pytest.raises(ConfigError) as caught:
+        train(other, allow_change=["model"])
+    assert "(optim.lr: 0.004 -> 0.001); choose another folder, or --allow-change optim.lr" in str(
+        caught.value
+    )
+    with pytest.raises(ConfigError, match="the saved state does not fit the model"):
+        train(other, allow_change=["model.args.depth", "optim.lr"])
+    with pytest.raises(ConfigError, match=r"no 'optim\.lrr'; did you mean 'optim\.lr'"):
+        train(other, allow_change=["optim.lrr"])
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_an_allowed_change_takes_effect_and_is_recorded(tough, folder, monkeypatch):
+    stop_after(monkeypatch, tough(), 11)
+    result = train(tough("optim.lr=1e-3", "optim.weight_decay=0.1"), allow_change=["optim"])
+    fresh = train(resolve("digits", [*TINY, "optim.lr=1e-3"]))
+    assert result.history[0]["lr"] == pytest.approx(0.002, rel=0.01)
+    assert result.history[1]["lr"] == fresh.history[1]["lr"]
+    assert status(folder)["changes"] == [
+        {"field": "optim.lr", "old": 0.004, "new": 0.001},
+        {"field": "optim.weight_decay", "old": 0.3, "new": 0.1},
+    ]
+
+
+def test_other_data_and_other_versions_are_refused(tough, folder, uninterrupted, monkeypatch):
+    stop_after(monkeypatch, tough(), 5)
+    versions = output.versions()
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper, "fingerprint", lambda splits: "other pictures")
+        with pytest.raises(ConfigError, match=r"\(data: '1038\+259\+500 images, .*' -> 'other pictures'\)"):
+            train(tough())
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "versions", lambda: {**versions, "torch": "9.9", "python": "4"})
+        with pytest.raises(ConfigError, match=r"\(versions\.torch: '2\..*' -> '9\.9'\)"):
+            train(tough())
+        train(tough(), allow_change=["versions"])
+    assert status(folder)["versions"]["torch"] == "9.9"
+    assert story(folder) == uninterrupted
+
+
+@pytest.mark.parametrize("file", ["status.json", "last"])
+def test_a_folder_without_its_configuration_is_refused(tough, folder, file):
+    folder.mkdir()
+    (folder / file).write_text("{}")
+    with pytest.raises(ConfigError, match=f"already holds a run .{file}"):
+        train(tough())
+    assert [path.name for path in folder.iterdir()] == [file]
+
+
+def test_killed_before_the_first_state_it_starts_anew(tough, folder, uninterrupted):
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump(tough()))
+    (folder / ".status.json-x1").write_text("half")
+    train(tough())
+    assert story(folder) == uninterrupted
+    assert not (folder / ".status.json-x1").exists()
+
+
+def no_number(monkeypatch, updates):
+    """Make the loss of one update NaN."""
+    backward, done = Engine.backward, []
+
+    def broken(engine, images, targets):
+        done.append(1)
+        loss = backward(engine, images, targets)
+        return loss * float("nan") if len(done) == updates else loss
+
+    monkeypatch.setattr(Engine, "backward", broken)
+
+
+def test_a_loss_that_is_no_number_leaves_good_states_only(tough, folder, uninterrupted, monkeypatch):
+    with monkeypatch.context() as patch:
+        no_number(patch, 11)
+        with pytest.raises(TrainingFailed) as caught:
+            train(tough())
+    message = str(caught.value)
+    assert "the loss became nan in epoch 2, update 11, at learning rate 0.00" in message
+    assert f"the last good state is '{folder / 'state' / 'update-000000010.state'}'" in message
+    recorded = status(folder)
+    assert recorded["state"] == "failed"
+    assert len(recorded["pictures"]) == 128
+    assert recorded["pictures"][0] in message
+    train(tough())
+    assert story(folder) == uninterrupted
+
+
+def test_weights_that_are_no_numbers_are_never_saved(tough, folder, monkeypatch):
+    step, done = Engine.step, []
+
+    def broken(engine):
+        step(engine)
+        done.append(1)
+        if len(done) == 5:
+            with torch.no_grad():
+                next(engine.model.parameters()).view(-1)[0] = float("inf")
+
+    monkeypatch.setattr(Engine, "step", broken)
+    with pytest.raises(TrainingFailed, match="a weight is no finite number after update 5"):
+        train(tough())
+    assert updates_saved(folder) == 4
+
+
+def test_a_full_disk_is_named_and_earlier_states_stay(tough, folder, uninterrupted, monkeypatch):
+    stop_after(monkeypatch, tough(), 5)
+    before = states(folder)
+    real = os.fsync
+
+    def full(descriptor):
+        if ".state-" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(
+            TrainingFailed, match=r"No space left on device; what was there .*000000005"
+        ) as caught:
+            train(tough())
+    assert "\n" not in str(caught.value)
+    assert states(folder) == before
+    assert len(list((folder / "state").iterdir())) == 2  # no half-written rest
+    assert status(folder)["state"] == "failed"
+    train(tough())
+    assert story(folder) == uninterrupted
+
+
+def test_a_disk_without_any_room_ends_in_one_line(tough, folder, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TrainingFailed, match="No space left on device"):
+        train(tough())
+    assert not (folder / "config.yaml").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tough, folder, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        train(tough())
+    assert not folder.exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_refused(tough, folder):
+    folder.mkdir(mode=0o500)
+    with pytest.raises(ConfigError, match="no writable folder"):
+        train(tough())

@@ -1,0 +1,93 @@
+"""What ``test_distributed.py`` has ``torchrun`` start: both processes run this file.
+
+Arguments: ``equality FOLDER`` or ``elastic FOLDER CONFIG``.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from localvit.cli import main
+from localvit.data import Part, eval_loader
+from localvit.training import resolve, train
+from localvit.training.distributed import open_world
+from localvit.training.engine import Engine
+from localvit.training.evaluate import measure
+from localvit.training.run import prepare
+from tests.training.runs import CASES, double_precision, stop_after
+
+
+def equality(folder):
+    """Train every case, one of them in two parts; results are compared by the test that started this."""
+    dist.init_process_group("gloo")  # once for all: `train` uses what is there
+    for name, settings in CASES.items():
+        train(resolve("digits", [*settings, f"output={folder / name}"]))
+    cut = [*CASES["average"], f"output={folder / 'cut'}"]
+    stop_after(pytest.MonkeyPatch(), resolve("digits", cut), 5)
+    train(resolve("digits", cut))
+    stop_after(pytest.MonkeyPatch(), resolve("digits", [*CASES["none"], f"output={folder / 'fewer'}"]), 5)
+    check_statistics()
+    check_counting()
+    dist.destroy_process_group()
+
+
+def check_statistics():
+    """Running statistics are averaged, or the first process's, in the model and in its average."""
+    for mode, expected in (("average", 1.5), ("local", 1.0)):
+        with open_world("cpu") as world:
+            run = prepare(resolve("digits", [*CASES["average"], f"engine.batch_norm={mode}"]), world)
+        for model in (run.engine.model, run.engine.average):
+            name = next(name for name in model.state_dict() if name.endswith("running_mean"))
+            model.state_dict()[name].fill_(dist.get_rank() + 1.0)
+        run.engine.share_statistics()
+        for model in (run.engine.model, run.engine.average):
+            assert model.state_dict()[name].eq(expected).all(), (mode, model.state_dict()[name])
+
+
+def check_counting():
+    """Every picture counts once, also if there are fewer than processes."""
+    with open_world("cpu") as world:
+        run = prepare(resolve("digits", CASES["none"]), world)
+    part = run.splits.test
+    for size in (1, 2, 7):
+        few = Part(part.images, part.indices[:size], part.class_names)
+        shares = {"rank": world.rank, "world_size": world.size}
+        counted = measure(
+            run.engine.evaluated,
+            eval_loader(few, run.data_config, batch_size=4, **shares),
+            world.device,
+            distributed=True,
+        )
+        alone = measure(run.engine.evaluated, eval_loader(few, run.data_config, batch_size=4), world.device)
+        assert counted.images == alone.images == size
+        assert (counted.top1, counted.top5) == (alone.top1, alone.top5)
+        assert abs(counted.loss - alone.loss) < 1e-12
+
+
+def elastic(folder, config):
+    """Train by the command line; the second process kills itself once, after 5 updates."""
+    step, done = Engine.step, []
+
+    def deadly(engine):
+        step(engine)
+        done.append(1)
+        if dist.get_rank() == 1 and len(done) == 5 and not (folder / "killed").exists():
+            (folder / "killed").write_text("")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Engine.step = deadly
+    return main(["train", "--recipe", config])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with double_precision():
+        if sys.argv[1] == "equality":
+            equality(Path(sys.argv[2]))
+        else:
+            raise SystemExit(elastic(Path(sys.argv[2]), sys.argv[3]))
