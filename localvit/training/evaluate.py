@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
-from timm.task.evaluator import ClassificationEvaluator
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -16,25 +14,7 @@ from localvit.data.sources import find_splits, same_source
 from localvit.training.build import pick_device, preprocessing
 from localvit.training.checkpoint import Checkpoint, load_checkpoint
 from localvit.training.config import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metrics:
-    """What was measured on a set of pictures.
-
-    Attributes:
-        loss: Mean cross-entropy in nats.
-        top1: Per cent of pictures whose first guess is right.
-        top5: Per cent with the right class among the first five.
-        images: Number of pictures.
-        images_per_second: Throughput, loading included.
-    """
-
-    loss: float
-    top1: float
-    top5: float
-    images: int
-    images_per_second: float
+from localvit.training.tally import Metrics, Tally
 
 
 @torch.inference_mode()
@@ -49,20 +29,16 @@ def measure(model: nn.Module, loader: DataLoader[Batch], device: torch.device) -
     Raises:
         UnreadableImage: if a picture cannot be decoded.
     """
-    evaluator = ClassificationEvaluator(device)
+    tally = Tally(device)
     training = model.training
     model.eval()
-    start = time.perf_counter()
     try:
         for batch in map(readable, loader):
-            output = model(batch.images.to(device, non_blocking=True))
-            evaluator.update(output, batch.targets.to(device, non_blocking=True))
+            logits = model(batch.images.to(device, non_blocking=True))
+            tally.add(logits, batch.targets.to(device, non_blocking=True))
     finally:
         model.train(training)
-    values = evaluator.compute()  # waits for the device
-    seconds = time.perf_counter() - start
-    images = evaluator.num_samples
-    return Metrics(**values, images=images, images_per_second=images / seconds)
+    return tally.result()
 
 
 @dataclass(frozen=True, kw_only=True)
