@@ -177,14 +177,21 @@ class Part(Dataset[Sample]):
     """
 
     def __init__(self, images: Images, indices: np.ndarray, class_names: Sequence[str]) -> None:
-        unknown = [name for name in images.class_names if name not in class_names]
+        position = {name: i for i, name in enumerate(class_names)}
+        unknown = [name for name in images.class_names if name not in position]
         if unknown:
             raise DataError(
                 f"class {unknown[0]!r} is not among the {len(class_names)} known classes "
                 f"({', '.join(class_names[:5])}, ...); {len(unknown)} such classes"
             )
         self.images, self.indices, self.class_names = images, indices, tuple(class_names)
-        self.relabel = [list(class_names).index(name) for name in images.class_names]
+        self.relabel = [position[name] for name in images.class_names]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64: the label of each picture, known without decoding."""
+        own = np.asarray(self.images.labels, dtype=np.int64)[self.indices]
+        return np.asarray(self.relabel, dtype=np.int64)[own]
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -220,8 +220,14 @@ def eval_loader(
     batch_size: int,
     workers: int = 0,
     pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> DataLoader[Batch]:
-    """Every picture once, in order, as the model is meant to see it (arguments as `train_loader`)."""
+    """Every picture once, in order, as the model is meant to see it (arguments as `train_loader`).
+
+    Of several processes each takes every `world_size`-th picture: shares may differ by one picture, and
+    no picture is in two of them.
+    """
     transform = create_transform(
         preprocessing["input_size"],
         is_training=False,
@@ -232,7 +238,8 @@ def eval_loader(
         crop_mode=preprocessing["crop_mode"],
     )
     prepared = Prepared(images, transform, preprocessing["input_size"][0])
-    return _loader(prepared, workers, pin_memory, batch_size=batch_size, shuffle=False)
+    own = range(rank, len(prepared), world_size)
+    return _loader(prepared, workers, pin_memory, batch_size=batch_size, sampler=own)
 
 
 def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any) -> DataLoader[Batch]:

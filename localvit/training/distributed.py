@@ -1,0 +1,80 @@
+"""The processes that work together, as ``torchrun`` starts them; one process is the plain case."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import distributed as dist
+
+from localvit.training.build import pick_device
+from localvit.training.config import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among all of them.
+
+    Attributes:
+        device: Where this process computes.
+        rank: 0 to `size` - 1.
+        size: Number of processes.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+
+@contextmanager
+def open_world(device: str) -> Iterator[World]:
+    """The processes that ``torchrun`` started (it says so in the environment), or this one alone.
+
+    Gloo connects CPUs, NCCL GPUs. A process group that is there already is used and left open.
+
+    Args:
+        device: As in `TrainConfig`; with several processes, ``"auto"`` and ``"cuda"`` give each its own GPU
+            of its machine.
+
+    Raises:
+        ConfigError: if there is no such device for this process.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(device=pick_device(device))
+        return
+    chosen = _own_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    opened = not dist.is_initialized()
+    if opened:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(device=chosen, rank=dist.get_rank(), size=size)
+    finally:
+        if opened:
+            dist.destroy_process_group()
+
+
+def _own_device(name: str, local_rank: int) -> torch.device:
+    """The device of one process among several on its machine."""
+    if name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if name.startswith("cuda:"):
+        raise ConfigError(f"device={name!r} is one GPU for several processes; use 'cuda' or 'auto'")
+    if name in ("auto", "cuda"):
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise ConfigError(
+                f"device={name!r}: process {local_rank} of this machine, which has {count} GPUs"
+            )
+        return torch.device("cuda", local_rank)
+    return pick_device(name)
