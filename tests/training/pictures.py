@@ -12,7 +12,14 @@ SIZE = 16
 
 def export_model(folder: Path, classes: int, names: list[str] | None = None, **data_config) -> str:
     """Save a model with random weights as `save_model` does; `data_config` overrides how it sees pictures."""
-    args = {"img_size": SIZE, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    args = {
+        "img_size": SIZE,
+        "patch_size": 8,
+        "embed_dim": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "global_pool": "avg",
+    }
     model = timm.create_model("vit_tiny_patch16_224", num_classes=classes, **args)
     model.head.weight.data *= 20  # so that guesses differ
     seen = timm.data.resolve_model_data_config(model) | {"input_size": (3, SIZE, SIZE)} | data_config
