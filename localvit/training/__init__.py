@@ -12,7 +12,8 @@ from localvit.training.config import (
 from localvit.training.evaluate import Evaluation, Metrics, evaluate
 from localvit.training.files import dump, from_dict, list_recipes, load_recipe, load_yaml, resolve, to_dict
 from localvit.training.loop import RunResult, TrainingFailed, train
-from localvit.training.predict import Guess, Prediction, predict
+from localvit.training.predict import Guess, Prediction, Shard, predict
+from localvit.training.prediction_files import write_predictions
 
 __all__ = [
     "AugmentConfig",
@@ -26,6 +27,7 @@ __all__ = [
     "Prediction",
     "RunResult",
     "ScheduleConfig",
+    "Shard",
     "TrainConfig",
     "TrainingFailed",
     "dump",
@@ -38,4 +40,5 @@ __all__ = [
     "resolve",
     "to_dict",
     "train",
+    "write_predictions",
 ]

@@ -170,23 +170,35 @@ def evaluate(
         )
         allowed = np.unique(images.labels) if restrict else None
         metrics, answers = _count(model.model, loader, world, len(images), allowed)
-    right = answers.guesses[:, 0] == images.labels
-    bins = calibration(answers.confidences, right)
-    classes, confusions = _by_class(images, answers.guesses[:, 0], model)
     return Evaluation(
         checkpoint=checkpoint,
         data=source,
         metrics=metrics,
-        top1=wilson_interval(int(right.sum()), len(images)),
-        top5=wilson_interval(round(metrics.top5 * len(images) / 100), len(images)),
-        calibration_error=expected_calibration_error(bins),
-        calibration=bins,
-        classes=classes,
-        confusions=confusions,
         real=_count_real(answers.guesses, real.numpy()) if real is not None else None,
         restricted=restrict,
         preprocessing=prepared,
+        **_conclusions(metrics, answers, images, model),
     )
+
+
+def _conclusions(metrics: Metrics, answers: Answers, images: Part, model: Checkpoint) -> dict[str, Any]:
+    """The fields of `Evaluation` that follow from what was counted."""
+    guesses = answers.guesses[:, 0]
+    right = guesses == images.labels
+    bins = calibration(answers.confidences, right)
+    outputs: int = model.model.num_classes  # type: ignore[assignment]
+    labels = [*images.class_names, *map(str, range(len(images.class_names), outputs))]
+    known = model.descriptions is not None and images.class_names == model.labels
+    descriptions = model.descriptions if known and model.descriptions else labels
+    classes, confusions = by_class(confusion_counts(images.labels, guesses), labels, descriptions)
+    return {
+        "top1": wilson_interval(int(right.sum()), len(images)),
+        "top5": wilson_interval(round(metrics.top5 * len(images) / 100), len(images)),
+        "calibration_error": expected_calibration_error(bins),
+        "calibration": bins,
+        "classes": classes,
+        "confusions": confusions,
+    }
 
 
 def _count(
@@ -215,17 +227,6 @@ def _count_real(guesses: np.ndarray, right: np.ndarray) -> RealLabels:
         top5=100 * float(hits.any(1).sum()) / images,
         images=len(hits),
     )
-
-
-def _by_class(
-    images: Part, guesses: np.ndarray, model: Checkpoint
-) -> tuple[tuple[ClassResult, ...], tuple[Confusion, ...]]:
-    """Rows and confusions, with the label and the description of every output, or its number."""
-    outputs: int = model.model.num_classes  # type: ignore[assignment]
-    labels = [*images.class_names, *map(str, range(len(images.class_names), outputs))]
-    known = model.descriptions is not None and images.class_names == model.labels
-    descriptions = model.descriptions if known and model.descriptions else labels
-    return by_class(confusion_counts(images.labels, guesses), labels, descriptions)
 
 
 def _reported_images(

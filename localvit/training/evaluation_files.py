@@ -98,6 +98,7 @@ def _name_classes(axes: Axes, labels: list[str], others: bool) -> None:
     if len(labels) > _NAMED_CLASSES:
         return
     short = [label if len(label) <= 24 else f"{label[:23]}…" for label in labels]
+    short = [label.replace("$", r"\$") for label in short]  # not the start of a formula
     columns = [*short, "(other)"] if others else short
     axes.set_xticks(range(len(columns)), columns, rotation=90)
     axes.set_yticks(range(len(short)), short)

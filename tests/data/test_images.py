@@ -61,11 +61,11 @@ def test_tar_without_pictures_or_compressed_is_refused(tmp_path, make_tar):
 
 
 def test_labels_follow_the_given_classes(make_folder):
-    folder = make_folder("pictures", {"b": 1, "c": 1})
-    images = open_reported(str(folder), DataConfig(), class_names=("a", "b", "c"))
-    assert [label for _, label in images] == [1, 2]
+    images = open_reported(str(make_folder("pictures", {"b": 1, "c": 2})), DataConfig())
+    part = Part(images.images, np.array([2, 0]), ("a", "b", "c"))
+    assert [label for _, label in part] == part.labels.tolist() == [2, 1]
     with pytest.raises(DataError, match="class 'c' is not among"):
-        open_reported(str(folder), DataConfig(), class_names=("a", "b"))
+        Part(images.images, images.indices, ("a", "b"))
 
 
 def test_torchvision_data_set_through_timm(tmp_path):

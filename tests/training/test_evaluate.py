@@ -156,6 +156,13 @@ def test_classes_are_found_by_what_people_call_them(thousand, tmp_path):
     assert [row.description for row in by_synset.classes] == names
 
 
+def test_outputs_of_larger_imagenets_have_names(thousand, tmp_path):
+    synsets = ImageNetInfo("imagenet-12k").label_names()
+    assert SYNSETS[3] in synsets
+    found = evaluate(export_model(tmp_path / "model", len(synsets)), thousand[1], device="cpu")
+    assert [row.label for row in found.classes] == sorted((SYNSETS[i] for i in PRESENT), key=synsets.index)
+
+
 def test_a_word_for_two_classes_is_no_name(thousand, tmp_path):
     data = make_pictures(tmp_path / "pictures", {"crane": 2, "maypole": 2})  # a bird and a machine
     with pytest.raises(DataError, match="class 'crane' is not among the 1000"):
