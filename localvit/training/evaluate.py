@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from localvit.data import Batch, DataConfig, Part, eval_loader, open_reported, open_splits
 from localvit.data.loading import readable
@@ -30,15 +29,16 @@ from localvit.training.uncertainty import (
 )
 
 
-def measure(model: nn.Module, loader: DataLoader[Batch], device: torch.device) -> Metrics:
+def measure(
+    model: nn.Module, loader: Iterable[Batch], device: torch.device, *, distributed: bool = False
+) -> Metrics:
     """Evaluate a model; it is left in the mode (training or not) in which it was.
-
-    In a process group, each process gives its own share of the pictures and all get the metrics of all.
 
     Args:
         model: Returns logits (B, classes).
         loader: From `eval_loader`.
         device: Where the model is.
+        distributed: Whether the pictures are spread over processes, whose counts are to be added up.
 
     Raises:
         UnreadableImage: if a picture cannot be decoded.
@@ -46,13 +46,14 @@ def measure(model: nn.Module, loader: DataLoader[Batch], device: torch.device) -
     tally = Tally(device)
     for batch, logits in answer(model, loader, device):
         tally.add(logits, batch.targets.to(device, non_blocking=True))
-    tally.merge()
+    if distributed:
+        tally.merge()
     return tally.result()
 
 
 @torch.inference_mode()
 def answer(
-    model: nn.Module, loader: DataLoader[Batch], device: torch.device
+    model: nn.Module, loader: Iterable[Batch], device: torch.device
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     """Each batch with the model's logits (B, classes); arguments and errors as `measure`."""
     training = model.training
@@ -202,7 +203,7 @@ def _conclusions(metrics: Metrics, answers: Answers, images: Part, model: Checkp
 
 
 def _count(
-    model: nn.Module, loader: DataLoader[Batch], world: World, images: int, allowed: np.ndarray | None
+    model: nn.Module, loader: Iterable[Batch], world: World, images: int, allowed: np.ndarray | None
 ) -> tuple[Metrics, Answers]:
     """Counts and answers of all processes; outputs that are not `allowed` cannot be guessed."""
     tally, answers = Tally(world.device), Answers(images, world.device)
