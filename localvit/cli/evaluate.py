@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from localvit.cli.arguments import UsageError, one_line_errors
 
+if TYPE_CHECKING:
+    from localvit.training import Evaluation
+
+_WEAKEST = 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Measure a trained model on pictures: loss, top-1, top-5, images per second."""
+    """Measure a trained model on pictures: loss, top-1, top-5, calibration, classes, images per second.
+
+    Under torchrun the processes share the pictures, and the first one prints and writes.
+    """
 
     checkpoint: Annotated[str, tyro.conf.arg(metavar="X")]
     """a run's folder, an exported folder, or a timm name with published weights"""
@@ -20,6 +29,18 @@ class Options:
     """pictures (as for train); without it, the test split of the run that trained the model"""
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """where timm's named data sets keep their files"""
+    split: Annotated[str, tyro.conf.arg(metavar="NAME")] = "validation"
+    """split of a hfds/ or wds/ set, e.g. 'val-{0000..0049}.tar'"""
+    crop_pct: Annotated[float | None, tyro.conf.arg(metavar="SHARE")] = None
+    """share of the resized picture that is kept; the model's own unless given"""
+    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
+    """how pictures are resized; the model's own unless given"""
+    class_map: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """.txt with the name of the class of each output, one per line"""
+    restrict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """let the model guess only classes that have pictures"""
+    real_labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """also count against reassessed ImageNet labels: default, or their JSON file"""
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 128
     """pictures at a time"""
     workers: Annotated[int, tyro.conf.arg(metavar="N")] = 0
@@ -27,51 +48,109 @@ class Options:
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     output: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """write the result as JSON into a new file"""
+    """write a new file: .json takes everything, .csv a line per class"""
+    confusion: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """draw the confusion matrix into a new .png"""
 
 
 def run(options: Options) -> int:
     """Evaluate; 0 when done."""
-    import dataclasses
-    import json
-    from pathlib import Path
-
     from localvit.data import DataConfig
     from localvit.training import evaluate
-    from localvit.training.output import write_atomically
+    from localvit.training.evaluation_files import check_drawing
 
-    if options.output is not None:
-        check_new_file(options.output)
     with one_line_errors():
+        _check_files(options)
+        if options.confusion is not None:
+            check_drawing()
+        config = DataConfig(
+            root=options.data_root,
+            test_split=options.split,
+            crop_pct=options.crop_pct,
+            interpolation=options.interpolation,
+        )
         result = evaluate(
             options.checkpoint,
             options.data,
-            config=DataConfig(root=options.data_root),
+            config=config,
             batch_size=options.batch_size,
             workers=options.workers,
             device=options.device,
+            class_map=options.class_map,
+            restrict=options.restrict,
+            real_labels=options.real_labels,
         )
-    if options.output is not None:
-        write_atomically(Path(options.output), json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-    m = result.metrics
-    print(
-        f"{result.checkpoint} on {result.data}: "
-        f"top-1 {m.top1:.2f} %, top-5 {m.top5:.2f} %, loss {m.loss:.4f} "
-        f"({m.images} images, {m.images_per_second:,.0f} images/s)"
-    )
+    if os.environ.get("RANK", "0") == "0":
+        _write(options, result)
+        _print(result)
     return 0
 
 
-def check_new_file(path: str) -> None:
+def _check_files(options: Options) -> None:
+    for flag, path, suffixes in (
+        ("output", options.output, (".json", ".csv")),
+        ("confusion", options.confusion, (".png",)),
+    ):
+        if path is not None:
+            if not path.endswith(suffixes):
+                raise UsageError(f"--{flag} {path}: the name must end in {' or '.join(suffixes)}")
+            check_new_file(path, flag)
+
+
+def _write(options: Options, result: Evaluation) -> None:
+    from pathlib import Path
+
+    from localvit.training.evaluation_files import as_csv, as_json, draw_confusion
+    from localvit.training.output import write_atomically
+
+    if options.output is not None:
+        form = as_json if options.output.endswith(".json") else as_csv
+        write_atomically(Path(options.output), form(result))
+    if options.confusion is not None:
+        write_atomically(Path(options.confusion), draw_confusion(result))
+
+
+def _print(result: Evaluation) -> None:
+    m = result.metrics
+    print(
+        f"{result.checkpoint} on {result.data}: "
+        f"top-1 {m.top1:.2f} % [{result.top1.low:.2f} to {result.top1.high:.2f}], "
+        f"top-5 {m.top5:.2f} % [{result.top5.low:.2f} to {result.top5.high:.2f}], loss {m.loss:.4f}, "
+        f"calibration error {result.calibration_error:.2f} "
+        f"({m.images} images, {m.images_per_second:,.0f} images/s)"
+    )
+    if result.restricted:
+        print(f"guesses restricted to the {len(result.classes)} classes that have pictures")
+    if result.real is not None:
+        real = result.real
+        print(f"reassessed labels: top-1 {real.top1:.2f} %, top-5 {real.top5:.2f} % ({real.images} images)")
+    _print_classes(result)
+
+
+def _print_classes(result: Evaluation) -> None:
+    """A table of the classes with the lowest top-1."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    weakest = sorted(result.classes, key=lambda row: row.top1)[:_WEAKEST]
+    shown = "classes" if len(weakest) == len(result.classes) else f"weakest of {len(result.classes)} classes"
+    table = Table(shown, "images", "top-1, %", "most often taken for")
+    for row in weakest:
+        confused = f"{row.confused_with} ({row.confused})" if row.confused_with is not None else "-"
+        name = row.label if row.description == row.label else f"{row.label} {row.description}"
+        table.add_row(escape(name), str(row.images), f"{row.top1:.2f}", escape(confused))
+    Console().print(table)
+
+
+def check_new_file(path: str, flag: str = "output") -> None:
     """Refuse a file that exists or cannot be made.
 
     Raises:
         UsageError: naming it.
     """
-    import os
-
     folder = os.path.dirname(path) or "."
     if os.path.lexists(path):
-        raise UsageError(f"--output {path}: the file exists already")
+        raise UsageError(f"--{flag} {path}: the file exists already")
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UsageError(f"--output {path}: {folder} is no writable folder")
+        raise UsageError(f"--{flag} {path}: {folder} is no writable folder")

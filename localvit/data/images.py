@@ -7,16 +7,19 @@ error with the file's name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from localvit.data.config import DataError
 
 Sample = tuple[Image.Image, int]
+MAX_ASPECT = 100
+"""Longest side over shortest that is kept; panoramas stay below 10."""
 
 
 class UnreadableImage(RuntimeError):
@@ -47,18 +50,60 @@ class Images(Protocol):
 
 
 def decode(file: BinaryIO | str, name: str) -> Image.Image:
-    """The decoded picture in `file`, in its own mode.
+    """The picture in `file` as `plain` makes it; of an animation, the first frame.
 
     Raises:
         UnreadableImage: whatever the decoder stumbled over.
     """
+    with _naming(name), Image.open(file) as image:
+        image.load()
+        return plain(image)
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """The picture with 8 bits a channel, mode ``"L"`` (gray) or ``"RGB"``.
+
+    It looks as Pillow's ``convert`` makes it, on which timm and so the published numbers rest: the alpha
+    channel is dropped, whatever colour hides below it shows, and an EXIF orientation is not applied. Two
+    things are done otherwise. Gray of 16 bits is divided by 257, so that 65535 becomes 255; Pillow would
+    make all above 255 white. Of a picture longer than `MAX_ASPECT` times its width the middle is kept: to
+    resize the short side of 1 x 5000 pixels to 248 makes 300 million of them, for a crop out of the middle.
+
+    Raises:
+        ValueError: if the pixels are floating-point numbers, which have no defined range.
+    """
+    image.info.pop("transparency", None)  # dropped like alpha; Pillow would warn that it is
+    if image.mode == "F":
+        raise ValueError("floating-point pixels (mode F) have no defined range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        deep = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+        image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
+    return _middle(image)
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """What is kept of a picture that may be very long."""
+    width, height = image.size
+    limit = MAX_ASPECT * min(width, height)
+    if max(width, height) <= limit:
+        return image
+    left, top = max(width - limit, 0) // 2, max(height - limit, 0) // 2
+    return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Turn what goes wrong inside into an `UnreadableImage` of that name."""
     try:
-        with Image.open(file) as image:
-            image.load()
-            return image
-    # Pillow's plugins raise SyntaxError and ValueError too for damaged headers.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(name, str(error)) from error
+        yield
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(name, "it has no format that Pillow knows") from error
+    # Damaged bytes make Pillow's plugins raise almost anything: OSError, SyntaxError, ValueError,
+    # RuntimeError (AVIF), DecompressionBombError, MemoryError. Each means that this picture cannot be had.
+    except Exception as error:
+        raise UnreadableImage(name, " ".join(str(error).split()) or type(error).__name__) from error
 
 
 class ReaderImages:
@@ -72,10 +117,8 @@ class ReaderImages:
 
     def __getitem__(self, index: int) -> Sample:
         name = self.reader.filename(index, absolute=True) or f"number {index}"
-        try:
+        with _naming(name):
             file = self.reader[index][0]
-        except OSError as error:
-            raise UnreadableImage(name, str(error)) from error
         with file:
             return decode(file, name), int(self.labels[index])
 
@@ -98,10 +141,8 @@ class TorchvisionImages:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Sample:
-        try:
-            return self.dataset[index][0], self.labels[index]
-        except OSError as error:
-            raise UnreadableImage(f"number {index} of {self.name}", str(error)) from error
+        with _naming(f"number {index} of {self.name}"):
+            return plain(self.dataset[index][0]), self.labels[index]
 
 
 class ArrayImages:
@@ -136,14 +177,21 @@ class Part(Dataset[Sample]):
     """
 
     def __init__(self, images: Images, indices: np.ndarray, class_names: Sequence[str]) -> None:
-        unknown = [name for name in images.class_names if name not in class_names]
+        position = {name: i for i, name in enumerate(class_names)}
+        unknown = [name for name in images.class_names if name not in position]
         if unknown:
             raise DataError(
                 f"class {unknown[0]!r} is not among the {len(class_names)} known classes "
                 f"({', '.join(class_names[:5])}, ...); {len(unknown)} such classes"
             )
         self.images, self.indices, self.class_names = images, indices, tuple(class_names)
-        self.relabel = [list(class_names).index(name) for name in images.class_names]
+        self.relabel = [position[name] for name in images.class_names]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64: the label of each picture, known without decoding."""
+        own = np.asarray(self.images.labels, dtype=np.int64)[self.indices]
+        return np.asarray(self.relabel, dtype=np.int64)[own]
 
     def __len__(self) -> int:
         return len(self.indices)

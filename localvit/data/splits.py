@@ -84,19 +84,18 @@ def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
     )
 
 
-def open_reported(source: str, config: DataConfig, class_names: Sequence[str] | None = None) -> Part:
+def open_reported(source: str, config: DataConfig) -> Part:
     """The pictures of one source that are there to be reported on, all of them if it has no splits.
 
     Args:
         source: The source.
         config: For `root` and the names of splits.
-        class_names: The classes that labels index; ``None`` takes the source's own.
 
     Raises:
         DataError: as `open_splits`.
     """
     images = _open(find_splits(source, config), ("test", "validation", "all"), source)
-    return _whole(images, source, class_names or images.class_names)
+    return _whole(images, source, images.class_names)
 
 
 def _given(source: str, config: DataConfig, names: Sequence[str]) -> Part:

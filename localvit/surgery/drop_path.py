@@ -16,7 +16,9 @@ class BlockWithOwnDropPath(tnt.Block):
 
     def forward(self, pixel_embed: Tensor, patch_embed: Tensor) -> tuple[Tensor, Tensor]:
         pixel_embed = pixel_embed + self.drop_path(self.attn_in(self.norm_in(pixel_embed)))
-        pixel_embed = pixel_embed + self.drop_path_mlp_in(self.mlp_in(self.norm_mlp_in(pixel_embed)))
+        pixel_embed = pixel_embed + self.drop_path_mlp_in(  # type: ignore[operator]
+            self.mlp_in(self.norm_mlp_in(pixel_embed))
+        )
         batch, tokens = patch_embed.shape[0], patch_embed.shape[1]
         if self.norm2_proj is None:  # legacy=True: the norm is over each pixel
             pixels = self.proj(self.norm1_proj(pixel_embed).reshape(batch, tokens - 1, -1))
@@ -24,7 +26,9 @@ class BlockWithOwnDropPath(tnt.Block):
             pixels = self.norm2_proj(self.proj(self.norm1_proj(pixel_embed.reshape(batch, tokens - 1, -1))))
         patch_embed = torch.cat([patch_embed[:, :1], patch_embed[:, 1:] + pixels], dim=1)
         patch_embed = patch_embed + self.drop_path(self.attn_out(self.norm_out(patch_embed)))
-        patch_embed = patch_embed + self.drop_path_mlp(self.mlp(self.norm_mlp(patch_embed)))
+        patch_embed = patch_embed + self.drop_path_mlp(  # type: ignore[operator]
+            self.mlp(self.norm_mlp(patch_embed))
+        )
         return pixel_embed, patch_embed
 
 

@@ -17,7 +17,8 @@ from localvit.training.facts import Figure, effective
 from localvit.training.files import dump, from_dict, list_recipes, load_recipe, load_yaml, resolve, to_dict
 from localvit.training.loop import train
 from localvit.training.planning import Machine, plan_run
-from localvit.training.predict import Guess, Prediction, predict
+from localvit.training.predict import Guess, Prediction, Shard, predict
+from localvit.training.prediction_files import write_predictions
 from localvit.training.result import RunResult, TrainingFailed, TrainingInterrupted
 from localvit.training.signals import stop_on_signals
 from localvit.training.state import DamagedState
@@ -40,6 +41,7 @@ __all__ = [
     "Prediction",
     "RunResult",
     "ScheduleConfig",
+    "Shard",
     "TensorBoard",
     "TrainConfig",
     "TrainingFailed",
@@ -57,4 +59,5 @@ __all__ = [
     "stop_on_signals",
     "to_dict",
     "train",
+    "write_predictions",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import ImageNetInfo
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from localvit.data import DataConfig
@@ -92,8 +92,9 @@ def _class_names(model: nn.Module) -> tuple[tuple[str, ...] | None, tuple[str, .
     names = model.pretrained_cfg.get("label_names")  # type: ignore[union-attr, operator]
     if names and len(names) == model.num_classes:
         return tuple(names), tuple(names)
-    if model.num_classes == 1000:  # a thousand outputs are ILSVRC-2012's unless the checkpoint says otherwise
-        info = ImageNetInfo("imagenet-1k")
+    subset = infer_imagenet_subset(model)  # by the number of outputs: 1000 are those of ILSVRC-2012
+    if subset is not None:
+        info = ImageNetInfo(subset)
         labels = tuple(info.label_names())
         return labels, tuple(info.label_name_to_description(label) for label in labels)
     return None, None

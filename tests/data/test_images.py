@@ -5,9 +5,13 @@ import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
+from timm.data import create_transform
 from torch.utils.data import DataLoader
 
 from localvit.data import DataConfig, DataError, Part, UnreadableImage, open_reported, open_splits
+from localvit.data.images import MAX_ASPECT, decode, plain
+from localvit.data.loading import eval_loader
 from localvit.data.sources import find_splits
 from localvit.data.tar import open_tar
 from tests.data.conftest import picture
@@ -57,11 +61,11 @@ def test_tar_without_pictures_or_compressed_is_refused(tmp_path, make_tar):
 
 
 def test_labels_follow_the_given_classes(make_folder):
-    folder = make_folder("pictures", {"b": 1, "c": 1})
-    images = open_reported(str(folder), DataConfig(), class_names=("a", "b", "c"))
-    assert [label for _, label in images] == [1, 2]
+    images = open_reported(str(make_folder("pictures", {"b": 1, "c": 2})), DataConfig())
+    part = Part(images.images, np.array([2, 0]), ("a", "b", "c"))
+    assert [label for _, label in part] == part.labels.tolist() == [2, 1]
     with pytest.raises(DataError, match="class 'c' is not among"):
-        open_reported(str(folder), DataConfig(), class_names=("a", "b"))
+        Part(images.images, images.indices, ("a", "b"))
 
 
 def test_torchvision_data_set_through_timm(tmp_path):
@@ -136,3 +140,161 @@ def test_webdataset_errors(shards, make_tar):
     make_tar("train-3.tar", {"a": 1})
     with pytest.raises(DataError, match=r"'a/0\.png' in .* has no \.cls file"):
         open_splits(DataConfig(train="wds/pictures", root=str(shards), train_split="train-3.tar"))
+
+
+def colours(mode, side=6):
+    """A picture of every mode, random but the same each time."""
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    values = np.random.default_rng(0).integers(0, 256, (side, side, channels), dtype=np.uint8)
+    if mode == "1":
+        return Image.fromarray(values[..., 0]).convert("1")
+    if mode == "P":
+        return Image.fromarray(values[..., 0]).convert("P")
+    return Image.frombytes(mode, (side, side), values.tobytes())
+
+
+def stored(image, form, **options):
+    """The picture as it comes back from a file."""
+    data = io.BytesIO()
+    image.save(data, form, **options)
+    data.seek(0)
+    return decode(data, "file")
+
+
+@pytest.mark.parametrize(
+    ("mode", "form", "options"),
+    [
+        ("1", "PNG", {}),
+        ("L", "PNG", {}),
+        ("LA", "PNG", {}),
+        ("P", "PNG", {}),
+        ("P", "PNG", {"transparency": 3}),
+        ("P", "PNG", {"transparency": bytes(range(0, 250, 2))}),
+        ("RGB", "PNG", {"transparency": (1, 2, 3)}),
+        ("RGBA", "PNG", {}),
+        ("RGB", "JPEG", {}),
+        ("CMYK", "JPEG", {}),
+        ("CMYK", "TIFF", {}),
+        ("LAB", "TIFF", {}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # of the reference, not of ours
+def test_pictures_of_8_bits_look_as_pillow_converts_them_without_a_warning(mode, form, options):
+    data = io.BytesIO()
+    colours(mode).save(data, form, **options)
+    reference = Image.open(data)
+    reference.load()
+    found = stored(colours(mode), form, **options)
+    assert found.mode == ("L" if mode in ("1", "L", "LA") else "RGB")
+    assert np.array_equal(found.convert("RGB"), reference.convert("RGB"))
+    if mode != "LAB":  # which Pillow itself converts to RGB only
+        assert np.array_equal(found.convert("L"), reference.convert("L"))
+
+
+def test_no_palette_with_transparency_warns():
+    stored(colours("P"), "PNG", transparency=bytes(range(0, 250, 2))).convert("RGB")  # warnings are errors
+
+
+def test_colour_below_full_transparency_shows():
+    image = Image.new("RGBA", (2, 2), (200, 10, 30, 0))
+    assert stored(image, "PNG").getpixel((0, 0)) == (200, 10, 30)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])  # Pillow opens the last one with 32 bits
+def test_gray_of_16_bits_keeps_its_shades(form):
+    values = np.array([[0, 128, 129, 257, 32768, 65535]], dtype=np.uint16)
+    assert np.asarray(stored(Image.fromarray(values), form)).tolist() == [[0, 0, 1, 1, 128, 255]]
+    same = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    assert np.array_equal(stored(Image.fromarray(same * 257), form), same)
+
+
+def test_floating_point_is_unreadable():
+    with pytest.raises(UnreadableImage, match="cannot read image file: floating-point pixels"):
+        stored(Image.new("F", (2, 2), 0.5), "TIFF")
+
+
+def test_an_exif_orientation_is_not_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    assert stored(Image.new("RGB", (8, 4)), "JPEG", exif=exif).size == (8, 4)
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_frame_is_taken(form):
+    frames = [picture(value, side=16) for value in (250, 5)]
+    found = stored(frames[0], form, save_all=True, append_images=frames[1:])
+    assert np.asarray(found.convert("L")).min() > 240
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 100), (100, 1), (99, 1)])
+def test_small_and_longish_pictures_are_left_as_they_are(size):
+    assert plain(Image.new("L", size)).size == size
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (3, 5001)])
+def test_of_a_very_long_picture_the_middle_is_kept(size):
+    long = np.arange(max(size), dtype=np.uint16)
+    values = np.broadcast_to(long[:, None] if size[1] > size[0] else long[None], size[::-1])
+    found = np.asarray(plain(Image.fromarray((values % 251).astype(np.uint8))))
+    kept = MAX_ASPECT * min(size)
+    assert sorted(found.shape) == sorted((kept, min(size)))
+    start = (max(size) - kept) // 2
+    expected = (long[start : start + kept] % 251).astype(np.uint8)
+    assert np.array_equal(found.max(axis=found.shape.index(min(size))), expected)
+
+
+def test_the_middle_is_all_that_a_centre_crop_sees():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (4 * 152, 4, 3), dtype=np.uint8))
+    assert plain(image).size == (4, 400)
+    transform = create_transform((3, 16, 16), crop_pct=0.875, interpolation="bicubic")
+    assert np.array_equal(transform(plain(image)), transform(image))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_odd_pictures_go_through_a_loader(tmp_path, channels):
+    for name, image in {"pixel": Image.new("P", (1, 1)), "line": Image.new("RGBA", (1, 5000))}.items():
+        (tmp_path / name).mkdir()
+        image.save(tmp_path / name / "0.png")
+    preprocessing = {"input_size": (channels, 8, 8), "mean": (0.5,) * channels, "std": (0.5,) * channels}
+    preprocessing |= {"interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center"}
+    images = open_reported(str(tmp_path), DataConfig())
+    (batch,) = eval_loader(images, preprocessing, batch_size=4)
+    assert batch.images.shape == (2, channels, 8, 8)
+
+
+def damaged():
+    """Bytes that are no picture, each with what is said about them."""
+    data = io.BytesIO()
+    colours("RGB", side=40).save(data, "JPEG")
+    avif = io.BytesIO()
+    colours("RGB", side=40).save(avif, "AVIF")
+    start = avif.getvalue().find(b"mdat") + 8
+    broken = avif.getvalue()[:start] + bytes(len(avif.getvalue()) - start)
+    return {
+        "empty": (b"", "no format that Pillow knows"),
+        "text": (b"What you see is not what you get.\n", "no format that Pillow knows"),
+        "truncated": (data.getvalue()[:-200], "truncated"),
+        "avif": (broken, "decode"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "truncated", "avif"])
+def test_what_is_no_picture_is_named(kind):
+    data, reason = damaged()[kind]
+    with pytest.raises(UnreadableImage, match=f"cannot read image x.jpg: .*{reason}"):
+        decode(io.BytesIO(data), "x.jpg")
+
+
+def test_a_picture_of_too_many_pixels_is_named_before_memory_is_taken():
+    header = b"P5 20000 20000 255\n"  # four hundred million pixels, none of them there
+    with pytest.raises(UnreadableImage, match=r"x\.pgm: Image size \(400000000 pixels\) exceeds limit"):
+        decode(io.BytesIO(header), "x.pgm")
+
+
+def test_up_to_twice_pillows_limit_a_picture_is_read_with_pillows_warning(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert stored(colours("RGB", side=6), "PNG").size == (6, 6)
+    with pytest.raises(UnreadableImage, match="exceeds limit of 30"):  # where warnings are errors
+        stored(colours("RGB", side=6), "PNG")

@@ -1,0 +1,147 @@
+"""What a model said about each picture, and what follows for each class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import distributed
+
+GUESSES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassResult:
+    """The pictures of one class.
+
+    Attributes:
+        label: The class.
+        description: What people call it.
+        images: Its pictures; classes without any are left out.
+        right: How many have their first guess right.
+        top1: The same in per cent.
+        confused_with: The most frequent wrong first guess (a label), or ``None`` if there is none; of equally
+            frequent ones the first in the order of the model's outputs.
+        confused: How often that was guessed.
+    """
+
+    label: str
+    description: str
+    images: int
+    right: int
+    top1: float
+    confused_with: str | None
+    confused: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confusion:
+    """Pictures of one class that were taken for another one.
+
+    Attributes:
+        label: Their class.
+        guess: What they were taken for.
+        images: How many.
+    """
+
+    label: str
+    guess: str
+    images: int
+
+
+class Answers:
+    """The first five guesses for each picture of a set, one row per picture.
+
+    Rows of pictures that other processes answer stay zero until `merge`, so that adding up puts every answer
+    in its place whatever the shares.
+
+    Args:
+        images: Pictures in the whole set.
+        device: Where the logits are.
+    """
+
+    def __init__(self, images: int, device: torch.device) -> None:
+        self._guesses = torch.zeros(images, GUESSES, dtype=torch.int64, device=device)
+        self._confidences = torch.zeros(images, device=device)
+        self._answered = torch.zeros(images, dtype=torch.int64, device=device)
+
+    def add(self, rows: Sequence[int], logits: torch.Tensor) -> None:
+        """Note what was said: logits (B, classes) for the pictures `rows` (B) of the set."""
+        index = torch.tensor(rows, device=logits.device)
+        logits = logits.float()
+        # Of the logits, as in `Tally`: as probabilities, two of them may be equal.
+        best, guesses = logits.topk(min(GUESSES, logits.shape[1]))
+        self._guesses[index, : guesses.shape[1]] = guesses
+        self._guesses[index, guesses.shape[1] :] = -1
+        self._confidences[index] = (best[:, 0] - logits.logsumexp(-1)).exp()
+        self._answered[index] += 1
+
+    def merge(self) -> None:
+        """Bring the answers of all processes together in each of them.
+
+        Raises:
+            RuntimeError: if a picture was answered by none or by several of them.
+        """
+        if distributed.is_initialized():
+            for values in (self._guesses, self._confidences, self._answered):
+                distributed.all_reduce(values)
+        wrong = int((self._answered != 1).sum())
+        if wrong:
+            raise RuntimeError(f"{wrong} of {len(self._answered)} pictures were not answered exactly once")
+
+    @property
+    def guesses(self) -> np.ndarray:
+        """(N, 5) int64: outputs, likeliest first; -1 where the model has fewer."""
+        return self._guesses.cpu().numpy()
+
+    @property
+    def confidences(self) -> np.ndarray:
+        """(N,) float64: probability of the first guess."""
+        return self._confidences.cpu().numpy().astype(np.float64)
+
+
+def confusion_counts(targets: np.ndarray, guesses: np.ndarray) -> dict[tuple[int, int], int]:
+    """How often each pair (class, first guess) comes: the confusion matrix without its zeros, in order.
+
+    Args:
+        targets: (N,) class of each picture.
+        guesses: (N,) first guess.
+    """
+    pairs, counts = np.unique(np.stack([targets, guesses], axis=1), axis=0, return_counts=True)
+    return {(int(i), int(j)): int(n) for (i, j), n in zip(pairs, counts, strict=True)}
+
+
+def by_class(
+    counts: dict[tuple[int, int], int], labels: Sequence[str], descriptions: Sequence[str]
+) -> tuple[tuple[ClassResult, ...], tuple[Confusion, ...]]:
+    """A row for each class that has pictures, and its confusions, the most frequent first.
+
+    Args:
+        counts: See `confusion_counts`.
+        labels: Of every output.
+        descriptions: Of every output.
+    """
+    rows: dict[int, dict[int, int]] = {}
+    for (target, guess), count in counts.items():
+        rows.setdefault(target, {})[guess] = count
+    classes, confusions = [], []
+    for target, row in rows.items():
+        images, right = sum(row.values()), row.get(target, 0)
+        wrong = sorted((-count, guess) for guess, count in row.items() if guess != target)
+        classes.append(
+            ClassResult(
+                label=labels[target],
+                description=descriptions[target],
+                images=images,
+                right=right,
+                top1=100 * right / images,
+                confused_with=labels[wrong[0][1]] if wrong else None,
+                confused=-wrong[0][0] if wrong else 0,
+            )
+        )
+        confusions += [
+            Confusion(label=labels[target], guess=labels[guess], images=-count) for count, guess in wrong
+        ]
+    return tuple(classes), tuple(sorted(confusions, key=lambda c: -c.images))

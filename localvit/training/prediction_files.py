@@ -1,0 +1,169 @@
+"""Predictions in files that grow: an interrupted one is continued, a finished one is left alone.
+
+Until it is finished, ``found.csv`` is called ``found.csv.part``, and ``found.csv.part.json`` says how it was
+begun, so that it is continued in the same way. A finished file never has missing pictures.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from localvit.training.build import pick_device
+from localvit.training.checkpoint import Checkpoint, load_checkpoint
+from localvit.training.config import ConfigError
+from localvit.training.evaluate import check_at_least
+from localvit.training.predict import WHOLE, Prediction, Shard, classify, find_files
+from localvit.training.prediction_formats import FORMS
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a file is.
+
+    Attributes:
+        total: Pictures that belong into it.
+        kept: How many were there when it was continued.
+        written: How many have been written since.
+        unreadable: How many of all these could not be read.
+    """
+
+    total: int
+    kept: int = 0
+    written: int = 0
+    unreadable: int = 0
+
+    @property
+    def done(self) -> int:
+        """Pictures in the file."""
+        return self.kept + self.written
+
+
+def check_predictions_file(output: str) -> Path:
+    """Refuse a file that cannot take predictions. Writes nothing.
+
+    Raises:
+        ConfigError: if it is there already, cannot be made, or its name tells no format.
+    """
+    path = Path(output)
+    if path.suffix not in FORMS:
+        raise ConfigError(f"output={output!r} must end in {', '.join(FORMS)}")
+    if os.path.lexists(path):
+        raise ConfigError(f"output={output!r} is finished already; choose another name")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"output={output!r} cannot be written: {str(path.parent)!r} is no writable folder")
+    FORMS[path.suffix].check()
+    return path
+
+
+def write_predictions(
+    checkpoint: str,
+    paths: Sequence[str],
+    output: str,
+    *,
+    top_k: int = 5,
+    batch_size: int = 32,
+    workers: int = 0,
+    device: str = "auto",
+    shard: Shard = WHOLE,
+    watch: Callable[[Progress, Sequence[Prediction]], None] = lambda *_: None,
+) -> Progress:
+    """Classify pictures into a file, or go on with one that was interrupted.
+
+    Pictures that are in the file are skipped; what was half-written is dropped first. Interrupt it however
+    you like: the same call goes on where it was.
+
+    Args:
+        checkpoint: As `load_checkpoint`.
+        paths: As `predict`.
+        output: A ``.csv`` (a line per guess), a ``.jsonl`` (a line per picture) or a ``.parquet`` (a folder
+            of files with a row per guess; needs pyarrow).
+        top_k: As `predict`, and so are `batch_size`, `workers`, `device` and `shard`.
+        watch: Called at the start and with each batch after it was written.
+
+    Raises:
+        ConfigError: as `predict` and `check_predictions_file`; if an unfinished file was begun with another
+            model or other settings, is damaged, or is being written by another process.
+    """
+    check_at_least(1, top_k=top_k, batch_size=batch_size)
+    check_at_least(0, workers=workers)
+    path = check_predictions_file(output)
+    files = shard.take(find_files(paths))
+    model = load_checkpoint(checkpoint, pick_device(device))
+    part = path.with_name(path.name + ".part")
+    settings = {
+        "checkpoint": checkpoint,
+        "weights": fingerprint(model),
+        "top_k": top_k,
+        "shard": f"{shard.index}/{shard.count}",
+    }
+    with _begun(path, part, settings), closing(FORMS[path.suffix](part)) as file:
+        known = file.recover()
+        todo = [one for one in files if file.name(one) not in known]
+        unreadable = sum(known.get(file.name(one), False) for one in files)
+        progress = Progress(total=len(files), kept=len(files) - len(todo), unreadable=unreadable)
+        watch(progress, ())
+        for batch in classify(model, todo, top_k=top_k, batch_size=batch_size, workers=workers):
+            file.append(batch)
+            progress.written += len(batch)
+            progress.unreadable += sum(one.error is not None for one in batch)
+            watch(progress, batch)
+        file.finish()
+    return progress
+
+
+def fingerprint(model: Checkpoint) -> str:
+    """A short value that tells two models apart: of weights, preprocessing and names of classes."""
+    digest = hashlib.sha256(repr((model.data_config, model.descriptions)).encode())
+    for name, value in model.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _begun(path: Path, part: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Keep `part` to one process and one way of being written; give it its name if all goes well.
+
+    The file beside it that says how it was begun is locked meanwhile. The lock is POSIX's (``lockf``), which
+    forked data workers do not share, so it ends with this process.
+    """
+    beside = part.with_name(part.name + ".json")
+    with open(beside, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # POSIX allows either
+            raise ConfigError(f"output={str(path)!r}: another process is writing it") from error
+        check_predictions_file(str(path))  # the other process may just have finished it
+        file.seek(0)
+        _check_settings(part, file.read(), settings)
+        file.truncate(0)
+        file.write(json.dumps(settings, indent=2) + "\n")
+        file.flush()
+        yield
+        os.replace(part, path)
+        beside.unlink()
+
+
+def _check_settings(part: Path, text: str, settings: dict[str, Any]) -> None:
+    if not part.exists():
+        return
+    remedy = f"delete {str(part)!r} to begin anew"
+    try:
+        before = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{part.name + '.json'!r} does not say how it was begun; {remedy}") from error
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ConfigError(
+                f"{part.name!r} was begun with {name}={before.get(name)!r}, not {value!r}; {remedy}"
+            )

@@ -1,0 +1,66 @@
+"""Counts over pictures, from which loss and accuracy follow; they add up over batches and over processes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from timm.task.evaluator import ClassificationEvaluator
+from torch import distributed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """What was measured on a set of pictures.
+
+    Attributes:
+        loss: Mean cross-entropy in nats.
+        top1: Per cent of pictures whose first guess is right.
+        top5: Per cent with the right class among the first five.
+        images: Number of pictures.
+        images_per_second: Throughput, loading included.
+    """
+
+    loss: float
+    top1: float
+    top5: float
+    images: int
+    images_per_second: float
+
+
+class Tally:
+    """Sums of one process, kept on the device so that no batch waits for another.
+
+    Counts are integers and the loss is summed in float64 (timm's evaluator does both), so neither the size of
+    the batches nor the number of processes that shared the pictures changes accuracy, and it changes the
+    loss by rounding only.
+
+    Args:
+        device: Where the logits are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._evaluator = ClassificationEvaluator(device)
+        self._start = time.perf_counter()
+
+    def add(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """Count a batch: logits (B, classes), targets (B,) int64. An empty batch changes nothing."""
+        self._evaluator.update(logits, targets)
+
+    def merge(self) -> None:
+        """Add up the sums of all processes in each of them; call it once, in every process.
+
+        Without a process group there is nothing to add. Pictures that two processes counted count twice: hand
+        each picture to one process (`indices[rank::world_size]`; shares may differ in size or be empty).
+        """
+        if distributed.is_initialized():
+            distributed.all_reduce(self._evaluator.counts)
+            distributed.all_reduce(self._evaluator.loss_sum)
+
+    def result(self) -> Metrics:
+        """The metrics of what was counted; throughput is over the time since the tally was made."""
+        images = int(self._evaluator.counts[0])
+        values = self._evaluator.compute()  # waits for the device
+        seconds = time.perf_counter() - self._start
+        return Metrics(**values, images=images, images_per_second=images / seconds)

@@ -1,0 +1,108 @@
+"""How sure a measured accuracy is, and how rightly a model is sure of itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+CONFIDENCE = 0.95
+BINS = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """Where a share lies, in per cent.
+
+    Attributes:
+        low: Lower end.
+        high: Upper end.
+    """
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """Pictures on which a model was about equally sure.
+
+    Attributes:
+        low: Above this confidence, in per cent.
+        high: Up to this one.
+        images: How many; none leaves the other fields ``None``.
+        confidence: Mean probability of the first guess, in per cent.
+        accuracy: Per cent of first guesses that were right.
+    """
+
+    low: float
+    high: float
+    images: int
+    confidence: float | None
+    accuracy: float | None
+
+
+def wilson_interval(right: int, images: int) -> Interval:
+    """The 95 % score interval of a share, as if the pictures were drawn at random from all there could be.
+
+    Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927), 209-212.
+    Unlike the share plus or minus 1.96 standard errors it stays within 0 to 100 % and holds near the ends.
+
+    Args:
+        right: Pictures that were right.
+        images: All of them; none leaves the share unknown.
+    """
+    if images == 0:
+        return Interval(low=0.0, high=100.0)
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    share = right / images
+    scale = 1 / (1 + z * z / images)
+    centre = scale * (share + z * z / (2 * images))
+    half = scale * z * math.sqrt(share * (1 - share) / images + (z / (2 * images)) ** 2)
+    # At 0 and 1 the ends are the share itself, but for rounding.
+    low, high = min(centre - half, share), max(centre + half, share)
+    return Interval(low=100 * max(low, 0.0), high=100 * min(high, 1.0))
+
+
+def calibration(confidences: np.ndarray, right: np.ndarray) -> tuple[Bin, ...]:
+    """Pictures in 15 bins of equal width by the probability of the first guess.
+
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (arXiv 1706.04599), section 2: bin m
+    holds confidences above (m - 1) / 15 up to m / 15.
+
+    Args:
+        confidences: (N,) probability of the first guess, 0 to 1.
+        right: (N,) whether it was right.
+    """
+    edges = np.linspace(0.0, 1.0, BINS + 1)
+    number = np.clip(np.searchsorted(edges, confidences, side="left") - 1, 0, BINS - 1)
+    bins = []
+    for i in range(BINS):
+        inside = number == i
+        images = int(inside.sum())
+        bins.append(
+            Bin(
+                low=100 * float(edges[i]),
+                high=100 * float(edges[i + 1]),
+                images=images,
+                confidence=100 * float(confidences[inside].mean()) if images else None,
+                accuracy=100 * float(right[inside].mean()) if images else None,
+            )
+        )
+    return tuple(bins)
+
+
+def expected_calibration_error(bins: tuple[Bin, ...]) -> float:
+    """Mean distance of accuracy and confidence over the bins, weighted by their pictures, in points.
+
+    Guo et al. (see `calibration`), equation 3.
+    """
+    images = sum(one.images for one in bins)
+    gaps = [
+        one.images * abs(one.accuracy - one.confidence)
+        for one in bins
+        if one.accuracy is not None and one.confidence is not None
+    ]
+    return sum(gaps) / max(images, 1)

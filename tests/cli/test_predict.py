@@ -1,0 +1,125 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from localvit.cli import main
+from tests.training.pictures import export_model, make_pictures
+
+SLOWLY = """
+import importlib, sys, time
+from localvit.cli import main
+module = importlib.import_module("localvit.training.predict")
+decode = module.decode
+module.decode = lambda *a: (time.sleep(0.03), decode(*a))[1]
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Arguments that classify sixty pictures with a tiny model."""
+    folder = tmp_path_factory.mktemp("predict")
+    checkpoint = export_model(folder / "model", 3, ["[ant]", "bee", "cat"])
+    pictures = make_pictures(folder / "pictures", {"x": 60})
+    return ["predict", "--checkpoint", checkpoint, "--device", "cpu", "--top-k", "2", pictures]
+
+
+def paths(file):
+    return [json.loads(line)["path"] for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2)], ids=["SIGTERM", "Ctrl-C with workers"]
+)
+def test_an_interruption_leaves_what_the_same_command_goes_on_with(job, tmp_path, number, workers, capsys):
+    output = tmp_path / "found.jsonl"
+    part = tmp_path / "found.jsonl.part"
+    command = [*job, "--output", str(output), "--batch-size", "4", "--workers", str(workers)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, *command], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not part.exists() or not part.stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.01)
+    # A terminal sends Ctrl-C to the workers too; a scheduler terminates the process that it started.
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    error = process.communicate()[1]
+    assert (process.returncode, error.count("\n")) == (0, 1), error
+    assert "of 60 pictures; the same command goes on" in error
+    assert not output.exists()
+    before = part.read_bytes()
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    lines = before.count(b"\n")
+    assert f"going on after {lines} of 60" in out
+    assert output.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    assert len(set(paths(output))) == len(paths(output)) == 60
+    assert [p.name for p in tmp_path.iterdir()] == ["found.jsonl"]
+
+
+def test_an_interruption_on_the_console_is_one(job, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("localvit.training.predict", stop)
+    assert main(job) == 130
+
+
+def test_processes_and_shards_write_the_same_files(job, tmp_path, monkeypatch, capsys):
+    assert main([*job, "--output", str(tmp_path / "all.jsonl")]) == 0
+    for i in range(2):
+        assert main([*job, "--output", str(tmp_path / f"{i}.jsonl"), "--shard", f"{i}/2"]) == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for i in range(2):
+        monkeypatch.setenv("RANK", str(i))
+        assert main([*job, "--output", str(tmp_path / "found.jsonl")]) == 0
+        assert paths(tmp_path / f"found-{i}-of-2.jsonl") == paths(tmp_path / f"{i}.jsonl")
+    joined = [path for i in range(2) for path in paths(tmp_path / f"{i}.jsonl")]
+    assert joined == paths(tmp_path / "all.jsonl")
+    capsys.readouterr()
+    for wrong in (["--shard", "0/2", "--output", str(tmp_path / "x.csv")], []):
+        assert main([*job, *wrong]) == 2
+        assert "torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "old.csv"], "'old.csv' is finished already"),
+        (["--output", "found.txt"], "must end in .csv, .jsonl, .parquet"),
+        (["--output", "found.csv", "--format", "json"], "--format json is for the console"),
+        (["--shard", "2/2"], "shard 2/2 is none of 0/2 to 1/2"),
+        (["--shard", "second"], "--shard second: two whole numbers"),
+        (["--top-k", "0"], "top_k=0 must be at least 1"),
+    ],
+)
+def test_wrong_use_is_one_line(job, arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("old.csv").write_text("old")
+    assert main([*job, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert (out, err.count("\n")) == ("", 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["old.csv"]
+
+
+def test_every_format_of_the_console_tells_the_same(job, capsys):
+    found = {}
+    for form in ("table", "json", "jsonl", "csv"):
+        assert main([*job, "--format", form]) == 0
+        found[form] = capsys.readouterr().out
+    predictions = json.loads(found["json"])
+    assert predictions == [json.loads(line) for line in found["jsonl"].splitlines()]
+    assert len(predictions) == 60
+    first = predictions[0]["guesses"][0]
+    for form, place in (("csv", 2), ("table", 1)):
+        line = found[form].splitlines()[1]
+        fields = line.split(",") if form == "csv" else line.split()
+        assert fields[place] == first["label"]
+        assert len(found[form].splitlines()) == 1 + 2 * 60
