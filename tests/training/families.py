@@ -2,10 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import pytest
-import timm
-
-import localvit  # noqa: F401  (registers names with timm)
 
 
 class Family(NamedTuple):
@@ -61,8 +57,18 @@ FAMILIES = {
         {"patch_pos", "pixel_pos", "cls_token"},
         "pixel_embed.proj.weight",
     ),
-    "pvt_imagenet": Family("pvt_tiny", {"img_size": 64}, {"cls_token"}, "pos_embed1"),
-    "t2t_imagenet": Family("t2t_vit_7", {"img_size": 64}, {"cls_token"}, "head.weight"),
+    "pvt_imagenet": Family(
+        "pvt_tiny",
+        {"img_size": 64, "embed_dims": [8, 16, 20, 32], "depths": [1, 1, 1, 1]},
+        {"cls_token"},
+        "stages.0.pos_embed",
+    ),
+    "t2t_imagenet": Family(
+        "t2t_vit_7",
+        {"img_size": 64, "embed_dim": 32, "depth": 1, "num_heads": 2, "token_dim": 16},
+        {"cls_token"},
+        "head.weight",
+    ),
 }
 SHRUNK = {
     **{recipe: family.args for recipe, family in FAMILIES.items()},
@@ -74,11 +80,3 @@ SHRUNK = {
     "finetune": FAMILIES["deit_imagenet"].args,
 }
 """Recipe -> `model.args` of a model that trains in a moment."""
-
-
-def of_model(recipe: str, model: str) -> Any:
-    """A test's parameter for a recipe; it must fail, and is reported so, while timm lacks its model."""
-    missing = pytest.mark.xfail(
-        not timm.is_model(model), reason=f"NOT TESTED: there is no baseline {model!r} yet", strict=True
-    )
-    return pytest.param(recipe, marks=missing)

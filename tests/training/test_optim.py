@@ -10,7 +10,7 @@ from torch import nn
 from localvit.surgery import locality_parameters
 from localvit.training import ConfigError, OptimConfig, resolve, train
 from localvit.training.build import build_model, build_optimizer, freeze
-from tests.training.families import FAMILIES, of_model
+from tests.training.families import FAMILIES
 
 
 def by_name(model, optimizer, field):
@@ -25,7 +25,7 @@ def small(recipe, *more):
     return build_model(model, 10), config
 
 
-@pytest.mark.parametrize("recipe", [of_model(recipe, family.model) for recipe, family in FAMILIES.items()])
+@pytest.mark.parametrize("recipe", FAMILIES)
 def test_decayed_is_what_the_reference_decays(recipe):
     model, config = small(recipe)
     family = FAMILIES[recipe]

@@ -8,11 +8,11 @@ import yaml
 from localvit.cli import main
 from localvit.data.sources import open_digits
 from localvit.training import ConfigError, from_dict, list_recipes, load_recipe, resolve
-from tests.training.families import SHRUNK, of_model
+from tests.training.families import SHRUNK
 
 COUNTS = {"train": 7, "val": 2, "test": 2}  # of each digit
 SMALL = ["epochs=1", "schedule.warmup_epochs=0", "workers=0", "device=cpu", "batch_size=34"]  # two updates
-RECIPES = [of_model(name, resolve(name).model.name) for name in list_recipes()]
+RECIPES = list_recipes()
 
 
 @pytest.fixture(scope="module")
