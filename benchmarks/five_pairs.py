@@ -3,7 +3,7 @@
 Not a comparison: one seed, few epochs, learning rates not tuned. It shows that all ten models train, without
 a loss that is not finite, through the same code.
 
-    python benchmarks/five_pairs.py --data TRAIN --val-data VAL [--epochs 3] [--workers 1]
+    python benchmarks/five_pairs.py --data TRAIN --val-data VAL [--epochs 3] [--families DeiT ...]
 """
 
 import argparse
@@ -24,7 +24,7 @@ PAIRS = {
         "localvit_t2t_vit_7",
         {"embed_dim": 128, "depth": 4, "num_heads": 4, "token_dim": 32},
     ),
-    "PVT": ("pvt_tiny", "localvit_pvt_tiny", {"embed_dims": [32, 64, 96, 128], "depths": [1, 1, 1, 1]}),
+    "PVT": ("pvt_tiny", "localvit_pvt_tiny", {"embed_dims": [32, 64, 80, 128], "depths": [1, 1, 1, 1]}),
     "TNT": (
         "tnt_t_legacy_patch16_224",
         "localvit_tnt_tiny_patch16_224",
@@ -44,12 +44,14 @@ def main() -> None:
     parser.add_argument("--val-data", required=True)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--families", nargs="+", choices=PAIRS, default=list(PAIRS))
     options = parser.parse_args()
     recipe = load_recipe("small_images_quick")
     del recipe["model"]
     print("| family | model | parameters | loss, first -> last epoch | test top-1, % |")
     print("|---|---|---:|---:|---:|")
-    for family, (plain, local, args) in PAIRS.items():
+    for family in options.families:
+        plain, local, args = PAIRS[family]
         for name in (plain, local):
             config = {
                 "model": {"name": name, "args": {**args, "img_size": 64}},
