@@ -137,8 +137,8 @@ def _html(block: Block) -> str:
             code = f"<pre>{html.escape(text)}</pre>"
             return f"<details><summary>{html.escape(title)}</summary>{code}</details>" if title else code
         case Picture(svg, label, caption):
-            words = f"<figcaption>{html.escape(caption)}</figcaption>"
-            return f'<figure role="img" aria-label="{html.escape(label)}">{svg}{words}</figure>'
+            caption_line = f"<figcaption>{html.escape(caption)}</figcaption>"
+            return f'<figure role="img" aria-label="{html.escape(label)}">{svg}{caption_line}</figure>'
 
 
 def _row(cells: Sequence[str], tag: str) -> str:
