@@ -96,7 +96,7 @@ def test_fewer_processes_go_on_if_that_is_allowed(by_two, double):
 
 
 def test_after_the_death_of_a_process_torchrun_goes_on_to_the_same_bits(by_two, tmp_path):
-    settings = ["output=" + str(tmp_path / "run"), "workers=1"]
+    settings = ["output=" + str(tmp_path / "run")]
     (tmp_path / "config.yaml").write_text(dump(resolve("digits", [*CASES["average"], *settings])))
     arguments = ("elastic", str(tmp_path), str(tmp_path / "config.yaml"))
     said = torchrun("tests/training/two_processes.py", *arguments, options=["--max-restarts=1"])
