@@ -149,3 +149,11 @@ def test_a_device_that_is_not_there_for_each_process_is_refused(monkeypatch, dev
     monkeypatch.setenv("LOCAL_RANK", "99")
     with pytest.raises(ConfigError, match="device="), open_world(device):
         pass
+
+
+def test_a_world_that_torchrun_did_not_make_is_refused(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2 is set, but not by torchrun"), open_world("cpu"):
+        pass
