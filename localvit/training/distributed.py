@@ -97,7 +97,10 @@ def open_world(device: str) -> Iterator[World]:
         torch.cuda.set_device(chosen)
     opened = not dist.is_initialized()
     if opened:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        except ValueError as error:  # a variable is missing
+            raise ConfigError(f"WORLD_SIZE={size} is set, but not by torchrun: {error}") from error
     try:
         yield World(device=chosen, rank=dist.get_rank(), size=size)
     finally:

@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 
-
 class Family(NamedTuple):
     """A family.
 

@@ -26,6 +26,7 @@ from localvit.training import (
     train,
 )
 from localvit.training.engine import Engine
+from localvit.training.identity import check_allowed
 from localvit.training.run import Run
 from tests.training.conftest import TINY
 from tests.training.runs import TOUGH, kill_after, states, status, stop_after, story, updates_saved
@@ -111,11 +112,13 @@ def test_sigterm_saves_and_exits_with_zero_and_one_line(tough, folder, uninterru
     config = tough("workers=2")
     (tmp_path / "config.yaml").write_text(dump(config))
     command = [sys.executable, "-m", "localvit", "train", "--recipe", str(tmp_path / "config.yaml")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while updates_saved(folder) < 2:
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as SLURM does: the processes that load get it too
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err.count("\n")) == (0, 1), err
     assert "the same command goes on from there" in err
@@ -142,11 +145,19 @@ def test_a_signal_while_measuring_stops_it_too(tough, folder, uninterrupted, mon
     assert story(folder) == uninterrupted
 
 
-def test_the_second_signal_ends_at_once():
+def test_only_a_late_second_interrupt_ends_at_once(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    now = time.monotonic()
     with stop_on_signals():
         os.kill(os.getpid(), signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        monkeypatch.setattr(time, "monotonic", lambda: now + 60)
+        os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert not loop.stop_requested()
 
 
 def spoil(path, at=-1):
@@ -344,3 +355,32 @@ def test_a_read_only_folder_is_refused(tough, folder):
     folder.mkdir(mode=0o500)
     with pytest.raises(ConfigError, match="no writable folder"):
         train(tough())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["data", "versions", "versions.torch", "world_size", "optim", "model.args.depth", "model.locality"],
+)
+def test_fields_and_sections_can_be_allowed(name):
+    check_allowed([name])
+
+
+@pytest.mark.parametrize("name", ["optm", "optim.lrr", "world", "engine.precisions"])
+def test_what_is_no_field_cannot_be_allowed(name):
+    with pytest.raises(ConfigError, match=f"allow_change: there is no '{name}'; did you mean"):
+        check_allowed([name])
+
+
+def test_a_run_that_another_process_has_just_finished_is_left_alone(tough, folder, monkeypatch):
+    # It was not there when this process looked first, and is done when it takes the lock.
+    config, real = tough(), loop.prepare
+
+    def late(config, world):
+        monkeypatch.setattr(loop, "prepare", real)
+        train(config)
+        return real(config, world)
+
+    monkeypatch.setattr(loop, "prepare", late)
+    with pytest.raises(ConfigError, match="another process has just finished this run"):
+        train(config)
+    assert status(folder)["state"] == "finished"
