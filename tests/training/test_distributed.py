@@ -19,9 +19,10 @@ from tests.training.runs import CASES, double_precision, status, story
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(*arguments, options=()):
-    """Start two processes on this machine; returns what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *options]
+def torchrun(*arguments):
+    """Start two processes on this machine, anew if one of them dies; returns what they printed."""
+    options = ("--nproc-per-node=2", "--standalone", "--max-restarts=3", "--monitor-interval=0.1")
+    command = [sys.executable, "-m", "torch.distributed.run", *options]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [*command, *arguments],
@@ -99,7 +100,7 @@ def test_after_the_death_of_a_process_torchrun_goes_on_to_the_same_bits(by_two, 
     settings = ["output=" + str(tmp_path / "run")]
     (tmp_path / "config.yaml").write_text(dump(resolve("digits", [*CASES["average"], *settings])))
     arguments = ("elastic", str(tmp_path), str(tmp_path / "config.yaml"))
-    said = torchrun("tests/training/two_processes.py", *arguments, options=["--max-restarts=1"])
+    said = torchrun("tests/training/two_processes.py", *arguments)
     assert (tmp_path / "killed").exists()
     assert "going on after update" in said
     assert story(tmp_path / "run") == story(by_two / "average")
