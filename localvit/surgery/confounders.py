@@ -57,7 +57,7 @@ def _tokens(locality: LocalityConfig, plan: Plan) -> list[str]:
         )
     if locality.prefix == "passthrough" and sites:
         found.append(
-            "Feed-forward networks return the class token as it came; in the control it passes through."
+            "The feed-forward networks return the class token as it came; in the control they transform it."
         )
     for site in plan.sites:
         if site.dead_parameters:
