@@ -32,6 +32,12 @@ PRESETS: Mapping[str, LocalityConfig] = MappingProxyType(
         "irffn": LocalityConfig(**_PLAIN | {"norm": "batch", "norm_order": "act-norm", "inner_skip": True}),
         # Li et al., EfficientFormerV2, arXiv 2212.08059; timm, models/efficientformer_v2.py
         "efficientformerv2": LocalityConfig(**_PLAIN | {"norm": "batch", "prenorm": False}),
+        # Cai et al., EfficientViT, arXiv 2205.14756; timm, models/efficientvit_mit.py
+        "efficientvit_mbconv": LocalityConfig(
+            **_PLAIN
+            | {"activation": "hardswish", "norm": ("none", "none", "batch"), "bias": (True, True, False)}
+            | {"prenorm": False}
+        ),
         # Vasu et al., FastViT, arXiv 2303.14189; timm, models/fastvit.py
         "fastvit_conv_ffn": LocalityConfig(
             **_PLAIN

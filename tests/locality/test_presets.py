@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from timm.models.efficientformer_v2 import ConvMlpWithNorm
+from timm.models.efficientvit_mit import MBConv
 from timm.models.fastvit import ConvMlp
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
@@ -69,6 +70,16 @@ EFFICIENTFORMER = {"fc1": "fc1.conv", "norm1": "fc1.bn", "conv": "mid.conv", "no
     "fc2": "fc2.conv",
     "norm3": "fc2.bn",
 }
+EFFICIENTVIT = {"fc1": "inverted_conv.conv", "conv": "depth_conv.conv", "fc2": "point_conv.conv"} | {
+    "norm3": "point_conv.norm"
+}
+
+
+def mbconv() -> nn.Module:
+    norms, acts = (None, None, nn.BatchNorm2d), (nn.Hardswish, nn.Hardswish, None)
+    return MBConv(DIM, DIM, 3, 1, HIDDEN, use_bias=(True, True, False), norm_layer=norms, act_layer=acts)
+
+
 FASTVIT = {"conv": "conv.conv", "norm2": "conv.bn", "fc1": "fc1", "fc2": "fc2"}
 
 
@@ -77,6 +88,7 @@ FASTVIT = {"conv": "conv.conv", "norm2": "conv.bn", "fc1": "fc1", "fc2": "fc2"}
     ("name", "names", "build"),
     [
         ("efficientformerv2", EFFICIENTFORMER, lambda: ConvMlpWithNorm(DIM, HIDDEN, mid_conv=True)),
+        ("efficientvit_mbconv", EFFICIENTVIT, mbconv),
         ("fastvit_conv_ffn", FASTVIT, lambda: ConvMlp(DIM, HIDDEN)),
     ],
 )
@@ -116,7 +128,8 @@ class Reader(dict[str, Tensor]):
 
 
 def test_every_preset_is_held_to_something():
-    held = {"localvit", "mix_ffn", "efficientformerv2", "fastvit_conv_ffn"} | set(DESIGNS)
+    timm_s = {"mix_ffn", "efficientformerv2", "efficientvit_mbconv", "fastvit_conv_ffn"}
+    held = {"localvit"} | timm_s | set(DESIGNS)
     assert held == set(PRESETS)  # localvit: the authors' code and timm's, in test_feed_forward.py
 
 
