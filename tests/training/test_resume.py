@@ -27,6 +27,7 @@ from localvit.training import (
 )
 from localvit.training.engine import Engine
 from localvit.training.identity import check_allowed
+from localvit.training.output import RunFolder
 from localvit.training.run import Run
 from tests.training.conftest import TINY
 from tests.training.runs import TOUGH, kill_after, states, status, stop_after, story, updates_saved
@@ -106,6 +107,35 @@ def test_only_what_is_missing_is_trained_and_told(tough, monkeypatch):
     assert (finished.notes, finished.parameters) == (result.notes, result.parameters)
     images = torch.rand(2, 1, 8, 8)
     assert torch.equal(finished.model(images), result.model(images))
+
+
+def test_what_was_written_after_the_last_state_is_put_back(tough, folder, uninterrupted, monkeypatch):
+    # Killed after an epoch was written down and before its state was: the files are ahead of the state.
+    real, calls = RunFolder.save_state, []
+
+    def killed(self, update, values):
+        calls.append(update)
+        if calls.count(8) == 2:  # in the midst of things, then at the epoch's end
+            raise KeyboardInterrupt
+        real(self, update, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_state", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tough())
+    assert status(folder)["epochs_done"] == 1
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+    train(tough())
+    assert story(folder) == uninterrupted
+
+
+def test_the_best_model_is_put_back_to_the_time_of_the_state(tough, folder, monkeypatch):
+    stop_after(monkeypatch, tough(), 11)
+    best = folder / "best" / "model.safetensors"
+    written = best.read_bytes()
+    best.write_bytes(b"of a branch that was lost")
+    stop_after(monkeypatch, tough(), 2)
+    assert best.read_bytes() == written
 
 
 def test_sigterm_saves_and_exits_with_zero_and_one_line(tough, folder, uninterrupted, tmp_path):
