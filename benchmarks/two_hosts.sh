@@ -39,7 +39,7 @@ settings=(
     batch_size=64 workers=1 save_seconds=0.5 device=cpu
 )
 
-# host NAMESPACE ADDRESS IS_MEETING_POINT FOLDER LOG: one of the two agents, in the background.
+# host NAMESPACE ADDRESS IS_MEETING_POINT FOLDER LOG: one of the two launchers, in the background.
 host() {
     local words=()
     for setting in "${settings[@]}"; do words+=(--set "$setting"); done
