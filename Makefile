@@ -20,7 +20,7 @@ bench: .venv/.dev
 
 timm-suite: .venv/.dev
 	@test -f "$(TIMM_TESTS)" || { echo "usage: make timm-suite TIMM_TESTS=path to timm's tests/test_models.py"; exit 2; }
-	$(BIN)/python benchmarks/timm_suite.py "$(TIMM_TESTS)" --output docs/timm-suite.list.md
+	$(BIN)/python benchmarks/timm_suite.py "$(TIMM_TESTS)"
 
 # Each stamp is made anew when the dependencies change.
 .venv/.study: pyproject.toml | .venv/bin/python

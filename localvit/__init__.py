@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from localvit.locality import ConfigError, Grid, LocalityConfig, LocalityFeedForward
+from localvit.locality import PRESETS, ConfigError, Grid, LocalityConfig, LocalityFeedForward, preset
 from localvit.models import CheckpointError, LoadReport, load_official
 from localvit.surgery import (
     Plan,
@@ -17,6 +17,7 @@ from localvit.surgery import (
 from localvit.training import TrainConfig, evaluate, predict, train
 
 __all__ = [
+    "PRESETS",
     "CheckpointError",
     "ConfigError",
     "Grid",
@@ -34,6 +35,7 @@ __all__ = [
     "localize",
     "plan",
     "predict",
+    "preset",
     "restore",
     "train",
 ]

@@ -37,7 +37,7 @@ def macs_of(module: nn.Module, *inputs: Any) -> int:
 
 
 def _as_meta(tensor: Tensor) -> Tensor:
-    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    dtype = torch.get_default_dtype() if tensor.is_floating_point() else tensor.dtype
     return torch.empty_like(tensor, device="meta", dtype=dtype)
 
 

@@ -83,5 +83,5 @@ def test_files_that_torchscript_reads_keep_their_annotations():
     """Postponed evaluation would turn them to strings, which TorchScript cannot read everywhere."""
     surgery = ("surgery/localize.py", "surgery/drop_path.py")
     baselines = ("baselines/pvt.py", "baselines/t2t_vit.py", "baselines/tokens_to_token.py")
-    for name in ("locality/feed_forward.py", "locality/grid.py", *surgery, *baselines):
+    for name in ("locality/feed_forward.py", "locality/grid.py", "locality/layers.py", *surgery, *baselines):
         assert "from __future__ import annotations" not in (ROOT / "localvit" / name).read_text()

@@ -5,7 +5,8 @@ A verb's module has `Options`, a frozen dataclass that tyro turns into flags, an
 ``localvit --help`` does not wait for torch.
 
 Exit codes: 0 done; 1 it began and could not be finished; 2 wrong use, with one line on stderr and nothing
-written; 130 interrupted (`predict` into a file: 0, it can go on). Anything unforeseen keeps its traceback.
+written; 130 interrupted (0 where the same command goes on with what is kept: `train`, `predict` into a
+file). Anything unforeseen keeps its traceback.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ from localvit.data.config import AugmentConfig, DataError
 from localvit.data.images import Sample, UnreadableImage
 
 _MODES = {1: "L", 3: "RGB"}
+_NOTICE = 30
+"""Seconds that a process that loads lives on after SIGTERM."""
 _REPLACEMENTS = 100
 """How many pictures are tried in the place of one that cannot be read."""
 
@@ -313,7 +315,7 @@ def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any)
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=collate,
-        worker_init_fn=_outlive_one_sigterm,
+        worker_init_fn=_outlive_sigterm,
         pin_memory=pin_memory,
         # Its own: iterating a loader without one draws a number from torch's global state.
         generator=torch.Generator().manual_seed(0),
@@ -321,13 +323,13 @@ def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any)
     )
 
 
-def _outlive_one_sigterm(_worker: int) -> None:
-    """Ignore the first SIGTERM, in a process that loads.
+def _outlive_sigterm(_worker: int) -> None:
+    """Take a SIGTERM, in a process that loads, as notice to end in half a minute.
 
-    Where a whole job gets the signal (SLURM, torchrun), the training process still needs batches to finish
-    its update. It ends its loaders itself, by a message, or by more than one signal.
+    Where a whole job gets the signal (SLURM), the training process still needs batches to finish its update.
+    It ends its loaders by a message as a rule; should it try by this signal, it does not wait for ever.
     """
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_NOTICE))
 
 
 def _keep_a_bit(transform: Any) -> None:

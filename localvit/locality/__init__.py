@@ -3,8 +3,10 @@
 from localvit.locality.config import ConfigError, LocalityConfig
 from localvit.locality.feed_forward import HiddenLocality, LocalityFeedForward
 from localvit.locality.grid import Grid, GridRecord, map_to_tokens, tokens_to_map
+from localvit.locality.presets import PRESETS, preset
 
 __all__ = [
+    "PRESETS",
     "ConfigError",
     "Grid",
     "GridRecord",
@@ -12,5 +14,6 @@ __all__ = [
     "LocalityConfig",
     "LocalityFeedForward",
     "map_to_tokens",
+    "preset",
     "tokens_to_map",
 ]

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 Init = Literal["paper", "preserve"]
 Position = Literal["mid", "first"]
 Activation = Literal["none", "relu", "relu6", "hardswish", "gelu", "gelu_tanh", "silu"]
+Glu = Literal["none", "gate", "both"]
 Gate = Literal["none", "se", "eca", "eca_hard"]
 Norm = Literal["none", "batch", "layer", "group"]
 NormOrder = Literal["norm-act", "act-norm"]
@@ -75,26 +76,33 @@ class LocalityConfig:
         position: ``"mid"``: between expansion and projection, on the expanded channels. ``"first"``:
             before the expansion, on ``dim`` channels.
         activation: One value for both places, or a pair (after the expansion, after the depth-wise
-            convolution). Paper: ``"hardswish"``. Preserve: the FFN's own.
+            convolution). With ``glu`` one value, for the gate. Paper: ``"hardswish"``. Preserve: the
+            FFN's own.
+        glu: Gated linear unit (Shazeer, arXiv 2002.05202): the expansion makes two maps, a gate and a
+            value, and the hidden map is ``activation(gate) * value``. ``"gate"``: the depth-wise
+            convolution is on the gate, ``"both"``: on both maps. Paper: ``"none"``.
         gate: Channel gate on the hidden map: ``"se"`` (squeeze-and-excitation with a hard sigmoid),
             ``"eca"`` (sigmoid), ``"eca_hard"`` (hard sigmoid) or ``"none"``. Paper: ``"se"``.
         gate_reduction: SE squeeze width as ``hidden // gate_reduction`` (the paper's "reduction").
             ``"dim"`` stands for the token width, as in the paper's PVT and TNT.
         gate_width: SE squeeze width in units. With neither given it is 4, as in LocalViT-T and -S.
         expansion: Hidden width as a multiple of ``dim``. Default: that of the FFN which is there (4 in
-            DeiT, Swin and TNT, 8 and 4 in PVT, 2 in T2T-ViT-7), which is the paper's choice.
+            DeiT, Swin and TNT, 8 and 4 in PVT, 2 in T2T-ViT-7), which is the paper's choice; with ``glu``
+            two thirds of that, so that the point-wise layers keep their number of parameters.
         norm: One value, or a triple (after the expansion, the depth-wise convolution, the projection).
             Paper: ``"batch"``.
         norm_groups: Number of groups where ``norm`` is ``"group"``; it must divide the channels. 32 is
             the default of Wu & He, "Group Normalization", 2018.
         norm_order: Whether the norm stands before or after the activation.
-        bias: Whether convolutions have a bias. Paper: no (a norm follows each).
+        bias: Whether convolutions have a bias: one value, or a triple as for ``norm``. Paper: no (a norm
+            follows each).
         inner_skip: Add the input of the depth-wise stage to the output of its convolution. Paper: no.
         prenorm: Keep the block's norm in front of the FFN. Paper: no.
         drop_path: Keep stochastic depth on the FFN branch. Paper: no.
         layer_scale: Keep LayerScale on the FFN branch where the base has it. Paper: no.
         prefix: What happens to class, distillation and register tokens. ``"bypass"`` (paper): they skip
-            the FFN. ``"mlp"``: they take the point-wise path without the depth-wise stage and the gate.
+            the FFN. ``"mlp"``: they take the point-wise path without the depth-wise stage and the gate
+            (but with the activation of that stage where it is the only one, lest the path be linear).
             ``"passthrough"``: the FFN returns them as they came, so the block's residual adds them.
 
     Raises:
@@ -106,6 +114,7 @@ class LocalityConfig:
     depthwise: bool = True
     position: Position = "mid"
     activation: Activation | tuple[Activation, Activation] | None = None
+    glu: Glu = "none"
     gate: Gate | None = None
     gate_reduction: float | Literal["dim"] | None = None
     gate_width: int | None = None
@@ -113,7 +122,7 @@ class LocalityConfig:
     norm: Norm | tuple[Norm, Norm, Norm] | None = None
     norm_groups: int = 32
     norm_order: NormOrder = "norm-act"
-    bias: bool | None = None
+    bias: bool | tuple[bool, bool, bool] | None = None
     inner_skip: bool | None = None
     prenorm: bool | None = None
     drop_path: bool | None = None
@@ -128,6 +137,7 @@ class LocalityConfig:
         self._check_ranges()
         self._check_init()
         self._check_combinations()
+        self._check_glu()
 
     def _check_ranges(self) -> None:
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
@@ -143,12 +153,12 @@ class LocalityConfig:
             if self.init == "preserve" and value is not None and value != decided:
                 accepted = "None: the FFN's own is kept" if decided == _BASE else f"{decided!r} or None"
                 raise ConfigError(f"{name}={value!r} contradicts init='preserve' (accepted: {accepted})")
-        if self.init == "preserve" and (self.position != "mid" or not self.depthwise):
-            name = "position" if self.position != "mid" else "depthwise"
-            raise ConfigError(
-                f"{name}={getattr(self, name)!r} contradicts init='preserve', which puts one depth-wise "
-                "convolution on the hidden map (accepted: position='mid', depthwise=True)"
-            )
+        for name, default in (("position", "mid"), ("depthwise", True), ("glu", "none")):
+            if self.init == "preserve" and getattr(self, name) != default:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} contradicts init='preserve', which puts one depth-wise "
+                    f"convolution on the hidden map of the FFN that is there (accepted: {default!r})"
+                )
 
     def _check_combinations(self) -> None:
         resolved_gate = self.gate if self.gate is not None else _DECIDED[self.init]["gate"]
@@ -164,6 +174,21 @@ class LocalityConfig:
             for name, default in (("kernel_size", 3), ("position", "mid"), ("inner_skip", None)):
                 if getattr(self, name) not in (default, False):
                     raise ConfigError(f"{name}={getattr(self, name)!r} has no effect with depthwise=False")
+
+    def _check_glu(self) -> None:
+        if self.glu == "none":
+            return
+        for name, default in (("position", "mid"), ("norm_order", "norm-act")):
+            if getattr(self, name) != default:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} does not go with glu={self.glu!r}, which splits the "
+                    f"expanded map and activates the gate last (accepted: {default!r})"
+                )
+        if isinstance(self.activation, tuple):
+            raise ConfigError(
+                f"activation={self.activation!r} does not go with glu={self.glu!r}, which has one "
+                "activation, on the gate (accepted: one value)"
+            )
 
     def resolve(self) -> Self:
         """The same configuration with every field that ``init`` decides filled in.

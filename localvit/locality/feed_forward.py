@@ -10,35 +10,16 @@ Shapes: B batch, P prefix tokens, N patch tokens on a lattice of H rows and W co
 D = hidden width. A "column" is a map (B, C, T, 1): point-wise layers run on it over all T tokens at once.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from timm.layers import EcaModule, LayerNorm2d, SqueezeExcite, trunc_normal_
+from timm.layers import SqueezeExcite, trunc_normal_
 from torch import Tensor, nn
 
-from localvit.locality.config import DEFAULT_EXPANSION, DEFAULT_GATE_WIDTH, ConfigError, LocalityConfig
+from localvit.locality.config import DEFAULT_EXPANSION, ConfigError, LocalityConfig
 from localvit.locality.grid import Grid, GridRecord, map_to_tokens, tokens_to_map
-
-_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "none": nn.Identity,
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "hardswish": nn.Hardswish,
-    "gelu": nn.GELU,
-    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
-    "silu": nn.SiLU,
-}
-
-
-class HardSigmoid(nn.Module):
-    """``relu6(x + 3) / 6``. PyTorch's own has 1/6 in single precision in its backward pass, which is a
-    relative error of 1e-8 in float64."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu6(x + 3.0) / 6.0
+from localvit.locality.layers import ACTIVATIONS, channel_gate, depthwise, norm
 
 
 class LatticeModule(nn.Module):
@@ -50,7 +31,7 @@ class LatticeModule(nn.Module):
 
     # TorchScript evaluates a property listed in both when it scripts the module, and keeps it as a
     # constant; so a script made after `set_input_size` has the new lattice.
-    __constants__ = ("num_prefix_tokens", "static_size")
+    __constants__: tuple[str, ...] = ("num_prefix_tokens", "static_size")
     __jit_unused_properties__ = ("static_size",)
     __jit_ignored_attributes__ = ("config", "grid_record")
 
@@ -93,19 +74,25 @@ class LocalityFeedForward(LatticeModule):
     *branch*: the residual belongs to the transformer block, as with timm's MLPs. (The authors' module
     adds its input itself, and their block adds nothing; the sum is the same.)
 
+    Other published designs are :data:`localvit.PRESETS`.
+
     Equal to timm's ``InvertedResidual`` with a squeeze-and-excitation gate; what that lacks, and this
     has, is tokens in and out, prefix tokens and the rest of the design space.
 
     Args:
         dim: Token width C.
         config: Design; ``init`` must be ``"paper"``.
-        hidden_dim: Hidden width D where ``config.expansion`` leaves it open; default: 4 C.
+        hidden_dim: Hidden width D of the FFN in place, for where ``config.expansion`` leaves it open (with
+            a gated linear unit two thirds of it are taken); default: 4 C.
         num_prefix_tokens: P, used when the lattice is looked up rather than passed.
         grid_record: Where to look the lattice up; without it, ``grid`` must be passed.
 
     Raises:
         ConfigError: if a width that follows from ``dim`` is impossible, or ``init`` is ``"preserve"``.
     """
+
+    # So that TorchScript leaves out the branch whose layers are not there.
+    __constants__ = (*LatticeModule.__constants__, "conv_first", "conv_mid")
 
     def __init__(
         self,
@@ -123,35 +110,35 @@ class LocalityFeedForward(LatticeModule):
                 f"init={cfg.init!r} adds to an existing FFN (use localize, or HiddenLocality); "
                 "LocalityFeedForward needs init='paper'"
             )
-        assert cfg.norm is not None
-        assert cfg.activation is not None
-        if cfg.expansion is None and hidden_dim is not None:
-            hidden = hidden_dim
-        else:
-            hidden = int(dim * (cfg.expansion or DEFAULT_EXPANSION))
-        if hidden < 1:
-            raise ConfigError(f"expansion={cfg.expansion} of dim={dim} leaves no hidden channel")
-        norms = cfg.norm if isinstance(cfg.norm, tuple) else (cfg.norm,) * 3
-        acts = cfg.activation if isinstance(cfg.activation, tuple) else (cfg.activation,) * 2
-        bias = bool(cfg.bias)
         self.conv_first = cfg.depthwise and cfg.position == "first"
         self.conv_mid = cfg.depthwise and cfg.position == "mid"
         self.norm_before_act = cfg.norm_order == "norm-act"
         self.inner_skip = bool(cfg.inner_skip)
         self.prefix = str(cfg.prefix)
-
-        self.fc1 = nn.Conv2d(dim, hidden, 1, bias=bias)
-        self.norm1 = _norm(norms[0], hidden, cfg)
-        self.act1 = _ACTIVATIONS[acts[0]]()
-        if cfg.depthwise:
-            channels = dim if self.conv_first else hidden
-            self.conv = _depthwise(channels, cfg.kernel_size, bias)
-            self.norm2 = _norm(norms[1], channels, cfg)
-            self.act2 = _ACTIVATIONS[acts[1]]()
-        self.gate = _gate(dim, hidden, cfg)
-        self.fc2 = nn.Conv2d(hidden, dim, 1, bias=bias)
-        self.norm3 = _norm(norms[2], dim, cfg)
+        self.glu = cfg.glu
+        self._add_layers(dim, _hidden_width(dim, hidden_dim, cfg))
         self.init_weights()
+
+    def _add_layers(self, dim: int, hidden: int) -> None:
+        cfg = self.config
+        expanded = hidden if cfg.glu == "none" else 2 * hidden
+        norms, (bias1, bias2, bias3) = _each(cfg.norm, 3), _each(cfg.bias, 3)
+        # With a gated linear unit the one activation is on the gate, and the two stages have none.
+        act1, act2 = _each(cfg.activation if cfg.glu == "none" else "none", 2)
+        self.fc1 = nn.Conv2d(dim, expanded, 1, bias=bias1)
+        self.norm1 = norm(norms[0], expanded, cfg)
+        self.act1 = ACTIVATIONS[act1]()
+        if cfg.depthwise:
+            channels = dim if self.conv_first else hidden if cfg.glu == "gate" else expanded
+            self.conv = depthwise(channels, cfg.kernel_size, bias2)
+            self.norm2 = norm(norms[1], channels, cfg)
+            self.act2 = ACTIVATIONS[act2]()
+            # For prefix tokens that go past this stage, whose path would be linear otherwise.
+            self.act_prefix = ACTIVATIONS[act2 if self.conv_mid and act1 == "none" else "none"]()
+        self.act_glu = ACTIVATIONS["none" if cfg.glu == "none" else str(cfg.activation)]()
+        self.gate = channel_gate(dim, hidden, cfg)
+        self.fc2 = nn.Conv2d(hidden, dim, 1, bias=bias3)
+        self.norm3 = norm(norms[2], dim, cfg)
 
     def init_weights(self) -> None:
         """Initial values of the reference: PyTorch's own for convolutions, the linear layers of the
@@ -172,10 +159,8 @@ class LocalityFeedForward(LatticeModule):
 
         x = tokens if riding == prefix else tokens[:, prefix:]
         if self.conv_first:
-            x = _after_prefix(x, riding, self._convolve(tokens_to_map(x, lattice)))
-        x = map_to_tokens(self._expand(_column(x)))
-        if self.conv_mid:
-            x = _after_prefix(x, riding, self._convolve(tokens_to_map(x, lattice)))
+            x = self._convolve(x, lattice)
+        x = self._hide(map_to_tokens(self._expand(_column(x))), lattice)
         if self.gate is not None:
             x = _after_prefix(x, riding, self.gate(tokens_to_map(x, lattice)))
         x = map_to_tokens(self.norm3(self.fc2(_column(x))))
@@ -190,11 +175,26 @@ class LocalityFeedForward(LatticeModule):
         x = self.fc1(x)
         return self.act1(self.norm1(x)) if self.norm_before_act else self.norm1(self.act1(x))
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
+    def _hide(self, x: Tensor, lattice: Grid) -> Tensor:
+        """The hidden state (B, T, D) from the expanded tokens, which are (B, T, 2 D) with ``glu``."""
+        value = x
+        if self.glu == "gate":
+            x, value = x.chunk(2, dim=-1)
+        if self.conv_mid:
+            x = self._convolve(x, lattice)
+        if self.glu == "both":
+            x, value = x.chunk(2, dim=-1)
+        return x if self.glu == "none" else self.act_glu(x) * value
+
+    def _convolve(self, x: Tensor, lattice: Grid) -> Tensor:
+        """The depth-wise stage; prefix tokens go past it."""
+        patches = tokens_to_map(x, lattice)
+        y = self.conv(patches)
         if self.inner_skip:
-            y = y + x
-        return self.act2(self.norm2(y)) if self.norm_before_act else self.norm2(self.act2(y))
+            y = y + patches
+        y = map_to_tokens(self.act2(self.norm2(y)) if self.norm_before_act else self.norm2(self.act2(y)))
+        prefix = lattice.num_prefix_tokens
+        return y if prefix == 0 else torch.cat([self.act_prefix(x[:, :prefix]), y], dim=1)
 
 
 class HiddenLocality(LatticeModule):
@@ -223,7 +223,7 @@ class HiddenLocality(LatticeModule):
         super().__init__(config, num_prefix_tokens, grid_record)
         if config.init != "preserve":
             raise ConfigError(f"init={config.init!r} replaces an FFN; HiddenLocality needs init='preserve'")
-        self.conv = _depthwise(hidden_dim, config.kernel_size, bias=False)
+        self.conv = depthwise(hidden_dim, config.kernel_size, bias=False)
         self.then = then
         self.init_weights()
 
@@ -260,33 +260,18 @@ def _after_prefix(tokens: Tensor, prefix: int, patches: Tensor) -> Tensor:
     return rest if prefix == 0 else torch.cat([tokens[:, :prefix], rest], dim=1)
 
 
-def _depthwise(channels: int, kernel_size: int, bias: bool) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
+def _hidden_width(dim: int, of_base: int | None, config: LocalityConfig) -> int:
+    """Hidden width D that ``config`` gives, or leaves to the FFN in place."""
+    if config.expansion is not None:
+        hidden = int(dim * config.expansion)
+    else:
+        hidden = of_base if of_base is not None else int(dim * DEFAULT_EXPANSION)
+        if config.glu != "none":
+            hidden = 2 * hidden // 3
+    if hidden < 1:
+        raise ConfigError(f"expansion={config.expansion} of dim={dim} leaves no hidden channel")
+    return hidden
 
 
-def _norm(name: str, channels: int, config: LocalityConfig) -> nn.Module:
-    if name == "batch":
-        return nn.BatchNorm2d(channels)
-    if name == "layer":
-        return LayerNorm2d(channels)
-    if name == "group":
-        if channels % config.norm_groups:
-            raise ConfigError(f"norm_groups={config.norm_groups} does not divide {channels} channels")
-        return nn.GroupNorm(config.norm_groups, channels)
-    return nn.Identity()
-
-
-def _gate(dim: int, hidden: int, config: LocalityConfig) -> nn.Module | None:
-    if config.gate in ("eca", "eca_hard"):
-        return EcaModule(hidden, gate_layer=HardSigmoid if config.gate == "eca_hard" else nn.Sigmoid)
-    if config.gate != "se":
-        return None
-    width = config.gate_width or DEFAULT_GATE_WIDTH
-    if config.gate_reduction is not None:
-        width = int(hidden // (dim if config.gate_reduction == "dim" else config.gate_reduction))
-        if width < 1:
-            raise ConfigError(
-                f"gate_reduction={config.gate_reduction} of {hidden} hidden channels leaves no squeeze unit "
-                f"(accepted: at most {hidden})"
-            )
-    return SqueezeExcite(hidden, rd_channels=width, gate_layer=HardSigmoid)
+def _each(value: Any, count: int) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,) * count

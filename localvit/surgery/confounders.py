@@ -40,6 +40,8 @@ def _inside(locality: LocalityConfig) -> list[str]:
         found.append(f"Activation {locality.activation} in the place of the control's (GELU in DeiT).")
     if locality.norm not in (None, "none"):
         found.append(f"Norm ({locality.norm}) inside the feed-forward network, where the control has none.")
+    if locality.glu != "none":
+        found.append("A gated linear unit, where the control activates one hidden map.")
     if locality.gate not in (None, "none"):
         found.append(f"A channel gate ({locality.gate}) on the hidden map, which the control lacks.")
     return found
@@ -52,6 +54,10 @@ def _tokens(locality: LocalityConfig, plan: Plan) -> list[str]:
         where = "the" if len(sites) == len(plan.sites) else f"{len(sites)} of {len(plan.sites)}"
         found.append(
             f"The class token bypasses {where} feed-forward networks; in the control it passes through."
+        )
+    if locality.prefix == "passthrough" and sites:
+        found.append(
+            "The feed-forward networks return the class token as it came; in the control they transform it."
         )
     for site in plan.sites:
         if site.dead_parameters:

@@ -28,7 +28,6 @@ from localvit.baselines.pvt import Block as PvtBlock
 from localvit.baselines.pvt import PyramidVisionTransformer
 from localvit.baselines.t2t_vit import T2TViT
 from localvit.locality import Grid
-from localvit.surgery.drop_path import BlockWithOwnDropPath
 
 # FFNs whose hidden state passes through `drop1` on its way to `fc2`.
 FFN_CLASSES: tuple[type[nn.Module], ...] = (Mlp, GluMlp, SwiGLU)
@@ -133,7 +132,7 @@ def layout_of(model: nn.Module) -> Layout:
 
 def _check_blocks(blocks: Mapping[str, nn.Module], kind: type[nn.Module], *ffns: str) -> None:
     for path, block in blocks.items():
-        if type(block) not in (kind, BlockWithOwnDropPath):
+        if type(block) is not kind:
             raise UnsupportedModelError(f"{path} is a {type(block).__name__} (accepted: {kind.__name__})")
         for ffn in ffns:
             found = type(block.get_submodule(ffn))

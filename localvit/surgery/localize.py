@@ -83,9 +83,8 @@ def localize(
     """
     the_plan, changes = plan_changes(model, config, blocks, also, count=count_macs)
     seed = torch.initial_seed() if seed is None else seed
-    records = {site.source: GridRecord(*site.source.static) for site, _ in changes}
-    for source, record in records.items():
-        record.constant = source.reads == "never"
+    sources = dict.fromkeys(site.source for site, _ in changes)
+    records = {s: GridRecord(*s.static, constant=s.reads == "never") for s in sources}
     built = [(change, _build(change, records[change.site.source], seed)) for change in changes]
 
     originals: dict[str, nn.Module] = {}

@@ -234,10 +234,11 @@ def _dead_parameters(change: Change, new: nn.Module) -> list[str]:
     path = f"{site.path}." + ("" if config.init == "paper" else f"{HIDDEN_SLOT}.")
     names = [name for name, _ in new.named_parameters()]
     if config.prefix == "mlp":  # prefix tokens keep the point-wise path alive
-        last_norm = config.norm[2] if isinstance(config.norm, tuple) else config.norm
-        if last_norm in ("batch", "group"):
-            return []  # and its last norm takes statistics over prefix and patch tokens alike
-        return [path + name for name in names if name.split(".")[0] in ("conv", "norm2", "gate")]
+        norms = config.norm if isinstance(config.norm, tuple) else (config.norm,) * 3
+        # and these norms tie them to what happened to the patches before: their statistics are over both
+        tied = [norm in ("batch", "group") for norm in norms]
+        past = ("gate",) if config.position == "first" and tied[0] else ("conv", "norm2", "gate")
+        return [] if tied[2] else [path + name for name in names if name.split(".")[0] in past]
     around = [site.norm, site.layer_scale] if config.prefix == "bypass" else []
     kept = [name for name in around if name is not None and name not in discarded_layers(change)]
     outside = [

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,10 @@ from localvit.training.build import pick_device
 from localvit.training.config import ConfigError
 
 T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)
+"""How long processes wait for one that vanished without a word (a host without power); a process that ends is
+noticed at once. Long enough for what the first does alone: to look at the data and to write states."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +102,11 @@ def open_world(device: str) -> Iterator[World]:
         torch.cuda.set_device(chosen)
     opened = not dist.is_initialized()
     if opened:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        try:
+            backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        except ValueError as error:  # a variable is missing
+            raise ConfigError(f"WORLD_SIZE={size} is set, but not by torchrun: {error}") from error
     try:
         yield World(device=chosen, rank=dist.get_rank(), size=size)
     finally:

@@ -37,20 +37,15 @@ def check_allowed(allow_change: Collection[str]) -> None:
     Raises:
         ConfigError: with the nearest names that are.
     """
-    known = set(_BESIDES)
-    for path in _flatten(to_dict(TrainConfig())):
-        parts = path.split(".")
-        known |= {".".join(parts[: i + 1]) for i in range(len(parts))}
-    open_ended = (
-        "distill.",
-        "model.args.",
-        "model.locality.",
-        "optim.args.",
-        "versions.",
-    )  # names that are not ours
+    fields = {name: {} for name in _BESIDES} | to_dict(TrainConfig())
     for name in allow_change:
-        if name not in known and not name.startswith(open_ended):
-            raise unknown("allow_change", name, known)
+        place: Any = fields
+        for part in name.split("."):
+            if not isinstance(place, Mapping) or not place:
+                break  # below a field whose own fields are not ours, or not there by default
+            if part not in place:
+                raise unknown("allow_change", name, _paths(fields))
+            place = place[part]
 
 
 def refuse_changes(
@@ -100,6 +95,13 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _paths(mapping: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted names of fields and sections."""
+    inner = [(prefix + name, value) for name, value in mapping.items()]
+    below = [_paths(value, f"{path}.") for path, value in inner if isinstance(value, Mapping)]
+    return [path for path, _ in inner] + [path for paths in below for path in paths]
 
 
 def _covered(path: str, allowed: Collection[str]) -> bool:

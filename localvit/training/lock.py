@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +28,8 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: if the folder is locked already, or cannot be written to.
     """
+    import fcntl  # POSIX only; what does not train needs no lock
+
     path = folder.resolve() / _NAME
     if path in _held:
         raise _refusal(folder)

@@ -74,6 +74,7 @@ def train(
             if held == "finished":
                 return world.from_first(lambda: _finished(config, console))
         run = prepare(config, world)
+        stack.callback(run.close)
         keeper = Keeper(run)
         progress = Progress(
             console if world.first else None, config, run.splits, count_parameters(run.engine.evaluated)
@@ -83,11 +84,11 @@ def train(
                 keeper.open(stack, allow_change, progress)
                 return _fit(run, keeper, progress, callbacks if world.first else ())
         except BaseException as error:
-            explained = _explained(error, keeper)
-            keeper.failed(explained)
-            if explained is error:
-                raise
-            raise explained from error
+            short = _explained(error, keeper)
+            keeper.failed(short or error)
+            if short:
+                raise short from error
+            raise
 
 
 def _fit(run: Run, keeper: Keeper, progress: Progress, callbacks: Sequence[Callback]) -> RunResult:
@@ -226,8 +227,8 @@ def _until_stop(loader: Iterable[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-def _explained(error: BaseException, keeper: Keeper) -> BaseException:
-    """In one line what PyTorch says in many."""
+def _explained(error: BaseException, keeper: Keeper) -> TrainingFailed | None:
+    """In one line what PyTorch says in many, if it is known what that means."""
     text = str(error)
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         reason = " ".join(text.split()).partition(". ")[0]
@@ -237,7 +238,7 @@ def _explained(error: BaseException, keeper: Keeper) -> BaseException:
         )
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
         return TrainingFailed(f"another process of this run ended; {keeper.last_state()}")
-    return error
+    return None
 
 
 def _finished(config: TrainConfig, console: Console | None) -> RunResult:

@@ -110,6 +110,8 @@ class RunFolder:
         refuse_changes(config.output, self.changes, allowed)
         self.state, self.warnings = read_newest(self.path / "state")
         before = read_status(self.path)
+        if before.get("state") == "finished":
+            raise ConfigError(f"output={config.output!r}: another process has just finished this run")
         listed = [{"field": path, "old": pair[0], "new": pair[1]} for path, pair in self.changes.items()]
         self._status: dict[str, Any] = {
             "state": "running",

@@ -74,6 +74,13 @@ class Run:
     test: DataLoader[Batch]
     reached: Reached
 
+    def close(self) -> None:
+        """End the processes that load, at once: a traceback may refer to them until the program ends."""
+        for loader in (self.train, self.validation, self.test):
+            if loader._iterator is not None:
+                loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+                loader._iterator = None
+
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Images and targets of the next batch on the device, mixed if the run mixes."""
         images = batch.images.to(self.world.device, non_blocking=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,19 +14,23 @@ _requested = False
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Within, the first SIGTERM or SIGINT makes `train` save its state and stop; a second one ends at once.
+    """Within, SIGTERM or SIGINT makes `train` save its state and stop; a second Ctrl-C ends it at once.
 
     Only the main thread can do this. A library's caller who does not want it gets the usual
     `KeyboardInterrupt`, and the state is that of the last save.
     """
     global _requested
     before = {number: signal.getsignal(number) for number in _SIGNALS}
+    first = 0.0
 
-    def request(_number: int, _frame: FrameType | None) -> None:
+    def request(number: int, _frame: FrameType | None) -> None:
         global _requested
+        nonlocal first
+        # Within a second it is not impatience: torchrun passes on what its processes got already.
+        if _requested and number == signal.SIGINT and time.monotonic() - first > 1.0:
+            raise KeyboardInterrupt
+        first = first or time.monotonic()
         _requested = True
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
     for number in _SIGNALS:
         signal.signal(number, request)

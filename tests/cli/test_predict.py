@@ -42,7 +42,12 @@ def test_an_interruption_leaves_what_the_same_command_goes_on_with(job, tmp_path
     part = tmp_path / "found.jsonl.part"
     command = [*job, "--output", str(output), "--batch-size", "4", "--workers", str(workers)]
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, *command], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", SLOWLY, *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A background job of a shell ignores interrupts, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not part.exists() or not part.stat().st_size:
         assert process.poll() is None

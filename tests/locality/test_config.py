@@ -17,7 +17,7 @@ _PAPER = st.fixed_dictionaries(
         "norm": st.sampled_from(["none", "layer", ["batch", "none", "group"]]),
         "norm_groups": st.integers(1, 64),
         "norm_order": st.sampled_from(["norm-act", "act-norm"]),
-        "bias": st.booleans(),
+        "bias": st.sampled_from([True, False, [True, False, True]]),
         "inner_skip": st.booleans(),
         "prenorm": st.booleans(),
         "drop_path": st.booleans(),
@@ -28,7 +28,18 @@ _PAPER = st.fixed_dictionaries(
 )
 
 
-@given(_PAPER)
+_GLU = st.fixed_dictionaries(
+    {"glu": st.sampled_from(["gate", "both"])},
+    optional={
+        "kernel_size": st.sampled_from([1, 3, 5]),
+        "activation": st.sampled_from(["gelu", "silu"]),
+        "norm": st.sampled_from(["none", ["batch", "none", "group"]]),
+        "prefix": st.sampled_from(["bypass", "mlp", "passthrough"]),
+    },
+)
+
+
+@given(_PAPER | _GLU)
 def test_round_trip_through_json(values):
     config = LocalityConfig(**values)
     assert LocalityConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -79,6 +90,14 @@ def test_config_is_frozen_and_hashable():
         ({"init": "preserved"}, ["init", "preserved", "'preserve'"]),
         ({"gate_reduction": 4, "gate_width": 4}, ["gate_reduction", "gate_width"]),
         ({"gate": "eca", "gate_width": 4}, ["gate_width", "se", "eca"]),
+        ({"bias": [True, False]}, ["bias", "true or false", "list of 3"]),
+        ({"glu": "conv"}, ["glu", "'conv'", "'gate', 'both'"]),
+        ({"glu": "gate", "position": "first"}, ["position='first'", "glu='gate'", "'mid'"]),
+        ({"glu": "both", "norm_order": "act-norm"}, ["norm_order='act-norm'", "glu='both'", "'norm-act'"]),
+        (
+            {"glu": "gate", "activation": ["none", "gelu"]},
+            ["activation=('none', 'gelu')", "glu", "one value"],
+        ),
         ({"depthwise": False, "kernel_size": 5}, ["kernel_size", "depthwise=False"]),
         ({"depthwise": False, "position": "first"}, ["position", "depthwise=False"]),
         ({"depthwise": False, "inner_skip": True}, ["inner_skip", "depthwise=False"]),
@@ -107,6 +126,7 @@ def test_bad_values_are_named_with_what_is_accepted(values, named):
         {"prefix": "bypass"},
         {"position": "first"},
         {"depthwise": False},
+        {"glu": "gate"},
     ],
 )
 def test_what_contradicts_preserve_is_an_error_naming_both(values):

@@ -45,21 +45,23 @@ def test_by_hand():
 def configurations(draw) -> LocalityConfig:
     depthwise = draw(st.booleans())
     gate = draw(st.sampled_from(["none", "se", "eca", "eca_hard"]))
+    glu = draw(st.sampled_from(["none", "none", "gate", "both"]))
     act = st.sampled_from(["none", "relu", "relu6", "hardswish", "gelu", "gelu_tanh", "silu"])
     norm = st.sampled_from(["none", "batch", "layer", "group"])
     return LocalityConfig(
         depthwise=depthwise,
         kernel_size=draw(st.sampled_from([1, 3, 5])) if depthwise else 3,
-        position=draw(st.sampled_from(["mid", "first"])) if depthwise else "mid",
+        position=draw(st.sampled_from(["mid", "first"])) if depthwise and glu == "none" else "mid",
         inner_skip=draw(st.booleans()) if depthwise else None,
-        activation=draw(st.one_of(act, st.tuples(act, act))),
+        activation=draw(st.one_of(act, st.tuples(act, act)) if glu == "none" else act),
+        glu=glu,
         gate=gate,
         gate_width=draw(st.integers(1, 5)) if gate == "se" else None,
         expansion=draw(st.sampled_from([1, 2, 3])),
         norm=draw(st.one_of(norm, st.tuples(norm, norm, norm))),
         norm_groups=4,
-        norm_order=draw(st.sampled_from(["norm-act", "act-norm"])),
-        bias=draw(st.booleans()),
+        norm_order=draw(st.sampled_from(["norm-act", "act-norm"])) if glu == "none" else "norm-act",
+        bias=draw(st.one_of(st.booleans(), st.tuples(*[st.booleans()] * 3))),
         prefix=draw(st.sampled_from(["bypass", "mlp", "passthrough"])),
     )
 

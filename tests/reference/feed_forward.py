@@ -27,6 +27,7 @@ def feed_forward(
     """Branch output for ``tokens`` (B, P + N, C), with batch norms in evaluation mode."""
     config = config.resolve()
     acts = config.activation if isinstance(config.activation, tuple) else (config.activation,) * 2
+    acts = acts if config.glu == "none" else ("none", "none")
     norms = config.norm if isinstance(config.norm, tuple) else (config.norm,) * 3
     takes_mlp = config.prefix == "mlp"
     x = tokens if takes_mlp else tokens[:, prefix:]
@@ -38,14 +39,20 @@ def feed_forward(
         if config.inner_skip:
             y = y + patches
         y = _normalise(y, norms[1], weights, "norm2", config, acts[1])
-        return torch.cat([x[:, :riding], y], dim=1)
+        is_linear = config.position == "mid" and acts[0] == "none"
+        past = _ACTIVATIONS[acts[1] if is_linear else "none"](x[:, :riding])
+        return torch.cat([past, y], dim=1)
 
     if config.depthwise and config.position == "first":
         x = convolve(x)
     x = _linear(x, weights, "fc1")
     x = _normalise(x, norms[0], weights, "norm1", config, acts[0])
+    hidden = weights["fc2.weight"].shape[1]
     if config.depthwise and config.position == "mid":
-        x = convolve(x)
+        kept = x[..., hidden:] if config.glu == "gate" else x[..., :0]
+        x = torch.cat([convolve(x[..., : x.shape[-1] - kept.shape[-1]]), kept], dim=2)
+    if config.glu != "none":
+        x = _ACTIVATIONS[config.activation](x[..., :hidden]) * x[..., hidden:]
     patches = x[:, riding:]
     gated = patches * _gate(patches, weights, config)[:, None]
     x = _linear(torch.cat([x[:, :riding], gated], dim=1), weights, "fc2")

@@ -175,6 +175,33 @@ def test_a_tnt_block_with_own_drop_paths_computes_the_same(legacy, training):
     assert type(block) is tnt.Block
 
 
+def test_each_branch_has_the_drop_path_it_should():
+    """With everything dropped but the two FFNs, only they are left; and the other way round."""
+    from localvit.surgery.drop_path import separate_drop_path
+
+    torch.manual_seed(0)
+    block = tnt.Block(12, 24, 4, 3, 3, legacy=True)
+    separate_drop_path(block)
+    pixels, patches = torch.randn(6 * 9, 4, 12), torch.randn(6, 10, 24)
+    drop, keep = nn.Hardtanh(0.0, 1e-30), nn.Identity()  # nearly nothing, whatever comes in
+
+    block.drop_path, block.drop_path_mlp, block.drop_path_mlp_in = drop, keep, keep
+    inner = pixels + block.mlp_in(block.norm_mlp_in(pixels))
+    outer = patches.clone()
+    outer[:, 1:] += block.proj(block.norm1_proj(inner).reshape(6, 9, -1))
+    outer = outer + block.mlp(block.norm_mlp(outer))
+    for got, expected in zip(block(pixels, patches), (inner, outer), strict=True):
+        torch.testing.assert_close(got, expected)
+
+    block.drop_path, block.drop_path_mlp, block.drop_path_mlp_in = keep, drop, drop
+    inner = pixels + block.attn_in(block.norm_in(pixels))
+    outer = patches.clone()
+    outer[:, 1:] += block.proj(block.norm1_proj(inner).reshape(6, 9, -1))
+    outer = outer + block.attn_out(block.norm_out(outer))
+    for got, expected in zip(block(pixels, patches), (inner, outer), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_locality_leaves_drop_path_to_attention_and_the_inner_branches():
     """As in the reference: without drop-path on the feed-forward branch, with it on the three others."""
     model = make("tnt_t_legacy_patch16_224", drop_path_rate=0.3)

@@ -160,10 +160,11 @@ def test_preserve_starts_as_exactly_the_same_function(kind, base, training):
         LocalityConfig(),
         LocalityConfig(prefix="mlp"),
         LocalityConfig(prefix="mlp", norm="layer"),
+        LocalityConfig(prefix="mlp", norm=("batch", "layer", "none"), position="first", gate_width=32),
         LocalityConfig(prefix="passthrough", prenorm=True),
         LocalityConfig(prenorm=True, layer_scale=True),
     ],
-    ids=["preserve", "paper", "mlp", "mlp+layer", "passthrough", "prenorm"],
+    ids=["preserve", "paper", "mlp", "mlp+layer", "mlp+first", "passthrough", "prenorm"],
 )
 def test_new_parameters_learn_except_those_the_plan_calls_dead(kind, kwargs, config):
     model = make(**FFNS[kind], **kwargs, init_values=0.1).train()

@@ -19,9 +19,10 @@ from tests.training.runs import CASES, double_precision, status, story
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(*arguments, options=()):
-    """Start two processes on this machine; returns what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *options]
+def torchrun(*arguments):
+    """Start two processes on this machine, anew if one of them dies; returns what they printed."""
+    options = ("--nproc-per-node=2", "--standalone", "--max-restarts=3", "--monitor-interval=0.1")
+    command = [sys.executable, "-m", "torch.distributed.run", *options]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [*command, *arguments],
@@ -96,10 +97,10 @@ def test_fewer_processes_go_on_if_that_is_allowed(by_two, double):
 
 
 def test_after_the_death_of_a_process_torchrun_goes_on_to_the_same_bits(by_two, tmp_path):
-    settings = ["output=" + str(tmp_path / "run"), "workers=1"]
+    settings = ["output=" + str(tmp_path / "run")]
     (tmp_path / "config.yaml").write_text(dump(resolve("digits", [*CASES["average"], *settings])))
     arguments = ("elastic", str(tmp_path), str(tmp_path / "config.yaml"))
-    said = torchrun("tests/training/two_processes.py", *arguments, options=["--max-restarts=1"])
+    said = torchrun("tests/training/two_processes.py", *arguments)
     assert (tmp_path / "killed").exists()
     assert "going on after update" in said
     assert story(tmp_path / "run") == story(by_two / "average")
@@ -148,4 +149,12 @@ def test_a_device_that_is_not_there_for_each_process_is_refused(monkeypatch, dev
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "99")
     with pytest.raises(ConfigError, match="device="), open_world(device):
+        pass
+
+
+def test_a_world_that_torchrun_did_not_make_is_refused(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2 is set, but not by torchrun"), open_world("cpu"):
         pass

@@ -155,7 +155,7 @@ def test_what_the_model_or_the_machine_lacks_is_refused(tiny, monkeypatch):
         prepare(tiny("engine.precision=fp16"), ALONE)
     plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     with pytest.raises(ConfigError, match="this model does not offer it"):
-        Engine(plain, tiny("engine.grad_checkpointing=true"), ALONE, 10)
+        Engine(plain, tiny("engine.grad_checkpointing=true"), ALONE, 10, {}, ())
 
 
 @pytest.mark.parametrize(

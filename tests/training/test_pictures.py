@@ -115,16 +115,18 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tiny, tmp_path):
     with pytest.raises(ConfigError, match="another process trains there"):
         train(config)
     workers = children(process.pid)
-    for worker in workers:
-        os.kill(worker, signal.SIGSTOP)  # so that they certainly outlive it
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert len(workers) == 2
-    assert all(Path(f"/proc/{worker}").exists() for worker in workers)
-    with locked(folder):
-        pass
-    for worker in workers:
-        os.kill(worker, signal.SIGKILL)
+    try:
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)  # so that they certainly outlive it
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert len(workers) == 2
+        assert all(Path(f"/proc/{worker}").exists() for worker in workers)
+        with locked(folder):
+            pass
+    finally:
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_one_process_cannot_use_a_folder_twice_at_once(tmp_path):

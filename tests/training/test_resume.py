@@ -26,6 +26,8 @@ from localvit.training import (
     train,
 )
 from localvit.training.engine import Engine
+from localvit.training.identity import check_allowed
+from localvit.training.output import RunFolder
 from localvit.training.run import Run
 from tests.training.conftest import TINY
 from tests.training.runs import TOUGH, kill_after, states, status, stop_after, story, updates_saved
@@ -107,15 +109,46 @@ def test_only_what_is_missing_is_trained_and_told(tough, monkeypatch):
     assert torch.equal(finished.model(images), result.model(images))
 
 
+def test_what_was_written_after_the_last_state_is_put_back(tough, folder, uninterrupted, monkeypatch):
+    # Killed after an epoch was written down and before its state was: the files are ahead of the state.
+    real, calls = RunFolder.save_state, []
+
+    def killed(self, update, values):
+        calls.append(update)
+        if calls.count(8) == 2:  # in the midst of things, then at the epoch's end
+            raise KeyboardInterrupt
+        real(self, update, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_state", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tough())
+    assert status(folder)["epochs_done"] == 1
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+    train(tough())
+    assert story(folder) == uninterrupted
+
+
+def test_the_best_model_is_put_back_to_the_time_of_the_state(tough, folder, monkeypatch):
+    stop_after(monkeypatch, tough(), 11)
+    best = folder / "best" / "model.safetensors"
+    written = best.read_bytes()
+    best.write_bytes(b"of a branch that was lost")
+    stop_after(monkeypatch, tough(), 2)
+    assert best.read_bytes() == written
+
+
 def test_sigterm_saves_and_exits_with_zero_and_one_line(tough, folder, uninterrupted, tmp_path):
     config = tough("workers=2")
     (tmp_path / "config.yaml").write_text(dump(config))
     command = [sys.executable, "-m", "localvit", "train", "--recipe", str(tmp_path / "config.yaml")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while updates_saved(folder) < 2:
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as SLURM does: the processes that load get it too
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err.count("\n")) == (0, 1), err
     assert "the same command goes on from there" in err
@@ -142,11 +175,19 @@ def test_a_signal_while_measuring_stops_it_too(tough, folder, uninterrupted, mon
     assert story(folder) == uninterrupted
 
 
-def test_the_second_signal_ends_at_once():
+def test_only_a_late_second_interrupt_ends_at_once(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    now = time.monotonic()
     with stop_on_signals():
         os.kill(os.getpid(), signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        monkeypatch.setattr(time, "monotonic", lambda: now + 60)
+        os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert not loop.stop_requested()
 
 
 def spoil(path, at=-1):
@@ -344,3 +385,32 @@ def test_a_read_only_folder_is_refused(tough, folder):
     folder.mkdir(mode=0o500)
     with pytest.raises(ConfigError, match="no writable folder"):
         train(tough())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["data", "versions", "versions.torch", "world_size", "optim", "model.args.depth", "model.locality"],
+)
+def test_fields_and_sections_can_be_allowed(name):
+    check_allowed([name])
+
+
+@pytest.mark.parametrize("name", ["optm", "optim.lrr", "world", "engine.precisions"])
+def test_what_is_no_field_cannot_be_allowed(name):
+    with pytest.raises(ConfigError, match=f"allow_change: there is no '{name}'; did you mean"):
+        check_allowed([name])
+
+
+def test_a_run_that_another_process_has_just_finished_is_left_alone(tough, folder, monkeypatch):
+    # It was not there when this process looked first, and is done when it takes the lock.
+    config, real = tough(), loop.prepare
+
+    def late(config, world):
+        monkeypatch.setattr(loop, "prepare", real)
+        train(config)
+        return real(config, world)
+
+    monkeypatch.setattr(loop, "prepare", late)
+    with pytest.raises(ConfigError, match="another process has just finished this run"):
+        train(config)
+    assert status(folder)["state"] == "finished"

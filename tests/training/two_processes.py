@@ -6,6 +6,7 @@ Arguments: ``equality FOLDER`` or ``elastic FOLDER CONFIG``.
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch import distributed as dist
 
 from localvit.cli import main
 from localvit.data import Part, eval_loader
-from localvit.training import resolve, train
+from localvit.training import distributed, resolve, train
 from localvit.training.distributed import open_world
 from localvit.training.engine import Engine
 from localvit.training.evaluate import measure
@@ -24,7 +25,8 @@ from tests.training.runs import CASES, double_precision, stop_after
 
 def equality(folder):
     """Train every case, one of them in two parts; results are compared by the test that started this."""
-    dist.init_process_group("gloo")  # once for all: `train` uses what is there
+    # Once for all: `train` uses what is there.
+    dist.init_process_group("gloo", timeout=distributed.TIMEOUT)
     for name, settings in CASES.items():
         train(resolve("digits", [*settings, f"output={folder / name}"]))
     cut = [*CASES["average"], f"output={folder / 'cut'}"]
@@ -86,6 +88,8 @@ def elastic(folder, config):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # On a busy machine Gloo's first connection fails now and then; torchrun then starts the processes anew.
+    distributed.TIMEOUT = timedelta(seconds=60)
     with double_precision():
         if sys.argv[1] == "equality":
             equality(Path(sys.argv[2]))

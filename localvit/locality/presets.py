@@ -1,0 +1,69 @@
+"""Published designs of a feed-forward network (FFN) with locality, as configurations of the one block.
+
+A preset is the design of the FFN alone. The hidden width stays that of the FFN in place (``expansion``), and
+so do the weights' initial values, which are the block's own. ``docs/decisions.md`` says what is equal to the
+published code and what is not.
+"""
+
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from localvit.locality.config import ConfigError, LocalityConfig
+
+# What stands around the FFN is the baseline's, and a prefix token has the path it had there, less the
+# convolution: most of these designs come from models without one.
+_BRANCH: dict[str, Any] = {"prenorm": True, "drop_path": True, "layer_scale": True, "prefix": "mlp"}
+_PLAIN: dict[str, Any] = {"gate": "none", "activation": "gelu", "norm": "none", "bias": True} | _BRANCH
+
+PRESETS: Mapping[str, LocalityConfig] = MappingProxyType(
+    {
+        # Li et al., LocalViT, arXiv 2104.05707; ofsoundof/LocalViT, models/localvit.py
+        "localvit": LocalityConfig(),
+        # Yuan et al., CeiT, arXiv 2103.11816; coeusguo/ceit (third-party), ceit_model.py
+        "ceit_leff": LocalityConfig(**_PLAIN | {"norm": "batch", "prefix": "passthrough"}),
+        # Wang et al., Uformer, arXiv 2106.03106; ZhendongWang6/Uformer, model.py
+        "uformer_leff": LocalityConfig(**_PLAIN),
+        # Xie et al., SegFormer, arXiv 2105.15203; NVlabs/SegFormer, mix_transformer.py
+        # Wang et al., PVT v2, arXiv 2106.13797; timm, models/pvt_v2.py
+        "mix_ffn": LocalityConfig(**_PLAIN | {"activation": ("none", "gelu")}),
+        # Guo et al., CMT, arXiv 2107.06263; huawei-noah/Efficient-AI-Backbones, cmt_pytorch/cmt.py
+        "irffn": LocalityConfig(**_PLAIN | {"norm": "batch", "norm_order": "act-norm", "inner_skip": True}),
+        # Li et al., EfficientFormerV2, arXiv 2212.08059; timm, models/efficientformer_v2.py
+        "efficientformerv2": LocalityConfig(**_PLAIN | {"norm": "batch", "prenorm": False}),
+        # Cai et al., EfficientViT, arXiv 2205.14756; timm, models/efficientvit_mit.py
+        "efficientvit_mbconv": LocalityConfig(
+            **_PLAIN
+            | {"activation": "hardswish", "norm": ("none", "none", "batch"), "bias": (True, True, False)}
+            | {"prenorm": False}
+        ),
+        # Vasu et al., FastViT, arXiv 2303.14189; timm, models/fastvit.py
+        "fastvit_conv_ffn": LocalityConfig(
+            **_PLAIN
+            | {"position": "first", "kernel_size": 7, "activation": ("gelu", "none"), "prenorm": False}
+            | {"norm": ("none", "batch", "none"), "bias": (True, False, True)}
+        ),
+        # Shi, TransNeXt, arXiv 2311.17132; DaiShiResearch/TransNeXt, classification/transnext.py
+        "conv_glu": LocalityConfig(**_PLAIN | {"glu": "gate"}),
+        # Zamir et al., Restormer, arXiv 2111.09881; swz30/Restormer, basicsr/models/archs/restormer_arch.py
+        "gdfn": LocalityConfig(**_PLAIN | {"glu": "both", "bias": False}),
+    }
+)
+
+
+def preset(name: str, **changes: Any) -> LocalityConfig:
+    """The published design ``name`` with fields changed: ``preset("mix_ffn", kernel_size=5)``.
+
+    Args:
+        name: A key of :data:`PRESETS`.
+        changes: Fields of :class:`LocalityConfig`.
+
+    Raises:
+        ConfigError: for an unknown name or field, or a value that is not accepted.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(str(name), PRESETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(PRESETS)}"
+        raise ConfigError(f"no preset is called {name!r} ({hint})")
+    return LocalityConfig.from_dict({**PRESETS[name].to_dict(), **changes})
