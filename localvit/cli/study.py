@@ -143,7 +143,8 @@ def run(options: List | Show | Run | ReportOptions | Compare | Export) -> int:
 def print_report(report: Report, console: Console) -> None:
     """The main table and the verdicts."""
     from localvit.studies import page
-    from localvit.studies.report import result_notes, result_table, verdicts
+    from localvit.studies.sections import verdicts
+    from localvit.studies.tables import result_notes, result_table
 
     console.print(page.as_rich(report.study.question, result_table(report)))
     warnings = [f"warning: {warning}" for warning in report.warnings]
@@ -181,7 +182,7 @@ def _show(options: Show, console: Console) -> None:
 
 def describe(study: Study, facts: Facts) -> str:
     """A study before it runs, for people."""
-    from localvit.studies.report import giga
+    from localvit.studies.tables import giga
 
     lines = [
         study.question,
@@ -250,7 +251,8 @@ def _dry_run(study: Study, options: Run, console: Console) -> None:
 
 
 def _report(folder: str, console: Console) -> None:
-    from localvit.studies.report import read_report, write_report
+    from localvit.studies.report import read_report
+    from localvit.studies.sections import write_report
 
     report = read_report(Path(folder))
     write_report(report)

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from localvit.studies.folder import StudyFolder
 from localvit.studies.machine import machine
-from localvit.studies.report import SPEED, TUNING, Report, read_report, read_speed, write_report
+from localvit.studies.report import SPEED, TUNING, Report, read_report, read_speed
 from localvit.studies.run import StudyFailed, run_missing
+from localvit.studies.sections import write_report
 from localvit.studies.study import Study
 from localvit.studies.throughput import THREADS, images_per_second
 from localvit.studies.tuning import Tuning

@@ -9,8 +9,9 @@ from typing import Literal
 
 from localvit.studies.comparison import interval
 from localvit.studies.page import Table, markdown_table
-from localvit.studies.report import Report, read_report, result_table
+from localvit.studies.report import Report, read_report
 from localvit.studies.statistics import unpaired_difference
+from localvit.studies.tables import result_table
 from localvit.training.identity import comparable, differences
 
 _COLUMNS = (

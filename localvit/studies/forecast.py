@@ -14,8 +14,8 @@ from localvit.cost import count_macs
 from localvit.data.loading import random_scope
 from localvit.studies.checks import Facts
 from localvit.studies.folder import Outcome, StudyFolder
-from localvit.studies.report import giga
 from localvit.studies.study import Run
+from localvit.studies.tables import giga
 from localvit.training.build import build_model, pick_device, preprocessing
 
 _PASSES = 3  # A backward pass costs about two forward passes.

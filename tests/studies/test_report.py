@@ -17,16 +17,10 @@ from localvit.studies.answer import answer
 from localvit.studies.demo import ARMS, demo_study
 from localvit.studies.folder import StudyFolder
 from localvit.studies.page import as_rich
-from localvit.studies.report import (
-    differing_fields,
-    read_report,
-    result_table,
-    sections,
-    tuning_text,
-    verdicts,
-    write_report,
-)
+from localvit.studies.report import read_report
+from localvit.studies.sections import sections, tuning_text, verdicts, write_report
 from localvit.studies.study import Study
+from localvit.studies.tables import differing_fields, result_table
 from localvit.studies.throughput import images_per_second
 from localvit.studies.tuning import tune
 from localvit.training import resolve

@@ -125,5 +125,5 @@ def test_a_published_design_by_name_and_with_changes():
     made = from_dict({"model": {"locality": {"preset": "mix_ffn", "kernel_size": 5}}})
     assert made.model.locality == preset("mix_ffn", kernel_size=5)
     assert from_dict(to_dict(made)) == made
-    with pytest.raises(ConfigError, match="model.locality: no preset is called 'mix-ffn' .*'mix_ffn'"):
+    with pytest.raises(ConfigError, match=r"model.locality: no preset is called 'mix-ffn' .*'mix_ffn'"):
         from_dict({"model": {"locality": {"preset": "mix-ffn"}}})
