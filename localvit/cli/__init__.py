@@ -20,6 +20,7 @@ from localvit.cli.arguments import Failure, UsageError, parse
 
 VERBS = {
     "demo": ("localvit.cli.demo", "does locality help? a small controlled comparison, with a report"),
+    "study": ("localvit.cli.study", "controlled experiments: list, show, run, report, compare, export"),
     "models": ("localvit.cli.models", "list models with locality: cost, published accuracy"),
     "train": ("localvit.cli.train", "train a model on pictures and report it on a test split"),
     "plan": ("localvit.cli.plan", "say what a training run will take: updates, hours, memory, data"),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib.util
 import io
+import shlex
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
 T = TypeVar("T")
+_STUDY = {"scipy": "scipy", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "filelock": "filelock"}
 
 
 class UsageError(Exception):
@@ -34,6 +38,40 @@ def parse(options: type[T], program: str, arguments: Sequence[str]) -> T | None:
         if end.code in (0, None):
             return None
         raise UsageError(f"{_gist(complaint.getvalue())} (see {program} --help)") from None
+
+
+def command_line(verbs: Sequence[str], options: Any) -> str:
+    """The command that gives these options; flags at their defaults are left out.
+
+    Args:
+        verbs: After the program's name.
+        options: A dataclass of them; fields without a default are positional.
+    """
+    words = ["localvit", *verbs]
+    for field in dataclasses.fields(options):
+        value, flag = getattr(options, field.name), "--" + field.name.replace("_", "-")
+        if field.default is dataclasses.MISSING:
+            words.insert(1 + len(verbs), str(value))
+        elif value == field.default:
+            continue
+        elif value is True:
+            words.append(flag)
+        elif "UseAppendAction" in str(field.type):
+            words += [word for setting in value for word in (flag, setting)]
+        else:
+            words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
+
+
+def check_extra(verb: str) -> None:
+    """Refuse to begin without the packages that studies need.
+
+    Raises:
+        UsageError: naming them and the command that installs them.
+    """
+    missing = [name for module, name in _STUDY.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UsageError(f"localvit {verb} needs {', '.join(missing)}: pip install 'localvit[study]'")
 
 
 @contextlib.contextmanager

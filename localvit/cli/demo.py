@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from localvit.cli.arguments import Failure, UsageError, one_line_errors
+from localvit.cli.arguments import Failure, UsageError, check_extra, command_line, one_line_errors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
 
     from localvit.studies.tuning import Tuning
     from localvit.training import TrainConfig
-
-_NEEDED = {"scipy": "scipy", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,35 +74,13 @@ def run(options: Options) -> int:
     return 0
 
 
-def command(options: Options) -> str:
-    """The command line that gives these options; flags at their defaults are left out."""
-    import shlex
-
-    words = ["localvit", "demo"]
-    for field in dataclasses.fields(options):
-        value, flag = getattr(options, field.name), "--" + field.name.replace("_", "-")
-        if value == field.default:
-            continue
-        if value is True:
-            words.append(flag)
-        elif field.name == "set":
-            words += [word for setting in value for word in (flag, setting)]
-        else:
-            words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
-    return shlex.join(words)
-
-
 def _check(options: Options) -> None:
     """Everything that can be refused before anything heavy is imported.
 
     Raises:
         UsageError: naming it.
     """
-    import importlib.util
-
-    missing = [name for module, name in _NEEDED.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UsageError(f"localvit demo needs {', '.join(missing)}: pip install 'localvit[study]'")
+    check_extra("demo")
     for flag, value, least in (
         ("seeds", options.seeds, 2),
         ("jobs", options.jobs, 1),
@@ -147,7 +122,7 @@ def _tune(options: Options, base: TrainConfig, folder: Path, console: Console) -
         factors=options.tune_factors,
         seeds=options.tune_seeds,
         jobs=options.jobs,
-        command=command(options),
+        command=command_line(("demo",), options),
         console=console,
     )
     tuning.save_tuning(found, folder)
@@ -156,17 +131,20 @@ def _tune(options: Options, base: TrainConfig, folder: Path, console: Console) -
 
 
 def _compare(options: Options, base: TrainConfig, folder: Path, console: Console) -> None:
-    from localvit.studies import comparison, demo, report
+    from localvit.cli.study import print_report
+    from localvit.studies import answer, demo
 
     tuning = _tuning(options, folder)
     study = demo.demo_study(base, options.seeds, tuning)
-    made = demo.answer(
-        study, folder, tuning=tuning, command=command(options), jobs=options.jobs, console=console
+    made = answer.answer(
+        study,
+        folder,
+        tuning=tuning,
+        command=command_line(("demo",), options),
+        jobs=options.jobs,
+        console=console,
     )
-    console.print(report.as_rich(made))
-    verdict = comparison.verdict(made.comparison)
-    for line in (made.result_notes(), verdict, f"report: {folder / 'report.html'}"):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    print_report(made, console)
 
 
 def _tuning(options: Options, folder: Path) -> Tuning | None:

@@ -32,7 +32,7 @@ class ConfigOptions:
     output: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """folder for the results: a new one, or that of this very run to go on with it"""
     locality: Annotated[str | None, tyro.conf.arg(metavar="default|none|YAML")] = None
-    """localize the model: default, none, or fields of LocalityConfig such as '{init: preserve}'"""
+    """localize the model: default, none, '{preset: mix_ffn}', or fields as '{init: preserve}'"""
     blocks: Annotated[str | None, tyro.conf.arg(metavar="YAML")] = None
     """which blocks to localize: all, lower-half, [0, 1], [[0, 4]], ..."""
     pretrained: tyro.conf.FlagCreatePairsOff[bool] = False

@@ -36,6 +36,9 @@ class DataConfig:
         validation_split: Name of its split for choices, if it has a third one.
         holdout: Share of the images, per class, that each held-out part takes. 0.1 keeps nine tenths
             for learning and is still about 500 images where data sets start to be useful (5,000).
+        fraction: Share of the training pictures, of each class alike, that is learned from. The picture that
+            is in a share is in every larger one too, and which ones it takes does not depend on the seed.
+            What is held out is held out before, so it is the same for every share.
         mean: Per-channel mean of the pixels in 0..1. ``None``: the model's own.
         std: Per-channel standard deviation of the pixels. ``None``: the model's own.
         interpolation: How pictures are resized. ``None``: the model's own.
@@ -52,6 +55,7 @@ class DataConfig:
     test_split: str = "validation"
     validation_split: str | None = None
     holdout: float = 0.1
+    fraction: float = 1.0
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     interpolation: Interpolation | None = None
@@ -60,6 +64,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0.0 < self.holdout < 0.5:
             raise DataError(f"data.holdout={self.holdout!r} is not a share between 0 and 0.5")
+        if not 0.0 < self.fraction <= 1.0:
+            raise DataError(f"data.fraction={self.fraction!r} is not a share above 0 and up to 1")
         if self.crop_pct is not None and not 0.0 < self.crop_pct <= 1.0:
             raise DataError(f"data.crop_pct={self.crop_pct!r} is not a share above 0 and up to 1")
         if self.std is not None and min(self.std, default=0.0) <= 0.0:

@@ -101,19 +101,50 @@ def stratified_holdout(labels: np.ndarray, count: int, seed: int) -> tuple[np.nd
     Returns:
         Indices kept and indices held out: disjoint, sorted, together 0..N-1.
     """
+    share = _shares(labels, seed)
+    order = np.argsort(share, kind="stable")
+    held = order[: min(count, int(np.isfinite(share).sum()))]
+    return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
+
+
+def nested_subset(labels: np.ndarray, candidates: np.ndarray, fraction: float) -> np.ndarray:
+    """The same share of each class, where a smaller share is part of every larger one.
+
+    Args:
+        labels: (N,) class of each item.
+        candidates: Indices among which to choose; the order of preference is that of all N items, so that it
+            does not depend on what was held out before.
+        fraction: Share of the candidates that is kept; of each class that they have, at least one item.
+
+    Returns:
+        Sorted indices, a part of `candidates`.
+    """
+    preferred = candidates[np.argsort(_shares(labels, FIXED_SEED)[candidates], kind="stable")]
+    own = np.asarray(labels)[preferred]
+    share = np.empty(len(own))
+    for label in np.unique(own):
+        members = np.flatnonzero(own == label)
+        share[members] = np.arange(len(members)) / len(members)  # 0 for the first: every class has one
+    order = np.argsort(share, kind="stable")
+    count = max(int((share == 0).sum()), round(fraction * len(candidates)))
+    return np.sort(preferred[order[:count]])
+
+
+def _shares(labels: np.ndarray, seed: int) -> np.ndarray:
+    """(N,) position of each item among its class, as a share of the class; infinite for the last of it.
+
+    Taking the smallest shares takes the same share of every class, and the remainder is spread instead of
+    rounded away class by class.
+    """
     labels = np.asarray(labels)
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(labels))
-    # Position of each item among its class, as a share of the class: taking the smallest shares takes the
-    # same share of every class, and the remainder is spread instead of rounded away class by class.
     share = np.empty(len(labels))
     for label in np.unique(labels):
         members = shuffled[labels[shuffled] == label]
         share[members] = (np.arange(len(members)) + rng.random()) / len(members)
         share[members[-1]] = np.inf
-    order = np.argsort(share, kind="stable")
-    held = order[: min(count, int(np.isfinite(share).sum()))]
-    return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
+    return share
 
 
 def _folder_splits(folder: str) -> dict[str, Opener]:

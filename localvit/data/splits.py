@@ -9,7 +9,14 @@ import numpy as np
 
 from localvit.data.config import DataConfig, DataError
 from localvit.data.images import Images, Part
-from localvit.data.sources import FIXED_SEED, Opener, find_splits, same_source, stratified_holdout
+from localvit.data.sources import (
+    FIXED_SEED,
+    Opener,
+    find_splits,
+    nested_subset,
+    same_source,
+    stratified_holdout,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +82,10 @@ def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
     else:
         kept, validation = _hold_out(train, kept, names, config.holdout, seed)
         notes.append(_note("validation", validation, config.train, f"chosen by seed {seed}"))
+    if config.fraction < 1.0:
+        whole = len(kept)
+        kept = nested_subset(np.asarray(train.labels), kept, config.fraction)
+        notes.append(f"train: {len(kept)} of {whole} images of {config.train!r}, the same for every seed")
     return Splits(
         train=Part(train, kept, names),
         validation=validation,

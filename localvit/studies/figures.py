@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import io
+import itertools
+import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import nn
 
 from localvit.locality import LocalityFeedForward
-from localvit.studies.comparison import Comparison
+from localvit.studies.comparison import Findings
 from localvit.studies.records import Record
 
-COLOURS = ("#5b6b7f", "#c8551b")
-"""Of control and treatment; they differ in lightness too, for readers who do not see the hue."""
+COLOURS = ("#5b6b7f", "#c8551b", "#2a6f4e", "#b08900", "#6a3d9a", "#1f78b4", "#8c2d04", "#444444", "#c994c7")
+"""Of the arms in their order; the first two differ in lightness too, for readers who do not see the hue."""
 _SHOWN_KERNELS = 48
 _COLUMNS = 12
 _STYLE: Any = {
@@ -35,36 +37,67 @@ def learning_curves(records: Mapping[str, Sequence[Record]]) -> str:
     """Validation top-1 by epoch: the mean over the seeds of each arm, and a band from lowest to highest.
 
     Args:
-        records: Arm -> its records, control first, of runs of one length.
+        records: Arm -> its records, at least one.
     """
     with mpl.rc_context(_STYLE):
-        figure, axes = _figure(4.4, 3.1)
-        for (name, runs), colour in zip(records.items(), COLOURS, strict=True):
+        figure, axes = _figure(4.4, 3.1 + 0.2 * (len(records) // 3))
+        for (name, runs), colour in zip(records.items(), itertools.cycle(COLOURS), strict=False):
             curves = np.array([[epoch["validation_top1"] for epoch in run.history] for run in runs])
             epochs = np.arange(1, curves.shape[1] + 1)
-            axes.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.2, linewidth=0)
+            axes.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
             axes.plot(epochs, curves.mean(0), color=colour, label=name)
         axes.set(xlabel="epoch", ylabel="validation top-1, %")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(frameon=False, loc="outside upper left", ncols=len(records))
+        figure.legend(frameon=False, loc="outside upper left", ncols=min(3, len(records)))
         return _svg(figure)
 
 
-def paired_scores(comparison: Comparison) -> str:
-    """Test top-1 of each seed, the two arms of a pair joined by a line, and the means with intervals."""
-    arms = (comparison.control, comparison.treatment)
+def forest(found: Findings) -> str:
+    """The differences of all contrasts with their intervals, and each seed's difference as a tick.
+
+    Contrasts without a difference are left out; filled marks are those that are shown after correction.
+    """
+    contrasts = [contrast for contrast in found.contrasts if contrast.difference is not None]
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(4.4, 1.1 + 0.42 * len(contrasts))
+        axes.axvline(0, color="0.6", linewidth=1)
+        for i, contrast in enumerate(contrasts):
+            assert contrast.difference is not None
+            mean, colour = contrast.difference.estimate, COLOURS[1 if contrast.shown else 0]
+            arm, control = (found.arm(name).scores for name in (contrast.arm, contrast.control))
+            each = [arm[seed] - control[seed] for seed in contrast.seeds]
+            axes.plot(each, [i + 0.22] * len(each), "|", color="0.55", markersize=5)
+            if mean.low is not None and mean.high is not None:
+                axes.plot((mean.low, mean.high), (i, i), color=colour, linewidth=2)
+            fill = colour if contrast.shown else "white"
+            axes.plot(mean.mean, i, "o", color=colour, markerfacecolor=fill, markersize=6)
+        names = [f"{contrast.arm}\nagainst {contrast.control}" for contrast in contrasts]
+        axes.set_yticks(range(len(contrasts)), names, fontsize=8)
+        axes.set(ylim=(len(contrasts) - 0.4, -0.6), xlabel="difference of the test metric, points")
+        return _svg(figure)
+
+
+def against_cost(found: Findings, cost: Literal["macs", "parameters", "inference_speed"], label: str) -> str:
+    """The metric of each arm against what it costs, with its interval.
+
+    Args:
+        found: What was found.
+        cost: Attribute of `ArmResult`; arms without it are left out.
+        label: Of the axis.
+    """
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(4.4, 3.1)
-        for pair in zip(*(arm.scores for arm in arms), strict=True):
-            axes.plot((0, 1), pair, color="0.6", linewidth=1, marker="o", markersize=3)
-        for i, (arm, colour) in enumerate(zip(arms, COLOURS, strict=True)):
-            low, high = arm.top1.low, arm.top1.high
-            spread = None if low is None or high is None else [[arm.top1.mean - low], [high - arm.top1.mean]]
-            axes.errorbar(
-                i + (0.14 if i else -0.14), arm.top1.mean, yerr=spread, color=colour, fmt="D", capsize=4
-            )
-        axes.set(xlim=(-0.5, 1.5), ylabel="test top-1, %")
-        axes.set_xticks((0, 1), [arm.name for arm in arms])
+        for arm, colour in zip(found.arms, itertools.cycle(COLOURS), strict=False):
+            at, mean = getattr(arm, cost), statistics.fmean(arm.scores.values())
+            if at is None:
+                continue
+            low, high = (arm.mean.low, arm.mean.high) if arm.mean else (None, None)
+            spread = None if low is None or high is None else [[mean - low], [high - mean]]
+            axes.errorbar(at, mean, yerr=spread, fmt="D", color=colour, capsize=3, markersize=4)
+            axes.annotate(arm.name, (at, mean), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        axes.set(xlabel=label, ylabel="test metric, %")
+        axes.margins(x=0.18)
+        axes.xaxis.set_major_formatter(EngFormatter())
         return _svg(figure)
 
 

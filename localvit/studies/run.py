@@ -1,27 +1,30 @@
-"""The missing runs of a study, in worker processes, with a line and a bar for whoever watches."""
+"""The missing runs of a study, in worker processes, with a table for whoever watches."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import connection
 from pathlib import Path
 
 import torch
-from rich import progress
 from rich.console import Console
 
 from localvit.data import open_splits
-from localvit.studies.records import Record, StudyFolder, perform
+from localvit.studies.checks import Facts, check_study
+from localvit.studies.display import Display
+from localvit.studies.folder import Outcome, StudyFolder
+from localvit.studies.records import Record, perform
 from localvit.studies.study import Run, Study
-from localvit.training.build import build_model, build_optimizer, check_forward, pick_device, preprocessing
+from localvit.training import ConfigError
+from localvit.training.build import pick_device
 
 
 class StudyFailed(RuntimeError):
@@ -32,87 +35,141 @@ Failures = dict[Run, str]
 """Runs that did not finish, each with the reason."""
 
 
-def run_missing(folder: StudyFolder, *, jobs: int = 2, console: Console | None = None) -> Failures:
-    """Do every run of the study that has no record yet.
+def run_missing(
+    folder: StudyFolder,
+    *,
+    jobs: int = 2,
+    threads: int = 1,
+    retry: bool = True,
+    reuse: Sequence[Path] = (),
+    command: str = "",
+    console: Console | None = None,
+) -> Failures:
+    """Do every run of the study that has no record yet, one seed of every arm first.
 
-    A run that fails does not stop the others; it is tried again the next time. On an interrupt the
-    workers end at once, finished runs stay, and a later call goes on.
+    A run that was interrupted goes on from its last state; one that fails does not stop the others. On an
+    interrupt the workers end at once, finished runs stay, and a later call goes on.
 
     Args:
         folder: Of the study.
-        jobs: Worker processes, each with one thread: small models gain nothing from more.
+        jobs: Worker processes. Each has one GPU, where there are any, in turns: with more jobs than GPUs
+            several runs share one.
+        threads: Of each worker; small models gain nothing from more than one.
+        retry: Start failed runs anew; otherwise they are left as they are and listed.
+        reuse: Folders of other studies, whose finished runs of the same configuration are taken over.
+        command: Kept beside the study.
         console: Where progress is shown; ``None`` shows nothing.
 
     Raises:
         ConfigError, DataError: if an arm cannot be trained, a record cannot be read or another process works
             in the folder; nothing was written.
     """
-    check_arms(folder.study)
-    with folder.claim():
-        runs = folder.study.runs()
-        done = folder.finished()
-        missing = [run for run in runs if run not in done]
-        for run in missing:
-            shutil.rmtree(folder.of(run), ignore_errors=True)  # what an interrupted try left
-        failures: Failures = {}
+    facts = check_ready(folder.study)
+    folder.finished()  # finds records that cannot be used
+    with folder.claim(command, facts.classes):
+        outcomes = _outcomes(folder, retry, reuse)
+        failures = {run: o.reason for run, o in outcomes.items() if o.state == "failed"}
+        missing = deque(run for run, o in outcomes.items() if o.state in ("new", "begun"))
+        done = {run: o.record for run, o in outcomes.items() if o.record is not None}
         try:
             if missing:
-                with _Display(console, folder, done) as display, _workers(min(jobs, len(missing))) as pool:
-                    futures = {pool.submit(perform, run.config, folder.of(run)): run for run in missing}
-                    _collect(futures, failures, display)
+                with Display(console, folder, facts, done, failures, jobs) as display:
+                    _work(missing, folder, min(jobs, len(missing)), threads, failures, display)
         finally:
             folder.write_results()
     return failures
 
 
-def check_arms(study: Study) -> None:
-    """Build what each arm trains, so that what cannot work fails before anything is written.
+def check_ready(study: Study) -> Facts:
+    """Build what each arm trains and open its data: what cannot work fails before anything is written.
 
     Raises:
         ConfigError, DataError: as `training.train`, for an arm that cannot be trained.
     """
+    seen = []
     for arm in study.arms:
         config = study.config(arm, study.seeds[0])
         pick_device(config.device)
-        splits = open_splits(config.data, seed=config.seed)
-        model = build_model(config.model, splits.num_classes)
-        check_forward(model, config.model.name, preprocessing(model, config.data)["input_size"])
-        build_optimizer(model, config.optim, config.batch_size)
+        if (config.data, config.batch_size) not in seen:
+            images = len(open_splits(config.data, seed=config.seed).train)
+            if images < config.batch_size:
+                raise ConfigError(
+                    f"arm {arm.name!r}: batch_size={config.batch_size} does not fit {images} training images"
+                )
+            seen.append((config.data, config.batch_size))
+    return check_study(study)
 
 
-def _collect(futures: dict[Future[Record], Run], failures: Failures, display: _Display) -> None:
-    pending = set(futures)
-    while pending:
-        finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-        for future in finished:
-            run, error = futures[future], future.exception()
-            if error is None:
-                display.finished(run, future.result())
-            else:
-                failures[run] = " ".join(str(error).split()) or type(error).__name__
-                display.failed(run, failures[run])
-        display.refresh([futures[future] for future in pending])
+def _outcomes(folder: StudyFolder, retry: bool, reuse: Sequence[Path]) -> dict[Run, Outcome]:
+    """How far each run is, with failed ones forgotten (`retry`) and finished ones of others taken over."""
+    found = {run: folder.outcome(run) for run in folder.study.runs()}
+    for run, outcome in found.items():
+        if outcome.state == "failed" and retry:
+            folder.forget(run)
+            found[run] = Outcome("new")
+        if outcome.state == "new" and any(folder.borrow(run, other) for other in reuse):
+            found[run] = folder.outcome(run)
+    return found
+
+
+def _work(
+    missing: deque[Run], folder: StudyFolder, jobs: int, threads: int, failures: Failures, display: Display
+) -> None:
+    """Give each worker one run after the other; one that dies takes no other run with it."""
+    with _workers(jobs, threads) as workers:
+        running: dict[Future[Record], tuple[int, Run]] = {}
+        while missing or running:
+            busy = {slot for slot, _ in running.values()}
+            for slot in set(range(jobs)) - busy:
+                if missing:
+                    run = missing.popleft()
+                    running[workers[slot].submit(perform, run.config, folder.of(run))] = slot, run
+            finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in finished:
+                slot, run = running.pop(future)
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    failures[run] = "its process died, perhaps for want of memory; it will go on next time"
+                    workers[slot] = _worker(slot, threads)
+                elif error is not None:
+                    failures[run] = " ".join(str(error).split()) or type(error).__name__
+                    folder.note_failure(run, failures[run])
+                if error is None:
+                    display.finished(run, future.result())
+                else:
+                    display.failed(run, failures[run])
+            display.refresh([run for _, run in running.values()])
 
 
 @contextmanager
-def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
+def _workers(count: int, threads: int) -> Iterator[list[Executor]]:
     """Processes that end with this one, however it ends."""
     before = set(multiprocessing.active_children())
-    # Spawned, because a fork of a process whose torch has started threads can hang.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker)
+    workers = [_worker(slot, threads) for slot in range(count)]
     try:
-        yield pool
+        yield workers
     except BaseException:
         for child in set(multiprocessing.active_children()) - before:
             child.terminate()
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in workers:
+            worker.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    torch.set_num_threads(1)
+def _worker(slot: int, threads: int) -> Executor:
+    """One process: a pool of its own, so that its death breaks no other."""
+    # Spawned, because a fork of a process whose torch has started threads can hang.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker, initargs=(slot, threads))
+
+
+def _start_worker(slot: int, threads: int) -> None:
+    gpus = torch.cuda.device_count()  # does not start CUDA
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
+    torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -123,69 +180,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     connection.wait([parent.sentinel])
     os._exit(1)
-
-
-class _Display:
-    """A line per finished run, and a bar over all epochs with the remaining time."""
-
-    def __init__(self, console: Console | None, folder: StudyFolder, done: dict[Run, Record]) -> None:
-        self.console = console or Console(quiet=True)
-        self.folder = folder
-        runs = folder.study.runs()
-        self.total, self.done = len(runs), len(done)
-        self.epochs = sum(run.config.epochs for run in runs if run not in done)
-        self.over = 0  # epochs of the runs that ended
-        self.bar = progress.Progress(
-            progress.SpinnerColumn(),
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.TaskProgressColumn(),
-            progress.TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=console is None,
-        )
-        self.task = self.bar.add_task("starting", total=self.epochs)
-
-    def __enter__(self) -> _Display:
-        if self.done:
-            self._print(f"{self.done} of {self.total} runs are there already, in {self.folder.path}")
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def refresh(self, pending: list[Run]) -> None:
-        """Move the bar to where the pending runs are."""
-        epochs = {run: _epochs_done(self.folder.of(run)) for run in pending}
-        under_way = [f"{run.arm} seed {run.seed}" for run, count in epochs.items() if count is not None]
-        reached = self.over + sum(count or 0 for count in epochs.values())
-        text = f"{self.done}/{self.total} runs; {', '.join(under_way) or 'starting'}"
-        self.bar.update(self.task, completed=reached, description=text)
-
-    def finished(self, run: Run, record: Record) -> None:
-        """Say that a run is done, and what came out."""
-        self.done += 1
-        self.over += run.config.epochs
-        self._print(
-            f"{self.done:>3}/{self.total}  {run.arm} seed {run.seed}: validation top-1 "
-            f"{record.validation.top1:.2f} % (best epoch {record.best_epoch}), {record.seconds:.0f} s"
-        )
-
-    def failed(self, run: Run, reason: str) -> None:
-        """Say that a run failed, and why."""
-        self.over += run.config.epochs
-        self._print(f"failed   {run.arm} seed {run.seed}: {reason}")
-
-    def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def _epochs_done(folder: Path) -> int | None:
-    """Epochs that a run under way has behind it; ``None`` if it has not begun."""
-    try:
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return int(status["epochs_done"]) if status["state"] == "running" else None

@@ -16,7 +16,7 @@ _SECONDS = 0.05  # Of one measurement: long enough for the clock, short enough t
 
 def images_per_second(
     models: Mapping[str, nn.Module],
-    input_size: tuple[int, int, int],
+    input_sizes: Mapping[str, tuple[int, int, int]],
     *,
     batch_size: int = 64,
     rounds: int = 15,
@@ -29,7 +29,7 @@ def images_per_second(
 
     Args:
         models: Name -> model; they are left on `device` in evaluation mode.
-        input_size: (channels, height, width) of the images.
+        input_sizes: Name -> (channels, height, width) of its images.
         batch_size: Images in a forward pass.
         rounds: How often each has its turn.
         device: Where to measure; on a CPU with `THREADS`.
@@ -37,14 +37,14 @@ def images_per_second(
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
-        images = torch.rand(batch_size, *input_size, device=device)
-        for model in models.values():
-            _seconds(model.to(device).eval(), images, 3)  # warm-up
-        first = {name: _seconds(model, images, 3) for name, model in models.items()}
+        images = {name: torch.rand(batch_size, *input_sizes[name], device=device) for name in models}
+        for name, model in models.items():
+            _seconds(model.to(device).eval(), images[name], 3)  # warm-up
+        first = {name: _seconds(model, images[name], 3) for name, model in models.items()}
         taken: dict[str, list[float]] = {name: [] for name in models}
         for _ in range(rounds):
             for name, model in models.items():
-                taken[name].append(_seconds(model, images, max(1, round(_SECONDS / first[name]))))
+                taken[name].append(_seconds(model, images[name], max(1, round(_SECONDS / first[name]))))
     finally:
         torch.set_num_threads(threads)
     return {name: batch_size / statistics.median(seconds) for name, seconds in taken.items()}

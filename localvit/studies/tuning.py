@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from localvit.studies.records import StudyFolder
+from localvit.studies.folder import StudyFolder
 from localvit.studies.run import Failures, StudyFailed, run_missing
 from localvit.studies.study import Arm, Study
 from localvit.training import ConfigError, TrainConfig, from_dict
@@ -181,7 +181,7 @@ def _grid_study(base: TrainConfig, arms: Sequence[Arm], rates: Sequence[float], 
         question="Which learning rate suits each arm?",
         base=base,
         arms=tuple(
-            Arm(name=_name(arm, rate), changes=merge(arm.changes, {"optim": {"lr": rate}}))
+            Arm(name=_name(arm, rate), changes=arm.changes | {"optim.lr": rate})
             for rate in rates
             for arm in arms
         ),

@@ -196,7 +196,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def check_forward(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
-    """Run `model` once on zeros of `input_size` (C, H, W), in evaluation mode.
+    """Run `model` once on zeros of `input_size` (C, H, W), in evaluation mode, where its weights are (on the
+    meta device this costs nothing and finds what shapes alone can tell).
 
     Raises:
         ConfigError: if its patches do not tile the image, if it fails, or returns other than class scores.
@@ -210,7 +211,8 @@ def check_forward(model: nn.Module, name: str, input_size: tuple[int, int, int])
         )
     try:
         with torch.no_grad():
-            output = model.eval()(torch.zeros(1, *input_size))
+            device = next(model.parameters()).device
+            output = model.eval()(torch.zeros(1, *input_size, device=device))
     except (*_BAD_ARGUMENTS, RuntimeError) as error:
         raise ConfigError(f"model {name!r} fails on an image of size {input_size}: {_line(error)}") from error
     finally:

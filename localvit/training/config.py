@@ -30,7 +30,8 @@ class ModelConfig:
 
     Attributes:
         name: Any name that ``timm.create_model`` knows.
-        locality: ``None`` takes the model as it is; otherwise its feed-forward networks are localized.
+        locality: ``None`` takes the model as it is; otherwise its feed-forward networks are localized. In a
+            file or a setting, ``preset`` names a published design that the other fields change.
         blocks: Which blocks: ``"all"``, ``"lower-half"``, ``"lower-third"``, ``"middle-third"``,
             ``"upper-third"``, a list of indices, or a list of ``[start, stop]`` pairs.
         pretrained: Start from published weights.

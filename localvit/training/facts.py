@@ -103,7 +103,7 @@ def open_run(config: TrainConfig, images: int | None = None) -> OpenRun:
     Raises:
         ConfigError: if the model or the optimizer cannot be built, or the pictures do not fill a batch.
     """
-    counted, classes = _count(config, images)
+    counted, classes = count_data(config, images)
     if counted.value is not None and int(counted.value) < config.batch_size:
         raise ConfigError(f"batch_size={config.batch_size} does not fit {counted.value} training images")
     number = int(classes.value or IMAGENET_CLASSES)
@@ -125,8 +125,8 @@ def open_run(config: TrainConfig, images: int | None = None) -> OpenRun:
     )
 
 
-def _count(config: TrainConfig, images: int | None) -> tuple[Figure, Figure]:
-    """Pictures that are learned from, and classes."""
+def count_data(config: TrainConfig, images: int | None = None) -> tuple[Figure, Figure]:
+    """Pictures that are learned from, and classes; where the data is not there, what is known without it."""
 
     def figures(count: int | None, classes: int, basis: Basis, how: str, named: str) -> tuple[Figure, Figure]:
         return (
@@ -144,8 +144,9 @@ def _count(config: TrainConfig, images: int | None) -> tuple[Figure, Figure]:
         if config.data.train != IMAGENET:
             return figures(None, classes, "assumed", str(error), named)
         held = round(config.data.holdout * IMAGENET_IMAGES)
+        left = round((IMAGENET_IMAGES - held) * config.data.fraction)
         how = f"ImageNet-1k's published {IMAGENET_IMAGES:,} less {held:,} held out; no folder {IMAGENET!r}"
-        return figures(IMAGENET_IMAGES - held, classes, "assumed", how, named)
+        return figures(left, classes, "assumed", how, named)
     return figures(len(splits.train), splits.num_classes, "measured", "counted", "counted")
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from localvit.data import DataError
-from localvit.locality.config import LocalityConfig
+from localvit.locality import LocalityConfig, preset
 from localvit.training.config import ConfigError, TrainConfig, unknown
 
 T = TypeVar("T")
@@ -192,15 +192,22 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
+def _locality(value: Any, path: str) -> LocalityConfig:
+    """Fields of a `LocalityConfig`, over those of a published design if ``preset`` names one."""
+    try:
+        if isinstance(value, Mapping) and "preset" in value:
+            return preset(value["preset"], **{name: v for name, v in value.items() if name != "preset"})
+        return LocalityConfig.from_dict(value)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
 def _convert(value: Any, hint: Any, path: str) -> Any:
     """`value` as the type of its field."""
     if hint is Any:
         return value
     if hint is LocalityConfig:
-        try:
-            return LocalityConfig.from_dict(value)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
+        return _locality(value, path)
     if dataclasses.is_dataclass(hint):
         return from_dict(value, typing.cast(type, hint), path)
     origin, args = typing.get_origin(hint), typing.get_args(hint)

@@ -117,3 +117,28 @@ def test_digits_without_scikit_learn_says_what_to_install(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(DataError, match=r"pip install 'localvit\[study\]'"):
         open_splits(DataConfig())
+
+
+def test_a_fraction_is_stratified_nested_and_the_same_for_every_seed():
+    whole = open_splits(DataConfig(holdout=0.2), seed=0)
+    parts = {f: open_splits(DataConfig(holdout=0.2, fraction=f), seed=0) for f in (0.5, 0.1, 0.02)}
+    taken = {f: set(part.train.indices.tolist()) for f, part in parts.items()}
+    assert taken[0.02] < taken[0.1] < taken[0.5] < set(whole.train.indices.tolist())
+    for f, part in parts.items():
+        counts, all_counts = (np.bincount(p.labels) for p in (part.train, whole.train))
+        assert np.abs(counts - f * all_counts).max() <= 1
+        assert counts.min() >= 1
+        assert part.validation.indices.tolist() == whole.validation.indices.tolist()
+        assert part.test.indices.tolist() == whole.test.indices.tolist()
+        assert f"train: {len(part.train)} of {len(whole.train)} images" in " ".join(part.notes)
+    # Another seed holds other pictures out for validation; of the rest, it takes the same ones first.
+    other = open_splits(DataConfig(holdout=0.2, fraction=0.5), seed=1)
+    held = set(other.validation.indices.tolist()) | set(whole.validation.indices.tolist())
+    different = taken[0.5] ^ set(other.train.indices.tolist())
+    assert len(different - held) < 0.1 * len(taken[0.5])
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5])
+def test_a_fraction_is_a_share(fraction):
+    with pytest.raises(DataError, match=r"data\.fraction"):
+        DataConfig(fraction=fraction)

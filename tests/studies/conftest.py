@@ -2,15 +2,15 @@ import pytest
 
 from localvit.studies import run as run_module
 from localvit.studies.demo import demo_study
-from localvit.studies.records import StudyFolder
+from localvit.studies.folder import StudyFolder
 from localvit.training import resolve
-from tests.studies.tiny import SETTINGS, make_pictures, workers_here
+from tests.studies.tiny import SETTINGS, make_pictures, worker_here
 
 
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Runs of a study need no worker processes."""
-    monkeypatch.setattr(run_module, "_workers", workers_here)
+    monkeypatch.setattr(run_module, "_worker", worker_here)
 
 
 @pytest.fixture(scope="session")

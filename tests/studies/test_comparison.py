@@ -1,73 +1,117 @@
-"""The sentence that is generated says what the numbers allow, and no more."""
+"""The sentences that are generated say what the numbers allow, and no more."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
-from localvit import LocalityConfig, plan
-from localvit.studies.comparison import ArmResult, Comparison, interval, p_text, verdict
-from localvit.studies.statistics import estimate, paired_difference
-from localvit.surgery import confounders
-from localvit.training.build import build_model
+from localvit.studies.comparison import findings, interval, p_text, verdict
+from localvit.studies.statistics import estimate, holm, paired_difference
+from localvit.studies.study import Arm, Claim, Study
+from localvit.training import Metrics, resolve
+
+BASE = resolve("digits")
 
 
-def comparison(control, treatment):
-    arms = [
-        ArmResult(
-            name=name,
-            top1=estimate(scores),
-            scores=tuple(scores),
+def found(claim=None, **scores):
+    """Findings of a study whose first arm is the control, from the scores of its arms."""
+    first, *others = scores
+    study = Study(
+        question="?",
+        base=BASE,
+        arms=(Arm(name=first), *(Arm(name=n, changes={"epochs": 50 + i}) for i, n in enumerate(others))),
+        seeds=tuple(range(max(map(len, scores.values())))),
+        claim=claim,
+    )
+    records = {
+        run: SimpleNamespace(
+            test=Metrics(
+                loss=1.0, top1=scores[run.arm][run.seed], top5=100.0, images=500, images_per_second=1.0
+            ),
             parameters=10,
             macs=20,
             images_per_second=30.0,
+            peak_memory=None,
         )
-        for name, scores in (("baseline", control), ("locality", treatment))
-    ]
-    return Comparison(
-        control=arms[0],
-        treatment=arms[1],
-        difference=paired_difference(treatment, control),
-        seeds=tuple(range(len(control))),
-        test_images=500,
+        for run in study.runs()
+        if run.seed < len(scores[run.arm])
+    }
+    return findings(study, records)
+
+
+def sentence(**scores):
+    made = found(**scores)
+    return verdict(made.contrasts[0], made)
+
+
+def test_better_and_worse():
+    text = sentence(control=[90.0, 91.0, 92.0], local=[92.0, 93.1, 93.9])
+    assert text.startswith(
+        "local is better than control: +2.00 points (95 % interval +1.75 to +2.25), p < 0.001"
     )
-
-
-def test_better():
-    found = verdict(comparison([90.0, 91.0, 92.0], [92.0, 93.1, 93.9]))
-    assert found.startswith("The model with locality is better than the baseline by 2.00 points of top-1")
-    assert "3 seeds" in found
-    assert "not for one part of it" in found
-
-
-def test_worse():
-    found = verdict(comparison([92.0, 93.1, 93.9], [90.0, 91.0, 92.0]))
-    assert found.startswith("The model with locality is worse than the baseline by 2.00 points")
-    assert "-2.25 to -1.75" in found
+    assert text.endswith("3 seeds.")
+    assert "correction" not in text
+    assert sentence(control=[92.0, 93.1, 93.9], local=[90.0, 91.0, 92.0]).startswith("local is worse than")
 
 
 # Differences +1, -1, +0.5 (p = 0.8) and +1, +0.2, +0.9 (t = 2.78 with 2 degrees: p = 0.109).
-@pytest.mark.parametrize(
-    ("treatment", "mean"), [([91.0, 90.0, 92.5], "+0.17"), ([91.0, 91.2, 92.9], "+0.70")]
-)
-def test_not_distinguishable_says_what_could_not_have_been_seen(treatment, mean):
-    made = comparison([90.0, 91.0, 92.0], treatment)
-    found = verdict(made)
-    assert found.startswith(f"Not distinguishable with 3 seeds: the difference of {mean} points")
-    assert f"below {made.difference.detectable:.2f} points would have been missed" in found
+@pytest.mark.parametrize(("local", "mean"), [([91.0, 90.0, 92.5], "+0.17"), ([91.0, 91.2, 92.9], "+0.70")])
+def test_not_distinguishable_says_what_could_not_have_been_seen_and_what_it_would_take(local, mean):
+    control = [90.0, 91.0, 92.0]
+    text, difference = sentence(control=control, local=local), paired_difference(local, control)
+    assert text.startswith(f"local and control are not distinguishable with 3 seeds: {mean} points")
+    assert f"below {difference.detectable:.2f} points would have been missed" in text
+    assert " seeds would be needed to see 0.5." in text
+
+
+def test_what_one_comparison_shows_may_not_survive_correction():
+    control = [90.0, 91.0, 92.0]
+    arm = [91.0, 91.6, 92.8]  # p = 0.021: twice that is below 5 %, four times is not
+    assert "is better" in sentence(control=control, arm=arm)
+    others = {name: [91.0, 90.0, 92.5] for name in ("b", "c", "d")}
+    made = found(control=control, arm=arm, **others)
+    assert "not distinguishable" in verdict(made.contrasts[0], made)
+    assert "after correction for 4 comparisons" in verdict(made.contrasts[0], made)
+    raw = [contrast.difference.p_value for contrast in made.contrasts]
+    assert [contrast.p_adjusted for contrast in made.contrasts] == holm(raw)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.4])
 def test_no_spread_is_undecided(shift):
     control = [90.0, 91.0, 92.0]
-    found = verdict(comparison(control, [score + shift for score in control]))
-    assert found.startswith(f"Undecided: with each of 3 seeds locality scored +{shift:.2f} points")
+    text = sentence(control=control, local=[score + shift for score in control])
+    assert f"undecided; with each of 3 seeds it scored +{shift:.2f} points" in text
+
+
+def test_runs_without_a_pair_are_shown_and_not_compared():
+    made = found(control=[90.0, 91.0, 92.0], local=[93.0])
+    assert made.arm("local").scores == {0: 93.0}
+    assert made.arm("local").mean is None
+    assert (
+        verdict(made.contrasts[0], made)
+        == "local against control: nothing to say with 1 seed; at least 2 are needed."
+    )
 
 
 def test_the_ceiling_is_named():
-    assert "Locality scored 99 % or more" in verdict(comparison([90.0, 91.0, 92.0], [99.8, 99.0, 99.4]))
-    both = verdict(comparison([99.0, 99.2, 99.6], [99.8, 99.0, 99.4]))
-    assert "Baseline and locality scored 99 % or more" in both
-    assert "ceiling" not in verdict(comparison([90.0, 91.0, 92.0], [98.8, 98.0, 98.4]))
+    assert "Local scored 99 % or more" in sentence(control=[90.0, 91.0, 92.0], local=[99.8, 99.0, 99.4])
+    assert "Local and control scored" in sentence(control=[99.0, 99.2, 99.6], local=[99.8, 99.0, 99.4])
+    assert "ceiling" not in sentence(control=[90.0, 91.0, 92.0], local=[98.8, 98.0, 98.4])
+
+
+@pytest.mark.parametrize(
+    ("expected", "local", "verdict"),
+    [
+        ("better", [92.0, 93.1, 93.9], "reproduced"),
+        ("worse", [92.0, 93.1, 93.9], "contradicted"),
+        ("worse", [88.0, 88.9, 90.1], "reproduced"),
+        ("better", [91.0, 90.0, 92.5], "not shown at this scale"),
+        (None, [92.0, 93.1, 93.9], None),
+    ],
+)
+def test_what_it_says_about_a_claim(expected, local, verdict):
+    claim = Claim(text="t", source="s", expected={"local": expected} if expected else {})
+    assert found(claim, control=[90.0, 91.0, 92.0], local=local).contrasts[0].claim == verdict
 
 
 def test_numbers_as_text():
@@ -76,22 +120,9 @@ def test_numbers_as_text():
     assert interval(estimate([1.0, 1.0])) == "none: no spread"
 
 
-def sentences(tiny, config, **args):
-    model = dataclasses.replace(tiny.model, args={**tiny.model.args, **args})
-    return " ".join(confounders(plan(build_model(model, 10), config), model.args.get("drop_path_rate", 0.0)))
+def test_findings_are_json():
+    import json
 
-
-def test_confounders_of_the_papers_feed_forward_network(tiny):
-    text = sentences(tiny, LocalityConfig())
-    for words in ("No pre-norm", "without effect here", "hardswish", "(batch)", "(se)", "bypasses"):
-        assert words in text
-    assert "blocks.1.mlp of the last block has" in text
-    assert "Not matched in parameters" in text
-    assert "rate of up to 0.1" in sentences(tiny, LocalityConfig(), drop_path_rate=0.1)
-
-
-def test_what_is_kept_is_no_confounder(tiny):
-    text = sentences(tiny, LocalityConfig(init="preserve"))
-    for words in ("No pre-norm", "No drop-path", "Activation", "Norm (", "gate", "bypasses"):
-        assert words not in text
-    assert "Not matched in parameters" in text
+    made = found(control=[90.0, 91.0], local=[91.0, 91.5])
+    assert json.loads(json.dumps(made.to_dict()))["verdicts"] == [verdict(made.contrasts[0], made)]
+    assert dataclasses.asdict(made)["test_images"] == 500

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from localvit.studies import run as run_module
 from localvit.studies.demo import demo_study
-from localvit.studies.records import StudyFolder, machine
+from localvit.studies.folder import StudyFolder
+from localvit.studies.machine import machine
 from localvit.studies.run import run_missing
 from localvit.training import ConfigError, TrainingFailed, resolve
 
@@ -181,7 +182,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from localvit.studies.demo import demo_study
-from localvit.studies.records import StudyFolder
+from localvit.studies.folder import StudyFolder
 from localvit.studies.run import run_missing
 from localvit.training import resolve
 if __name__ == "__main__":

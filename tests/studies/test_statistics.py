@@ -4,11 +4,19 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from localvit.studies.statistics import estimate, paired_difference, smallest_detectable
+from localvit.studies.statistics import (
+    estimate,
+    holm,
+    paired_difference,
+    seeds_needed,
+    sign_flip_p,
+    smallest_detectable,
+    unpaired_difference,
+)
 
 scores = st.floats(0, 100).map(lambda x: round(x, 1))
 
@@ -107,3 +115,66 @@ def test_more_pairs_or_less_spread_show_smaller_differences(sd, n):
     here = smallest_detectable(sd, n)
     assert smallest_detectable(sd, n + 1) < here
     assert smallest_detectable(2 * sd, n) == pytest.approx(2 * here)
+
+
+differences = st.lists(st.floats(-5, 5).map(lambda x: round(x, 2)), min_size=2, max_size=8)
+p_values = st.lists(st.floats(0, 1), min_size=1, max_size=8)
+
+
+@given(differences)
+def test_sign_flips_agree_with_scipys_exact_permutation_test(values):
+    expected = stats.permutation_test(
+        (np.array(values),), np.mean, permutation_type="samples", n_resamples=np.inf, rng=0
+    ).pvalue
+    # scipy doubles the smaller tail, which is the same for flips: their distribution is symmetric.
+    assert sign_flip_p(values) == pytest.approx(expected)
+
+
+def test_sign_flips_by_hand():
+    assert sign_flip_p([1.0, 2.0, 3.0]) == 2 / 8  # only all plus and all minus are as far from 0
+    assert sign_flip_p([1.0] * 5) == 2 / 32
+    assert sign_flip_p([1.0, -1.0]) == 1.0
+    assert sign_flip_p([1.0] * 20) == pytest.approx(1 / 10_001)  # 10,000 draws and the observed one
+
+
+@given(p_values)
+def test_holm_agrees_with_its_definition(values):
+    # Reject in ascending order while p <= level / (number left): the adjusted p is the least such level.
+    adjusted = holm(values)
+    for level in (0.01, 0.05, 0.2, 0.9):
+        order = sorted(range(len(values)), key=lambda i: values[i])
+        rejected = set()
+        for rank, i in enumerate(order):
+            if values[i] * (len(values) - rank) > level:
+                break
+            rejected.add(i)
+        assert rejected == {i for i, p in enumerate(adjusted) if p <= level}
+    assert all(a >= p for a, p in zip(adjusted, values, strict=True))
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([None, 0.02]) == [None, 0.04]  # a test without an outcome is a test
+
+
+@settings(max_examples=15)
+@given(st.floats(0.1, 2), st.floats(0.3, 3))
+def test_seeds_needed_is_the_least_number_that_suffices(sd, difference):
+    number = seeds_needed(sd, difference)
+    assert smallest_detectable(sd, number) <= difference
+    assert number == 2 or smallest_detectable(sd, number - 1) > difference
+
+
+def test_seeds_needed_ends_somewhere():
+    assert seeds_needed(100.0, 0.01) is None
+    with pytest.raises(ValueError, match="difference=0"):
+        seeds_needed(1.0, 0)
+
+
+def test_unpaired_difference_is_welchs():
+    found = unpaired_difference([1.0, 2.0, 3.0], [2.0, 4.0, 9.0])
+    expected = stats.ttest_ind([2.0, 4.0, 9.0], [1.0, 2.0, 3.0], equal_var=False).confidence_interval()
+    assert (found.mean, found.low, found.high) == pytest.approx((3.0, *expected))
+    assert unpaired_difference([1.0, 1.0], [2.0, 2.0]) is None
+    assert unpaired_difference([1.0, 1.0], [2.0, 3.0]).mean == 1.5

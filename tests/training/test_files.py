@@ -3,7 +3,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localvit.locality import LocalityConfig
+from localvit.locality import LocalityConfig, preset
 from localvit.training import (
     ConfigError,
     ModelConfig,
@@ -119,3 +119,11 @@ def test_unknown_recipe_and_unreadable_file(tmp_path):
     (tmp_path / "list.yaml").write_text("[1, 2]")
     with pytest.raises(ConfigError, match="not a mapping"):
         load_recipe(str(tmp_path / "list.yaml"))
+
+
+def test_a_published_design_by_name_and_with_changes():
+    made = from_dict({"model": {"locality": {"preset": "mix_ffn", "kernel_size": 5}}})
+    assert made.model.locality == preset("mix_ffn", kernel_size=5)
+    assert from_dict(to_dict(made)) == made
+    with pytest.raises(ConfigError, match=r"model.locality: no preset is called 'mix-ffn' .*'mix_ffn'"):
+        from_dict({"model": {"locality": {"preset": "mix-ffn"}}})

@@ -1,0 +1,263 @@
+"""``localvit study``: controlled experiments from a question file to a report."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from localvit.cli.arguments import Failure, UsageError, check_extra, command_line, one_line_errors
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from localvit.studies.checks import Facts
+    from localvit.studies.report import Report
+    from localvit.studies.study import Study
+
+Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FILE")]
+Folder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class List:
+    """List the questions that come with localvit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A question at a scale."""
+
+    name: Name
+    """a question that comes with localvit (see list), or a YAML file"""
+    scale: Annotated[str, tyro.conf.arg(metavar="NAME")] = "digits"
+    """digits (minutes on a CPU), small (CIFAR-10 and its like), paper (ImageNet), or one of the file's"""
+    data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
+    """training pictures: digits, an image folder, a .tar, or a name for timm.data.create_dataset"""
+    val_data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
+    """pictures that are reported; without it, what the data brings along, or a part held out of it"""
+    data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """where timm's named data sets keep their files"""
+    set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    """change a field of all arms, e.g. epochs=5 or model.args.depth=4"""
+    match: Literal["none", "params", "macs"] | None = None
+    """make this equal in all arms, by the width of their feed-forward networks"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show(Asked):
+    """Print a question: its arms, how they differ, what they cost, what else differs. Nothing runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Asked):
+    """Train every arm with every seed, compare, and write a report.
+
+    Repeating the command does what is missing; more seeds or arms reuse what is there.
+    """
+
+    output: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """for runs and report: a new one, or that of this very study to go on with it"""
+    seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 5
+    """runs of every arm, at least 2"""
+    jobs: Annotated[int, tyro.conf.arg(metavar="N")] = 2
+    """runs at a time; on GPUs in turns, several on one if there are more runs than GPUs"""
+    threads: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """threads of each run"""
+    retry: tyro.conf.FlagCreatePairsOff[bool] = False
+    """start runs that failed anew; without it they are listed and left"""
+    reuse: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="DIR")] = ()
+    """take finished runs of the same configuration from another study's folder"""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """print the runs, their order and what they will cost, and stop"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Write report.html and report.md again, from what the folder holds; results.jsonl is enough."""
+
+    folder: Folder
+    """of a study"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Compare two studies arm by arm, e.g. at two scales or of two versions."""
+
+    first: Folder
+    """of a study"""
+    second: Folder
+    """of another one"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Print a study's results: csv has a line for each run, latex and markdown one for each arm."""
+
+    folder: Folder
+    """of a study"""
+    format: Literal["csv", "latex", "markdown"] = "markdown"
+    """of what is printed"""
+
+
+Options = (
+    Annotated[List, tyro.conf.subcommand("list")]
+    | Annotated[Show, tyro.conf.subcommand("show")]
+    | Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[ReportOptions, tyro.conf.subcommand("report")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+)
+
+
+def run(options: List | Show | Run | ReportOptions | Compare | Export) -> int:
+    """Do what was asked; 0 when done."""
+    from rich.console import Console
+
+    check_extra("study")
+    console = Console()
+    with one_line_errors():
+        match options:
+            case List():
+                _list(console)
+            case Run():
+                return _run(options, console)
+            case Show():
+                _show(options, console)
+            case ReportOptions(folder=folder):
+                _report(folder, console)
+            case Compare(first=first, second=second):
+                from localvit.studies.export import compare_studies
+
+                _print(console, compare_studies(Path(first), Path(second)))
+            case Export(folder=folder, format=form):
+                from localvit.studies import export
+
+                print(export.export(Path(folder), form), end="")
+    return 0
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The main table and the verdicts."""
+    from localvit.studies import page
+    from localvit.studies.sections import verdicts
+    from localvit.studies.tables import result_notes, result_table
+
+    console.print(page.as_rich(report.study.question, result_table(report)))
+    warnings = [f"warning: {warning}" for warning in report.warnings]
+    lines = [result_notes(report), *verdicts(report), *warnings, f"report: {report.folder / 'report.html'}"]
+    _print(console, "\n".join(lines))
+
+
+def _list(console: Console) -> None:
+    from localvit.studies.question import list_questions, load_question
+
+    for name in list_questions():
+        question = load_question(name)
+        _print(console, f"{name:<14} {question.question} ({len(question.arms) + 1} arms)")
+
+
+def _study(options: Asked, seeds: int) -> Study:
+    from localvit.studies.checks import matched
+    from localvit.studies.question import load_question
+
+    question = load_question(options.name)
+    study = question.study(
+        options.scale, seeds, options.set, train=options.data, test=options.val_data, root=options.data_root
+    )
+    if options.match is not None:
+        study = dataclasses.replace(study, match=options.match)
+    return matched(study)
+
+
+def _show(options: Show, console: Console) -> None:
+    from localvit.studies.checks import check_study
+
+    study = _study(options, 1)
+    _print(console, describe(study, check_study(study)))
+
+
+def describe(study: Study, facts: Facts) -> str:
+    """A study before it runs, for people."""
+    from localvit.studies.tables import giga
+
+    lines = [
+        study.question,
+        f"base: {study.base.model.name} on {study.base.data.train}, {study.base.epochs} epochs",
+    ]
+    for name, arm in facts.arms.items():
+        cost = f"{arm.parameters:,} parameters, {giga(arm.macs)}MACs, {arm.tokens or '?'} tokens"
+        control = study.control_of(study.arm(name))
+        lines.append(f"{name}{f' (against {control})' if control != name else ''}: {cost}")
+        lines += [f"  {path}: {there!r} -> {here!r}" for path, (there, here) in arm.differs.items()]
+        lines += [f"  also: {sentence}" for sentence in arm.confounders]
+        lines += [f"  {arm.matched}"] if arm.matched else []
+    if study.claim:
+        lines.append(f"claim: {study.claim.text} ({study.claim.source})")
+    return "\n".join(lines)
+
+
+def _run(options: Run, console: Console) -> int:
+    from localvit.studies.answer import answer
+    from localvit.studies.run import StudyFailed
+
+    for flag, value, least in (
+        ("seeds", options.seeds, 2),
+        ("jobs", options.jobs, 1),
+        ("threads", options.threads, 1),
+    ):
+        if value < least:
+            raise UsageError(f"--{flag} {value}: at least {least}")
+    if options.output is None:
+        raise UsageError("--output DIR is missing: where runs and report go")
+    study = _study(options, options.seeds)
+    if options.dry_run:
+        _dry_run(study, options, console)
+        return 0
+    if study.base.data.train == "DATA":
+        raise UsageError(f"--data SRC is missing: scale {options.scale!r} has no pictures of its own")
+    try:
+        made = answer(
+            study,
+            Path(options.output),
+            command=command_line(("study", "run"), options),
+            jobs=options.jobs,
+            threads=options.threads,
+            retry=options.retry,
+            reuse=[Path(other) for other in options.reuse],
+            console=console,
+        )
+    except StudyFailed as error:
+        raise Failure(str(error)) from error
+    except KeyboardInterrupt:
+        print(f"stopped; finished runs are kept in {options.output}, and the same command goes on")
+        return 130
+    print_report(made, console)
+    return 0
+
+
+def _dry_run(study: Study, options: Run, console: Console) -> None:
+    from localvit.studies.checks import check_study
+    from localvit.studies.folder import StudyFolder
+    from localvit.studies.forecast import forecast
+
+    assert options.output is not None
+    facts = check_study(study)
+    found = forecast(StudyFolder(Path(options.output), study), facts, options.jobs)
+    _print(console, "\n".join([describe(study, facts), f"data: {facts.images}", *found.lines()]))
+
+
+def _report(folder: str, console: Console) -> None:
+    from localvit.studies.report import read_report
+    from localvit.studies.sections import write_report
+
+    report = read_report(Path(folder))
+    write_report(report)
+    print_report(report, console)
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
