@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from localvit.studies.checks import Facts
+    from localvit.studies.cluster import Cluster
     from localvit.studies.report import Report
     from localvit.studies.study import Study
 
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FILE")]
 Folder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+
+_HERE = 2  # runs at a time on this machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,34 @@ class Show(Asked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(Asked):
+class OnCluster:
+    """Where runs go, and what each of them asks for (`studies.resources.Resources`)."""
+
+    cluster: Literal["slurm", "local"] | None = None
+    """hand the runs over as jobs: slurm (an array of jobs), local (this machine, all at once, to try out);
+    every machine must see DIR and the pictures; an interrupt leaves the jobs there"""
+    minutes: Annotated[int, tyro.conf.arg(metavar="N")] = 60
+    """of a job; a run that needs more goes back into the queue with its state saved"""
+    gpus: Annotated[int, tyro.conf.arg(metavar="0|1")] = 0
+    """of a job"""
+    cpus: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """of a job, for threads and data workers"""
+    memory: Annotated[float | None, tyro.conf.arg(metavar="GB")] = None
+    """of a job"""
+    partition: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """as sbatch has it"""
+    account: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """as sbatch has it"""
+    qos: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """as sbatch has it"""
+    constraint: Annotated[str | None, tyro.conf.arg(metavar="WORDS")] = None
+    """as sbatch has it"""
+    setup: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="LINE")] = ()
+    """a line of shell before each run, e.g. 'module load cuda'"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(OnCluster, Asked):
     """Train every arm with every seed, compare, and write a report.
 
     Repeating the command does what is missing; more seeds or arms reuse what is there.
@@ -63,8 +93,8 @@ class Run(Asked):
     """for runs and report: a new one, or that of this very study to go on with it"""
     seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 5
     """runs of every arm, at least 2"""
-    jobs: Annotated[int, tyro.conf.arg(metavar="N")] = 2
-    """runs at a time; on GPUs in turns, several on one if there are more runs than GPUs"""
+    jobs: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """runs at a time: 2, on GPUs in turns, several on one if there are more runs than GPUs; on a cluster all"""
     threads: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """threads of each run"""
     retry: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -205,16 +235,17 @@ def _run(options: Run, console: Console) -> int:
 
     for flag, value, least in (
         ("seeds", options.seeds, 2),
-        ("jobs", options.jobs, 1),
+        ("jobs", _HERE if options.jobs is None else options.jobs, 1),
         ("threads", options.threads, 1),
     ):
         if value < least:
             raise UsageError(f"--{flag} {value}: at least {least}")
     if options.output is None:
         raise UsageError("--output DIR is missing: where runs and report go")
+    cluster = _cluster(options)
     study = _study(options, options.seeds)
     if options.dry_run:
-        _dry_run(study, options, console)
+        _dry_run(study, options, cluster, console)
         return 0
     if study.base.data.train == "DATA":
         raise UsageError(f"--data SRC is missing: scale {options.scale!r} has no pictures of its own")
@@ -223,8 +254,9 @@ def _run(options: Run, console: Console) -> int:
             study,
             Path(options.output),
             command=command_line(("study", "run"), options),
-            jobs=options.jobs,
+            jobs=options.jobs or _HERE,
             threads=options.threads,
+            cluster=cluster,
             retry=options.retry,
             reuse=[Path(other) for other in options.reuse],
             console=console,
@@ -232,21 +264,48 @@ def _run(options: Run, console: Console) -> int:
     except StudyFailed as error:
         raise Failure(str(error)) from error
     except KeyboardInterrupt:
-        print(f"stopped; finished runs are kept in {options.output}, and the same command goes on")
+        left = "the jobs go on without it, " if options.cluster == "slurm" else ""
+        print(f"stopped; {left}finished runs are kept in {options.output}, and the same command goes on")
         return 130
     print_report(made, console)
     return 0
 
 
-def _dry_run(study: Study, options: Run, console: Console) -> None:
+def _cluster(options: Run) -> Cluster | None:
+    """What was asked for a cluster.
+
+    Raises:
+        UsageError: if no cluster was asked for, only something of it.
+        ConfigError: as `Resources`.
+    """
+    from localvit.studies.cluster import Cluster
+    from localvit.studies.resources import Resources
+
+    asked = {field.name: getattr(options, field.name) for field in dataclasses.fields(Resources)}
+    resources = Resources(**asked)
+    if options.cluster is not None:
+        return Cluster(kind=options.cluster, resources=resources, parallel=options.jobs)
+    if resources != Resources():
+        flag = next(name for name, value in asked.items() if value != getattr(Resources(), name))
+        raise UsageError(f"--{flag} has no effect without --cluster")
+    return None
+
+
+def _dry_run(study: Study, options: Run, cluster: Cluster | None, console: Console) -> None:
     from localvit.studies.checks import check_study
     from localvit.studies.folder import StudyFolder
     from localvit.studies.forecast import forecast
 
     assert options.output is not None
+    if cluster is not None:
+        cluster.check(study, options.threads)
     facts = check_study(study)
-    found = forecast(StudyFolder(Path(options.output), study), facts, options.jobs)
-    _print(console, "\n".join([describe(study, facts), f"data: {facts.images}", *found.lines()]))
+    folder = StudyFolder(Path(options.output), study)
+    found = forecast(folder, facts, options.jobs or _HERE, device="cpu" if cluster else None)
+    lines = [describe(study, facts), f"data: {facts.images}", *found.lines()]
+    if cluster is not None:
+        lines += cluster.describe(folder, [run for run, o in found.outcomes.items() if o.state != "done"])
+    _print(console, "\n".join(lines))
 
 
 def _report(folder: str, console: Console) -> None:
