@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from localvit.cli.arguments import Failure, UsageError, check_extra, command_line, one_line_errors
+from localvit.cli.cluster import OnCluster, cluster_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,33 +57,6 @@ class Show(Asked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnCluster:
-    """Where runs go, and what each of them asks for (`studies.resources.Resources`)."""
-
-    cluster: Literal["slurm", "local"] | None = None
-    """hand the runs over as jobs: slurm (an array of jobs), local (this machine, all at once, to try out);
-    every machine must see DIR and the pictures; an interrupt leaves the jobs there"""
-    minutes: Annotated[int, tyro.conf.arg(metavar="N")] = 60
-    """of a job; a run that needs more goes back into the queue with its state saved"""
-    gpus: Annotated[int, tyro.conf.arg(metavar="0|1")] = 0
-    """of a job"""
-    cpus: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-    """of a job, for threads and data workers"""
-    memory: Annotated[float | None, tyro.conf.arg(metavar="GB")] = None
-    """of a job"""
-    partition: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """as sbatch has it"""
-    account: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """as sbatch has it"""
-    qos: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """as sbatch has it"""
-    constraint: Annotated[str | None, tyro.conf.arg(metavar="WORDS")] = None
-    """as sbatch has it"""
-    setup: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="LINE")] = ()
-    """a line of shell before each run, e.g. 'module load cuda'"""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Run(OnCluster, Asked):
     """Train every arm with every seed, compare, and write a report.
 
@@ -94,7 +68,7 @@ class Run(OnCluster, Asked):
     seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 5
     """runs of every arm, at least 2"""
     jobs: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """runs at a time: 2, on GPUs in turns, several on one if there are more runs than GPUs; on a cluster all"""
+    """runs at a time: 2, on GPUs in turns, several on one if there are more than GPUs; on a cluster all"""
     threads: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """threads of each run"""
     retry: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -242,7 +216,7 @@ def _run(options: Run, console: Console) -> int:
             raise UsageError(f"--{flag} {value}: at least {least}")
     if options.output is None:
         raise UsageError("--output DIR is missing: where runs and report go")
-    cluster = _cluster(options)
+    cluster = cluster_of(options, options.jobs)
     study = _study(options, options.seeds)
     if options.dry_run:
         _dry_run(study, options, cluster, console)
@@ -271,26 +245,6 @@ def _run(options: Run, console: Console) -> int:
     return 0
 
 
-def _cluster(options: Run) -> Cluster | None:
-    """What was asked for a cluster.
-
-    Raises:
-        UsageError: if no cluster was asked for, only something of it.
-        ConfigError: as `Resources`.
-    """
-    from localvit.studies.cluster import Cluster
-    from localvit.studies.resources import Resources
-
-    asked = {field.name: getattr(options, field.name) for field in dataclasses.fields(Resources)}
-    resources = Resources(**asked)
-    if options.cluster is not None:
-        return Cluster(kind=options.cluster, resources=resources, parallel=options.jobs)
-    if resources != Resources():
-        flag = next(name for name, value in asked.items() if value != getattr(Resources(), name))
-        raise UsageError(f"--{flag} has no effect without --cluster")
-    return None
-
-
 def _dry_run(study: Study, options: Run, cluster: Cluster | None, console: Console) -> None:
     from localvit.studies.checks import check_study
     from localvit.studies.folder import StudyFolder
@@ -301,7 +255,8 @@ def _dry_run(study: Study, options: Run, cluster: Cluster | None, console: Conso
         cluster.check(study, options.threads)
     facts = check_study(study)
     folder = StudyFolder(Path(options.output), study)
-    found = forecast(folder, facts, options.jobs or _HERE, device="cpu" if cluster else None)
+    jobs = options.jobs or (len(study.runs()) if cluster else _HERE)
+    found = forecast(folder, facts, jobs, device="cpu" if cluster else None)
     lines = [describe(study, facts), f"data: {facts.images}", *found.lines()]
     if cluster is not None:
         lines += cluster.describe(folder, [run for run, o in found.outcomes.items() if o.state != "done"])

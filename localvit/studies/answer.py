@@ -43,8 +43,8 @@ def answer(
         study: With budgets matched (`checks.matched`).
         folder: For runs and report (`folder.StudyFolder`).
         tuning: Of the learning rates, kept beside the runs and cited by the report.
-        command, jobs, threads, cluster, retry, reuse, console: As in `run.run_missing`. After runs on a cluster
-            the arms are not timed, because this may be no machine to time them on; a call without it does.
+        command, jobs, threads, cluster, retry, reuse, console: As in `run.run_missing`. With a cluster the
+            arms are not timed, because this may be no machine to time them on; a call without it does.
 
     Raises:
         ConfigError, DataError: if the study cannot work or the folder holds something else; nothing was

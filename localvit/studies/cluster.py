@@ -13,13 +13,11 @@ jobs/ID_0_log.err, ...  what submitit keeps: scripts, logs, pickles (only its ow
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +25,12 @@ import torch
 
 from localvit.studies.display import Display
 from localvit.studies.folder import StudyFolder, note_failure, reason_of
+from localvit.studies.jobs import Job, Kind, alive_of, jobs_path, living, write_jobs
 from localvit.studies.records import RECORD, perform
 from localvit.studies.resources import Resources
 from localvit.studies.study import Run, Study
 from localvit.training import ConfigError, TrainConfig, TrainingInterrupted, stop_on_signals
 from localvit.training.lock import FolderInUse
-from localvit.training.output import write_atomically
 
 Kind = Literal["slurm", "local"]
 POLL = {"slurm": 15.0, "local": 0.5}
@@ -48,11 +46,11 @@ class Cluster:
     Attributes:
         kind: ``"slurm"``, or ``"local"``: jobs on this machine, all at once, to try things out.
         resources: For each run, where its arm (`Arm.resources`) says nothing else.
-        parallel: Most jobs of one array at a time; ``None``: as many as the cluster likes. Not for ``"local"``.
+        parallel: Most jobs of one array at a time; ``None``: as many as it likes. Not for ``"local"``.
     """
 
     kind: Kind = "slurm"
-    resources: Resources = Resources()
+    resources: Resources = field(default_factory=Resources)
     parallel: int | None = None
 
     def __post_init__(self) -> None:
@@ -101,21 +99,17 @@ class Cluster:
                 reason = " ".join(str(error).split())
                 raise ConfigError(f"{self.kind} refuses {len(tasks)} jobs ({resources}): {reason}") from error
             jobs |= {run: Job(self.kind, job.job_id) for run, job in zip(members, submitted, strict=True)}
-            _write_jobs(folder, jobs)
+            write_jobs(folder, jobs)
         return jobs
 
     def describe(self, folder: StudyFolder, runs: Collection[Run]) -> list[str]:
         """What `work` would do with runs that are not done, in words."""
         there = living(folder)
-        lines = [
-            f"{run.arm} seed {run.seed}: queued or running as job {there[run].id}"
-            for run in runs
-            if run in there
-        ]
+        known = [run for run in runs if run in there]
+        lines = [f"{run.arm} seed {run.seed}: queued or running as job {there[run].id}" for run in known]
         limit = f", at most {self.parallel} at a time" if self.parallel else ""
-        for resources, members in self.arrays(
-            folder.study, [run for run in runs if run not in there]
-        ).items():
+        new = [run for run in runs if run not in there]
+        for resources, members in self.arrays(folder.study, new).items():
             names = ", ".join(f"{run.arm} seed {run.seed}" for run in members)
             lines.append(f"{self.kind}: an array of {len(members)} jobs{limit}, each {resources}: {names}")
         return lines
@@ -124,7 +118,7 @@ class Cluster:
         import submitit
 
         limit = {f"{self.kind}_max_num_timeout": TIMEOUTS}
-        executor = submitit.AutoExecutor(_jobs(folder).absolute(), cluster=self.kind, **limit)
+        executor = submitit.AutoExecutor(jobs_path(folder).absolute(), cluster=self.kind, **limit)
         executor.update_parameters(
             name=f"localvit-{folder.study.name or 'study'}",
             timeout_min=resources.minutes,
@@ -142,14 +136,6 @@ class Cluster:
             **({f"{self.kind}_setup": list(resources.setup)} if resources.setup else {}),
         )
         return executor
-
-
-@dataclass(frozen=True)
-class Job:
-    """A job, as its cluster names it."""
-
-    kind: Kind
-    id: str
 
 
 @dataclass(frozen=True)
@@ -196,27 +182,6 @@ class Task:
         return requeue in received
 
 
-def living(folder: StudyFolder) -> dict[Run, Job]:
-    """The runs that are not done and whose last job is queued or running.
-
-    Raises:
-        ConfigError: if nobody can tell.
-    """
-    known = _read_jobs(folder)
-    open_jobs = {
-        run: known[run.key]
-        for run in folder.study.runs()
-        if run.key in known and folder.outcome(run).state != "done"
-    }
-    alive = _alive(open_jobs.values())
-    if alive is None:
-        raise ConfigError(
-            f"squeue does not answer, so nobody can tell whether {len(open_jobs)} jobs still run; try again, "
-            f"or delete {str(_jobs(folder) / 'jobs.json')!r} if that cluster is gone"
-        )
-    return {run: job for run, job in open_jobs.items() if job in alive}
-
-
 def work(
     cluster: Cluster,
     missing: Iterable[Run],
@@ -245,77 +210,36 @@ def work(
     jobs |= cluster.submit(folder, [run for run in missing if run not in there], threads)
     ended: set[Run] = set()
     while jobs:
-        alive = _alive(jobs.values())  # before the outcomes: a run may finish between the two
+        alive = alive_of(jobs.values())  # before the outcomes: a run may finish between the two
         gone = set() if alive is None else {run for run, job in jobs.items() if job not in alive}
-        for run in list(jobs):
-            outcome = folder.outcome(run)
-            if outcome.record is not None:
-                display.finished(run, outcome.record)
-            elif outcome.state == "failed":
-                failures[run] = outcome.reason
-            elif run in gone & ended:  # twice, because files may be seen later than the queue
-                log = _jobs(folder) / f"{jobs[run].id}_0_log.err"
-                failures[run] = (
-                    f"its job {jobs[run].id} ended before it did (see {log}); it goes on next time"
-                )
-            else:
-                continue
+        # Missing twice, because files may be seen later than the queue.
+        for run in _settled(jobs, gone & ended, folder, failures, display):
             del jobs[run]
-            if run in failures:
-                display.failed(run, failures[run])
         ended = gone
         display.refresh(list(jobs))
         if jobs:
             time.sleep(POLL[cluster.kind])
 
 
-def _alive(jobs: Collection[Job]) -> set[Job] | None:
-    """Those that are queued or running; ``None`` if SLURM does not say.
-
-    submitit would ask sacct, which needs a data base that not every cluster has, is behind the queue, and
-    calls a suspended job finished. The queue itself is what decides whether a run may be submitted.
-    """
-    slurm = {job for job in jobs if job.kind == "slurm"}
-    queued = _queue() if slurm else set()
-    if queued is None:
-        return None
-    return {job for job in jobs if (job.id in queued if job.kind == "slurm" else _is_running(job.id))}
-
-
-def _queue() -> set[str] | None:
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return set(done.stdout.split())
-
-
-def _is_running(process: str) -> bool:
-    """Whether this is a process of submitit's local executor; one that has ended has no command line."""
-    try:
-        return b"submitit.local._local" in Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        return False
-
-
-def _jobs(folder: StudyFolder) -> Path:
-    return folder.path / "jobs"
-
-
-def _read_jobs(folder: StudyFolder) -> dict[str, Job]:
-    path = _jobs(folder) / "jobs.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return {key: Job(**job) for key, job in values.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{str(path)!r} cannot be read: {error}") from error
-
-
-def _write_jobs(folder: StudyFolder, jobs: Mapping[Run, Job]) -> None:
-    _jobs(folder).mkdir(exist_ok=True)
-    values = _read_jobs(folder) | {run.key: job for run, job in jobs.items()}
-    text = json.dumps({key: asdict(job) for key, job in values.items()}, indent=1)
-    write_atomically(_jobs(folder) / "jobs.json", text + "\n")
+def _settled(
+    jobs: Mapping[Run, Job],
+    ended: Collection[Run],
+    folder: StudyFolder,
+    failures: dict[Run, str],
+    display: Display,
+) -> list[Run]:
+    """The runs that need not be waited for any more: finished, failed, or without a job."""
+    settled = []
+    for run, job in jobs.items():
+        outcome = folder.outcome(run)
+        if outcome.record is not None:
+            display.finished(run, outcome.record)
+        elif outcome.state == "failed" or run in ended:
+            log = jobs_path(folder) / f"{job.id}_0_log.err"
+            short = f"its job {job.id} ended before it did (see {log}); it goes on next time"
+            failures[run] = outcome.reason or short
+            display.failed(run, failures[run])
+        else:
+            continue
+        settled.append(run)
+    return settled

@@ -22,6 +22,7 @@ from localvit.studies import cluster as clusters
 from localvit.studies.checks import Facts, check_study
 from localvit.studies.display import Display
 from localvit.studies.folder import Outcome, StudyFolder, reason_of
+from localvit.studies.jobs import living
 from localvit.studies.records import Record, perform
 from localvit.studies.study import Run, Study
 from localvit.training import ConfigError
@@ -66,15 +67,15 @@ def run_missing(
 
     Raises:
         ConfigError, DataError: if an arm cannot be trained, a record cannot be read, another process works
-            in the folder or nothing can be submitted from here; nothing was written. Or if the cluster refuses
-            the jobs, or some are there and `cluster` is ``None``.
+            in the folder or nothing can be submitted from here; nothing was written. Or if the cluster
+            refuses the jobs, or some are there and `cluster` is ``None``.
     """
     if cluster is not None:
         cluster.check(folder.study, threads)
     facts = check_ready(folder.study, here=cluster is None)
     folder.finished()  # finds records that cannot be used
     with folder.claim(command, facts.classes):
-        if cluster is None and (there := clusters.living(folder)):
+        if cluster is None and (there := living(folder)):
             listed = ", ".join(job.id for job in there.values())
             raise ConfigError(f"{len(there)} runs are queued or running on a cluster (jobs {listed})")
         outcomes = _outcomes(folder, retry, reuse)
