@@ -259,7 +259,8 @@ def _dry_run(study: Study, options: Run, cluster: Cluster | None, console: Conso
     found = forecast(folder, facts, jobs, device="cpu" if cluster else None)
     lines = [describe(study, facts), f"data: {facts.images}", *found.lines()]
     if cluster is not None:
-        lines += cluster.describe(folder, [run for run, o in found.outcomes.items() if o.state != "done"])
+        waiting = ("new", "begun", "failed") if options.retry else ("new", "begun")
+        lines += cluster.describe(folder, [r for r, o in found.outcomes.items() if o.state in waiting])
     _print(console, "\n".join(lines))
 
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -32,7 +32,6 @@ from localvit.studies.study import Run, Study
 from localvit.training import ConfigError, TrainConfig, TrainingInterrupted, stop_on_signals
 from localvit.training.lock import FolderInUse
 
-Kind = Literal["slurm", "local"]
 POLL = {"slurm": 15.0, "local": 0.5}
 """Seconds between two looks at the jobs."""
 TIMEOUTS = 50
