@@ -169,7 +169,7 @@ print("\n| run | what happened to its job | processes | epochs | test top-1, % |
 print("|---|---|---:|---:|---:|---|---|")
 equal = True
 for run, fate in zip(slurm.study.runs(), fates, strict=True):
-    starts = sum(log.count("Starting with") for log in logs.values() if f"localvit-run {run.key}" in log)
+    starts = sum(log.count(f"localvit: run {run.key}\n") for log in logs.values())
     same = [a(here, run) == a(slurm, run) for a in (weights, results)]
     equal &= all(same)
     record = slurm.finished()[run]

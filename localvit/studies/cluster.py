@@ -15,10 +15,10 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import signal
-import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import torch
@@ -155,6 +155,7 @@ class Task:
 
         requeue = signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
         torch.set_num_threads(self.threads)
+        print(f"localvit: run {self.folder.name}", flush=True)  # so that a log says whose it is
         while not (self.folder / RECORD).exists():
             if self._train(requeue) and not (self.folder / RECORD).exists():
                 signal.raise_signal(requeue)  # now submitit's: it requeues the job and ends this process
@@ -217,7 +218,7 @@ def work(
         ended = gone
         display.refresh(list(jobs))
         if jobs:
-            time.sleep(POLL[cluster.kind])
+            sleep(POLL[cluster.kind])
 
 
 def _settled(
