@@ -88,8 +88,8 @@ scales:
   tiny: {recipe: digits}
 QUESTION
 settings=(
-    model.args.embed_dim=24 model.args.depth=2 model.args.num_heads=2 epochs=12 schedule.warmup_epochs=2
-    batch_size=64 workers=1 save_seconds=0.5 device=cpu
+    model.args.embed_dim=24 model.args.depth=2 model.args.num_heads=2 epochs=8 schedule.warmup_epochs=2
+    batch_size=64 workers=0 save_seconds=0.5 device=cpu
 )
 words=(-m localvit study run "$work/question.yaml" --scale tiny --seeds 2)
 for setting in "${settings[@]}"; do words+=(--set "$setting"); done
@@ -118,14 +118,14 @@ has_jobs() { [ "$(grep -c '"id"' "$work/slurm/jobs/jobs.json" 2>/dev/null)" = 4 
 trained() { [ "$(wc -l 2>/dev/null <"$1/metrics.jsonl")" -ge "$2" ] 2>/dev/null && [ ! -f "$1/record.json" ]; }
 
 "$python" "${cluster[@]}" >"$work/first.log" 2>&1 & command=$!
-until_true 120 has_jobs
+until_true 300 has_jobs
 ids=() folders=()
 for number in 0 1 2 3; do ids+=("$(study id "$number")") folders+=("$(study folder "$number")"); done
 
-until_true 120 trained "${folders[0]}" 2
+until_true 300 trained "${folders[0]}" 2
 scontrol requeue "${ids[0]}"
 echo "job 1: requeued after $(wc -l <"${folders[0]}/metrics.jsonl") epochs"
-until_true 120 trained "${folders[1]}" 2
+until_true 300 trained "${folders[1]}" 2
 scancel --signal=USR2 "${ids[1]}"
 echo "job 2: told that its time is over (SIGUSR2) after $(wc -l <"${folders[1]}/metrics.jsonl") epochs"
 
@@ -134,7 +134,7 @@ wait "$command" && exit 1
 tail -n 1 "$work/first.log" | sed "s|$work|DIR|g"
 before=$(squeue --me --noheader --array | wc -l)
 "$python" "${cluster[@]}" >"$work/second.log" 2>&1 & command=$!
-until_true 120 trained "${folders[2]}" 2
+until_true 300 trained "${folders[2]}" 2
 scancel "${ids[2]}"
 echo "job 3: cancelled after $(wc -l <"${folders[2]}/metrics.jsonl") epochs"
 wait "$command" && exit 1

@@ -112,7 +112,7 @@ def test_an_interrupt_leaves_the_jobs_and_nothing_is_submitted_twice(folder, slu
     slurm.acts = [interrupt]
     with pytest.raises(KeyboardInterrupt):
         run_missing(folder, cluster=Cluster())
-    with pytest.raises(ConfigError, match="4 runs are queued or running on a cluster .jobs 100_0, 100_1"):
+    with pytest.raises(ConfigError, match=r"4 runs are queued or running on a cluster .jobs 100_0, 100_1"):
         run_missing(folder)
     assert "running as job 100_2" in Cluster().describe(folder, folder.study.runs())[2]
     (slurm.folder / "down").touch()
@@ -147,7 +147,7 @@ def test_what_jobs_left_undone_is_said_and_done_by_the_next_call(folder, slurm):
 
 def test_a_refusal_is_told_and_leaves_no_jobs(folder, slurm):
     (slurm.folder / "refusal").write_text("sbatch: error: invalid partition\nspecified: nowhere\n")
-    with pytest.raises(ConfigError, match="slurm refuses 4 jobs .60 minutes.*invalid partition specified"):
+    with pytest.raises(ConfigError, match=r"slurm refuses 4 jobs .60 minutes.*invalid partition specified"):
         run_missing(folder, cluster=Cluster(resources=Resources(partition="nowhere")))
     assert not (folder.path / "jobs/jobs.json").exists()
 
