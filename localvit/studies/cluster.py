@@ -55,6 +55,8 @@ class Cluster:
     def __post_init__(self) -> None:
         if self.parallel is not None and self.parallel < 1:
             raise ConfigError(f"parallel={self.parallel}: at least 1")
+        if self.parallel is not None and self.kind == "local":
+            raise ConfigError(f"at most {self.parallel} jobs at a time: local jobs all start at once")
 
     def check(self, study: Study, threads: int = 1) -> None:
         """Refuse what cannot be submitted from here.

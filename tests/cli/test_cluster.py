@@ -43,6 +43,7 @@ def words(tmp_path, monkeypatch):
         (("--cluster", "local", "--gpus", "2"), "one GPU at most"),
         (("--cluster", "local", "--memory", "0"), "memory=0.0: more than 0 GB"),
         (("--cluster", "local", "--threads", "2"), "arm 'plain': threads=2 do not fit cpus=1"),
+        (("--cluster", "local", "--jobs", "3"), "at most 3 jobs at a time: local jobs all start at once"),
         (("--partition", "gpu"), "--partition has no effect without --cluster"),
     ],
 )
@@ -85,9 +86,9 @@ def test_without_submitit_the_extra_is_named(words, tmp_path, monkeypatch, capsy
 
 def test_a_dry_run_says_what_would_be_submitted(words, tmp_path, capsys):
     pytest.importorskip("submitit")
-    assert main([*words, "--cluster", "local", "--memory", "1.5", "--jobs", "3", "--dry-run"]) == 0
+    assert main([*words, "--cluster", "local", "--memory", "1.5", "--dry-run"]) == 0
     text = capsys.readouterr().out
-    each = "an array of 2 jobs, at most 3 at a time, each"
+    each = "an array of 2 jobs, each"
     assert f"local: {each} 60 minutes, 1 CPU, 1.5 GB: plain seed 0, plain seed 1\n" in text
     assert f"local: {each} 600 minutes, 1 CPU, 1.5 GB: local seed 0, local seed 1\n" in text
     assert not (tmp_path / "out").exists()
