@@ -54,6 +54,8 @@ class Resources:
         Raises:
             ConfigError: for an unknown field or a value that is not accepted.
         """
+        if not isinstance(own, Mapping):
+            raise ConfigError(f"resources: {own!r} is not a mapping of field to value")
         return from_dict({**dataclasses.asdict(self), **own}, Resources, "resources")
 
     def __str__(self) -> str:
