@@ -12,6 +12,7 @@ python=${1:-python}
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 host=$(hostname -s)
+command=
 export OMP_NUM_THREADS=1 PYTHONPATH="$root:${PYTHONPATH:-}" PYTHONUNBUFFERED=1 SLURM_CONF="$work/slurm.conf"
 
 if ! command -v slurmctld munged >/dev/null; then
@@ -20,6 +21,7 @@ if ! command -v slurmctld munged >/dev/null; then
 fi
 
 cleanup() {
+    [ -n "$command" ] && kill "$command" 2>/dev/null || true
     scancel --me 2>/dev/null || true
     for name in slurmd slurmctld munged; do
         [ -f "$work/$name.pid" ] && kill "$(cat "$work/$name.pid")" 2>/dev/null || true
@@ -88,7 +90,7 @@ scales:
   tiny: {recipe: digits}
 QUESTION
 settings=(
-    model.args.embed_dim=24 model.args.depth=2 model.args.num_heads=2 epochs=8 schedule.warmup_epochs=2
+    model.args.embed_dim=24 model.args.depth=2 model.args.num_heads=2 epochs=40 schedule.warmup_epochs=2
     batch_size=64 workers=0 save_seconds=0.5 device=cpu
 )
 words=(-m localvit study run "$work/question.yaml" --scale tiny --seeds 2)
@@ -98,29 +100,32 @@ cluster=("${words[@]}" --output "$work/slurm" --cluster slurm --minutes 10 --job
 echo "== the study in local processes"
 "$python" "${words[@]}" --output "$work/here" >"$work/here.log" 2>&1 || { cat "$work/here.log"; exit 1; }
 
+# The runs in the order in which their jobs start: an array for each arm, because one asks for more time.
+read -ra keys < <("$python" - "$work/here" <<'KEYS'
+import sys
+from pathlib import Path
+from localvit.studies.folder import read_study
+runs = read_study(Path(sys.argv[1])).runs()
+print(*(run.key for arm in ("plain", "local") for run in runs if run.arm == arm))
+KEYS
+)
+folders=("${keys[@]/#/$work/slurm/runs/}")
+
 echo "== the same study on SLURM"
 "$python" "${cluster[@]}" --dry-run | grep "^slurm:"
 
-# id N: the N-th of the study's jobs; epochs N: how many its run has behind it.
-study() {
-    "$python" - "$work" "$@" <<'STUDY'
-import json, sys
-from pathlib import Path
-from localvit.studies.folder import StudyFolder, read_study
-work, what, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-folder = StudyFolder(work / "slurm", read_study(work / "slurm"))
-run = folder.study.runs()[number]
-print(json.loads((folder.path / "jobs/jobs.json").read_text())[run.key]["id"] if what == "id" else folder.of(run))
-STUDY
-}
 has_jobs() { [ "$(grep -c '"id"' "$work/slurm/jobs/jobs.json" 2>/dev/null)" = 4 ]; }
 # trained FOLDER EPOCHS: whether a run has got so far, and is not done.
 trained() { [ "$(wc -l 2>/dev/null <"$1/metrics.jsonl")" -ge "$2" ] 2>/dev/null && [ ! -f "$1/record.json" ]; }
 
-"$python" "${cluster[@]}" >"$work/first.log" 2>&1 & command=$!
+# The shell has its background jobs ignore SIGINT.
+env --default-signal=INT "$python" "${cluster[@]}" >"$work/first.log" 2>&1 & command=$!
 until_true 300 has_jobs
-ids=() folders=()
-for number in 0 1 2 3; do ids+=("$(study id "$number")") folders+=("$(study folder "$number")"); done
+ids=()
+for key in "${keys[@]}"; do
+    ids+=("$("$python" -c "import json, sys; print(json.load(open(sys.argv[1]))['$key']['id'])" \
+        "$work/slurm/jobs/jobs.json")")
+done
 
 until_true 300 trained "${folders[0]}" 2
 scontrol requeue "${ids[0]}"
@@ -146,7 +151,7 @@ echo "the interrupted command left $before jobs; the second one submitted none, 
 [ "$(ls "$work"/slurm/jobs/*_submission.sh | wc -l)" = 3 ]
 echo "the third one submitted the run whose job was cancelled, and wrote the report"
 
-"$python" - "$work" <<'COMPARE'
+"$python" - "$work" "${keys[@]}" <<'COMPARE'
 import json, sys
 from pathlib import Path
 from localvit.studies.folder import StudyFolder, read_study
@@ -155,7 +160,7 @@ TIMES = ("seconds", "images_per_second")
 work = Path(sys.argv[1])
 here, slurm = (StudyFolder(work / name, read_study(work / name)) for name in ("here", "slurm"))
 logs = {p.name.removesuffix("_0_log.out"): p.read_text() for p in (slurm.path / "jobs").glob("*_0_log.out")}
-fates = ("requeued", "time over", "cancelled", "nothing")
+fates = dict(zip(sys.argv[2:], ("requeued", "time over", "cancelled", "nothing"), strict=True))
 
 def results(folder, run):
     record = folder.finished()[run]
@@ -168,12 +173,12 @@ def weights(folder, run):
 print("\n| run | what happened to its job | processes | epochs | test top-1, % | weights | metrics |")
 print("|---|---|---:|---:|---:|---|---|")
 equal = True
-for run, fate in zip(slurm.study.runs(), fates, strict=True):
+for run in sorted(slurm.study.runs(), key=lambda run: list(fates).index(run.key)):
     starts = sum(log.count(f"localvit: run {run.key}\n") for log in logs.values())
     same = [a(here, run) == a(slurm, run) for a in (weights, results)]
     equal &= all(same)
     record = slurm.finished()[run]
     words = " | ".join("the same" if each else "DIFFERENT" for each in same)
-    print(f"| {run.arm}, seed {run.seed} | {fate} | {starts} | {len(record.history)} | {record.test.top1:.2f} | {words} |")
+    print(f"| {run.arm}, seed {run.seed} | {fates[run.key]} | {starts} | {len(record.history)} | {record.test.top1:.2f} | {words} |")
 sys.exit(not equal)
 COMPARE
