@@ -90,8 +90,8 @@ scales:
   tiny: {recipe: digits}
 QUESTION
 settings=(
-    model.args.embed_dim=24 model.args.depth=2 model.args.num_heads=2 epochs=40 schedule.warmup_epochs=2
-    batch_size=64 workers=0 save_seconds=0.5 device=cpu
+    model.args.embed_dim=24 model.args.depth=2 model.args.num_heads=2 epochs=16 schedule.warmup_epochs=2
+    batch_size=64 workers=0 save_seconds=5 device=cpu
 )
 words=(-m localvit study run "$work/question.yaml" --scale tiny --seeds 2)
 for setting in "${settings[@]}"; do words+=(--set "$setting"); done
