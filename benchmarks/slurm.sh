@@ -139,6 +139,9 @@ wait "$command" && exit 1
 tail -n 1 "$work/first.log" | sed "s|$work|DIR|g"
 before=$(squeue --me --noheader --array | wc -l)
 "$python" "${cluster[@]}" >"$work/second.log" 2>&1 & command=$!
+is_followed() { ! flock --nonblock "$work/slurm/.lock" true; }
+until_true 300 is_followed
+sleep 5
 until_true 300 trained "${folders[2]}" 2
 scancel "${ids[2]}"
 echo "job 3: cancelled after $(wc -l <"${folders[2]}/metrics.jsonl") epochs"
