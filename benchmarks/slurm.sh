@@ -155,7 +155,7 @@ echo "the interrupted command left $before jobs; the second one submitted none, 
 echo "the third one submitted the run whose job was cancelled, and wrote the report"
 
 "$python" - "$work" "${keys[@]}" <<'COMPARE'
-import json, sys
+import dataclasses, sys
 from pathlib import Path
 from localvit.studies.folder import StudyFolder, read_study
 
@@ -168,7 +168,8 @@ fates = dict(zip(sys.argv[2:], ("requeued", "time over", "cancelled", "nothing")
 def results(folder, run):
     record = folder.finished()[run]
     history = [{k: v for k, v in epoch.items() if not k.endswith(TIMES)} for epoch in record.history]
-    return history, record.best_epoch, record.validation, record.test
+    metrics = [dataclasses.replace(m, images_per_second=0.0) for m in (record.validation, record.test)]
+    return history, record.best_epoch, metrics
 
 def weights(folder, run):
     return [(folder.of(run) / name / "model.safetensors").read_bytes() for name in ("best", "last")]
