@@ -28,7 +28,7 @@ timm-suite: .venv/.dev
 	touch $@
 
 .venv/.dev: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --editable '.[study,dev]'
+	$(BIN)/python -m pip install --editable '.[study,cluster,dev]'
 	touch $@ .venv/.study
 
 .venv/bin/python:

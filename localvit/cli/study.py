@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from localvit.cli.arguments import Failure, UsageError, check_extra, command_line, one_line_errors
+from localvit.cli.cluster import OnCluster, cluster_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from localvit.studies.checks import Facts
+    from localvit.studies.cluster import Cluster
     from localvit.studies.report import Report
     from localvit.studies.study import Study
 
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FILE")]
 Folder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+
+_HERE = 2  # runs at a time on this machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,7 @@ class Show(Asked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(Asked):
+class Run(OnCluster, Asked):
     """Train every arm with every seed, compare, and write a report.
 
     Repeating the command does what is missing; more seeds or arms reuse what is there.
@@ -63,8 +67,8 @@ class Run(Asked):
     """for runs and report: a new one, or that of this very study to go on with it"""
     seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 5
     """runs of every arm, at least 2"""
-    jobs: Annotated[int, tyro.conf.arg(metavar="N")] = 2
-    """runs at a time; on GPUs in turns, several on one if there are more runs than GPUs"""
+    jobs: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """runs at a time: 2, on GPUs in turns, several on one if there are more than GPUs; on a cluster all"""
     threads: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """threads of each run"""
     retry: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -206,16 +210,17 @@ def _run(options: Run, console: Console) -> int:
 
     for flag, value, least in (
         ("seeds", options.seeds, 2),
-        ("jobs", options.jobs, 1),
+        ("jobs", _HERE if options.jobs is None else options.jobs, 1),
         ("threads", options.threads, 1),
     ):
         if value < least:
             raise UsageError(f"--{flag} {value}: at least {least}")
     if options.output is None:
         raise UsageError("--output DIR is missing: where runs and report go")
+    cluster = cluster_of(options, options.jobs)
     study = _study(options, options.seeds)
     if options.dry_run:
-        _dry_run(study, options, console)
+        _dry_run(study, options, cluster, console)
         return 0
     if study.base.data.train == "DATA":
         raise UsageError(f"--data SRC is missing: scale {options.scale!r} has no pictures of its own")
@@ -224,8 +229,9 @@ def _run(options: Run, console: Console) -> int:
             study,
             Path(options.output),
             command=command_line(("study", "run"), options),
-            jobs=options.jobs,
+            jobs=options.jobs or _HERE,
             threads=options.threads,
+            cluster=cluster,
             retry=options.retry,
             reuse=[Path(other) for other in options.reuse],
             console=console,
@@ -233,21 +239,30 @@ def _run(options: Run, console: Console) -> int:
     except StudyFailed as error:
         raise Failure(str(error)) from error
     except KeyboardInterrupt:
-        print(f"stopped; finished runs are kept in {options.output}, and the same command goes on")
+        left = "the jobs go on without it, " if options.cluster == "slurm" else ""
+        print(f"stopped; {left}finished runs are kept in {options.output}, and the same command goes on")
         return 130
     print_report(made, console)
     return 0
 
 
-def _dry_run(study: Study, options: Run, console: Console) -> None:
+def _dry_run(study: Study, options: Run, cluster: Cluster | None, console: Console) -> None:
     from localvit.studies.checks import check_study
     from localvit.studies.folder import StudyFolder
     from localvit.studies.forecast import forecast
 
     assert options.output is not None
+    if cluster is not None:
+        cluster.check(study, options.threads)
     facts = check_study(study)
-    found = forecast(StudyFolder(Path(options.output), study), facts, options.jobs)
-    _print(console, "\n".join([describe(study, facts), f"data: {facts.images}", *found.lines()]))
+    folder = StudyFolder(Path(options.output), study)
+    jobs = options.jobs or (len(study.runs()) if cluster else _HERE)
+    found = forecast(folder, facts, jobs, device="cpu" if cluster else None)
+    lines = [describe(study, facts), f"data: {facts.images}", *found.lines()]
+    if cluster is not None:
+        waiting = ("new", "begun", "failed") if options.retry else ("new", "begun")
+        lines += cluster.describe(folder, [r for r, o in found.outcomes.items() if o.state in waiting])
+    _print(console, "\n".join(lines))
 
 
 def _report(folder: str, console: Console) -> None:

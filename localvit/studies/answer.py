@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from localvit.studies.cluster import Cluster
 from localvit.studies.folder import StudyFolder
 from localvit.studies.machine import machine
 from localvit.studies.report import SPEED, TUNING, Report, read_report, read_speed
@@ -32,6 +33,7 @@ def answer(
     command: str = "",
     jobs: int = 2,
     threads: int = 1,
+    cluster: Cluster | None = None,
     retry: bool = True,
     reuse: Sequence[Path] = (),
     console: Console | None = None,
@@ -42,7 +44,8 @@ def answer(
         study: With budgets matched (`checks.matched`).
         folder: For runs and report (`folder.StudyFolder`).
         tuning: Of the learning rates, kept beside the runs and cited by the report.
-        command, jobs, threads, retry, reuse, console: As in `run.run_missing`.
+        command, jobs, threads, cluster, retry, reuse, console: As in `run.run_missing`. With a cluster the
+            arms are not timed, because this may be no machine to time them on; a call without it does.
 
     Raises:
         ConfigError, DataError: if the study cannot work or the folder holds something else; nothing was
@@ -53,11 +56,18 @@ def answer(
         raise ConfigError(f"seeds={len(study.seeds)}: at least 2 are needed to compare")
     store = StudyFolder(folder, study)
     failures = run_missing(
-        store, jobs=jobs, threads=threads, retry=retry, reuse=reuse, command=command, console=console
+        store,
+        jobs=jobs,
+        threads=threads,
+        cluster=cluster,
+        retry=retry,
+        reuse=reuse,
+        command=command,
+        console=console,
     )
     if tuning is not None:
         write_atomically(folder / TUNING, json.dumps(dataclasses.asdict(tuning), indent=1) + "\n")
-    if not failures:
+    if not failures and cluster is None:
         time_arms(store)
     report = read_report(folder)
     write_report(report)

@@ -2,6 +2,7 @@
 
 ```
 study.json         the study (without results), the command that made it, the number of classes
+jobs/              of a cluster (`cluster`)
 runs/KEY/          the run of that configuration: as `training.train` writes it, and, last of all, record.json
 results.jsonl      one line per finished run of the study, for programs; a report needs no other results
 speed.json         inference throughput of the arms, measured in turns
@@ -58,7 +59,8 @@ class StudyFolder:
 
     Raises:
         ConfigError: if the folder holds another study or files of something else. Seeds may differ, and
-            arms may be more or fewer: those that are there already keep their runs. Nothing is written.
+            arms may be more or fewer: those that are there already keep their runs. What they ask a cluster
+            for may differ too. Nothing is written.
     """
 
     def __init__(self, path: Path, study: Study) -> None:
@@ -70,7 +72,9 @@ class StudyFolder:
             return
         there, here = read_study(path).to_dict(), study.to_dict()
         shared = there["arms"].keys() & here["arms"].keys()
-        old, new = ({"base": s["base"], "arms": {n: s["arms"][n] for n in shared}} for s in (there, here))
+        old, new = (
+            {"base": s["base"], "arms": {n: _asked(s["arms"][n]) for n in shared}} for s in (there, here)
+        )
         for field, values in differences(old, new).items():
             raise ConfigError(
                 f"{str(path)!r} holds another study: {field} is {values[0]!r} there and {values[1]!r} here; "
@@ -142,8 +146,7 @@ class StudyFolder:
 
     def note_failure(self, run: Run, reason: str) -> None:
         """Write down a failure, whether or not the run got as far as to do that itself."""
-        self.of(run).mkdir(parents=True, exist_ok=True)
-        write_atomically(self.of(run) / _FAILURE, json.dumps({"reason": reason}) + "\n")
+        note_failure(self.of(run), reason)
 
     def forget(self, run: Run) -> None:
         """Remove a failed try, all of it."""
@@ -201,6 +204,17 @@ class StudyFolder:
         return None
 
 
+def note_failure(folder: Path, reason: str) -> None:
+    """Write down in a run's folder why it failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / _FAILURE, json.dumps({"reason": reason}) + "\n")
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def read_study(path: Path) -> Study:
     """The study that a folder holds.
 
@@ -221,6 +235,11 @@ def read_besides(path: Path) -> tuple[str, int | None]:
     values = _read(path / "study.json")
     command, classes = (values.get(name) for name in _BESIDES)
     return str(command or ""), classes if isinstance(classes, int) else None
+
+
+def _asked(arm: dict[str, Any]) -> dict[str, Any]:
+    """What decides the results of an arm, of its JSON."""
+    return {name: value for name, value in arm.items() if name != "resources"}
 
 
 def _read(path: Path) -> dict[str, Any]:

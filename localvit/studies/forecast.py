@@ -69,13 +69,14 @@ class Forecast:
         return str(timedelta(seconds=round(macs / self.macs_per_second)))
 
 
-def forecast(folder: StudyFolder, facts: Facts, jobs: int) -> Forecast:
+def forecast(folder: StudyFolder, facts: Facts, jobs: int, device: str | None = None) -> Forecast:
     """Look at a study's folder and its models; nothing is written.
 
     Args:
         folder: Of the study; it need not exist.
         facts: As `checks.check_study` has them.
         jobs: Runs at a time.
+        device: To measure on, where nothing has run yet; ``None``: the study's.
 
     Raises:
         ConfigError: if a record there cannot be read.
@@ -96,16 +97,16 @@ def forecast(folder: StudyFolder, facts: Facts, jobs: int) -> Forecast:
         speed = sum(macs[run] or 0.0 for run, _ in done) / sum(record.seconds for _, record in done)
         basis = f"from the {len(done)} runs that are done: {speed / 1e9:.2f} GMACs/s each"
     else:
-        speed = measured_speed(folder, facts)
+        speed = measured_speed(folder, facts, device)
         basis = f"measured on random pictures here, without loading: {speed / 1e9:.2f} GMACs/s for one run"
     return Forecast(outcomes=outcomes, macs=macs, macs_per_second=speed, basis=basis, jobs=jobs)
 
 
-def measured_speed(folder: StudyFolder, facts: Facts) -> float:
+def measured_speed(folder: StudyFolder, facts: Facts, device_name: str | None = None) -> float:
     """Multiply-accumulates per second of a few updates of the base's model, on a GPU or one CPU thread."""
     study = folder.study
     config = study.config(study.arms[0], study.seeds[0])
-    device = pick_device(config.device)
+    device = pick_device(device_name or config.device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -7,6 +7,7 @@ base: {model.locality: {gate: none}}     # dotted fields over the scale's recipe
 arms:
   wide: {model.locality.expansion: 6.0}  # dotted fields replaced in the base
   wider: {against: wide, model.locality.expansion: 8.0}   # compared with another arm than the first
+  long: {epochs: 90, resources: {minutes: 600}}           # asks a cluster for more than the others
 scales:                                  # only where a question needs other values there
   digits: {base: {model.args.depth: 6}, arms: {wide: {epochs: 20}}}
   mine: {recipe: mine.yaml}              # further scales begin with a recipe
@@ -34,7 +35,7 @@ from localvit.training.config import unknown
 from localvit.training.files import merge, parse_setting
 
 _FILES = (".yaml", ".yml")
-_AGAINST = "against"
+_AGAINST, _RESOURCES = "against", "resources"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class Question:
 
     Attributes:
         question: In words.
-        arms: Name -> dotted fields, and perhaps ``against``.
+        arms: Name -> dotted fields, and perhaps ``against`` and ``resources``.
         control: Name of the arm without changes.
         base: Dotted fields of all arms.
         scales: Name -> what differs there.
@@ -133,7 +134,8 @@ class Question:
             if not isinstance(where, Mapping):
                 raise ConfigError(f"arm {name!r}: {where!r} is not a mapping of dotted field to value")
         changes = {**self.arms[name], **scale.arms.get(name, {})}
-        return Arm(name=name, control=changes.pop(_AGAINST, None), changes=changes)
+        control, resources = changes.pop(_AGAINST, None), changes.pop(_RESOURCES, {})
+        return Arm(name=name, control=control, changes=changes, resources=resources)
 
 
 def list_questions() -> list[str]:

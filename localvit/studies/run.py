@@ -18,9 +18,11 @@ import torch
 from rich.console import Console
 
 from localvit.data import open_splits
+from localvit.studies import cluster as clusters
 from localvit.studies.checks import Facts, check_study
 from localvit.studies.display import Display
-from localvit.studies.folder import Outcome, StudyFolder
+from localvit.studies.folder import Outcome, StudyFolder, reason_of
+from localvit.studies.jobs import living
 from localvit.studies.records import Record, perform
 from localvit.studies.study import Run, Study
 from localvit.training import ConfigError
@@ -40,6 +42,7 @@ def run_missing(
     *,
     jobs: int = 2,
     threads: int = 1,
+    cluster: clusters.Cluster | None = None,
     retry: bool = True,
     reuse: Sequence[Path] = (),
     command: str = "",
@@ -53,35 +56,52 @@ def run_missing(
     Args:
         folder: Of the study.
         jobs: Worker processes. Each has one GPU, where there are any, in turns: with more jobs than GPUs
-            several runs share one.
+            several runs share one. Not for a cluster.
         threads: Of each worker; small models gain nothing from more than one.
+        cluster: Where the runs become jobs; ``None``: they run here. Jobs of an earlier call that are still
+            there are followed, an interrupt leaves them there.
         retry: Start failed runs anew; otherwise they are left as they are and listed.
         reuse: Folders of other studies, whose finished runs of the same configuration are taken over.
         command: Kept beside the study.
         console: Where progress is shown; ``None`` shows nothing.
 
     Raises:
-        ConfigError, DataError: if an arm cannot be trained, a record cannot be read or another process works
-            in the folder; nothing was written.
+        ConfigError, DataError: if an arm cannot be trained, a record cannot be read, another process works
+            in the folder or nothing can be submitted from here; nothing was written. Or if the cluster
+            refuses the jobs, or some are there and `cluster` is ``None``.
     """
-    facts = check_ready(folder.study)
+    if cluster is not None:
+        cluster.check(folder.study, threads)
+    facts = check_ready(folder.study, here=cluster is None)
     folder.finished()  # finds records that cannot be used
     with folder.claim(command, facts.classes):
+        if cluster is None and (there := living(folder)):
+            listed = ", ".join(job.id for job in there.values())
+            raise ConfigError(f"{len(there)} runs are queued or running on a cluster (jobs {listed})")
         outcomes = _outcomes(folder, retry, reuse)
         failures = {run: o.reason for run, o in outcomes.items() if o.state == "failed"}
         missing = deque(run for run, o in outcomes.items() if o.state in ("new", "begun"))
         done = {run: o.record for run, o in outcomes.items() if o.record is not None}
         try:
             if missing:
+                if cluster is not None:
+                    jobs = cluster.parallel or len(missing)
                 with Display(console, folder, facts, done, failures, jobs) as display:
-                    _work(missing, folder, min(jobs, len(missing)), threads, failures, display)
+                    if cluster is None:
+                        _work(missing, folder, min(jobs, len(missing)), threads, failures, display)
+                    else:
+                        clusters.work(cluster, missing, folder, threads, failures, display)
         finally:
             folder.write_results()
     return failures
 
 
-def check_ready(study: Study) -> Facts:
+def check_ready(study: Study, here: bool = True) -> Facts:
     """Build what each arm trains and open its data: what cannot work fails before anything is written.
+
+    Args:
+        study: The study.
+        here: Whether it will run on this machine, which then needs its device.
 
     Raises:
         ConfigError, DataError: as `training.train`, for an arm that cannot be trained.
@@ -89,7 +109,8 @@ def check_ready(study: Study) -> Facts:
     seen = []
     for arm in study.arms:
         config = study.config(arm, study.seeds[0])
-        pick_device(config.device)
+        if here:
+            pick_device(config.device)
         if (config.data, config.batch_size) not in seen:
             images = len(open_splits(config.data, seed=config.seed).train)
             if images < config.batch_size:
@@ -132,7 +153,7 @@ def _work(
                     failures[run] = "its process died, perhaps for want of memory; it will go on next time"
                     workers[slot] = _worker(slot, threads)
                 elif error is not None:
-                    failures[run] = " ".join(str(error).split()) or type(error).__name__
+                    failures[run] = reason_of(error)
                     folder.note_failure(run, failures[run])
                 if error is None:
                     display.finished(run, future.result())

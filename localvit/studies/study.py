@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from localvit.studies.resources import Resources
 from localvit.training import ConfigError, TrainConfig, from_dict, to_dict
 from localvit.training.identity import UNCOMPARED, differences
 
@@ -34,16 +35,22 @@ class Arm:
         control: The arm that this one is compared with; ``None``: the study's first. Its own name: none,
             because this arm is there for others to be compared with.
         adjusted: Those of the fields in `changes` that were set to match a budget, not to ask a question.
+        resources: Fields of `Resources` in which its runs ask a cluster for something else than the others.
     """
 
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
     control: str | None = None
     adjusted: tuple[str, ...] = ()
+    resources: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.name):
             raise ConfigError(f"arm {self.name!r}: a name has lower-case letters, digits, '-' and '.' only")
+        try:
+            Resources().replaced(self.resources)
+        except ConfigError as error:
+            raise ConfigError(f"arm {self.name!r}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

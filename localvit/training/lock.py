@@ -13,6 +13,10 @@ _NAME = ".lock"
 _held: set[Path] = set()  # a process is never refused its own POSIX lock, so it has to remember
 
 
+class FolderInUse(ConfigError):
+    """Another process trains in the folder."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder.
@@ -26,7 +30,8 @@ def locked(folder: Path) -> Iterator[None]:
         folder: It exists. The file stays there: removing it would let two processes lock two files.
 
     Raises:
-        ConfigError: if the folder is locked already, or cannot be written to.
+        FolderInUse: if the folder is locked already.
+        ConfigError: if it cannot be written to.
     """
     import fcntl  # POSIX only; what does not train needs no lock
 
@@ -54,5 +59,5 @@ def has_lock_file(folder: Path) -> bool:
     return (folder / _NAME).exists()
 
 
-def _refusal(folder: Path) -> ConfigError:
-    return ConfigError(f"output={str(folder)!r}: another process trains there; wait for it or end it")
+def _refusal(folder: Path) -> FolderInUse:
+    return FolderInUse(f"output={str(folder)!r}: another process trains there; wait for it or end it")

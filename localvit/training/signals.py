@@ -13,14 +13,21 @@ _requested = False
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[None]:
+def stop_on_signals(*others: int) -> Iterator[set[int]]:
     """Within, SIGTERM or SIGINT makes `train` save its state and stop; a second Ctrl-C ends it at once.
 
     Only the main thread can do this. A library's caller who does not want it gets the usual
     `KeyboardInterrupt`, and the state is that of the last save.
+
+    Args:
+        others: Signals that ask too.
+
+    Yields:
+        Those that have come, as they come.
     """
     global _requested
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: signal.getsignal(number) for number in (*_SIGNALS, *others)}
+    received: set[int] = set()
     first = 0.0
 
     def request(number: int, _frame: FrameType | None) -> None:
@@ -30,12 +37,13 @@ def stop_on_signals() -> Iterator[None]:
         if _requested and number == signal.SIGINT and time.monotonic() - first > 1.0:
             raise KeyboardInterrupt
         first = first or time.monotonic()
+        received.add(number)
         _requested = True
 
-    for number in _SIGNALS:
+    for number in before:
         signal.signal(number, request)
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

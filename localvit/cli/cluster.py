@@ -1,0 +1,65 @@
+"""Options of runs on a cluster. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from localvit.cli.arguments import UsageError
+
+if TYPE_CHECKING:
+    from localvit.studies.cluster import Cluster
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnCluster:
+    """Where runs go, and what each of them asks for (`studies.resources.Resources`)."""
+
+    cluster: Literal["slurm", "local"] | None = None
+    """hand the runs over as jobs: slurm (an array of jobs), local (this machine, all at once, to try out);
+    every machine must see DIR and the pictures; an interrupt leaves the jobs there"""
+    minutes: Annotated[int, tyro.conf.arg(metavar="N")] = 60
+    """of a job; a run that needs more goes back into the queue with its state saved"""
+    gpus: Annotated[int, tyro.conf.arg(metavar="0|1")] = 0
+    """of a job"""
+    cpus: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """of a job, for threads and data workers"""
+    memory: Annotated[float | None, tyro.conf.arg(metavar="GB")] = None
+    """of a job"""
+    partition: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """as sbatch has it"""
+    account: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """as sbatch has it"""
+    qos: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """as sbatch has it"""
+    constraint: Annotated[str | None, tyro.conf.arg(metavar="WORDS")] = None
+    """as sbatch has it"""
+    setup: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="LINE")] = ()
+    """a line of shell before each run, e.g. 'module load cuda'"""
+
+
+def cluster_of(options: OnCluster, parallel: int | None) -> Cluster | None:
+    """What was asked for a cluster.
+
+    Args:
+        options: The options.
+        parallel: Most jobs at a time.
+
+    Raises:
+        UsageError: if no cluster was asked for, only something of it.
+        ConfigError: as `Resources`.
+    """
+    from localvit.studies.cluster import Cluster
+    from localvit.studies.resources import Resources
+
+    asked = {field.name: getattr(options, field.name) for field in dataclasses.fields(Resources)}
+    resources = Resources(**asked)
+    if options.cluster is not None:
+        return Cluster(kind=options.cluster, resources=resources, parallel=parallel)
+    if resources != Resources():
+        flag = next(name for name, value in asked.items() if value != getattr(Resources(), name))
+        raise UsageError(f"--{flag} has no effect without --cluster")
+    return None

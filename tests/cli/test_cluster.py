@@ -1,0 +1,101 @@
+"""Runs on a cluster from the command line: what is refused, and what would be submitted."""
+
+import re
+import shlex
+import sys
+
+import pytest
+
+from localvit.cli import main
+from localvit.cli.arguments import command_line, parse
+from localvit.cli.study import Options
+from tests.studies.tiny import SETTINGS, make_pictures
+
+QUESTION = """
+question: Does locality help?
+control: plain
+arms:
+  local: {model.locality: {}, resources: {minutes: 600}}
+scales:
+  tiny: {recipe: digits}
+"""
+FLAGS = [word for setting in SETTINGS for word in ("--set", setting)]
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """A study's command but for its options on the cluster, in a folder that it must leave as it was."""
+    (tmp_path / "pictures").mkdir()
+    make_pictures(tmp_path / "pictures")
+    (tmp_path / "mine.yaml").write_text(QUESTION)
+    monkeypatch.chdir(tmp_path)
+    given = ["mine.yaml", "--scale", "tiny", "--data", "pictures", "--output", "out", "--seeds", "2"]
+    return ["study", "run", *given, *FLAGS]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--cluster", "slurm"), "there is no 'sbatch'"),
+        (("--cluster", "pbs"), "--cluster"),
+        (("--cluster", "local", "--minutes", "0"), "minutes=0: at least 1"),
+        (("--cluster", "local", "--cpus", "0"), "cpus=0: at least 1"),
+        (("--cluster", "local", "--gpus", "2"), "one GPU at most"),
+        (("--cluster", "local", "--memory", "0"), "memory=0.0: more than 0 GB"),
+        (("--cluster", "local", "--threads", "2"), "arm 'plain': threads=2 do not fit cpus=1"),
+        (("--cluster", "local", "--jobs", "3"), "at most 3 jobs at a time: local jobs all start at once"),
+        (("--partition", "gpu"), "--partition has no effect without --cluster"),
+    ],
+)
+def test_wrong_use_is_one_line_and_writes_nothing(arguments, message, words, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([*words, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ("{minuts: 3}", "arm 'local': .*did you mean"),
+        ("{gpus: -1}", "arm 'local': gpus=-1: at least 0"),
+        ("{minutes: long}", "arm 'local': resources.minutes"),
+        ("3", "arm 'local'"),
+    ],
+)
+def test_wrong_resources_of_an_arm_are_named(own, message, words, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(QUESTION.replace("{minutes: 600}", own))
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_submitit_the_extra_is_named(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert main([*words, "--cluster", "local"]) == 2
+    assert capsys.readouterr().err == (
+        "localvit: running on a cluster needs submitit: pip install 'localvit[cluster]'\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_would_be_submitted(words, tmp_path, capsys):
+    pytest.importorskip("submitit")
+    assert main([*words, "--cluster", "local", "--memory", "1.5", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    each = "an array of 2 jobs, each"
+    assert f"local: {each} 60 minutes, 1 CPU, 1.5 GB: plain seed 0, plain seed 1\n" in text
+    assert f"local: {each} 600 minutes, 1 CPU, 1.5 GB: local seed 0, local seed 1\n" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_in_the_report_asks_for_the_same():
+    line = "run gate --cluster slurm --gpus 1 --memory 2.5 --setup 'module load a' --setup b --jobs 9"
+    options = parse(Options, "localvit study", shlex.split(line))
+    words = shlex.split(command_line(("study", "run"), options))
+    assert parse(Options, "localvit study", words[2:]) == options
