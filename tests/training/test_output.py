@@ -5,7 +5,7 @@ import timm
 import torch
 
 from localvit.training import ConfigError, output, train
-from localvit.training.atomic import move_into_place, write_atomically
+from localvit.atomic import move_into_place, write_atomically
 from localvit.training.output import open_folder
 
 
