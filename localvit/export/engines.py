@@ -110,13 +110,13 @@ def _open_torch(file: str, threads: int | None) -> Engine:
     module = program.module()
     nodes = {node.name: node for node in program.graph.nodes}
     (entry,), (result,) = program.graph_signature.user_inputs, program.graph_signature.user_outputs
-    shapes = [_numbers(nodes[str(name)].meta["val"].shape) for name in (entry, result)]
+    taken, given = (_numbers(nodes[str(name)].meta["val"].shape) for name in (entry, result))
 
     def compute(images: Tensor) -> Tensor:
         with torch.no_grad():
-            return module(images)  # type: ignore[no-any-return]
+            return module(images)
 
-    return Engine("torch", info, str(entry), str(result), *shapes, compute)
+    return Engine("torch", info, str(entry), str(result), taken, given, compute)
 
 
 def _open_onnxruntime(file: str, threads: int | None) -> Engine:
@@ -132,8 +132,8 @@ def _open_onnxruntime(file: str, threads: int | None) -> Engine:
     def compute(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run([result.name], {entry.name: images.numpy()})[0])
 
-    names = entry.name, result.name
-    return Engine("onnxruntime", info, *names, _numbers(entry.shape), _numbers(result.shape), compute)
+    taken, given = _numbers(entry.shape), _numbers(result.shape)
+    return Engine("onnxruntime", info, entry.name, result.name, taken, given, compute)
 
 
 def _open_openvino(file: str, threads: int | None) -> Engine:
@@ -154,11 +154,11 @@ def _open_openvino(file: str, threads: int | None) -> Engine:
     def compute(images: Tensor) -> Tensor:
         return torch.from_numpy(compiled(images.numpy(), share_inputs=True)[result].copy())
 
-    shapes = [
+    taken, given = (
         tuple(side.get_length() if side.is_static else None for side in port.partial_shape)
         for port in (entry, result)
-    ]
-    return Engine("openvino", info, entry.any_name, result.any_name, *shapes, compute)
+    )
+    return Engine("openvino", info, entry.any_name, result.any_name, taken, given, compute)
 
 
 def _numbers(shape: Any) -> Shape:

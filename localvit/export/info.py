@@ -1,4 +1,4 @@
-"""What must be known to use an exported model: how pictures are prepared for it, and what its outputs mean."""
+"""What must be known to use an exported model: how pictures are prepared, and what its outputs mean."""
 
 from __future__ import annotations
 
@@ -66,8 +66,12 @@ class ExportInfo:
 
         return cls(
             architecture=architecture,
-            **{name: data_config[name] for name in ("interpolation", "crop_pct", "crop_mode")},
-            **{name: tuple(data_config[name]) for name in ("input_size", "mean", "std")},
+            input_size=tuple(data_config["input_size"]),
+            mean=tuple(data_config["mean"]),
+            std=tuple(data_config["std"]),
+            interpolation=data_config["interpolation"],
+            crop_pct=data_config["crop_pct"],
+            crop_mode=data_config["crop_mode"],
             num_classes=num_classes,
             labels=labels,
             descriptions=descriptions,
@@ -82,7 +86,7 @@ class ExportInfo:
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """The sizes to check: the configured one, and where sizes are free a larger one that is not square."""
+        """The configured size, and where sizes are free a larger one that is not square."""
         _, height, width = self.input_size
         if self.size_step is None:
             return ((height, width),)
@@ -104,15 +108,15 @@ class ExportInfo:
         """
         try:
             values = json.loads(text)
-            made = {
+            made: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in values.items()
                 if name in {field.name for field in dataclasses.fields(cls)}  # a later version has more
             }
             info = cls(**made)
             info._check()
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{file!r} was not written by localvit export, or is damaged ({error})") from error
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            raise ConfigError(f"{file!r} is not of localvit export, or damaged: {error}") from error
         return info
 
     def _check(self) -> None:

@@ -87,7 +87,7 @@ class ParityError(RuntimeError):
         worst = parity.worst
         height, width = worst.size
         super().__init__(
-            f"{file}: the exported model differs from the original: largest difference {worst.difference:.3g} "
+            f"{file}: the exported model differs from the original by up to {worst.difference:.3g} "
             f"in logits up to {worst.scale:.3g} ({worst.inputs} inputs, {worst.batch} x {height}x{width}; "
             f"accepted {worst.tolerance * worst.scale:.3g}); nothing was written"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import os
 import tempfile
 from collections.abc import Callable
@@ -130,14 +129,11 @@ def export_model(
         new = Path(folder) / path.name
         try:
             form.write(export_program(model, info), new, info)
-            engine = open_engine(form.engine, new, threads)
-            parity = check_parity(model, engine, inputs, tolerance)
+            parity = check_parity(model, open_engine(form.engine, new, threads), inputs, tolerance)
         except Exception as error:  # exporters and engines raise exceptions of their own, pages long
             raise ExportFailed(f"{info.architecture} as {format}: {first_line(error)}") from error
         if not parity.passed:
             raise ParityError(str(file), parity)
-        del engine
-        gc.collect()  # an engine may still read the files
         _into_place(new, path, form.suffixes)
     return parity
 
