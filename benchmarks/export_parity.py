@@ -1,6 +1,6 @@
 """Do exported models compute what the originals do? All five architectures of the paper in every format.
 
-    python benchmarks/export_parity.py        # some minutes; writes benchmarks/results/export_<date>.{md,json}
+    python benchmarks/export_parity.py    # some minutes; writes benchmarks/results/export_<date>.{md,json}
 
 Random weights, and statistics of batch norms that are not those of a new model. A line is added as soon as it
 is known, so that what fails leaves the others.
@@ -102,9 +102,9 @@ def write(path: Path, results: list[dict[str, Any]]) -> None:
     head = [
         "# Parity of exported models",
         "",
-        f"Largest difference of logits between the file in its engine (torch, ONNX Runtime, OpenVINO) and eager "
-        f"torch, on a CPU, in single precision, random weights; batches of 1 and 3, random pixels and real digits. "
-        f"Accepted is {TOLERANCE:.0e} of the largest logit.",
+        "Largest difference of logits between the file in its engine (torch, ONNX Runtime, OpenVINO) and",
+        "eager torch, on a CPU, in single precision, random weights; batches of 1 and 3, random pixels and real",
+        f"digits. Accepted is {TOLERANCE:.0e} of the largest logit.",
         "",
         f"localvit {localvit.__version__}, {made}.",
         "",
@@ -112,9 +112,8 @@ def write(path: Path, results: list[dict[str, Any]]) -> None:
         "|---|---|---:|---:|---:|---:|---|---:|",
     ]
     path.with_suffix(".md").write_text("\n".join([*head, *map(line, results)]) + "\n")
-    path.with_suffix(".json").write_text(
-        json.dumps({"versions": versions, "results": results}, indent=1) + "\n"
-    )
+    facts = {"versions": versions, "results": results}
+    path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def main() -> None:
