@@ -61,9 +61,11 @@ ROOMS = {
     "surgery": {"locality", "cost", "baselines"},
     "models": {"locality", "cost", "baselines", "surgery"},
     "data": set(),
-    "training": {"locality", "cost", "baselines", "surgery", "models", "data"},
+    "atomic": set(),
+    "export": {"locality", "atomic"},
+    "training": {"locality", "cost", "baselines", "surgery", "models", "data", "export", "atomic"},
     "studies": {"locality", "cost", "surgery", "models", "data", "training"},
-    "cli": {"locality", "cost", "surgery", "models", "data", "training", "studies"},
+    "cli": {"locality", "cost", "surgery", "models", "data", "export", "training", "studies"},
 }
 
 

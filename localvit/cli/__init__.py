@@ -26,6 +26,7 @@ VERBS = {
     "plan": ("localvit.cli.plan", "say what a training run will take: updates, hours, memory, data"),
     "evaluate": ("localvit.cli.evaluate", "measure a trained model on pictures"),
     "predict": ("localvit.cli.predict", "say what a trained model sees in pictures"),
+    "export": ("localvit.cli.export", "write a trained model for ONNX Runtime, OpenVINO or torch, checked"),
 }
 """Verb -> the module that does it, and its line of help."""
 

@@ -78,13 +78,14 @@ def check_extra(verb: str) -> None:
 def one_line_errors() -> Iterator[None]:
     """Turn the library's errors that a user can cause into those of the command line."""
     from localvit.data import DataError, UnreadableImage
+    from localvit.export import ExportFailed, ParityError
     from localvit.training import ConfigError, TrainingFailed
 
     try:
         yield
     except (ConfigError, DataError) as error:
         raise UsageError(str(error)) from error
-    except (UnreadableImage, TrainingFailed) as error:
+    except (UnreadableImage, TrainingFailed, ExportFailed, ParityError) as error:
         raise Failure(str(error)) from error
 
 

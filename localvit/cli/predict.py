@@ -28,7 +28,9 @@ class Options:
     """
 
     checkpoint: Annotated[str, tyro.conf.arg(metavar="X")]
-    """a run's folder, an exported folder, or a timm name with published weights"""
+    """a run's folder, an exported folder, a timm name with published weights, or a file of localvit export"""
+    engine: Literal["onnxruntime", "openvino", "torch"] | None = None
+    """what runs an exported file; it need not be named for .onnx and .xml, and must be for .pt2 (trust it)"""
     paths: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PATHS")] = ()
     """files, and folders that are searched for pictures"""
     top_k: Annotated[int, tyro.conf.arg(metavar="N")] = 5
@@ -66,6 +68,7 @@ def run(options: Options) -> int:
             "workers": options.workers,
             "device": device,
             "shard": shard,
+            "engine": options.engine,
         }
         if output is None:
             return _print(options, arguments)

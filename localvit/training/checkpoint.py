@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,20 +42,21 @@ class Checkpoint:
     run: TrainConfig | None
 
 
-def load_checkpoint(source: str, device: torch.device) -> Checkpoint:
+def load_checkpoint(source: str, device: torch.device, args: Mapping[str, Any] | None = None) -> Checkpoint:
     """Load a model for use.
 
     Args:
         source: A run's folder (its ``best/`` is taken), a folder with `config.json` and weights, a
             ``local-dir:`` or ``hf-hub:`` reference, or a timm name with published weights.
         device: Where to put it.
+        args: Constructor arguments in which the model is to differ from what is saved.
 
     Raises:
         ConfigError: if there is no such checkpoint or it cannot be loaded.
     """
     name, run = _locate(source)
     try:
-        model = timm.create_model(name, pretrained=True)
+        model = timm.create_model(name, pretrained=True, **(args or {}))
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"checkpoint {source!r} cannot be loaded: {reason}") from error

@@ -28,7 +28,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 import localvit
-from localvit.training.atomic import move_into_place, sync, temporary_prefix, umask, write_atomically
+from localvit.atomic import move_into_place, sync, temporary_prefix, umask, write_atomically
 from localvit.training.config import ConfigError, TrainConfig
 from localvit.training.files import dump, from_dict, load_yaml
 from localvit.training.identity import Changes, commit, comparable, differences, refuse_changes

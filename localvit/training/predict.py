@@ -14,10 +14,11 @@ from torch.utils.data import Dataset
 
 from localvit.data import eval_loader
 from localvit.data.images import Sample, decode
-from localvit.training.build import pick_device
-from localvit.training.checkpoint import Checkpoint, load_checkpoint
+from localvit.export import EngineKind
+from localvit.training.checkpoint import Checkpoint
 from localvit.training.config import ConfigError
 from localvit.training.evaluate import check_at_least
+from localvit.training.exported import open_checkpoint
 
 _TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 """What it says in the environment, and what is so without it."""
@@ -119,6 +120,7 @@ def predict(
     workers: int = 0,
     device: str = "auto",
     shard: Shard = WHOLE,
+    engine: EngineKind | None = None,
 ) -> Iterator[Prediction]:
     """Classify pictures, one prediction per file, in order.
 
@@ -126,13 +128,14 @@ def predict(
     A file that cannot be read gets a prediction with `error`; the others are done all the same.
 
     Args:
-        checkpoint: As `load_checkpoint`.
+        checkpoint: As `open_checkpoint`.
         paths: Files, and folders that are searched for pictures.
         top_k: How many classes to name; fewer if the model has fewer.
         batch_size: Pictures at a time.
         workers: Processes that load pictures.
         device: As in `TrainConfig`.
         shard: Which of the pictures.
+        engine: As `open_checkpoint`.
 
     Raises:
         ConfigError: if the checkpoint cannot be loaded, a path does not exist, or there are no pictures.
@@ -140,7 +143,7 @@ def predict(
     check_at_least(1, top_k=top_k, batch_size=batch_size)
     check_at_least(0, workers=workers)
     files = shard.take(find_files(paths))
-    model = load_checkpoint(checkpoint, pick_device(device))
+    model = open_checkpoint(checkpoint, device, engine)
     batches = classify(model, files, top_k=top_k, batch_size=batch_size, workers=workers)
     return (prediction for batch in batches for prediction in batch)
 
@@ -150,7 +153,7 @@ def classify(
     model: Checkpoint, files: Sequence[str], *, top_k: int, batch_size: int, workers: int
 ) -> Iterator[list[Prediction]]:
     """Predictions for `files`, in order, a batch at a time; other arguments as `predict`."""
-    device = next(model.model.parameters()).device
+    device = next(iter(model.model.state_dict().values())).device
     loader = eval_loader(
         _Files(files),
         model.data_config,

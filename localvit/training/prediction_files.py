@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from localvit.training.build import pick_device
-from localvit.training.checkpoint import Checkpoint, load_checkpoint
+from localvit.export import EngineKind
+from localvit.training.checkpoint import Checkpoint
 from localvit.training.config import ConfigError
 from localvit.training.evaluate import check_at_least
+from localvit.training.exported import open_checkpoint
 from localvit.training.predict import WHOLE, Prediction, Shard, classify, find_files
 from localvit.training.prediction_formats import FORMS
 
@@ -75,6 +76,7 @@ def write_predictions(
     workers: int = 0,
     device: str = "auto",
     shard: Shard = WHOLE,
+    engine: EngineKind | None = None,
     watch: Callable[[Progress, Sequence[Prediction]], None] = lambda *_: None,
 ) -> Progress:
     """Classify pictures into a file, or go on with one that was interrupted.
@@ -83,11 +85,11 @@ def write_predictions(
     you like: the same call goes on where it was.
 
     Args:
-        checkpoint: As `load_checkpoint`.
+        checkpoint: As `open_checkpoint`.
         paths: As `predict`.
         output: A ``.csv`` (a line per guess), a ``.jsonl`` (a line per picture) or a ``.parquet`` (a folder
             of files with a row per guess; needs pyarrow).
-        top_k: As `predict`, and so are `batch_size`, `workers`, `device` and `shard`.
+        top_k: As `predict`, and so are `batch_size`, `workers`, `device`, `shard` and `engine`.
         watch: Called at the start and with each batch after it was written.
 
     Raises:
@@ -98,7 +100,7 @@ def write_predictions(
     check_at_least(0, workers=workers)
     path = check_predictions_file(output)
     files = shard.take(find_files(paths))
-    model = load_checkpoint(checkpoint, pick_device(device))
+    model = open_checkpoint(checkpoint, device, engine)
     part = path.with_name(path.name + ".part")
     settings = {
         "checkpoint": checkpoint,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from localvit.training.atomic import write_atomically
+from localvit.atomic import write_atomically
 from localvit.training.config import ConfigError
 
 State = dict[str, Any]

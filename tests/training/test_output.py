@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 
+from localvit.atomic import move_into_place, write_atomically
 from localvit.training import ConfigError, output, train
-from localvit.training.atomic import move_into_place, write_atomically
 from localvit.training.output import open_folder
 
 

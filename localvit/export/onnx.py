@@ -1,0 +1,48 @@
+"""ONNX, through torch's exporter of graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.export import ExportedProgram
+
+from localvit.export.info import KEY, ExportInfo
+from localvit.locality import ConfigError
+
+OPSET = 20
+"""The opset that torch's exporter writes without converting: the first with GELU. ONNX Runtime reads it since
+1.17, OpenVINO since 2024. Given, so that another torch does not write other files."""
+INPUT, OUTPUT = "images", "logits"
+LIMIT = 2**31
+"""Bytes of a protocol buffer, and so of an ONNX file that holds its weights."""
+
+
+def check_onnx(weight_bytes: int) -> None:
+    """Refuse a model that does not fit into one file.
+
+    Raises:
+        ConfigError: if its weights alone are too large.
+    """
+    if weight_bytes >= LIMIT:
+        raise ConfigError(f"an ONNX file holds 2 GiB, and these weights are {weight_bytes / 2**30:.1f} GiB")
+
+
+def write_onnx(program: ExportedProgram, path: Path, info: ExportInfo) -> None:
+    """One file with weights and, in its ``metadata_props``, `info`.
+
+    Input ``images`` (batch, C, H, W), output ``logits`` (batch, classes), both float32.
+    """
+    import torch
+
+    made = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        external_data=False,
+        verbose=False,
+    )
+    assert made is not None
+    made.model.metadata_props[KEY] = info.to_json()
+    made.save(str(path))

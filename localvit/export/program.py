@@ -1,0 +1,85 @@
+"""``torch.export``: a model as a graph without Python, and its ``.pt2`` file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from localvit.export.info import KEY, ExportInfo
+from localvit.locality import ConfigError
+
+
+def size_step(model: nn.Module) -> int:
+    """Pixels by which the sides of a picture may differ: the reduction of the deepest feature map.
+
+    Raises:
+        ConfigError: if the model does not say it.
+    """
+    features = getattr(model, "feature_info", None)
+    try:
+        return int(features[-1]["reduction"])  # type: ignore[index]
+    except (TypeError, KeyError, IndexError) as error:
+        raise ConfigError(
+            f"--dynamic-size: {type(model).__name__} does not say by how much it reduces pictures"
+        ) from error
+
+
+def check_sizes(model: nn.Module, info: ExportInfo) -> None:
+    """Run the model once at every size that it is to take.
+
+    Raises:
+        ConfigError: if it refuses one of them, or does not return (batch, classes).
+    """
+    for height, width in info.sizes:
+        try:
+            with torch.no_grad():
+                output = model(torch.zeros(1, info.input_size[0], height, width))
+        except Exception as error:  # assertions of timm, shapes that do not fit in torch
+            at = f"model {info.architecture!r} fails on pictures of {height}x{width}: {first_line(error)}"
+            if info.size_step is None:
+                raise ConfigError(at) from error
+            raise ConfigError(
+                f"--dynamic-size: {at}; accepted are models built for any size: --set dynamic_img_size=true "
+                "(plain ViT, DeiT, PVT, T2T-ViT)"
+            ) from error
+        if not isinstance(output, torch.Tensor) or output.shape != (1, info.num_classes):
+            found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+            raise ConfigError(f"model {info.architecture!r} does not return (batch, classes) but {found}")
+
+
+def export_program(model: nn.Module, info: ExportInfo) -> ExportedProgram:
+    """The graph of `model` for any batch and, with `info.size_step`, any size in such steps.
+
+    Args:
+        model: On the CPU, in evaluation mode.
+        info: For sizes.
+    """
+    channels, *size = info.input_size
+    shape: dict[int, Any] = {0: Dim("batch")}
+    if info.size_step is not None:
+        # Traced at the larger size, which is not square: a model may take a shortcut at its own size, and
+        # equal sides would be taken for equal always.
+        size = list(info.sizes[-1])
+        shape |= {2: info.size_step * Dim("height"), 3: info.size_step * Dim("width")}
+    # Two pictures: torch.export takes a 1 for a constant.
+    images = torch.zeros(2, channels, *size)
+    with torch.no_grad():
+        return torch.export.export(model, (images,), dynamic_shapes=(shape,), strict=False)
+
+
+def write_program(program: ExportedProgram, path: Path, info: ExportInfo) -> None:
+    """A ``.pt2`` for `torch.export.load`.
+
+    Reading one runs what its maker wants: torch unpickles parts of it and evaluates expressions in it. So
+    load only those that you trust, as with any pickle.
+    """
+    torch.export.save(program, path, extra_files={KEY: info.to_json()})
+
+
+def first_line(error: BaseException) -> str:
+    """The gist of a message that may be pages long."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,148 @@
+"""A model into a file, which is there only if it computes what the model does."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from localvit.atomic import sync, temporary_prefix
+from localvit.export.engines import EngineKind, check_packages, open_engine
+from localvit.export.info import ExportInfo, Size
+from localvit.export.onnx import check_onnx, write_onnx
+from localvit.export.openvino import write_openvino
+from localvit.export.parity import (
+    TOLERANCE,
+    Parity,
+    ParityError,
+    check_parity,
+    random_inputs,
+    real_inputs,
+)
+from localvit.export.program import check_sizes, export_program, first_line, size_step, write_program
+from localvit.locality import ConfigError
+
+FormatName = Literal["onnx", "openvino", "torch"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row of `FORMATS`.
+
+    Attributes:
+        suffixes: Of its files; the first is that of the one that is named, and comes into place last.
+        packages: That write it and check it.
+        engine: That checks it.
+        write: Writes a graph to a path.
+    """
+
+    suffixes: tuple[str, ...]
+    packages: tuple[str, ...]
+    engine: EngineKind
+    write: Callable[[ExportedProgram, Path, ExportInfo], None]
+
+
+FORMATS: dict[FormatName, Format] = {
+    "onnx": Format((".onnx",), ("onnx", "onnxscript", "onnxruntime"), "onnxruntime", write_onnx),
+    "openvino": Format((".xml", ".bin"), ("onnx", "onnxscript", "openvino"), "openvino", write_openvino),
+    "torch": Format((".pt2",), (), "torch", write_program),
+}
+
+
+class ExportFailed(RuntimeError):
+    """The exporter or the engine gave up on this model."""
+
+
+def check_export(file: str | Path, format: FormatName, *, overwrite: bool = False) -> None:
+    """Refuse what cannot be written, before any work.
+
+    Raises:
+        ConfigError: for an unknown format, missing packages, another suffix than the format's, a file that
+            exists (unless `overwrite`), or a folder that cannot be written.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"format={format!r}: accepted are {', '.join(get_args(FormatName))}")
+    form, path = FORMATS[format], Path(file)
+    if path.suffix != form.suffixes[0]:
+        raise ConfigError(f"output={str(file)!r} must end in {form.suffixes[0]} for format {format}")
+    for suffix in form.suffixes:
+        other = path.with_suffix(suffix)
+        if other.is_dir() or (os.path.lexists(other) and not overwrite):
+            raise ConfigError(f"output: {str(other)!r} exists already (--overwrite replaces a file)")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"output={str(file)!r}: {str(path.parent)!r} is no writable folder")
+    check_packages(f"format {format!r}", *form.packages)
+
+
+def export_model(
+    model: nn.Module,
+    file: str | Path,
+    format: FormatName,
+    info: ExportInfo,
+    real: Callable[[Size], Tensor],
+    *,
+    dynamic_size: bool = False,
+    overwrite: bool = False,
+    tolerance: float = TOLERANCE,
+    threads: int | None = None,
+) -> Parity:
+    """Write a model for another engine, in single precision, for any batch.
+
+    It is written beside `file`, opened from there by the engine of its format, compared with the model in
+    evaluation mode, and only then given its name. The model is copied and left as it is.
+
+    Args:
+        model: From pictures (B, C, H, W) to logits (B, classes).
+        file: ``.onnx``, ``.xml`` (and a ``.bin`` beside it) or ``.pt2``.
+        format: Which of them.
+        info: What goes along.
+        real: Prepared pictures for the comparison, at least three, of a given (height, width).
+        dynamic_size: Also for any size; the model must take more than one.
+        overwrite: Replace a file that is there.
+        tolerance: See `TOLERANCE`.
+        threads: Of the engine that is compared.
+
+    Raises:
+        ConfigError: as `check_export`; if the model does not take the sizes or `tolerance` is not positive.
+        ExportFailed: if a graph cannot be made of it or the engine cannot run it.
+        ParityError: if the file computes something else. There is no file then.
+    """
+    check_export(file, format, overwrite=overwrite)
+    if not tolerance > 0:
+        raise ConfigError(f"tolerance={tolerance} must be above 0")
+    form, path = FORMATS[format], Path(file)
+    model = copy.deepcopy(model).cpu().float().eval()
+    if "onnx" in form.packages:
+        check_onnx(sum(tensor.nbytes for tensor in model.state_dict().values()))
+    info = dataclasses.replace(info, size_step=size_step(model) if dynamic_size else None)
+    check_sizes(model, info)
+    inputs = [*random_inputs(info.input_size[0], info.sizes), *real_inputs(real, info.sizes)]
+    with tempfile.TemporaryDirectory(prefix=temporary_prefix(path.name), dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        try:
+            form.write(export_program(model, info), new, info)
+            parity = check_parity(model, open_engine(form.engine, new, threads), inputs, tolerance)
+        except Exception as error:  # exporters and engines raise exceptions of their own, pages long
+            raise ExportFailed(f"{info.architecture} as {format}: {first_line(error)}") from error
+        if not parity.passed:
+            raise ParityError(str(file), parity)
+        _into_place(new, path, form.suffixes)
+    return parity
+
+
+def _into_place(new: Path, path: Path, suffixes: tuple[str, ...]) -> None:
+    """Give files their names, so that at every instant the named one is absent or belongs to the others."""
+    if len(suffixes) > 1:
+        path.unlink(missing_ok=True)
+    for suffix in reversed(suffixes):
+        sync(new.with_suffix(suffix))
+        os.replace(new.with_suffix(suffix), path.with_suffix(suffix))
+    sync(path.parent)

@@ -1,0 +1,340 @@
+"""Files of other engines: they compute what the model does, or they are not there."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import localvit
+from localvit.export import (
+    FORMATS,
+    READS,
+    ExportFailed,
+    ExportInfo,
+    ParityError,
+    check_export,
+    check_parity,
+    export_model,
+    open_engine,
+    write,
+)
+from localvit.export.parity import Inputs
+from localvit.locality import ConfigError
+
+SIZE = 16
+VIT = {"img_size": SIZE, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 5}
+# A family each, as small as its structure allows.
+FAMILIES = {
+    "deit": ("localvit_tiny_patch16_224", {"embed_dim": 96, "depth": 1, "num_heads": 2, "img_size": 32}),
+    "swin": (
+        "localvit_swin_tiny_patch4_window7_224",
+        {"embed_dim": 16, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4, "img_size": 32},
+    ),
+    "pvt": ("localvit_pvt_tiny", {"embed_dims": (8, 16, 20, 32), "depths": (1, 1, 1, 1), "img_size": 32}),
+    "t2t": (
+        "localvit_t2t_vit_7",
+        {"embed_dim": 96, "depth": 1, "num_heads": 2, "token_dim": 16, "img_size": 32},
+    ),
+    "tnt": (
+        "localvit_tnt_tiny_patch16_224",
+        {
+            "embed_dim": 24,
+            "inner_dim": 12,
+            "depth": 1,
+            "num_heads_outer": 2,
+            "num_heads_inner": 2,
+            "img_size": 32,
+        },
+    ),
+}
+
+
+def needs(format):
+    for package in FORMATS[format].packages:
+        pytest.importorskip(package)
+
+
+def info_of(model, size, **changes):
+    seen = timm.data.resolve_model_data_config(model) | {"input_size": (3, size, size)}
+    info = ExportInfo.of(seen, architecture="a model", num_classes=model.num_classes)
+    return dataclasses.replace(info, **changes)
+
+
+def pictures(size):
+    return torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(7))
+
+
+def small(**args):
+    """A plain ViT with locality and statistics that are not those of a new model."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **{**VIT, **args})
+    localvit.localize(model, localvit.LocalityConfig(gate="eca"))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def export(model, file, format="torch", **options):
+    return export_model(model, file, format, info_of(model, SIZE), pictures, **options)
+
+
+@pytest.fixture
+def traced_once(monkeypatch):
+    """Tracing takes most of the time; formats of one model share the graph."""
+    trace, graphs = write.export_program, {}
+
+    def once(model, info):
+        if info not in graphs:
+            graphs[info] = trace(model, info)
+        return graphs[info]
+
+    monkeypatch.setattr(write, "export_program", once)
+
+
+def installed(*formats):
+    return [f for f in formats if all(map(importlib.util.find_spec, FORMATS[f].packages))]
+
+
+def opened(file, kinds=("onnxruntime", "openvino", "torch")):
+    """By all engines that are there and read it."""
+    return [
+        open_engine(kind, file, threads=1)
+        for kind in kinds
+        if file.suffix in READS[kind] and (kind == "torch" or importlib.util.find_spec(kind))
+    ]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@torch.no_grad()
+def test_every_family(family, tmp_path, traced_once):
+    name, args = FAMILIES[family]
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **args).eval()
+    images = torch.randn(5, 3, 32, 32)
+    for format in installed("torch", "onnx"):
+        file = tmp_path / f"model{FORMATS[format].suffixes[0]}"
+        parity = export_model(model, file, format, info_of(model, 32), pictures)
+        checked = [(case.inputs, case.batch) for case in parity.cases]
+        assert checked == [("random", 1), ("random", 3), ("real", 1), ("real", 3)]
+        assert all(case.difference < 1e-5 * case.scale for case in parity.cases)
+        for engine in opened(file):  # OpenVINO reads .onnx; its own files are made of them
+            assert (engine.input_shape, engine.output_shape) == ((None, 3, 32, 32), (None, 5))
+            torch.testing.assert_close(engine(images), model(images), rtol=1e-4, atol=1e-5)
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".pt2", ".onnx"}
+
+
+@torch.no_grad()
+def test_any_size(tmp_path, traced_once):
+    model = small(dynamic_img_size=True).eval()
+    images = torch.randn(2, 3, 32, 12)
+    for format in installed("torch", "onnx"):
+        file = tmp_path / f"model{FORMATS[format].suffixes[0]}"
+        parity = export(model, file, format, dynamic_size=True)
+        assert {case.size for case in parity.cases} == {(16, 16), (20, 24)}
+        (engine,) = opened(file, (FORMATS[format].engine,))
+        assert engine.info.size_step == 4
+        assert engine.input_shape == (None, 3, None, None)
+        torch.testing.assert_close(engine(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_openvino_s_own_files(tmp_path):
+    needs("openvino")
+    model = small().eval()
+    export(model, tmp_path / "model.xml", "openvino")
+    assert {path.name for path in tmp_path.iterdir()} == {"model.xml", "model.bin"}
+    (engine,) = opened(tmp_path / "model.xml")
+    assert (engine.input_name, engine.output_name) == ("images", "logits")
+    assert (engine.input_shape, engine.output_shape) == ((None, 3, 16, 16), (None, 5))
+    assert dataclasses.replace(engine.info, made_with="") == info_of(model, SIZE, made_with="")
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert (tmp_path / "model.bin").stat().st_size > 0.9 * weights  # not halved
+    images = torch.randn(4, 3, 16, 16)
+    torch.testing.assert_close(engine(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_any_size_of_a_model_with_one_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"fails on pictures of 20x24.*--set dynamic_img_size=true"):
+        export(small(), tmp_path / "model.pt2", dynamic_size=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_model_is_left_as_it_is(tmp_path):
+    model = small().train()
+    model.blocks.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    export(model, tmp_path / "model.pt2")
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Exports of a model with one weight that is a little off."""
+    right = write.export_program
+
+    def wrong(model, info):
+        import copy
+
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            model.head.weight[0, 0] += 0.05
+        return right(model, info)
+
+    monkeypatch.setattr(write, "export_program", wrong)
+
+
+def test_a_wrong_file_is_never_there(tmp_path, broken):
+    file = tmp_path / "model.pt2"
+    with pytest.raises(
+        ParityError, match=r"model\.pt2: the exported model differs .* by up to 0\.\d+"
+    ) as error:
+        export(small(), file)
+    assert not error.value.parity.passed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_file_does_not_replace_a_right_one(tmp_path, broken):
+    file = tmp_path / "model.pt2"
+    file.write_bytes(b"old")
+    with pytest.raises(ParityError):
+        export(small(), file, overwrite=True)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+def test_an_exporter_that_gives_up_is_one_line(tmp_path, monkeypatch):
+    def give_up(*_):
+        raise RuntimeError("no such operator\nand three pages more")
+
+    monkeypatch.setattr(write, "export_program", give_up)
+    with pytest.raises(ExportFailed, match=r"^a model as torch: no such operator$"):
+        export(small(), tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("add", "passed"), [(0.9e-4, True), (1.1e-4, False), (math.nan, False), (math.inf, False)]
+)
+def test_a_difference_is_judged_by_the_largest_logit(add, passed):
+    def model(images):
+        return images.flatten(1) * 4  # up to 8
+
+    def engine(images):
+        logits = model(images)
+        logits[-1, 0] += 8 * add
+        return logits
+
+    images = torch.tensor([[1.0, -2.0]]).reshape(1, 1, 1, 2)
+    good = check_parity(model, model, [Inputs("random", images)])
+    assert good.passed
+    assert good.worst.difference == 0
+    parity = check_parity(model, engine, [Inputs("random", images), Inputs("real", images)])
+    assert parity.passed is passed
+    assert parity.worst.scale == 8
+    assert not passed or parity.worst.share == pytest.approx(add, rel=1e-2)
+
+
+def test_another_shape_is_a_difference():
+    images = torch.ones(3, 2, 1, 1)
+    parity = check_parity(lambda x: x.flatten(1), lambda x: x[:1].flatten(1), [Inputs("random", images)])
+    assert not parity.passed
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "message"),
+    [
+        ("model.onnx", "torch", r"must end in \.pt2 for format torch"),
+        ("old.pt2", "torch", r"old\.pt2' exists already"),
+        ("old.xml", "openvino", r"old\.bin' exists already"),
+        ("nowhere/model.pt2", "torch", "is no writable folder"),
+        ("model.tflite", "tflite", "accepted are onnx, openvino, torch"),
+    ],
+)
+def test_wrong_use_is_refused_before_anything_is_done(name, format, message, tmp_path):
+    for old in ("old.pt2", "old.bin"):
+        (tmp_path / old).touch()
+    with pytest.raises(ConfigError, match=message):
+        export_model(None, tmp_path / name, format, None, None)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_a_missing_package_is_named_with_its_extra(format, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    file = tmp_path / f"model{FORMATS[format].suffixes[0]}"
+    with pytest.raises(ConfigError, match=r"needs onnx, onnxscript, \w+: pip install 'localvit\[export\]'"):
+        check_export(file, format)
+    with pytest.raises(ConfigError, match=r"localvit\[export\]"):
+        open_engine(FORMATS[format].engine, file)
+
+
+def test_files_that_are_not_ours(tmp_path):
+    (tmp_path / "bad.onnx").write_bytes(b"not a graph")
+    torch.export.save(
+        torch.export.export(torch.nn.Linear(2, 3), (torch.zeros(1, 2),)), tmp_path / "other.pt2"
+    )
+    with pytest.raises(ConfigError, match=r"other\.pt2' is not of localvit export"):
+        open_engine("torch", tmp_path / "other.pt2")
+    with pytest.raises(ConfigError, match=r"engine='torch' reads \.pt2, not '.*bad\.onnx'"):
+        open_engine("torch", tmp_path / "bad.onnx")
+    with pytest.raises(ConfigError, match="no such file"):
+        open_engine("torch", tmp_path / "none.pt2")
+    for kind in ("onnxruntime", "openvino"):
+        pytest.importorskip(kind)
+        with pytest.raises(ConfigError, match=rf"bad\.onnx' cannot be opened with {kind}") as error:
+            open_engine(kind, tmp_path / "bad.onnx")
+        assert "\n" not in str(error.value)
+
+
+def test_what_is_known_of_a_model_survives(tmp_path):
+    info = info_of(small(), SIZE, labels=tuple("abcde"), descriptions=tuple("ABCDE"), size_step=4)
+    assert ExportInfo.from_json(info.to_json(), "file") == info
+    later = json.dumps(json.loads(info.to_json()) | {"new": 1})
+    assert ExportInfo.from_json(later, "file") == info
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"std": [0, 1, 1]},
+        {"mean": [0.5]},
+        {"mean": "abc"},
+        {"input_size": [3, 10**9, 16]},
+        {"input_size": []},
+        {"interpolation": "magic"},
+        {"crop_pct": 0},
+        {"labels": ["one"]},
+        {"labels": [1, 2, 3, 4, 5]},
+    ],
+)
+def test_values_that_cannot_be_are_refused(change):
+    values = json.loads(info_of(small(), SIZE).to_json()) | change
+    for text in (json.dumps(values), "", "[]", "{}"):
+        with pytest.raises(ConfigError, match="'file' is not of localvit export, or damaged"):
+            ExportInfo.from_json(text, "file")
+
+
+def test_a_pair_of_files_is_replaced_as_a_pair(tmp_path, monkeypatch):
+    """At every instant, the named file is absent or belongs to its weights."""
+    new = tmp_path / "new"
+    new.mkdir()
+    for folder, text in ((tmp_path, "old"), (new, "new")):
+        for suffix in (".xml", ".bin"):
+            (folder / f"model{suffix}").write_text(text)
+    replace, seen = write.os.replace, []
+
+    def watched(source, target):
+        replace(source, target)
+        seen.append({path.suffix: path.read_text() for path in tmp_path.glob("model.*")})
+
+    monkeypatch.setattr(write.os, "replace", watched)
+    write._into_place(new / "model.xml", Path(tmp_path / "model.xml"), (".xml", ".bin"))
+    assert seen == [{".bin": "new"}, {".bin": "new", ".xml": "new"}]
