@@ -1,12 +1,13 @@
 """Transformer blocks in their fast form, and models that read out prefix tokens only.
 
-A block adds both branches in place, but never changes its input: that may be a feature somebody kept. As in
-:mod:`localvit.fusing.feed_forward`, the copied block changes its class and stays what it was otherwise.
+The sum with attention is a new tensor, because a block's input may be a feature that somebody kept; the
+feed-forward network (FFN) adds its branch to it in place. As in :mod:`localvit.fusing.feed_forward`, the
+copied block changes its class and stays what it was otherwise.
 """
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.layers import Attention, LayerScale
 from timm.models.deit import VisionTransformerDistilled
@@ -16,21 +17,26 @@ from torch import Tensor, nn
 
 from localvit.baselines.pvt import Block as PvtBlock
 from localvit.baselines.t2t_vit import T2TViT
-from localvit.fusing.feed_forward import FastFeedForward
+from localvit.fusing.feed_forward import FastFeedForward, hooked
 from localvit.fusing.folding import rescale
 from localvit.fusing.inference import InferenceOnly
 
 
 def _add_branch(ffn: nn.Module, residual: Tensor, x: Tensor) -> Tensor:
     """``residual + ffn(x)``, in place."""
-    return ffn.add_to(residual, x) if isinstance(ffn, FastFeedForward) else residual.add_(ffn(x))
+    if isinstance(ffn, FastFeedForward) and not hooked(ffn):
+        return ffn.add_to(residual, x)
+    return residual.add_(ffn(x))
 
 
 class FastBlock(InferenceOnly, Block):
     """Block of plain transformers; LayerScale is in the projections."""
 
+    attn: Any
+    mlp: Any
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        y = self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)).add_(x)
+        y = x + self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
         if isinstance(self.ls2, nn.Identity):
             return _add_branch(self.mlp, y, self.norm2(y))
         return y.add_(self.ls2(self.mlp(self.norm2(y))))
@@ -42,12 +48,12 @@ class FastBlock(InferenceOnly, Block):
             type(self.attn) is Attention
             and isinstance(self.mlp, FastFeedForward)
             and isinstance(self.ls2, nn.Identity)
-            and not any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
+            and not any(hooked(module) for module in self.modules())
         )
 
     def prefix_tokens(self, x: Tensor, count: int) -> Tensor:
         """The first ``count`` tokens of ``forward(x)``, without the work for the others."""
-        y = self.ls1(_attend(self.attn, self.norm1(x), count)).add_(x[:, :count])
+        y = x[:, :count] + self.ls1(_attend(self.attn, self.norm1(x), count))
         branch = self.mlp.on_prefix(self.norm2(y))
         return y if branch is None else y.add_(branch)
 
@@ -71,13 +77,13 @@ def _attend(attn: Attention, x: Tensor, count: int) -> Tensor:
 class FastSwinBlock(InferenceOnly, SwinTransformerBlock):
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, channels = x.shape
-        y = self._attn(self.norm1(x)).add_(x).reshape(batch, -1, channels)
+        y = (x + self._attn(self.norm1(x))).reshape(batch, -1, channels)
         return _add_branch(self.mlp, y, self.norm2(y)).reshape(batch, height, width, channels)
 
 
 class FastPvtBlock(InferenceOnly, PvtBlock):
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
-        y = self.attn(self.norm1(x), feat_size).add_(x)
+        y = x + self.attn(self.norm1(x), feat_size)
         return _add_branch(self.mlp, y, self.norm2(y))
 
 
@@ -86,7 +92,7 @@ def fuse_block(block: Any) -> str | None:
     for name, branch in (("ls1", block.attn), ("ls2", block.mlp)):
         last = {Attention: "proj"}.get(type(branch), "fc2" if isinstance(branch, FastFeedForward) else None)
         scale, layer = getattr(block, name), getattr(branch, last or "", None)
-        if type(scale) is LayerScale and isinstance(layer, nn.Linear):
+        if type(scale) is LayerScale and isinstance(layer, nn.Linear) and not hooked(scale):
             rescale(layer, scale.gamma)
             setattr(block, name, nn.Identity().eval())
     block.__class__ = FastBlock
@@ -101,13 +107,21 @@ class _ReadsPrefix(InferenceOnly):
     """
 
     blocks: nn.Sequential
+    norm: Any
+    norm_pre: Any
+    patch_embed: Any
+    patch_drop: Any
+    num_prefix_tokens: Any
+
+    _pos_embed: Callable[[Tensor], Tensor]
+    forward_head: Callable[[Tensor], Tensor]
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         last = self.blocks[-1] if len(self.blocks) else None
         reads_token = self.global_pool == "token" and self.attn_pool is None and self.num_prefix_tokens > 0
         masked = attn_mask is not None or is_causal
         if masked or not reads_token or not isinstance(last, FastBlock) or not last.reads_out:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[no-any-return, misc]
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         for block in list(self.blocks)[:-1]:
             x = block(x)

@@ -1,18 +1,19 @@
 """Feed-forward networks (FFNs) in their fast form.
 
-Each has the parameters of the plain one with what follows a linear layer or convolution folded into it,
-computes activations in place, adds its branch to the residual stream where that is, treats prefix tokens apart
-from the map (so that nothing of hidden width is concatenated), and runs image by image where the hidden map
-exceeds the cache.
+Each has the parameters of the plain one with what follows a linear layer or convolution folded into it. It
+computes activations in place, adds its branch to the residual stream where that is, treats prefix tokens
+apart from the map (so that nothing of hidden width is concatenated), and runs image by image where the hidden
+map exceeds the cache.
 
 A fast form is the copied module with its class changed, so paths, attributes and the lattice stay.
 """
 
+import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import EcaModule, GluMlp, LayerNorm2d, Mlp, SqueezeExcite, SwiGLU
 from torch import Tensor, nn
 
@@ -22,8 +23,8 @@ from localvit.locality import Grid, HiddenLocality, LocalityFeedForward, map_to_
 from localvit.locality.feed_forward import check_lattice
 from localvit.locality.layers import HardSigmoid
 
-# Hidden maps of so many bytes, per thread, are worked on at a time: small enough for caches, large enough that
-# calls do not count (measured on a Xeon with 2 MiB of second-level cache; 1.3 to 5 MiB differ by the noise).
+# Hidden maps of so many bytes, per thread, are worked on at a time: few enough for caches, enough for calls
+# not to count (measured on a Xeon with 2 MiB of second-level cache; 1.3 to 5 MiB differ by the noise).
 CHUNK_BYTES = 2**22
 
 _IN_PLACE = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU)
@@ -48,8 +49,7 @@ class FastFeedForward(InferenceOnly):
 
     def add_to(self, residual: Tensor, x: Tensor, grid: Grid | None = None) -> Tensor:
         """``residual + branch(x)``, in place. ``x`` may be ``residual`` itself."""
-        if grid is None:
-            grid = self.lattice()
+        grid = self.lattice() if grid is None else grid
         prefix = 0 if grid is None else grid.num_prefix_tokens
         if grid is not None:
             check_lattice(x, grid)
@@ -63,16 +63,20 @@ class FastFeedForward(InferenceOnly):
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         """The branch alone: ``(B, P + N, C) -> (B, P + N, C)``."""
-        return self.add_to(torch.zeros_like(x), x, grid)
+        grid = self.lattice() if grid is None else grid
+        if grid is not None:
+            return self.add_to(torch.zeros_like(x), x, grid)
+        parts = [self.on_patches(x[rows], None) for rows in self._chunks(x)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _chunks(self, x: Tensor) -> Iterator[slice]:
         """Images at a time. A graph (export, compilation) takes all, for any batch size."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu":
             yield slice(None)
             return
-        image = x[0].numel() // x.shape[-1] * self.hidden_features * x.element_size() if len(x) else 1
-        step = max(1, CHUNK_BYTES * torch.get_num_threads() // image)
-        for start in range(0, len(x), step):
+        image = math.prod(x.shape[1:-1]) * self.hidden_features * x.element_size()
+        step = max(1, CHUNK_BYTES * torch.get_num_threads() // max(1, image))
+        for start in range(0, max(1, len(x)), step):
             yield slice(start, start + step)
 
 
@@ -111,7 +115,8 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
 
     def _channel_weights(self, h: Tensor) -> Tensor:
         """(b, D) from the hidden map (b, N, D)."""
-        gate, mean = self.gate, h.mean(1)
+        gate: Any = self.gate
+        mean = h.mean(1)
         if isinstance(gate, EcaModule):
             return gate.gate(gate.conv(mean.unsqueeze(1))).squeeze(1)
         return gate.gate(gate.fc2(gate.act(gate.fc1(mean))))
@@ -129,9 +134,9 @@ class FoldedHiddenLocality(HiddenLocality):
 class _FastHidden(FastFeedForward):
     """timm's MLPs, with or without a depth-wise convolution on the hidden state."""
 
-    fc2: nn.Linear
-    norm: nn.Module
-    drop1: nn.Module
+    fc2: Any
+    norm: Any
+    drop1: Any
 
     def hidden(self, x: Tensor) -> Tensor:
         """The hidden state (b, T, D), point-wise."""
@@ -166,9 +171,18 @@ class FastSwiGLU(_FastHidden, SwiGLU):
         return self.act(self.fc1_g(x)).mul_(self.fc1_x(x))
 
 
-def fuse_locality(ffn: LocalityFeedForward) -> str | None:
+def hooked(module: nn.Module) -> bool:
+    """Whether a hook sees what ``module`` is given or gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def fuse_locality(ffn: Any) -> str | None:
     """Change ``ffn`` to its fast form. Returns why not, where it has none."""
-    stages = [(ffn.fc1, "norm1"), (ffn.fc2, "norm3")] + ([(ffn.conv, "norm2")] if ffn.config.depthwise else [])
+    if any(hooked(module) for module in ffn.modules() if module is not ffn):
+        return "hooks on its layers"
+    stages = [(ffn.fc1, "norm1"), (ffn.fc2, "norm3")] + (
+        [(ffn.conv, "norm2")] if ffn.config.depthwise else []
+    )
     for layer, name in stages:
         norm = getattr(ffn, name)
         if type(layer) is not nn.Conv2d:
@@ -186,16 +200,16 @@ def fuse_locality(ffn: LocalityFeedForward) -> str | None:
         if type(norm) in BATCH_NORMS and (ffn.norm_before_act or name == "norm3"):
             rescale(layer, *affine_of(norm))
             setattr(ffn, name, nn.Identity())
-    ffn.fc1, ffn.fc2 = (_linear(layer) for layer in (ffn.fc1, ffn.fc2))  # type: ignore[assignment]
+    ffn.fc1, ffn.fc2 = (_linear(layer) for layer in (ffn.fc1, ffn.fc2))
     _in_place_activations(ffn, "act1", "act2", "act_glu")
-    if ffn.gate is not None:
-        _fuse_gate(ffn.gate)
-    ffn.hidden_features = ffn.fc1.out_features  # type: ignore[assignment]
+    if type(ffn.gate) is SqueezeExcite:
+        _fuse_squeeze(ffn.gate)
+    ffn.hidden_features = ffn.fc1.out_features
     ffn.__class__ = FastLocalityFeedForward
     return None
 
 
-def _known_gate(gate: nn.Module | None) -> bool:
+def _known_gate(gate: Any) -> bool:
     if type(gate) is SqueezeExcite:
         return not gate.add_maxpool and type(gate.bn) is nn.Identity
     return gate is None or (type(gate) is EcaModule and gate.conv2 is None)
@@ -208,14 +222,13 @@ class Clamp(nn.Module):
         return x.clamp_(0.0, 1.0)
 
 
-def _fuse_gate(gate: Any) -> None:
+def _fuse_squeeze(gate: Any) -> None:
     """Linear layers for the 1 x 1 convolutions of a map of one pixel; a cheaper hard sigmoid."""
-    if type(gate) is SqueezeExcite:
-        if type(gate.gate) is HardSigmoid:
-            sixth = torch.full_like(gate.fc2.bias, 1 / 6, dtype=torch.float64)
-            rescale(gate.fc2, sixth, 3 * sixth)
-            gate.gate = Clamp().eval()
-        gate.fc1, gate.fc2 = _linear(gate.fc1), _linear(gate.fc2)
+    if type(gate.gate) is HardSigmoid:
+        sixth = torch.full_like(gate.fc2.weight[:, 0, 0, 0], 1 / 6, dtype=torch.float64)
+        rescale(gate.fc2, sixth, 3 * sixth)
+        gate.gate = Clamp().eval()
+    gate.fc1, gate.fc2 = _linear(gate.fc1), _linear(gate.fc2)
 
 
 _FAST_MLPS: dict[type[nn.Module], type[_FastHidden]] = {
@@ -227,6 +240,8 @@ _FAST_MLPS: dict[type[nn.Module], type[_FastHidden]] = {
 
 def fuse_mlp(mlp: Any) -> str | None:
     """The same for timm's MLPs."""
+    if any(hooked(module) for module in mlp.modules() if module is not mlp):
+        return "hooks on its layers"
     if type(mlp.fc2) is not nn.Linear:
         return f"{type(mlp.fc2).__name__} in the place of a linear layer"
     if type(mlp.drop1) is HiddenLocality:
@@ -242,7 +257,7 @@ def fuse_mlp(mlp: Any) -> str | None:
     return None
 
 
-def _linear(conv: nn.Conv2d) -> nn.Linear:
+def _linear(conv: Any) -> nn.Linear:
     """A 1 x 1 convolution as the linear layer that it is."""
     linear = nn.Linear(conv.in_channels, conv.out_channels, conv.bias is not None, device="meta").eval()
     linear.weight = nn.Parameter(conv.weight.detach().flatten(1), requires_grad=False)
@@ -253,9 +268,11 @@ def _linear(conv: nn.Conv2d) -> nn.Linear:
 
 def _in_place_activations(module: nn.Module, *names: str) -> None:
     for name in names:
-        activation = getattr(module, name, None)
+        activation: Any = getattr(module, name, None)
         if type(activation) in _IN_PLACE:
-            setattr(module, name, type(activation)(inplace=True).eval())
+            activation = copy.copy(activation)  # not in place where the same one serves elsewhere too
+            activation.inplace = True
+            setattr(module, name, activation)
 
 
 def _on_tokens(norm: nn.Module, x: Tensor) -> Tensor:
@@ -263,4 +280,3 @@ def _on_tokens(norm: nn.Module, x: Tensor) -> Tensor:
     if isinstance(norm, nn.Identity):
         return x
     return map_to_tokens(norm(tokens_to_map(x, Grid(x.shape[1], 1))))
-

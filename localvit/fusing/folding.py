@@ -1,6 +1,8 @@
 """Exact rewritings of weights: batch norm into the layer before it, an added input into a depth-wise kernel,
 LayerScale into a projection. Sums are made in float64, so that folding adds no error of its own."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -14,14 +16,14 @@ def has_statistics(norm: nn.Module) -> bool:
     return type(norm) in BATCH_NORMS and getattr(norm, "running_mean", None) is not None
 
 
-def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
     """Scale and shift per channel that a batch norm with recorded statistics amounts to, in float64."""
-    mean, var = norm.running_mean.double(), norm.running_var.double()  # type: ignore[operator, union-attr]
-    scale = (var + norm.eps).rsqrt()  # type: ignore[operator]
+    mean, var = norm.running_mean.double(), norm.running_var.double()
+    scale = (var + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = scale * norm.weight.double()  # type: ignore[operator]
+        scale = scale * norm.weight.double()
     shift = -mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.double()  # type: ignore[operator]
+    return scale, shift if norm.bias is None else shift + norm.bias.double()
 
 
 @torch.no_grad()

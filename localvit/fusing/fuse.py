@@ -15,7 +15,7 @@ from torch import nn
 from localvit.baselines.pvt import Block as PvtBlock
 from localvit.baselines.t2t_vit import T2TViT
 from localvit.fusing import blocks
-from localvit.fusing.feed_forward import fuse_locality, fuse_mlp
+from localvit.fusing.feed_forward import fuse_locality, fuse_mlp, hooked
 from localvit.fusing.linear import Route, RoutedLinear, chosen_route, fastest_route, packed_available
 from localvit.locality import LocalityFeedForward
 from localvit.locality.switch import plain_forms
@@ -68,7 +68,7 @@ def fuse(model: nn.Module, *, compile: bool = False, linear: Route | None = None
       ``strict=False``), but not scripted. Folding is in the type that the model has: convert afterwards from
       float32, not before.
 
-    Layers whose class has no fast form stay as they are; so do modules with forward hooks of their own.
+    Layers whose class has no fast form stay as they are; so does an FFN with forward hooks on its layers.
 
     With the environment variable ``LOCALVIT_PLAIN=1`` the result is a plain copy in evaluation mode.
 
@@ -110,8 +110,8 @@ def _check_fusable(model: nn.Module) -> None:
         if type(module) in (*FAST_FORMS, nn.Linear):
             if id(module) in seen:
                 raise ValueError(
-                    f"{name} and {seen[id(module)]} are the same module, so what is around one of them cannot "
-                    "be folded into it (accepted: a model whose layers stand in one place)"
+                    f"{name} and {seen[id(module)]} are the same module, so what is around one of them "
+                    "cannot be folded into it (accepted: a model whose layers stand in one place)"
                 )
             seen[id(module)] = name
     if not any(type(module) in FAST_FORMS for module in model.modules()):
@@ -125,15 +125,16 @@ def _evaluation_copy(model: nn.Module) -> nn.Module:
     fused = copy.deepcopy(model, {id(report): None} if report is not None else {})
     if report is not None:
         del fused.localization
-    if hasattr(fused, "set_grad_checkpointing"):
-        fused.set_grad_checkpointing(False)
+    switch: Any = getattr(fused, "set_grad_checkpointing", None)
+    if switch is not None:
+        switch(False)
     return fused.eval().requires_grad_(False)
 
 
 def _remove_dropouts(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) in _DROPOUTS:
+            if type(child) in _DROPOUTS and not hooked(child):
                 setattr(module, name, nn.Identity().eval())
 
 
@@ -141,18 +142,12 @@ def _change_forms(model: nn.Module) -> None:
     reasons: dict[str, list[str]] = {}
     for kind, change in FAST_FORMS.items():
         for name, module in list(model.named_modules()):
-            if type(module) is kind and not _hooked(module):
+            if type(module) is kind:
                 reason = change(module)
                 if reason is not None:
                     reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         warnings.warn(f"{len(names)} FFN(s) keep their plain form: {reason} ({names[0]} ...)", stacklevel=3)
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether a hook hangs on ``module`` or on a layer of it that a fast form would not call as before."""
-    inside = [module, *module.children()] if not isinstance(module, (VisionTransformer, Block)) else [module]
-    return any(m._forward_hooks or m._forward_pre_hooks for m in inside)
 
 
 def _available(route: Route | None) -> Route | None:
@@ -164,7 +159,7 @@ def _available(route: Route | None) -> Route | None:
 
 def _route_linears(model: nn.Module, route: Route | None) -> None:
     for module in list(model.modules()):
-        if type(module) is nn.Linear and not _hooked(module):
+        if type(module) is nn.Linear:
             best = route or fastest_route(module.weight)
             if best != "linear":
                 module.__class__ = RoutedLinear
