@@ -5,7 +5,6 @@ feed-forward network (FFN) adds its branch to it in place. As in :mod:`localvit.
 copied block changes its class and stays what it was otherwise.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -113,8 +112,8 @@ class _ReadsPrefix(InferenceOnly):
     patch_drop: Any
     num_prefix_tokens: Any
 
-    _pos_embed: Callable[[Tensor], Tensor]
-    forward_head: Callable[[Tensor], Tensor]
+    _pos_embed: Any
+    forward_head: Any
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         last = self.blocks[-1] if len(self.blocks) else None
