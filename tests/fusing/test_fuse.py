@@ -443,7 +443,9 @@ def test_the_probe_decides_where_nothing_is_asked_for(monkeypatch):
 def test_the_probe_prefers_the_plain_route_unless_another_is_clearly_faster(monkeypatch):
     probe = routes._probe.__wrapped__
     for seconds, want in (((1.0, 0.9), "linear"), ((1.0, 0.5), "conv"), ((0.5, 1.0), "linear")):
-        monkeypatch.setattr(routes, "_interleaved", lambda _r, s=seconds: dict(zip(("linear", "conv"), s)))
+        monkeypatch.setattr(
+            routes, "_interleaved", lambda _r, s=seconds: dict(zip(("linear", "conv"), s, strict=True))
+        )
         assert probe(1, torch.float32, 16, 8) == want
     monkeypatch.undo()
     assert probe(1, torch.float32, 16, 8) in ("linear", "conv", "packed")
