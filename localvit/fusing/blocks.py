@@ -88,11 +88,15 @@ class FastPvtBlock(InferenceOnly, PvtBlock):
 
 def fuse_block(block: Any) -> str | None:
     """Change a plain transformer's block to its fast form, which every one of them has."""
-    for name, branch in (("ls1", block.attn), ("ls2", block.mlp)):
-        last = {Attention: "proj"}.get(type(branch), "fc2" if isinstance(branch, FastFeedForward) else None)
-        scale, layer = getattr(block, name), getattr(branch, last or "", None)
-        if type(scale) is LayerScale and isinstance(layer, nn.Linear) and not hooked(scale):
-            rescale(layer, scale.gamma)
+    attn, mlp = block.attn, block.mlp
+    projections = {
+        "ls1": attn.proj if type(attn) is Attention else None,
+        "ls2": mlp.fc2 if isinstance(mlp, FastFeedForward) and mlp.ends_in_projection else None,
+    }
+    for name, projection in projections.items():
+        scale = getattr(block, name)
+        if type(scale) is LayerScale and type(projection) is nn.Linear and not hooked(scale):
+            rescale(projection, scale.gamma)
             setattr(block, name, nn.Identity().eval())
     block.__class__ = FastBlock
     return None

@@ -35,6 +35,11 @@ class FastFeedForward(InferenceOnly):
 
     hidden_features: int
 
+    @property
+    def ends_in_projection(self) -> bool:
+        """Whether what leaves ``fc2`` is the branch of every token, so that it can be scaled there."""
+        raise NotImplementedError
+
     def lattice(self) -> Grid | None:
         """Of the patch tokens; ``None`` where the FFN treats all tokens alike."""
         raise NotImplementedError
@@ -82,6 +87,10 @@ class FastFeedForward(InferenceOnly):
 
 class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
     """:class:`localvit.LocalityFeedForward` with linear layers ``fc1`` and ``fc2``."""
+
+    @property
+    def ends_in_projection(self) -> bool:
+        return isinstance(self.norm3, nn.Identity) and self.prefix != "passthrough"
 
     def lattice(self) -> Grid:
         return self.current_grid()
@@ -137,6 +146,10 @@ class _FastHidden(FastFeedForward):
     fc2: Any
     norm: Any
     drop1: Any
+
+    @property
+    def ends_in_projection(self) -> bool:
+        return True
 
     def hidden(self, x: Tensor) -> Tensor:
         """The hidden state (b, T, D), point-wise."""

@@ -215,6 +215,25 @@ def test_group_norm_keeps_the_plain_form_with_one_warning():
     assert_same(fused(photos()), model(photos()))
 
 
+@pytest.mark.parametrize(
+    ("config", "folded"),
+    [
+        (LocalityConfig(layer_scale=True), True),
+        (LocalityConfig(layer_scale=True, prefix="passthrough"), False),
+        (LocalityConfig(layer_scale=True, prefix="mlp", norm=("batch", "batch", "layer")), False),
+        (LocalityConfig(init="preserve"), True),
+    ],
+)
+@torch.no_grad()
+def test_layer_scale_is_folded_where_the_projection_comes_last(config, folded):
+    model = local(config, "registers")
+    fused = localvit.fuse(model)
+    assert_same(fused(photos()), model(photos()))
+    assert_same(fused.forward_features(photos()), model.forward_features(photos()))
+    assert all(isinstance(block.ls1, nn.Identity) for block in fused.blocks)
+    assert all(isinstance(block.ls2, nn.Identity) == folded for block in fused.blocks)
+
+
 # --- the last block ------------------------------------------------------------------------------------
 
 
@@ -310,8 +329,9 @@ def test_copies_pickles_and_moves():
     for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         assert torch.equal(other(x), want)
         assert other.blocks[0].mlp.grid_record is not fused.blocks[0].mlp.grid_record
-    other.load_state_dict({name: 0 * t for name, t in fused.state_dict().items()})
-    assert not other(x).any()  # weights that were packed before are packed again
+    state = fused.state_dict()
+    other.load_state_dict({**state, "head.weight": -state["head.weight"]})
+    assert_same(other(x) - fused.head.bias, fused.head.bias - want)  # packed weights are packed again
     assert_same(copy.deepcopy(fused).double()(x.double()).float(), want)
     for dtype in (torch.bfloat16, torch.float16):
         low = copy.deepcopy(fused).to(dtype)(x.to(dtype))
