@@ -167,6 +167,16 @@ def test_the_whole_design_space(config, prefix, chunk):
             torch.testing.assert_close(quick.add_to(own, own, grid), tokens + want, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", localvit.PRESETS)
+@torch.no_grad()
+def test_every_published_design(name):
+    ffn = random_weights(LocalityFeedForward(9, localvit.preset(name, expansion=2))).double().eval()
+    tokens, grid = torch.randn(2, 14, 9, dtype=torch.float64), Grid(3, 4, 2)
+    want = ffn(tokens, grid)
+    assert fast.fuse_locality(ffn) is None
+    torch.testing.assert_close(ffn(tokens, grid), want, rtol=1e-10, atol=1e-11)
+
+
 def test_batch_norms_are_gone_where_they_can_be():
     fused = localvit.fuse(local())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
