@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from localvit.fusing import fuse
 from localvit.locality import PRESETS, ConfigError, Grid, LocalityConfig, LocalityFeedForward, preset
 from localvit.models import CheckpointError, LoadReport, load_official
 from localvit.surgery import (
@@ -30,6 +31,7 @@ __all__ = [
     "TrainConfig",
     "UnsupportedModelError",
     "evaluate",
+    "fuse",
     "load_official",
     "locality_parameters",
     "localize",

@@ -59,6 +59,7 @@ ROOMS = {
     "cost": set(),
     "baselines": set(),
     "surgery": {"locality", "cost", "baselines"},
+    "fusing": {"locality", "baselines", "surgery"},
     "models": {"locality", "cost", "baselines", "surgery"},
     "data": set(),
     "atomic": set(),

@@ -152,7 +152,7 @@ class LocalityFeedForward(LatticeModule):
         """``(B, P + N, C) -> (B, P + N, C)``; ``grid`` beats the recorded lattice."""
         if grid is None:
             grid = self.current_grid()
-        _check_lattice(tokens, grid)
+        check_lattice(tokens, grid)
         prefix = grid.num_prefix_tokens
         riding = prefix if self.prefix == "mlp" else 0  # prefix tokens that take the point-wise path
         lattice = Grid(grid.height, grid.width, riding)
@@ -235,12 +235,13 @@ class HiddenLocality(LatticeModule):
         """``(B, P + N, D) -> (B, P + N, D)``; ``grid`` beats the recorded lattice."""
         if grid is None:
             grid = self.current_grid()
-        _check_lattice(hidden, grid)
+        check_lattice(hidden, grid)
         patches = tokens_to_map(hidden, grid)
         return self.then(_after_prefix(hidden, grid.num_prefix_tokens, patches + self.conv(patches)))
 
 
-def _check_lattice(tokens: Tensor, grid: Grid) -> None:
+def check_lattice(tokens: Tensor, grid: Grid) -> None:
+    """Refuse tokens that are not those of ``grid`` (RuntimeError or AssertionError, as ``torch._assert``)."""
     patches = tokens.shape[1] - grid.num_prefix_tokens
     torch._assert(
         patches == grid.height * grid.width,

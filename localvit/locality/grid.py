@@ -65,10 +65,12 @@ class GridRecord:
 def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
     """Patch tokens as a feature map: ``(B, P + N, C) -> (B, C, height, width)``.
 
-    A view: tokens in memory order *are* a channels-last map, so nothing is copied.
+    A view: tokens in memory order *are* a channels-last map, so nothing is copied. Rows are split before
+    channels move: the other way round gives the batch axis of a single image a stride that PyTorch does not
+    take for channels-last, and its convolution then copies the map to and fro.
     """
     patches = tokens[:, grid.num_prefix_tokens :] if grid.num_prefix_tokens else tokens
-    return patches.transpose(1, 2).unflatten(2, (grid.height, grid.width))
+    return patches.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)
 
 
 def map_to_tokens(feature_map: Tensor) -> Tensor:

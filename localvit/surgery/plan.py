@@ -147,7 +147,7 @@ def plan_changes(
     return the_plan, changes
 
 
-def refuse_wrapped(model: nn.Module) -> None:
+def refuse_wrapped(model: nn.Module, action: str = "localize") -> None:
     """Raises :class:`UnsupportedModelError` for models inside another: they would keep the old graph."""
     wrappers: dict[type, str] = {
         nn.parallel.DistributedDataParallel: "wrapped in DistributedDataParallel",
@@ -158,9 +158,9 @@ def refuse_wrapped(model: nn.Module) -> None:
     }
     for wrapper, state in wrappers.items():
         if isinstance(model, wrapper):
-            raise UnsupportedModelError(f"the model is {state}; localize it before that")
+            raise UnsupportedModelError(f"the model is {state}; {action} it before that")
     if model._compiled_call_impl is not None:
-        raise UnsupportedModelError("the model is compiled; localize it before that")
+        raise UnsupportedModelError(f"the model is compiled; {action} it before that")
 
 
 def replacement(change: Change, record: GridRecord | None = None) -> Callable[[], nn.Module]:

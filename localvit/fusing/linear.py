@@ -1,0 +1,151 @@
+"""Which library computes the linear layers.
+
+On a CPU ``F.linear`` goes to the BLAS that PyTorch was built with, a 1 x 1 convolution of a channels-last map
+to oneDNN. Which is faster depends on the processor (twice as fast on some AMD, slower on some Intel), so a
+short timing decides.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localvit.fusing.inference import InferenceOnly
+
+Route = Literal["linear", "conv", "packed"]
+VARIABLE = "LOCALVIT_LINEAR"
+
+# Rows of the probe: about two images of a plain transformer with 14 x 14 patches.
+_ROWS = 392
+_REPEATS = 9
+# Another route must be so much faster than F.linear, because noise should not change a model.
+_MARGIN = 0.85
+# Smaller layers (those of a channel gate) take no time worth a probe.
+_SMALLEST = 2**13
+
+
+class RoutedLinear(InferenceOnly, nn.Linear):
+    """A linear layer computed by ``route``; parameters as in :class:`torch.nn.Linear`.
+
+    * ``"linear"``: ``F.linear``.
+    * ``"conv"``: a 1 x 1 convolution of the rows as a channels-last map.
+    * ``"packed"``: oneDNN with weights reordered once. These operators are private to PyTorch, so wherever
+      they do not apply (another type or device, autocast, compilation, export) it is ``F.linear``.
+    """
+
+    route: Route = "linear"
+    _packed: tuple[Any, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.route == "conv":
+            return conv_linear(x, self.weight, self.bias)
+        if self.route == "packed" and self._packable(x):
+            return packed_linear(x, self._packed_weight(), self.bias, self.out_features)
+        return F.linear(x, self.weight, self.bias)
+
+    def _packable(self, x: Tensor) -> bool:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return (
+            not traced
+            and x.dtype == self.weight.dtype == torch.float32
+            and x.device.type == self.weight.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")
+            and not (torch.is_grad_enabled() and x.requires_grad)
+        )
+
+    def _packed_weight(self) -> Tensor:
+        key = (self.weight.data_ptr(), self.weight._version)  # weights may be moved or loaded
+        if self._packed is None or self._packed[0] != key:
+            self._packed = (key, pack(self.weight))
+        return self._packed[1]
+
+    def __getstate__(self) -> dict[str, Any]:  # read by copy.deepcopy and pickle; neither can take it
+        return {**super().__getstate__(), "_packed": None}
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, route={self.route!r}"
+
+
+def conv_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` by a 1 x 1 convolution."""
+    column = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    y = F.conv2d(column, weight[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Weights in oneDNN's own order."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    return packed
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """``F.linear`` with weights from :func:`pack`."""
+    y = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), packed, bias, "none", [], "")
+    return y.view(*x.shape[:-1], out_features)
+
+
+@lru_cache(maxsize=1)
+def packed_available() -> bool:
+    """Whether this PyTorch has the private operators and they compute what they should."""
+    try:
+        x, weight, bias = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
+        y = packed_linear(x, pack(weight), bias, 4)
+        return torch.allclose(y, F.linear(x, weight, bias), atol=1e-5)
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return False
+
+
+def chosen_route(argument: Route | None) -> Route | None:
+    """The route that the caller, else the environment, asks for; ``None`` leaves it to the probe.
+
+    Raises:
+        ValueError: for a value that is none of the routes.
+    """
+    source, value = ("linear", argument) if argument is not None else (VARIABLE, os.environ.get(VARIABLE))
+    if not value:
+        return None
+    if value not in get_args(Route):
+        raise ValueError(f"{source}={value!r} is not accepted (accepted: {', '.join(get_args(Route))})")
+    return value  # type: ignore[return-value]
+
+
+def fastest_route(weight: Tensor) -> Route:
+    """The fastest route for weights like these with the present number of threads, by a short timing."""
+    if weight.device.type != "cpu" or weight.dtype == torch.float64 or weight.numel() < _SMALLEST:
+        return "linear"
+    return _probe(torch.get_num_threads(), weight.dtype, *weight.shape)
+
+
+@lru_cache(maxsize=256)
+def _probe(threads: int, dtype: torch.dtype, out_features: int, in_features: int) -> Route:
+    """``threads`` is part of what is remembered."""
+    x = torch.zeros(_ROWS, in_features, dtype=dtype)
+    weight, bias = torch.zeros(out_features, in_features, dtype=dtype), torch.zeros(out_features, dtype=dtype)
+    routes: dict[Route, Callable[[], Tensor]] = {
+        "linear": lambda: F.linear(x, weight, bias),
+        "conv": lambda: conv_linear(x, weight, bias),
+    }
+    if dtype == torch.float32 and packed_available():
+        packed = pack(weight)
+        routes["packed"] = lambda: packed_linear(x, packed, bias, out_features)
+    with torch.no_grad():
+        times = _interleaved(routes)
+    best = min(times, key=lambda route: times[route])
+    return best if times[best] < _MARGIN * times["linear"] else "linear"
+
+
+def _interleaved(routes: dict[Route, Callable[[], Tensor]]) -> dict[Route, float]:
+    """Least seconds of each, one after the other in turn: a busy moment makes a run slower, never faster."""
+    times: dict[Route, float] = dict.fromkeys(routes, float("inf"))
+    for _ in range(_REPEATS):
+        for route, run in routes.items():
+            start = time.perf_counter()
+            run()
+            times[route] = min(times[route], time.perf_counter() - start)
+    return times
