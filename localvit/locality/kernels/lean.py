@@ -20,6 +20,7 @@ from localvit.locality.grid import Grid, after_prefix, map_to_tokens, tokens_to_
 from localvit.locality.kernels.pieces import (
     Activation,
     Norm,
+    Stage,
     activation,
     convolution_gradients,
     eca_gate,
@@ -131,48 +132,59 @@ class _Steps:
 
     def backward(self, grad: Tensor) -> Tensors:
         """Gradients by name: of all that is needed, and perhaps more."""
-        how, kept = self.how, self.kept
-        grad = self._norm_gradient(3, tokens_to_row(grad.contiguous()), "projected")
-        normalised = self._normalised_again(2, kept["convolved"])
-        grad = self._projection_gradient(grad, how.acts[2].value(normalised))
-        prefix, patches = grad[:, : self.prefix], tokens_to_map(grad, how.lattice)
-        patches = how.acts[2].gradient(patches, normalised)
-        patches = self._norm_gradient(2, patches, "convolved")
+        how, kept, prefix = self.how, self.kept, self.prefix
+        expanded = kept["expanded"]
+        row = self._norm_gradient(tokens_to_row(grad.contiguous()))
+        tokens = map_to_tokens(self._projection_gradient(row))
+        patches = self._hidden_gradient(tokens_to_map(tokens, how.lattice))
 
-        normalised = self._normalised_again(1, kept["expanded"])
-        hidden = map_to_tokens(how.acts[1].value(normalised))
-        patches = self._convolution_gradient(
-            "conv", patches, tokens_to_map(hidden, how.lattice), padding=how.padding
-        )
-        prefix = how.acts[0].gradient(prefix, hidden[:, : self.prefix])
-        grad = tokens_to_row(after_prefix(prefix, self.prefix, patches))
-        grad = self._norm_gradient(1, how.acts[1].gradient(grad, normalised), "expanded")
-        grad = self._convolution_gradient("fc1", grad, tokens_to_row(self.x), of_input=self.needed["x"])
+        hidden = map_to_tokens(self._stage(1).value(expanded))
+        padding, maps = how.padding, tokens_to_map(hidden, how.lattice)
+        patches = self._convolution_gradient("conv", patches, maps, padding=padding)
+        passing = how.acts[0].gradient(tokens[:, :prefix].clone(), hidden[:, :prefix])
+        del tokens, hidden, maps
+        row = tokens_to_row(after_prefix(passing, prefix, patches))
+        row = self._stage_gradient(1, row, expanded)
+        row = self._convolution_gradient("fc1", row, tokens_to_row(self.x), of_input=self.needed["x"])
         if self.needed["x"]:
-            self.found["x"] = map_to_tokens(grad)
+            self.found["x"] = map_to_tokens(row)
         return self.found
 
-    def _projection_gradient(self, grad: Tensor, value: Tensor) -> Tensor:
-        """Gradient of ``value`` (with the prefix tokens in front) through the gate and the projection."""
-        how, gate, gated = self.how, None, value
-        if how.gate is not None:
-            gate = how.gate(self.kept["pooled"], self.p)[:, :, None, None]
-            gated = value * gate
-        gated = after_prefix(how.acts[0].value(self._first_tokens()), self.prefix, gated)
-        tokens = map_to_tokens(self._convolution_gradient("fc2", grad, tokens_to_row(gated)))
-        if gate is not None:
-            patches = tokens_to_map(tokens, how.lattice)
-            pooled = self._gate_gradient((patches * value).sum((2, 3)))
-            shift = (pooled / (value.shape[2] * value.shape[3]))[:, :, None, None]
-            torch.addcmul(shift, patches, gate, out=patches)
-        return tokens
+    def _gate_values(self) -> Tensor | None:
+        """Gate values (B, D, 1, 1)."""
+        gate = self.how.gate
+        return None if gate is None else gate(self.kept["pooled"], self.p)[:, :, None, None]
 
-    def _first_tokens(self) -> Tensor:
-        """The prefix tokens behind the first activation (B, P, D)."""
-        if self.prefix == 0:
-            return self.x[:, :0]
-        first = tokens_to_row(map_to_tokens(self.kept["expanded"])[:, : self.prefix])
-        return map_to_tokens(self.how.acts[1].value(self._normalised_again(1, first)))
+    def _projection_gradient(self, row: Tensor) -> Tensor:
+        """Gradient of the gated map, with the prefix tokens in front."""
+        how, prefix = self.how, self.prefix
+        gated = self._stage(2).value(self.kept["convolved"], self._gate_values())
+        first = map_to_tokens(self.kept["expanded"])[:, :prefix]
+        if prefix:
+            first = how.acts[0].value(map_to_tokens(self._stage(1).value(tokens_to_row(first))))
+        return self._convolution_gradient("fc2", row, tokens_to_row(after_prefix(first, prefix, gated)))
+
+    def _hidden_gradient(self, patches: Tensor) -> Tensor:
+        """Gradient of the convolved map from that of the gated one, whose memory it takes."""
+        convolved, gate = self.kept["convolved"], self._gate_values()
+        if gate is None:
+            return self._stage_gradient(2, patches, convolved)
+        pooled = self._gate_gradient(self._stage(2).pooled(patches, convolved))
+        shift = (pooled / (convolved.shape[2] * convolved.shape[3]))[:, :, None, None]
+        return self._stage_gradient(2, patches, convolved, gate, shift)
+
+    def _stage(self, number: int) -> Stage:
+        norm, act = self.how.norms.get(number), self.how.acts[number]
+        if norm is None:
+            return Stage(None, act)
+        statistics = (self.kept[f"mean{number}"], self.kept[f"var{number}"])
+        return Stage(norm, act, *self._affine(number), *statistics)
+
+    def _stage_gradient(self, number: int, grad: Tensor, x: Tensor, *gate: Tensor) -> Tensor:
+        grad, *rest = self._stage(number).gradients(grad, x, *gate)
+        names = (f"norm{number}.weight", f"norm{number}.bias")
+        self.found.update({n: g for n, g in zip(names, rest, strict=True) if g is not None})
+        return grad
 
     def _gate_gradient(self, grad: Tensor) -> Tensor:
         """Gradient of the pooled means from that of the gate values; notes those of its parameters.
@@ -201,20 +213,14 @@ class _Steps:
         self.kept[f"mean{number}"], self.kept[f"var{number}"] = mean, var
         return y
 
-    def _normalised_again(self, number: int, x: Tensor) -> Tensor:
-        if number not in self.how.norms:
-            return x
-        statistics = (self.kept[f"mean{number}"], self.kept[f"var{number}"])
-        return self.how.norms[number].again(x, *self._affine(number), *statistics)
-
-    def _norm_gradient(self, number: int, grad: Tensor, name: str) -> Tensor:
-        """Gradient of the map ``name`` in front of a norm; notes those of the norm's parameters."""
-        if number not in self.how.norms:
+    def _norm_gradient(self, grad: Tensor) -> Tensor:
+        """Gradient of the projected map."""
+        if 3 not in self.how.norms:
             return grad
-        weight, _ = self._affine(number)
-        statistics = (self.kept[f"mean{number}"], self.kept[f"var{number}"])
-        gradients = self.how.norms[number].gradients(grad, self.kept[name], weight, *statistics)
-        grad, self.found[f"norm{number}.weight"], self.found[f"norm{number}.bias"] = gradients
+        statistics = (self.kept["mean3"], self.kept["var3"])
+        projected, (weight, _) = self.kept["projected"], self._affine(3)
+        grad, *rest = self.how.norms[3].gradients(grad, projected, weight, *statistics)
+        self.found.update(zip(("norm3.weight", "norm3.bias"), rest, strict=True))
         return grad
 
     def _affine(self, number: int) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,9 @@ because the order in which they run, and what is kept between them, is chosen in
 :mod:`localvit.locality.kernels.lean`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
-    """An activation: value, value in place, and gradient from (gradient of the value, input)."""
+    """An activation: value; value in the input's memory; and gradient, from (gradient of the value, input)
+    in the memory of the first."""
 
     value: Callable[[Tensor], Tensor]
     in_place: Callable[[Tensor], Tensor]
@@ -28,17 +29,28 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _gelu(approximate: str) -> Activation:
-    functions = (aten.gelu, aten.gelu_, aten.gelu_backward)
-    return Activation(*(partial(function, approximate=approximate) for function in functions))
+def _gelu(how: str) -> Activation:
+    return Activation(
+        partial(aten.gelu, approximate=how),
+        partial(aten.gelu_, approximate=how),
+        lambda g, x: aten.gelu_backward.grad_input(g, x, approximate=how, grad_input=g),
+    )
 
 
 _ACTIVATIONS: dict[type[nn.Module], Activation] = {
     nn.Identity: Activation(_same, _same, lambda g, x: g),
-    nn.ReLU: Activation(aten.relu, aten.relu_, lambda g, x: aten.threshold_backward(g, x, 0)),
-    nn.ReLU6: Activation(F.relu6, aten.relu6_, lambda g, x: aten.hardtanh_backward(g, x, 0, 6)),
-    nn.Hardswish: Activation(aten.hardswish, aten.hardswish_, aten.hardswish_backward),
-    nn.SiLU: Activation(aten.silu, aten.silu_, aten.silu_backward),
+    nn.ReLU: Activation(
+        aten.relu, aten.relu_, lambda g, x: aten.threshold_backward.grad_input(g, x, 0, grad_input=g)
+    ),
+    nn.ReLU6: Activation(
+        F.relu6, aten.relu6_, lambda g, x: aten.hardtanh_backward.grad_input(g, x, 0, 6, grad_input=g)
+    ),
+    nn.Hardswish: Activation(
+        aten.hardswish, aten.hardswish_, lambda g, x: aten.hardswish_backward.out(g, x, out=g)
+    ),
+    nn.SiLU: Activation(
+        aten.silu, aten.silu_, lambda g, x: aten.silu_backward.grad_input(g, x, grad_input=g)
+    ),
 }
 ACTIVATION_TYPES = (*_ACTIVATIONS, nn.GELU)
 
@@ -70,10 +82,6 @@ class Norm(NamedTuple):
         y, mean, deviation = torch.native_batch_norm(x, weight, bias, *running, True, self.momentum, self.eps)
         return y, mean, deviation.pow(-2).sub_(self.eps)
 
-    def again(self, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        """The normalised map once more."""
-        return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, self.eps)[0]
-
     def gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,6 +108,117 @@ def norm_of(layer: nn.BatchNorm2d) -> Norm:
     keeps = not layer.training or layer.track_running_stats
     mean, var = (layer.running_mean, layer.running_var) if keeps else (None, None)
     return Norm(norm_mode(layer), layer.eps, momentum if momentum is not None else 0.0, mean, var)
+
+
+class Stage(NamedTuple):
+    """A norm and an activation that have run once and run again, on maps (B, D, H, W), in the backward pass.
+
+    On the CPU it goes through a batch in pieces that stay in the cache, because these steps move memory
+    and compute little. ``norm`` is ``None``, and so are its tensors, where there is none.
+    """
+
+    norm: Norm | None
+    act: Activation
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+
+    def value(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The activated map, times ``scale`` (B, D, 1, 1)."""
+        out, affine = torch.empty_like(x), self._affine()
+        for y, piece, factor in _pieces(out, x, scale):
+            self.act.in_place(_normalise(piece, affine, y))
+            if factor is not None:
+                y.mul_(factor)
+        return out
+
+    def pooled(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Sums over the lattice of ``grad`` times the activated map (B, D)."""
+        affine, sums = self._affine(), []
+        for g, piece in _pieces(grad, x):
+            value = self.act.in_place(_normalise(piece, affine, torch.empty_like(piece)))
+            sums.append(value.mul_(g).sum((2, 3)))
+        return torch.cat(sums)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradients of ``x`` (in the memory of ``grad``), of the norm's weight and of its bias.
+
+        ``grad`` is that of the activated map; if ``scale`` and ``shift`` (B, D, 1, 1) are given,
+        ``grad * scale + shift`` is.
+        """
+        affine, sums = self._affine(), []
+        for g, piece, factor, term in _pieces(grad, x, scale, shift):
+            if factor is not None:
+                torch.addcmul(term, g, factor, out=g)
+            self.act.gradient(g, _normalise(piece, affine, torch.empty_like(piece)))
+            if self.norm is not None:
+                sums.append(self._sums(g, piece))
+        if not sums:
+            return grad, None, None
+        of_weight, of_bias = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+        self._through_norm(grad, x, of_weight, of_bias)
+        return grad, of_weight, of_bias
+
+    def _affine(self) -> tuple[Tensor, Tensor] | None:
+        """Norm as (scale, shift) of a map."""
+        if self.norm is None:
+            return None
+        assert self.weight is not None
+        assert self.bias is not None
+        assert self.mean is not None
+        assert self.var is not None
+        scale = self.weight * (self.var + self.norm.eps).rsqrt()
+        return _channels(scale), _channels(self.bias - self.mean * scale)
+
+    def _sums(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What a piece adds to the gradients of the norm's weight and bias."""
+        assert self.norm is not None
+        assert self.var is not None
+        deviation = (self.var + self.norm.eps).rsqrt()
+        statistics = (self.mean, self.var, self.mean, deviation, True, self.norm.eps, [False, True, True])
+        return aten.native_batch_norm_backward(grad, x, self.weight, *statistics)[1:]
+
+    def _through_norm(self, grad: Tensor, x: Tensor, of_weight: Tensor, of_bias: Tensor) -> None:
+        """Turn the gradient of the normalised map into that of ``x``, which is affine in both."""
+        assert self.norm is not None
+        assert self.weight is not None
+        assert self.mean is not None
+        assert self.var is not None
+        deviation = (self.var + self.norm.eps).rsqrt()
+        by_grad = self.weight * deviation
+        if not self.norm.batch:  # running statistics are constants
+            grad.mul_(_channels(by_grad))
+            return
+        count = x.numel() // x.shape[1]
+        by_x = -by_grad * deviation * of_weight / count
+        rest = -by_grad * of_bias / count - by_x * self.mean
+        for g, piece in _pieces(grad, x):
+            normal = torch.addcmul(_channels(rest), piece, _channels(by_x))
+            torch.addcmul(normal, g, _channels(by_grad), out=g)
+
+
+def _channels(values: Tensor) -> Tensor:
+    return values[:, None, None]
+
+
+def _normalise(x: Tensor, affine: tuple[Tensor, Tensor] | None, out: Tensor) -> Tensor:
+    """``x`` by scale and shift, in the memory of ``out``."""
+    return out.copy_(x) if affine is None else torch.addcmul(affine[1], x, affine[0], out=out)
+
+
+# Bytes of a map that are gone through at once on a CPU: several such pieces fit into a core's own cache.
+_PIECE = 2**19
+
+
+def _pieces(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Tensors with a batch dimension, a few images at a time; ``None`` stays ``None``."""
+    batch = first.shape[0]
+    size = batch if first.is_cuda else max(1, _PIECE * batch // (first.numel() * first.element_size()))
+    for i in range(0, batch, size):
+        yield tuple(None if t is None else t[i : i + size] for t in (first, *others))
 
 
 def convolution_gradients(
