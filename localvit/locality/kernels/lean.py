@@ -28,6 +28,7 @@ from localvit.locality.kernels.pieces import (
     norm_of,
     se_gate,
 )
+from localvit.locality.kernels.triton_choice import kernels_asked_for
 from localvit.locality.layers import HardSigmoid
 
 Tensors = dict[str, Tensor]
@@ -38,6 +39,7 @@ class Pass(NamedTuple):
 
     ``norms`` and ``acts`` are by number (1 after the expansion, 2 after the depth-wise convolution, 3
     after the projection, which has no activation); act 0 is that of prefix tokens instead of act 2.
+    ``form`` computes.
     """
 
     ffn: nn.Module
@@ -47,6 +49,7 @@ class Pass(NamedTuple):
     acts: dict[int, Activation]
     gate: Callable[[Tensor, Tensors], Tensor] | None
     padding: int
+    form: "type[Steps]"
 
 
 def lean_feed_forward(ffn: Any, x: Tensor, lattice: Grid) -> Tensor:
@@ -63,7 +66,11 @@ def lean_feed_forward(ffn: Any, x: Tensor, lattice: Grid) -> Tensor:
     norms = {i: norm_of(layer) for i, layer in numbered.items() if isinstance(layer, nn.BatchNorm2d)}
     acts = {0: activation(ffn.act_prefix), 1: activation(ffn.act1), 2: activation(ffn.act2)}
     padding = int(ffn.conv.padding[0])
-    how = Pass(ffn, lattice, tuple(parameters), norms, acts, _gate_of(ffn.gate), padding)
+    how = Pass(ffn, lattice, tuple(parameters), norms, acts, _gate_of(ffn.gate), padding, Steps)
+    if kernels_asked_for(x):
+        from localvit.locality.kernels.triton_steps import TritonSteps, covers
+
+        how = how._replace(form=TritonSteps) if covers(how, x) else how
     return _LeanPass.apply(x, how, *parameters.values())
 
 
@@ -76,7 +83,7 @@ def _gate_of(gate: nn.Module | None) -> Callable[[Tensor, Tensors], Tensor] | No
 class _LeanPass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, how: Pass, *parameters: Tensor) -> Tensor:
-        steps = _Steps(how, x, dict(zip(how.names, parameters, strict=True)))
+        steps = how.form(how, x, dict(zip(how.names, parameters, strict=True)))
         with torch.autocast(x.device.type, enabled=False):
             y = steps.forward()
         ctx.how, ctx.kept = how, tuple(steps.kept)
@@ -88,7 +95,7 @@ class _LeanPass(torch.autograd.Function):
         how: Pass = ctx.how
         x, *tensors = ctx.saved_tensors
         count = len(how.names)
-        steps = _Steps(how, x, dict(zip(how.names, tensors[:count], strict=True)))
+        steps = how.form(how, x, dict(zip(how.names, tensors[:count], strict=True)))
         steps.kept = dict(zip(ctx.kept, tensors[count:], strict=True))
         steps.needed = dict(zip(("x", "how", *how.names), ctx.needs_input_grad, strict=True))
         with torch.autocast(x.device.type, enabled=False):
@@ -97,7 +104,7 @@ class _LeanPass(torch.autograd.Function):
         return tuple(found.get(name) if needed else None for name, needed in steps.needed.items())
 
 
-class _Steps:
+class Steps:
     """The tensors of one pass and the steps on them.
 
     ``kept`` goes from the forward to the backward pass. ``needed`` says which gradients are wanted, and
@@ -128,52 +135,52 @@ class _Steps:
         projected = F.conv2d(tokens_to_row(gated), p["fc2.weight"], p.get("fc2.bias"))
         if 3 in how.norms:
             kept["projected"] = projected
-        return map_to_tokens(self._normalised(3, projected))
+        return map_to_tokens(self.normalised(3, projected))
 
     def backward(self, grad: Tensor) -> Tensors:
         """Gradients by name: of all that is needed, and perhaps more."""
         how, kept, prefix = self.how, self.kept, self.prefix
         expanded = kept["expanded"]
-        row = self._norm_gradient(tokens_to_row(grad.contiguous()))
-        tokens = map_to_tokens(self._projection_gradient(row))
+        row = self.norm_gradient(tokens_to_row(grad.contiguous()))
+        tokens = map_to_tokens(self.projection_gradient(row))
         patches = self._hidden_gradient(tokens_to_map(tokens, how.lattice))
 
-        hidden = map_to_tokens(self._stage(1).value(expanded))
+        hidden = map_to_tokens(self.stage(1).value(expanded))
         padding, maps = how.padding, tokens_to_map(hidden, how.lattice)
-        patches = self._convolution_gradient("conv", patches, maps, padding=padding)
+        patches = self.convolution_gradient("conv", patches, maps, padding=padding)
         passing = how.acts[0].gradient(tokens[:, :prefix].clone(), hidden[:, :prefix])
         del tokens, hidden, maps
         row = tokens_to_row(after_prefix(passing, prefix, patches))
         row = self._stage_gradient(1, row, expanded)
-        row = self._convolution_gradient("fc1", row, tokens_to_row(self.x), of_input=self.needed["x"])
+        row = self.convolution_gradient("fc1", row, tokens_to_row(self.x), of_input=self.needed["x"])
         if self.needed["x"]:
             self.found["x"] = map_to_tokens(row)
         return self.found
 
-    def _gate_values(self) -> Tensor | None:
+    def gate_values(self) -> Tensor | None:
         """Gate values (B, D, 1, 1)."""
         gate = self.how.gate
         return None if gate is None else gate(self.kept["pooled"], self.p)[:, :, None, None]
 
-    def _projection_gradient(self, row: Tensor) -> Tensor:
+    def projection_gradient(self, row: Tensor) -> Tensor:
         """Gradient of the gated map, with the prefix tokens in front."""
         how, prefix = self.how, self.prefix
-        gated = self._stage(2).value(self.kept["convolved"], self._gate_values())
+        gated = self.stage(2).value(self.kept["convolved"], self.gate_values())
         first = map_to_tokens(self.kept["expanded"])[:, :prefix]
         if prefix:
-            first = how.acts[0].value(map_to_tokens(self._stage(1).value(tokens_to_row(first))))
-        return self._convolution_gradient("fc2", row, tokens_to_row(after_prefix(first, prefix, gated)))
+            first = how.acts[0].value(map_to_tokens(self.stage(1).value(tokens_to_row(first))))
+        return self.convolution_gradient("fc2", row, tokens_to_row(after_prefix(first, prefix, gated)))
 
     def _hidden_gradient(self, patches: Tensor) -> Tensor:
         """Gradient of the convolved map from that of the gated one, whose memory it takes."""
-        convolved, gate = self.kept["convolved"], self._gate_values()
+        convolved, gate = self.kept["convolved"], self.gate_values()
         if gate is None:
             return self._stage_gradient(2, patches, convolved)
-        pooled = self._gate_gradient(self._stage(2).pooled(patches, convolved))
+        pooled = self.gate_gradient(self.stage(2).pooled(patches, convolved))
         shift = (pooled / (convolved.shape[2] * convolved.shape[3]))[:, :, None, None]
         return self._stage_gradient(2, patches, convolved, gate, shift)
 
-    def _stage(self, number: int) -> Stage:
+    def stage(self, number: int) -> Stage:
         norm, act = self.how.norms.get(number), self.how.acts[number]
         if norm is None:
             return Stage(None, act)
@@ -181,12 +188,12 @@ class _Steps:
         return Stage(norm, act, *self._affine(number), *statistics)
 
     def _stage_gradient(self, number: int, grad: Tensor, x: Tensor, *gate: Tensor) -> Tensor:
-        grad, *rest = self._stage(number).gradients(grad, x, *gate)
+        grad, *rest = self.stage(number).gradients(grad, x, *gate)
         names = (f"norm{number}.weight", f"norm{number}.bias")
         self.found.update({n: g for n, g in zip(names, rest, strict=True) if g is not None})
         return grad
 
-    def _gate_gradient(self, grad: Tensor) -> Tensor:
+    def gate_gradient(self, grad: Tensor) -> Tensor:
         """Gradient of the pooled means from that of the gate values; notes those of its parameters.
 
         The gate is small, so autograd differentiates it.
@@ -202,10 +209,10 @@ class _Steps:
 
     def _activated(self, number: int, x: Tensor) -> Tensor:
         """Norm and activation ``number``, of a map that is kept and so must stay as it is."""
-        y, act = self._normalised(number, x), self.how.acts[number]
+        y, act = self.normalised(number, x), self.how.acts[number]
         return act.value(y) if y is x else act.in_place(y)
 
-    def _normalised(self, number: int, x: Tensor) -> Tensor:
+    def normalised(self, number: int, x: Tensor) -> Tensor:
         if number not in self.how.norms:
             return x
         weight, bias = self._affine(number)
@@ -213,7 +220,7 @@ class _Steps:
         self.kept[f"mean{number}"], self.kept[f"var{number}"] = mean, var
         return y
 
-    def _norm_gradient(self, grad: Tensor) -> Tensor:
+    def norm_gradient(self, grad: Tensor) -> Tensor:
         """Gradient of the projected map."""
         if 3 not in self.how.norms:
             return grad
@@ -226,7 +233,7 @@ class _Steps:
     def _affine(self, number: int) -> tuple[Tensor, Tensor]:
         return self.p[f"norm{number}.weight"], self.p[f"norm{number}.bias"]
 
-    def _convolution_gradient(
+    def convolution_gradient(
         self, name: str, grad: Tensor, x: Tensor, *, padding: int = 0, of_input: bool = True
     ) -> Tensor:
         """Gradient of the input ``x`` of a convolution; notes those of its parameters."""

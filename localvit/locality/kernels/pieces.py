@@ -82,6 +82,12 @@ class Norm(NamedTuple):
         y, mean, deviation = torch.native_batch_norm(x, weight, bias, *running, True, self.momentum, self.eps)
         return y, mean, deviation.pow(-2).sub_(self.eps)
 
+    def moved(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Move the running statistics by those of a batch of ``count`` values a channel."""
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+
     def gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,7 +132,7 @@ class Stage(NamedTuple):
 
     def value(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """The activated map, times ``scale`` (B, D, 1, 1)."""
-        out, affine = torch.empty_like(x), self._affine()
+        out, affine = torch.empty_like(x), self._affine_map()
         for y, piece, factor in _pieces(out, x, scale):
             self.act.in_place(_normalise(piece, affine, y))
             if factor is not None:
@@ -135,7 +141,7 @@ class Stage(NamedTuple):
 
     def pooled(self, grad: Tensor, x: Tensor) -> Tensor:
         """Sums over the lattice of ``grad`` times the activated map (B, D)."""
-        affine, sums = self._affine(), []
+        affine, sums = self._affine_map(), []
         for g, piece in _pieces(grad, x):
             value = self.act.in_place(_normalise(piece, affine, torch.empty_like(piece)))
             sums.append(value.mul_(g).sum((2, 3)))
@@ -149,7 +155,7 @@ class Stage(NamedTuple):
         ``grad`` is that of the activated map; if ``scale`` and ``shift`` (B, D, 1, 1) are given,
         ``grad * scale + shift`` is.
         """
-        affine, sums = self._affine(), []
+        affine, sums = self._affine_map(), []
         for g, piece, factor, term in _pieces(grad, x, scale, shift):
             if factor is not None:
                 torch.addcmul(term, g, factor, out=g)
@@ -159,45 +165,66 @@ class Stage(NamedTuple):
         if not sums:
             return grad, None, None
         of_weight, of_bias = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
-        self._through_norm(grad, x, of_weight, of_bias)
+        self.through_norm(grad, x, of_weight, of_bias)
         return grad, of_weight, of_bias
 
-    def _affine(self) -> tuple[Tensor, Tensor] | None:
-        """Norm as (scale, shift) of a map."""
+    def _affine_map(self) -> tuple[Tensor, Tensor] | None:
         if self.norm is None:
             return None
+        scale, shift = self.affine()
+        return _channels(scale), _channels(shift)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """The norm as scale and shift (D)."""
         assert self.weight is not None
         assert self.bias is not None
         assert self.mean is not None
-        assert self.var is not None
-        scale = self.weight * (self.var + self.norm.eps).rsqrt()
-        return _channels(scale), _channels(self.bias - self.mean * scale)
+        scale = self.weight * self.deviation()
+        return scale, self.bias - self.mean * scale
 
     def _sums(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """What a piece adds to the gradients of the norm's weight and bias."""
         assert self.norm is not None
-        assert self.var is not None
-        deviation = (self.var + self.norm.eps).rsqrt()
-        statistics = (self.mean, self.var, self.mean, deviation, True, self.norm.eps, [False, True, True])
+        statistics = (
+            self.mean,
+            self.var,
+            self.mean,
+            self.deviation(),
+            True,
+            self.norm.eps,
+            [False, True, True],
+        )
         return aten.native_batch_norm_backward(grad, x, self.weight, *statistics)[1:]
 
-    def _through_norm(self, grad: Tensor, x: Tensor, of_weight: Tensor, of_bias: Tensor) -> None:
-        """Turn the gradient of the normalised map into that of ``x``, which is affine in both."""
+    def through_norm(self, grad: Tensor, x: Tensor, of_weight: Tensor, of_bias: Tensor) -> None:
+        by_grad, by_x, rest = map(_channels, self.coefficients(x, of_weight, of_bias))
+        assert self.norm is not None
+        if not self.norm.batch:
+            grad.mul_(by_grad)
+            return
+        for g, piece in _pieces(grad, x):
+            torch.addcmul(torch.addcmul(rest, piece, by_x), g, by_grad, out=g)
+
+    def coefficients(self, x: Tensor, of_weight: Tensor, of_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of ``x`` is that of the normalised map times the first, plus ``x`` times the second,
+        plus the third (D each). The last two are zero if running statistics, which are constants, normalise.
+        """
         assert self.norm is not None
         assert self.weight is not None
         assert self.mean is not None
-        assert self.var is not None
-        deviation = (self.var + self.norm.eps).rsqrt()
+        deviation = self.deviation()
         by_grad = self.weight * deviation
-        if not self.norm.batch:  # running statistics are constants
-            grad.mul_(_channels(by_grad))
-            return
-        count = x.numel() // x.shape[1]
+        if not self.norm.batch:
+            return by_grad, torch.zeros_like(by_grad), torch.zeros_like(by_grad)
+        count = x.numel() // len(by_grad)
         by_x = -by_grad * deviation * of_weight / count
-        rest = -by_grad * of_bias / count - by_x * self.mean
-        for g, piece in _pieces(grad, x):
-            normal = torch.addcmul(_channels(rest), piece, _channels(by_x))
-            torch.addcmul(normal, g, _channels(by_grad), out=g)
+        return by_grad, by_x, -by_grad * of_bias / count - by_x * self.mean
+
+    def deviation(self) -> Tensor:
+        """One over the standard deviation (D)."""
+        assert self.norm is not None
+        assert self.var is not None
+        return (self.var + self.norm.eps).rsqrt()
 
 
 def _channels(values: Tensor) -> Tensor:
