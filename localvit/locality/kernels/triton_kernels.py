@@ -185,9 +185,13 @@ def depthwise_backward_kernel(
 @triton.jit
 def gated_projection_kernel(
     x_ptr, scale_ptr, shift_ptr, gate_ptr, weight_ptr, out_ptr, ROWS, N, D, C,
-    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out (ROWS, C) = (act(x * scale + shift) * gate) @ weight^T; gate (B, D) is that of a row's image."""
+    """out (ROWS, C) = (act(x * scale + shift) * gate) @ weight^T; gate (B, D) is that of a row's image.
+
+    With WIDE the product is taken in float32, because Triton's interpreter has none in bfloat16.
+    """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_m, in_c, image = m < ROWS, c < C, m // N
@@ -201,7 +205,10 @@ def gated_projection_kernel(
         gate = tl.load(gate_ptr + image[:, None] * D + d[None, :], mask, 0.0)
         value = activate(x.to(tl.float32) * scale[None, :] + shift[None, :], ACT) * gate
         weight = tl.load(weight_ptr + c[None, :] * D + d[:, None], in_c[None, :] & in_d[:, None], 0.0)
-        total += tl.dot(value.to(weight.dtype), weight, input_precision="ieee")
+        value = value.to(weight.dtype)
+        if WIDE:
+            value, weight = value.to(tl.float32), weight.to(tl.float32)
+        total += tl.dot(value, weight, input_precision="ieee")
     mask = in_m[:, None] & in_c[None, :]
     at = out_ptr + m.to(tl.int64)[:, None] * C + c[None, :]
     tl.store(at, total.to(out_ptr.dtype.element_ty), mask)

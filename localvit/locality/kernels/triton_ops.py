@@ -7,6 +7,8 @@ Maps are tokens (B, N, D) in raster order of a lattice of ``height`` rows and ``
 No operator has a derivative of its own: :mod:`localvit.locality.kernels.triton_steps` is the derivative.
 """
 
+import os
+
 import torch
 import triton
 from torch import Tensor
@@ -194,8 +196,9 @@ def gated_projection(
     out = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(rows, 64), triton.cdiv(width, 64))
     triton_kernels.gated_projection_kernel[grid](
-        x, scale, shift, gate, weight.contiguous(), out, rows, tokens, channels, width, ACT=act, **blocks
-    )
+        x, scale, shift, gate, weight.contiguous(), out, rows, tokens, channels, width,
+        ACT=act, WIDE=os.environ.get("TRITON_INTERPRET") == "1", **blocks,
+    )  # fmt: skip
     return out
 
 
