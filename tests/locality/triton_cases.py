@@ -18,15 +18,16 @@ from .test_lean import feed_forward, run
 
 ACTS = {0: lambda x: x, 1: F.relu, 2: F.relu6, 3: F.hardswish, 4: F.silu}
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-# Batch, height, width, channels, kernel, act, act2, data type: every value beside several of the others.
+# Batch, height, width, channels, kernel, act, act2, data type, and programs that are enough (so that one
+# program has one tile of 32 tokens, all tiles of its image, or two of three).
 SHAPES = [
-    (1, 1, 1, 1, 3, 3, 0, torch.float32),
-    (1, 5, 7, 17, 3, 3, 3, torch.float32),
-    (2, 7, 5, 70, 5, 4, 1, torch.float32),
-    (3, 3, 13, 16, 1, 1, 2, torch.float32),
-    (2, 6, 6, 33, 3, 2, 4, torch.bfloat16),
-    (2, 9, 4, 64, 3, 3, 3, torch.float16),
-    (1, 2, 40, 8, 7, 0, 3, torch.float32),
+    (1, 1, 1, 1, 3, 3, 0, torch.float32, 512),
+    (1, 5, 7, 17, 3, 3, 3, torch.float32, 1),
+    (2, 3, 12, 66, 3, 4, 1, torch.float32, 512),
+    (2, 3, 5, 16, 1, 1, 2, torch.float32, 512),
+    (2, 6, 6, 20, 3, 2, 4, torch.bfloat16, 1),
+    (1, 3, 4, 8, 5, 3, 3, torch.float16, 512),
+    (1, 2, 40, 3, 3, 0, 3, torch.float32, 2),
 ]
 
 
@@ -57,8 +58,10 @@ def per_channel(v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
-def test_depthwise_and_its_statistics(case):
+def test_depthwise_and_its_statistics(case, monkeypatch):
+    *case, enough = case
     batch, height, width, channels, k, act, act2, dtype = case
+    monkeypatch.setattr(triton_ops, "_ENOUGH", enough)
     x = tokens(batch, height * width, channels, dtype, gap=1)
     weight, bias = torch.randn(channels, 1, k, k).to(dtype), torch.randn(channels)
     scale, shift, scale2, shift2 = vectors(channels)
@@ -85,16 +88,18 @@ def test_depthwise_and_its_statistics(case):
 
 def test_a_variance_far_from_zero_does_not_cancel():
     """Mean 1000, deviation 0.1: a sum of squares in float32 would lose all of it."""
-    x = 1000 + 0.1 * torch.randn(2, 63, 16)
+    x = 1000 + 0.1 * torch.randn(1, 63, 16)
     one = torch.ones(16)
     *_, var = triton_ops.depthwise(x, torch.ones(16, 1, 1, 1), None, one, 0 * one, 9, 7, 0)
     torch.testing.assert_close(var, x.double().var((0, 1), correction=0).float(), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
-def test_backward_through_gate_norms_and_convolution(case):
+def test_backward_through_gate_norms_and_convolution(case, monkeypatch):
     """All of it against autograd in float64: gate sums, norm 2, the convolution and norm 1's sums."""
+    *case, enough = case
     batch, height, width, channels, k, act, act2, dtype = case
+    monkeypatch.setattr(triton_ops, "_ENOUGH", enough)
     count = height * width
     below, grad = tokens(batch, count, channels, dtype), tokens(batch, count, channels, dtype, gap=2)
     weight = torch.randn(channels, 1, k, k).to(dtype)
@@ -134,9 +139,7 @@ def test_backward_through_gate_norms_and_convolution(case):
     close(of_norm, torch.stack([want.sum((0, 2, 3)), (want * standard).sum((0, 2, 3))]), dtype)
 
 
-@pytest.mark.parametrize(
-    ("batch", "count", "channels", "width"), [(1, 1, 1, 1), (3, 35, 70, 17), (2, 64, 32, 64)]
-)
+@pytest.mark.parametrize(("batch", "count", "channels", "width"), [(1, 1, 1, 1), (3, 35, 70, 17)])
 @pytest.mark.parametrize(("dtype", "act"), [*zip(TOLERANCE, (3, 2, 4), strict=True)])
 def test_gated_projection(batch, count, channels, width, dtype, act):
     x = tokens(batch, count, channels, dtype)
@@ -198,7 +201,7 @@ def test_other_designs_keep_the_lean_pass(monkeypatch, config):
 
 
 def test_operators_are_registered_with_their_shapes():
-    x, weight = torch.randn(2, 12, 16), torch.randn(16, 1, 3, 3)
+    x, weight = torch.randn(2, 12, 16), torch.randn(16, 1, 1, 1)
     a, b, c, d = vectors(16)
     gate = torch.rand(2, 16)
     tests = ("test_schema", "test_faketensor")
