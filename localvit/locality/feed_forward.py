@@ -7,7 +7,7 @@ Two forms, both built on the two views in :mod:`localvit.locality.grid`:
   (``init="preserve"``).
 
 Shapes: B batch, P prefix tokens, N patch tokens on a lattice of H rows and W columns, C = ``dim``,
-D = hidden width. A "column" is a map (B, C, T, 1): point-wise layers run on it over all T tokens at once.
+D = hidden width. A "row" is a map (B, C, 1, T): point-wise layers run on it over all T tokens at once.
 """
 
 from typing import Any, Optional
@@ -18,7 +18,15 @@ from timm.layers import SqueezeExcite, trunc_normal_
 from torch import Tensor, nn
 
 from localvit.locality.config import DEFAULT_EXPANSION, ConfigError, LocalityConfig
-from localvit.locality.grid import Grid, GridRecord, map_to_tokens, tokens_to_map
+from localvit.locality.grid import (
+    Grid,
+    GridRecord,
+    after_prefix,
+    map_to_tokens,
+    tokens_to_map,
+    tokens_to_row,
+)
+from localvit.locality.kernels import lean_applies, lean_feed_forward
 from localvit.locality.layers import ACTIVATIONS, channel_gate, depthwise, norm
 
 
@@ -158,18 +166,28 @@ class LocalityFeedForward(LatticeModule):
         lattice = Grid(grid.height, grid.width, riding)
 
         x = tokens if riding == prefix else tokens[:, prefix:]
-        if self.conv_first:
-            x = self._convolve(x, lattice)
-        x = self._hide(map_to_tokens(self._expand(_column(x))), lattice)
-        if self.gate is not None:
-            x = _after_prefix(x, riding, self.gate(tokens_to_map(x, lattice)))
-        x = map_to_tokens(self.norm3(self.fc2(_column(x))))
-
+        x = self._transform(x, lattice)
         if riding == prefix:
             return x
         if self.prefix == "passthrough":
             return torch.cat([tokens[:, :prefix], x], dim=1)
         return F.pad(x, (0, 0, prefix, 0))  # the branch is zero where a token bypasses it
+
+    def _transform(self, x: Tensor, lattice: Grid) -> Tensor:
+        """Patches and the prefix tokens that ride along, through the layers, in the form that applies."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript must see this question alone)
+            if lean_applies(self, x):
+                return lean_feed_forward(self, x, lattice)
+        return self.plain(x, lattice)
+
+    def plain(self, x: Tensor, lattice: Grid) -> Tensor:
+        """The same by the plain modules: what every other form must equal."""
+        if self.conv_first:
+            x = self._convolve(x, lattice)
+        x = self._hide(map_to_tokens(self._expand(tokens_to_row(x))), lattice)
+        if self.gate is not None:
+            x = after_prefix(x, lattice.num_prefix_tokens, self.gate(tokens_to_map(x, lattice)))
+        return map_to_tokens(self.norm3(self.fc2(tokens_to_row(x))))
 
     def _expand(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
@@ -237,7 +255,7 @@ class HiddenLocality(LatticeModule):
             grid = self.current_grid()
         check_lattice(hidden, grid)
         patches = tokens_to_map(hidden, grid)
-        return self.then(_after_prefix(hidden, grid.num_prefix_tokens, patches + self.conv(patches)))
+        return self.then(after_prefix(hidden, grid.num_prefix_tokens, patches + self.conv(patches)))
 
 
 def check_lattice(tokens: Tensor, grid: Grid) -> None:
@@ -248,17 +266,6 @@ def check_lattice(tokens: Tensor, grid: Grid) -> None:
         f"{tokens.shape[1]} tokens, {grid.num_prefix_tokens} of them prefix tokens, leave {patches} patch "
         f"tokens, but the lattice has {grid.height} x {grid.width} = {grid.height * grid.width}",
     )
-
-
-def _column(tokens: Tensor) -> Tensor:
-    """``(B, T, C) -> (B, C, T, 1)``, a channels-last view."""
-    return tokens_to_map(tokens, Grid(tokens.shape[1], 1, 0))
-
-
-def _after_prefix(tokens: Tensor, prefix: int, patches: Tensor) -> Tensor:
-    """The first ``prefix`` of ``tokens``, followed by the tokens of the map ``patches``."""
-    rest = map_to_tokens(patches)
-    return rest if prefix == 0 else torch.cat([tokens[:, :prefix], rest], dim=1)
 
 
 def _hidden_width(dim: int, of_base: int | None, config: LocalityConfig) -> int:

@@ -6,6 +6,7 @@ C channels. Patch token ``i`` is row ``i // width``, column ``i % width`` (raste
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -79,3 +80,18 @@ def map_to_tokens(feature_map: Tensor) -> Tensor:
     A view if the map is channels-last.
     """
     return feature_map.flatten(2).transpose(1, 2)
+
+
+def tokens_to_row(tokens: Tensor) -> Tensor:
+    """``(B, T, C) -> (B, C, 1, T)``, a channels-last view for point-wise layers.
+
+    A row, not a column: oneDNN's point-wise convolution works along rows and is two to three times
+    slower on a map of width 1.
+    """
+    return tokens.transpose(1, 2).unsqueeze(2)
+
+
+def after_prefix(tokens: Tensor, prefix: int, patches: Tensor) -> Tensor:
+    """The first ``prefix`` of ``tokens``, followed by the tokens of the map ``patches``."""
+    rest = map_to_tokens(patches)
+    return rest if prefix == 0 else torch.cat([tokens[:, :prefix], rest], dim=1)

@@ -1,0 +1,98 @@
+"""The lean pass with the Triton kernels where memory traffic is; matrix products stay PyTorch's."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localvit.locality.grid import map_to_tokens, tokens_to_map, tokens_to_row
+from localvit.locality.kernels import triton_ops
+from localvit.locality.kernels.lean import Pass, Steps, Tensors
+from localvit.locality.kernels.pieces import activation
+
+_NUMBERS = {nn.Identity: 0, nn.ReLU: 1, nn.ReLU6: 2, nn.Hardswish: 3, nn.SiLU: 4}
+
+
+def covers(how: Pass, x: Tensor) -> bool:
+    """Whether the kernels cover this pass: norms 1 and 2 by batch statistics, an activation that is not
+    GELU, no prefix tokens that ride along."""
+    known = {activation(kind()) for kind in _NUMBERS}
+    by_batch = all(i in how.norms and how.norms[i].batch for i in (1, 2))
+    return by_batch and how.lattice.num_prefix_tokens == 0 and {how.acts[1], how.acts[2]} <= known
+
+
+class TritonSteps(Steps):
+    """The steps of a pass that :func:`covers` accepts."""
+
+    def forward(self) -> Tensor:
+        how, p, kept = self.how, self.p, self.kept
+        expanded = kept["expanded"] = F.conv2d(tokens_to_row(self.x), p["fc1.weight"], p.get("fc1.bias"))
+        var, mean = torch.var_mean(expanded.float(), (0, 2, 3), correction=0)
+        self._note(1, mean, var)
+        weight, bias = p["conv.weight"], p.get("conv.bias")
+        height, width, _ = how.lattice
+        convolved, mean, var = triton_ops.depthwise(
+            map_to_tokens(expanded), weight, bias, *self.stage(1).affine(), height, width, self._act(1)
+        )
+        kept["convolved"] = tokens_to_map(convolved, how.lattice)
+        self._note(2, mean, var)
+        if how.gate is not None:
+            kept["pooled"] = self.stage(2).value(kept["convolved"]).mean((2, 3))
+        gate, _ = self._gate_terms(convolved)
+        projected = triton_ops.gated_projection(
+            convolved, *self.stage(2).affine(), gate, p["fc2.weight"].flatten(1), self._act(2)
+        )
+        if p.get("fc2.bias") is not None:
+            projected = projected + p["fc2.bias"]
+        row = tokens_to_row(projected)
+        if 3 in how.norms:
+            kept["projected"] = row
+        return map_to_tokens(self.normalised(3, row))
+
+    def backward(self, grad: Tensor) -> Tensors:
+        how, kept, found = self.how, self.kept, self.found
+        first, second = self.stage(1), self.stage(2)
+        expanded, convolved = map_to_tokens(kept["expanded"]), map_to_tokens(kept["convolved"])
+        row = self.norm_gradient(tokens_to_row(grad.contiguous()))
+        tokens = map_to_tokens(self.projection_gradient(row))
+        assert second.mean is not None
+        sums = triton_ops.gate_sums(
+            tokens, convolved, *second.affine(), second.mean, second.deviation(), self._act(2)
+        )
+        gate, term = self._gate_terms(convolved, sums[0])
+        found["norm2.weight"] = (gate * sums[3] + term * sums[4]).sum(0)
+        found["norm2.bias"] = (gate * sums[1] + term * sums[2]).sum(0)
+        back = second.coefficients(convolved, found["norm2.weight"], found["norm2.bias"])
+        assert first.mean is not None
+        patches, of_norm, found["conv.weight"] = triton_ops.depthwise_backward(
+            tokens, convolved, expanded, self.p["conv.weight"], [gate, term],
+            [*second.affine(), *back], [*first.affine(), first.mean, first.deviation()],
+            how.lattice.height, how.lattice.width, self._act(1), self._act(2),
+        )  # fmt: skip
+        found["norm1.bias"], found["norm1.weight"] = of_norm
+        row = tokens_to_row(patches)
+        first.through_norm(row, kept["expanded"], found["norm1.weight"], found["norm1.bias"])
+        row = self.convolution_gradient("fc1", row, tokens_to_row(self.x), of_input=self.needed["x"])
+        if self.needed["x"]:
+            found["x"] = map_to_tokens(row)
+        if "conv.bias" in self.p:  # a norm by batch statistics takes a constant away again
+            found["conv.bias"] = torch.zeros_like(self.p["conv.bias"])
+        return found
+
+    def _note(self, number: int, mean: Tensor, var: Tensor) -> None:
+        self.kept[f"mean{number}"], self.kept[f"var{number}"] = mean, var
+        self.how.norms[number].moved(mean, var, self.x.shape[0] * self.x.shape[1])
+
+    def _act(self, number: int) -> int:
+        acts = {activation(kind()): i for kind, i in _NUMBERS.items()}
+        return acts[self.how.acts[number]]
+
+    def _gate_terms(self, tokens: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Gate values (B, D) in float32, and from their gradient the pooling's share of the map's."""
+        batch, count, channels = tokens.shape
+        gate, none = self.gate_values(), torch.zeros((batch, channels), device=tokens.device)
+        if gate is None:
+            return none + 1.0, none
+        values = gate.flatten(1).float()
+        if grad is None:
+            return values, none
+        return values, self.gate_gradient(grad.to(gate.dtype)).float() / count
