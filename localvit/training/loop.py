@@ -170,10 +170,9 @@ def _timed(loader: Iterable[Batch], at: Reached) -> Iterator[Batch]:
     batches = iter(loader)
     while True:
         start = time.perf_counter()
-        batch = next(batches, None)
-        at.waited += time.perf_counter() - start
-        if batch is None:
+        if (batch := next(batches, None)) is None:
             return
+        at.waited += time.perf_counter() - start
         yield batch
 
 

@@ -14,7 +14,6 @@ from localvit.data import Splits
 from localvit.training.config import TrainConfig
 from localvit.training.evaluate import Metrics
 
-
 WAIT = 0.2
 """Share of the time spent waiting for pictures from which on a person is told."""
 _WORTH_A_WORD = 10.0
