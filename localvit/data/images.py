@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
 
 from localvit.data.config import DataError
@@ -26,7 +25,10 @@ Mode = Literal["L", "RGB"]
 """Gray or colour, as Pillow names them."""
 MAX_ASPECT = 100
 """Longest side over shortest that is kept; panoramas stay below 10."""
-_READ_MODES = {"L": ImageReadMode.GRAY, "RGB": ImageReadMode.RGB}
+_CHANNELS = {"L": 1, "RGB": 3}
+# The operator, because `torchvision.io.decode_jpeg` around it warns since 0.29 that both will go one day;
+# Pillow then decodes to the same bits.
+_torch_decode = getattr(torch.ops.image, "decode_jpeg", None)
 
 
 class UnreadableImage(RuntimeError):
@@ -84,10 +86,12 @@ def decode_pixels(data: bytes, name: str, mode: Mode) -> torch.Tensor:
     """
     with _naming(name), Image.open(io.BytesIO(data)) as header:  # refuses what has too many pixels
         usual = header.format == "JPEG" and header.mode in ("L", mode) and not _is_long(header.size)
-    if usual:
+    if usual and _torch_decode is not None:
         try:
             # A copy, because torch takes no memory that is read-only.
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _READ_MODES[mode])
+            content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            pixels: torch.Tensor = _torch_decode(content, _CHANNELS[mode])
+            return pixels
         except RuntimeError:
             pass  # Pillow knows what is wrong with it
     return to_pixels(decode(io.BytesIO(data), name), mode)
