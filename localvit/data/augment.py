@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
-from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import (
     MaybePILToTensor,
     MaybeToTensor,
@@ -16,7 +15,6 @@ from timm.data.transforms import (
     interp_mode_to_str,
 )
 from torchvision.transforms import (
-    Compose,
     InterpolationMode,
     Normalize,
     RandomHorizontalFlip,
@@ -32,16 +30,37 @@ _ON_TENSORS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 """Interpolations that PyTorch has for 8 bits, as Pillow computes them."""
 
 
-def train_transform(augment: AugmentConfig, preprocessing: dict[str, Any]) -> Compose:
-    """The transform of training pictures, from (C, H, W) uint8 to (C, H, W) float32, normalised.
+class TrainTransform:
+    """What is done to training pictures, from (C, H, W) uint8 to (C, H, W) float32, normalised.
 
     It is timm's (`timm.data.create_transform`): the same steps with the same random numbers. Steps that are
-    slow are replaced: `Normalized` is equal to the bit, `TensorCrop` to the rounding of pixels.
+    slow are replaced: normalisation is equal to the bit, `TensorCrop` to the rounding of pixels.
 
     Args:
         augment: What is done to them.
         preprocessing: `input_size` (C, H, W), `mean`, `std`, `interpolation`, as timm resolves them.
     """
+
+    def __init__(self, augment: AugmentConfig, preprocessing: dict[str, Any]) -> None:
+        steps = _timms_steps(augment, preprocessing)
+        _keep_a_bit(steps)
+        end = next(i for i, step in enumerate(steps) if isinstance(step, Normalize))
+        self.before, self.after = list(_from_tensors(steps[:end])), steps[end + 1 :]
+        self.mean, self.std = (
+            torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (steps[end].mean, steps[end].std)
+        )
+
+    def __call__(self, image: Any, out: torch.Tensor) -> None:
+        """Write what becomes of a picture into `out`, a place in a batch."""
+        for step in self.before:
+            image = step(image)
+        # As torchvision's ToTensor and Normalize compute it, which copy the picture several times.
+        out.copy_(image).div_(255).sub_(self.mean).div_(self.std)
+        for step in self.after:
+            step(out)  # random erasing, in place
+
+
+def _timms_steps(augment: AugmentConfig, preprocessing: dict[str, Any]) -> list[Any]:
     transform = create_transform(
         preprocessing["input_size"],
         is_training=True,
@@ -59,8 +78,8 @@ def train_transform(augment: AugmentConfig, preprocessing: dict[str, Any]) -> Co
         mean=preprocessing["mean"],
         std=preprocessing["std"],
     )
-    _keep_a_bit(transform.transforms)
-    return Compose(list(_from_tensors(transform.transforms)))
+    steps: list[Any] = transform.transforms
+    return steps
 
 
 class TensorCrop(RandomResizedCropAndInterpolation):
@@ -78,25 +97,6 @@ class TensorCrop(RandomResizedCropAndInterpolation):
         return cropped
 
 
-class Normalized:
-    """From 8 bits to float32: ``(x / 255 - mean) / std``, as torchvision's two steps compute it.
-
-    Those copy the picture several times, this once.
-
-    Args:
-        mean: C values in 0..1.
-        std: C values.
-    """
-
-    def __init__(self, mean: Any, std: Any) -> None:
-        self.mean, self.std = (torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """(C, H, W) uint8 to (C, H, W) float32."""
-        values = image.to(torch.float32, memory_format=torch.contiguous_format)
-        return values.div_(255).sub_(self.mean).div_(self.std)
-
-
 def _from_tensors(steps: Sequence[Any]) -> Iterator[Any]:
     """The same steps for an input that is a tensor, on Pillow's pictures only where they must be."""
     tensor = True
@@ -104,11 +104,9 @@ def _from_tensors(steps: Sequence[Any]) -> Iterator[Any]:
         if isinstance(step, MaybeToTensor):
             yield MaybePILToTensor()
             tensor = True
-        elif isinstance(step, Normalize):
-            yield Normalized(step.mean, step.std)
         elif isinstance(step, RandomResizedCropAndInterpolation) and step.interpolation in _ON_TENSORS:
             yield TensorCrop(step.size, step.scale, step.ratio, interp_mode_to_str(step.interpolation))
-        elif tensor and isinstance(step, (*_FLIPS, RandomErasing)):
+        elif tensor and isinstance(step, _FLIPS):
             yield step
         else:
             if tensor:

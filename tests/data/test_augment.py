@@ -13,7 +13,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from localvit.data import AugmentConfig, DataConfig, UnreadableImage, images, open_splits, train_loader
-from localvit.data.augment import Normalized, TensorCrop, train_transform
+from localvit.data.augment import TensorCrop, TrainTransform
 from localvit.data.images import decode, decode_pixels
 from localvit.data.loading import random_scope, seed_all
 
@@ -64,7 +64,15 @@ def test_decoded_pixels_are_those_of_pillow_to_the_bit(kind, mode):
     assert torch.equal(decode_pixels(data, "x.jpg", mode), reference(data, mode))
 
 
+def test_without_torchvisions_decoder_pillow_gives_the_same_bits(monkeypatch):
+    expected = decode_pixels(FILES["colour"](), "x.jpg", "RGB")
+    monkeypatch.setattr(images, "_torch_decode", None)
+    assert torch.equal(decode_pixels(FILES["colour"](), "x.jpg", "RGB"), expected)
+
+
 def test_common_jpegs_do_not_go_through_pillow(monkeypatch):
+    if images._torch_decode is None:
+        pytest.skip("this torchvision has no decoder")
     monkeypatch.setattr(images, "decode", None)
     assert decode_pixels(FILES["colour"](), "x.jpg", "RGB").shape == (3, 70, 90)
     assert decode_pixels(FILES["gray"](), "x.jpg", "RGB").shape == (3, 70, 90)
@@ -104,15 +112,24 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_normalised_values_are_timms_to_the_bit(channels):
-    pixels = torch.arange(256, dtype=torch.uint8).repeat(channels, 3, 1).transpose(1, 2)
-    mean, std = MEAN[:channels], STD[:channels]
-    steps = create_transform((channels, 8, 8), mean=mean, std=std, no_aug=True, is_training=True).transforms
-    expected = to_pil_image(pixels)
-    for step in steps[-2:]:
-        expected = step(expected)
-    found = Normalized(mean, std)(pixels)
-    assert torch.equal(found, expected)
-    assert found.is_contiguous()
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(16, 16).repeat(channels, 1, 1)
+    seen = {"input_size": (channels, 16, 16), "mean": MEAN[:channels], "std": STD[:channels]}
+    seen["interpolation"] = "bilinear"
+    theirs = create_transform(**seen, no_aug=True, is_training=True)
+    expected = theirs(to_pil_image(pixels))
+    assert torch.equal(transformed(AugmentConfig(crop="none"), seen)(pixels), expected)
+    assert expected.unique().numel() >= 256
+
+
+def transformed(augment, seen):
+    """The transform as a function that returns the picture."""
+    transform = TrainTransform(augment, seen)
+
+    def work(image):
+        transform(image, out := torch.full(seen["input_size"], torch.nan))
+        return out
+
+    return work
 
 
 @pytest.mark.parametrize(("interpolation", "beyond"), [("bilinear", 0), ("bicubic", 2e-3)])
@@ -161,7 +178,7 @@ def test_the_transform_is_timms_with_the_same_random_numbers(name, mode):
         **{field: getattr(augment, field) for field in fields},
         **seen,
     )
-    ours = train_transform(augment, {"input_size": size, **seen})
+    ours = transformed(augment, {"input_size": size, **seen})
     for seed in range(6):
         image = shapes(seed, mode=mode)
         with random_scope():
