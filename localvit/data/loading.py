@@ -324,7 +324,7 @@ def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any)
         dataset,
         num_workers=workers,
         persistent_workers=workers > 0,
-        collate_fn=_as_it_is,
+        collate_fn=_as_it_is,  # type: ignore[arg-type]  # the batch is made already
         worker_init_fn=_outlive_sigterm,
         pin_memory=pin_memory,
         # Its own: iterating a loader without one draws a number from torch's global state.
