@@ -17,6 +17,7 @@ check: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/locality.py
+	$(BIN)/python benchmarks/data.py
 
 timm-suite: .venv/.dev
 	@test -f "$(TIMM_TESTS)" || { echo "usage: make timm-suite TIMM_TESTS=path to timm's tests/test_models.py"; exit 2; }

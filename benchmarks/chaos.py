@@ -118,6 +118,7 @@ def story(folder: Path) -> dict[str, Any]:
     for timed in (*lines, status["test"], status["best"]["validation"]):
         timed.pop("images_per_second")
         timed.pop("seconds", None)
+        timed.pop("data_wait", None)
     weights = {name: (folder / name / "model.safetensors").read_bytes() for name in ("best", "last")}
     return {"metrics": lines, "test": status["test"], "best": status["best"], "weights": weights}
 

@@ -7,42 +7,18 @@ the first is faster. Compare ratios, not seconds: those belong to the machine na
 """
 
 import argparse
-import datetime
-import json
-import re
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
-from rich.console import Console
+from interleaving import Work, interleaved, write
 from rich.progress import track
-from rich.table import Table
 from timm.models._efficientnet_blocks import InvertedResidual
 from torch import nn
 
 import localvit
 from localvit import Grid, LocalityFeedForward
 from localvit.studies.records import machine
-
-Work = Callable[[], object]
-
-
-def interleaved(a: Work, b: Work, rounds: int) -> dict[str, float]:
-    """Quartiles of time(a) / time(b) over ``rounds`` alternations, and the median seconds of both."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(2):  # warm up
-        a(), b()
-    for _ in range(rounds):
-        for work, times in zip((a, b), seconds, strict=True):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-    low, middle, high = statistics.quantiles([x / y for x, y in zip(*seconds, strict=True)], n=4)
-    median_a, median_b = map(statistics.median, seconds)
-    return {"ratio": middle, "low": low, "high": high, "seconds": median_a, "against_seconds": median_b}
 
 
 def inference(name: str, batch: int) -> Work:
@@ -113,23 +89,13 @@ def main() -> None:
     rows = measurements(args.quick)
     hardware = machine(args.threads)
     setting = f"{hardware}, PyTorch {torch.__version__}, timm {timm.__version__}"
-    table = Table("measured", "against", "ratio [quartiles]", title=setting)
-    lines = [f"# Cost of locality\n\n{setting}; localvit {localvit.__version__}; float32, eager.\n"]
-    lines += ["| measured | against | ratio [quartiles] |", "|---|---|---|"]
-    for row in rows:
-        cells = (
-            str(row["measured"]),
-            str(row["against"]),
-            "{ratio:.2f} [{low:.2f}, {high:.2f}]".format(**row),
-        )
-        table.add_row(*cells)
-        lines.append(f"| {' | '.join(cells)} |")
-    Console().print(table)
-    slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
-    path = args.output / f"locality_{slug}_{datetime.date.today()}"
-    args.output.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    path.with_suffix(".json").write_text(json.dumps({"machine": setting, "rows": rows}, indent=2) + "\n")
+    about = f"{setting}; localvit {localvit.__version__}; float32, eager."
+    cells = [
+        (str(row["measured"]), str(row["against"]), "{ratio:.2f} [{low:.2f}, {high:.2f}]".format(**row))
+        for row in rows
+    ]
+    header = ("measured", "against", "ratio [quartiles]")
+    path = write(args.output, "locality", hardware, f"# Cost of locality\n\n{about}\n", header, cells, rows)
     print(f"written: {path}.md and .json")
 
 

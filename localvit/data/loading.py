@@ -11,20 +11,21 @@ from __future__ import annotations
 import hashlib
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from localvit.data.augment import TrainTransform
 from localvit.data.config import AugmentConfig, DataError
-from localvit.data.images import Sample, UnreadableImage
+from localvit.data.images import Mode, Part, Sample, UnreadableImage
 
-_MODES = {1: "L", 3: "RGB"}
+_MODES: dict[int, Mode] = {1: "L", 3: "RGB"}
 _NOTICE = 30
 """Seconds that a process that loads lives on after SIGTERM."""
 _REPLACEMENTS = 100
@@ -56,10 +57,9 @@ class Batch(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """One picture on its way into a batch: an image with its target, or the error in its place."""
+    """One picture of a batch: its target, or the error in its place."""
 
     picture: int
-    image: torch.Tensor | None
     target: int
     error: UnreadableImage | None = None
 
@@ -171,69 +171,73 @@ def share(batch: list[Draw], part: int, parts: int) -> list[Draw]:
 
 
 class Prepared(Dataset[Any]):
-    """Pictures in the mode and form that a model takes.
+    """Pictures in the form that a model takes, by the batch.
 
     Args:
-        images: Labelled pictures.
-        transform: From a PIL picture to a (C, H, W) tensor.
-        channels: 1 (gray) or 3 (RGB).
+        read: From an index to a picture in the mode that the model takes, and its target.
+        length: Number of pictures.
+        transform: Writes what becomes of such a picture to a place in the batch.
+        size: (C, H, W) of that place.
     """
 
-    def __init__(self, images: Dataset[Sample], transform: Any, channels: int) -> None:
-        if channels not in _MODES:
-            raise DataError(f"in_chans={channels}; pictures are loaded with 1 or 3 channels")
-        self.images, self.transform, self.mode = images, transform, _MODES[channels]
+    def __init__(
+        self,
+        read: Callable[[int], tuple[Any, int]],
+        length: int,
+        transform: Callable[[Any, torch.Tensor], object],
+        size: Sequence[int],
+    ) -> None:
+        self.read, self.length, self.transform, self.size = read, length, transform, tuple(size)
 
     def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
+        return self.length
 
-    def __getitems__(self, draws: Sequence[Draw | int]) -> list[Loaded]:
+    def __getitems__(self, draws: Sequence[Draw | int]) -> Batch:
         # torch's DataLoader calls this with all of a batch, so the states are kept once for all of it.
+        images = torch.empty(len(draws), *self.size)
         with random_scope():
-            return [loaded for draw in draws for loaded in self._readable(draw)]
+            tries = [list(self._readable(*place)) for place in zip(draws, images, strict=True)]
+        good = [row for row, loaded in enumerate(tries) if loaded[-1].error is None]
+        found = [tries[row][-1] for row in good]
+        return Batch(
+            images=images if len(good) == len(draws) else images[good],
+            targets=torch.tensor([loaded.target for loaded in found], dtype=torch.int64),
+            indices=[loaded.picture for loaded in found],
+            unreadable={t.picture: t.error for loaded in tries for t in loaded if t.error is not None},
+        )
 
-    def _readable(self, draw: Draw | int) -> Iterator[Loaded]:
+    def _readable(self, draw: Draw | int, out: torch.Tensor) -> Iterator[Loaded]:
         """The picture; if it is drawn and cannot be read, the error and then a picture in its place.
 
         The other picture depends on the draw's seed only, so the batch is as large as it should be, and the
         same in every process and after every resume.
         """
-        loaded = self._prepare(draw)
+        loaded = self._prepare(draw, out)
         yield loaded
         for _ in range(_REPLACEMENTS):
             if loaded.error is None or not isinstance(draw, Draw):
                 return
             draw = Draw(derive_seed(draw.seed, "picture") % len(self), derive_seed(draw.seed, "augment"))
-            loaded = self._prepare(draw)
+            loaded = self._prepare(draw, out)
             yield loaded
 
-    def _prepare(self, draw: Draw | int) -> Loaded:
+    def _prepare(self, draw: Draw | int, out: torch.Tensor) -> Loaded:
         if isinstance(draw, Draw):
             picture = draw.picture
             seed_all(draw.seed)
         else:  # evaluation: nothing is random
             picture = draw
         try:
-            image, target = self.images[picture]
+            image, target = self.read(picture)
         except UnreadableImage as error:
             # Returned, not raised: a worker's exception reaches the main process as a wall of text.
-            return Loaded(picture, None, -1, error)
-        return Loaded(picture, self.transform(image.convert(self.mode)), target)
-
-
-def collate(samples: Sequence[Loaded]) -> Batch:
-    """One batch of what `Prepared` returned."""
-    good = [(s.picture, s.image, s.target) for s in samples if s.image is not None]
-    return Batch(
-        images=torch.stack([image for _, image, _ in good]) if good else torch.empty(0),
-        targets=torch.tensor([target for _, _, target in good], dtype=torch.int64),
-        indices=[picture for picture, _, _ in good],
-        unreadable={s.picture: s.error for s in samples if s.error is not None},
-    )
+            return Loaded(picture, -1, error)
+        self.transform(image, out)
+        return Loaded(picture, target)
 
 
 def train_loader(
-    images: Dataset[Sample],
+    images: Part,
     augment: AugmentConfig,
     preprocessing: dict[str, Any],
     *,
@@ -257,25 +261,9 @@ def train_loader(
         rank: Which share of each batch this process takes.
         world_size: Processes that train.
     """
-    transform = create_transform(
-        preprocessing["input_size"],
-        is_training=True,
-        no_aug=augment.crop == "none",
-        train_crop_mode=None if augment.crop == "none" else augment.crop,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        vflip=augment.vflip,
-        color_jitter=augment.color_jitter,  # type: ignore[arg-type]  # timm takes None too
-        auto_augment=augment.auto_augment,
-        re_prob=augment.erase,
-        re_mode="pixel",
-        interpolation=preprocessing["interpolation"],
-        mean=preprocessing["mean"],
-        std=preprocessing["std"],
-    )
-    _keep_a_bit(transform)
-    prepared = Prepared(images, transform, preprocessing["input_size"][0])
+    read = partial(images.read_pixels, mode=_mode(preprocessing))
+    transform = TrainTransform(augment, preprocessing)
+    prepared = Prepared(read, len(images), transform, preprocessing["input_size"])
     order = EpochOrder(len(prepared), batch_size, seed, augment.repeats, rank=rank, world_size=world_size)
     return _loader(prepared, workers, pin_memory, batch_sampler=order)
 
@@ -304,9 +292,31 @@ def eval_loader(
         crop_pct=preprocessing["crop_pct"],
         crop_mode=preprocessing["crop_mode"],
     )
-    prepared = Prepared(images, transform, preprocessing["input_size"][0])
+    read = partial(_converted, images, mode=_mode(preprocessing))
+    length: int = len(images)  # type: ignore[arg-type]
+    prepared = Prepared(read, length, partial(_into, transform), preprocessing["input_size"])
     own = range(rank, len(prepared), world_size)
     return _loader(prepared, workers, pin_memory, batch_size=batch_size, sampler=own)
+
+
+def _mode(preprocessing: dict[str, Any]) -> Mode:
+    channels = preprocessing["input_size"][0]
+    if channels not in _MODES:
+        raise DataError(f"in_chans={channels}; pictures are loaded with 1 or 3 channels")
+    return _MODES[channels]
+
+
+def _converted(images: Dataset[Sample], index: int, mode: Mode) -> Sample:
+    image, target = images[index]
+    return image.convert(mode), target
+
+
+def _into(transform: Callable[[Any], torch.Tensor], image: Any, out: torch.Tensor) -> None:
+    out.copy_(transform(image))
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any) -> DataLoader[Batch]:
@@ -314,7 +324,7 @@ def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any)
         dataset,
         num_workers=workers,
         persistent_workers=workers > 0,
-        collate_fn=collate,
+        collate_fn=_as_it_is,
         worker_init_fn=_outlive_sigterm,
         pin_memory=pin_memory,
         # Its own: iterating a loader without one draws a number from torch's global state.
@@ -330,23 +340,6 @@ def _outlive_sigterm(_worker: int) -> None:
     It ends its loaders by a message as a rule; should it try by this signal, it does not wait for ever.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_NOTICE))
-
-
-def _keep_a_bit(transform: Any) -> None:
-    """Have timm's automatic augmentations posterize to one bit where they ask for none.
-
-    timm 1.0.31 asks for 0 bits at the ends of its range of strengths (black pictures, once), which Pillow
-    from version 13 on refuses in the midst of training.
-    """
-    for step in transform.transforms:
-        rules = [rule for pair in getattr(step, "policy", ()) for rule in pair]  # AutoAugment
-        for rule in [*getattr(step, "ops", ()), *rules]:  # RandAugment, AugMix
-            if rule.name.startswith("Posterize"):
-                rule.aug_fn = _posterize
-
-
-def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    return image if bits >= 8 else ImageOps.posterize(image, max(bits, 1))
 
 
 def readable(batch: Batch) -> Batch:

@@ -31,7 +31,7 @@ from localvit.training.keeper import Keeper
 from localvit.training.output import check_output, read_status
 from localvit.training.progress import Progress
 from localvit.training.result import RunResult, TrainingFailed
-from localvit.training.run import Run, best_model, prepare
+from localvit.training.run import Reached, Run, best_model, prepare
 from localvit.training.signals import stop_requested
 
 
@@ -77,7 +77,11 @@ def train(
         stack.callback(run.close)
         keeper = Keeper(run)
         progress = Progress(
-            console if world.first else None, config, run.splits, count_parameters(run.engine.evaluated)
+            console if world.first else None,
+            config,
+            run.splits,
+            count_parameters(run.engine.evaluated),
+            gpu=world.device.type != "cpu",
         )
         try:
             with progress:
@@ -126,13 +130,13 @@ def train_epoch(run: Run, keeper: Keeper, progress: Progress) -> dict[str, float
     """One pass over the training pictures, or the rest of one.
 
     Returns:
-        `lr`, `train_loss`, `seconds`, `images_per_second`.
+        `lr`, `train_loss`, `seconds`, `images_per_second`, `data_wait`.
     """
     engine, at, world, watch = run.engine, run.reached, run.world, LossWatch()
     engine.train()
     run.train.batch_sampler.set_epoch(at.epoch, at.batch)  # type: ignore[union-attr]
     start = time.perf_counter() - at.seconds
-    for batch in run.train:
+    for batch in _timed(run.train, at):
         _note_unreadable(run, batch, progress)
         loss = engine.backward(*run.inputs(batch))
         bad = watch.look(loss, at.batch)
@@ -143,20 +147,33 @@ def train_epoch(run: Run, keeper: Keeper, progress: Progress) -> dict[str, float
         at.loss_sum += loss.double() * len(batch.indices)
         at.images += len(batch.indices)
         at.seconds = time.perf_counter() - start
-        progress.advance(run.config.batch_size)
+        progress.advance(run.config.batch_size, at.waited / at.seconds)
         if due or stop or at.batch == len(run.train):
             bad = watch.flush()
             _refuse(run, keeper, bad, world.agree(*_place(world, bad)))
         if due:
             keeper.save()
         keeper.stop_if_asked(bool(stop))
-    loss_sum, images = world.total(torch.stack([at.loss_sum, at.loss_sum.new_tensor(at.images)])).tolist()
+    sums = torch.stack([at.loss_sum, *at.loss_sum.new_tensor([at.images, at.waited])])
+    loss_sum, images, waited = world.total(sums).tolist()
     return {
         "lr": engine.lr,
         "train_loss": loss_sum / images,
         "seconds": at.seconds,
         "images_per_second": images / at.seconds,
+        "data_wait": min(waited / world.size / at.seconds, 1.0),
     }
+
+
+def _timed(loader: Iterable[Batch], at: Reached) -> Iterator[Batch]:
+    """The batches; the time until each is there is added to `at.waited`."""
+    batches = iter(loader)
+    while True:
+        start = time.perf_counter()
+        if (batch := next(batches, None)) is None:
+            return
+        at.waited += time.perf_counter() - start
+        yield batch
 
 
 def _place(world: World, bad: tuple[float, int] | None) -> tuple[int, int]:

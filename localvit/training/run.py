@@ -34,6 +34,7 @@ class Reached:
         loss_sum: Sum of its losses over this process's pictures, float64 on the device.
         images: How many pictures those are.
         seconds: Spent on it so far.
+        waited: Seconds of those that were spent waiting for pictures.
         history: The epochs before, as in `RunResult`.
         best_epoch: From 1; 0 before there is one.
         best: Its metrics on the validation split.
@@ -46,6 +47,7 @@ class Reached:
     loss_sum: torch.Tensor
     images: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = 0
     best: Metrics | None = None
@@ -55,7 +57,8 @@ class Reached:
     def close_epoch(self, metrics: dict[str, Any]) -> None:
         """Go to the beginning of the next epoch."""
         self.history.append(metrics)
-        self.epoch, self.batch, self.images, self.seconds = self.epoch + 1, 0, 0, 0.0
+        self.epoch, self.batch, self.images = self.epoch + 1, 0, 0
+        self.seconds = self.waited = 0.0
         self.loss_sum = torch.zeros_like(self.loss_sum)
 
 
@@ -128,6 +131,7 @@ class Run:
             "epoch": at.epoch,
             "pictures": at.batch * self.config.batch_size,
             "seconds": at.seconds,
+            "waited": at.waited,
             "history": at.history,
             "best_epoch": at.best_epoch,
             "best": dataclasses.asdict(at.best) if at.best else None,
@@ -157,7 +161,7 @@ class Run:
             raise ConfigError(f"the saved state does not fit the model or the optimizer: {reason}") from error
         at, processes = self.reached, state["processes"]
         at.epoch, at.batch = state["epoch"], state["pictures"] // self.config.batch_size
-        at.seconds, at.history = state["seconds"], state["history"]
+        at.seconds, at.waited, at.history = state["seconds"], state["waited"], state["history"]
         at.best_epoch, at.best_weights = state["best_epoch"], state["best_weights"]
         at.best = Metrics(**state["best"]) if state["best"] else None
         for process in processes:

@@ -51,6 +51,7 @@ def story(folder):
     for timed in (*lines, status["test"], status["best"]["validation"]):
         timed.pop("images_per_second")
         timed.pop("seconds", None)
+        timed.pop("data_wait", None)
     return {
         "metrics": lines,
         "test": status["test"],

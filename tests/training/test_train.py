@@ -21,7 +21,10 @@ def same(first, second):
 
 
 def untimed(history):
-    return [{k: v for k, v in h.items() if k not in ("seconds", "images_per_second")} for h in history]
+    return [
+        {k: v for k, v in h.items() if k not in ("seconds", "images_per_second", "data_wait")}
+        for h in history
+    ]
 
 
 @pytest.mark.parametrize("settings", [(), ("model.locality={}", "augment.mixup=0.8", "ema_decay=0.9")])
