@@ -96,7 +96,9 @@ def _print(found: Comparison) -> None:
         f"{found.model.model} ({found.model.engine}) / {found.against.model} ({found.against.engine})",
         markup=False,
     )
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title=f"median [quartiles] of {found.rounds} rounds")
+    table = Table(
+        box=box.SIMPLE, padding=(0, 1, 0, 0), title=f"median \\[quartiles] of {found.rounds} rounds"
+    )
     table.add_column("")
     for side in (found.model, found.against):
         table.add_column(f"{side.model} ({side.engine})", justify="right")
