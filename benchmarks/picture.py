@@ -43,7 +43,7 @@ def roof(axes: Axes, facts: dict[str, Any]) -> None:
         axes.plot(point["flops_per_byte"], point["gflops"], "o", color=colour, label=point["name"])
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("operations per byte that operators move, if no cache helps")
+    axes.set_xlabel("operations per byte, if no cache helps")
     axes.set_ylabel("GFLOP/s, one thread")
     axes.legend(loc="lower right", fontsize=8)
     axes.set_title(f"matrix product {peak:.0f} GFLOP/s, copy {copy:.0f} GB/s", fontsize=9)

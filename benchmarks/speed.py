@@ -29,7 +29,7 @@ from writing import write
 import localvit
 from localvit import Grid, LocalityFeedForward
 from localvit.bench import Quartiles, Setting, fastest_matmul, interleaved, ratio
-from localvit.bench.compare import (
+from localvit.bench.comparison import (
     SHORTEST,
     fraction,
     fraction_flops,
@@ -296,8 +296,8 @@ def main() -> None:
     about = (
         f"# LocalViT-T beside DeiT-T\n\n{setting}.{' ' + args.note if args.note else ''}\n\n"
         "224 px, float32; T threads, B pictures in a call; medians of turns [quartiles]. Times of the first "
-        f"by those of the second: below 1, the first is faster. Peak of one thread: {under['peak_gflops']:.4g} "
-        f"GFLOP/s ({under['peak_matmul']}).\n"
+        f"by those of the second: below 1, the first is faster. Peak of one thread: "
+        f"{under['peak_gflops']:.4g} GFLOP/s ({under['peak_matmul']}).\n"
     )
     header = ("what", "where", "value", "goal", "")
     hardware = setting.machine.removesuffix(", 1 thread")

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from localvit.bench.compare import using_threads, without_gradients
+from localvit.bench.comparison import using_threads, without_gradients
 from localvit.bench.measure import interleaved, timer_for
 
 THREADS = 1
