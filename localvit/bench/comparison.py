@@ -21,7 +21,7 @@ from localvit.cost import count_macs, count_parameters
 from localvit.export import ExportInfo
 from localvit.locality import ConfigError
 from localvit.models import VARIANTS
-from localvit.training.build import pick_device
+from localvit.training.build import check_forward, pick_device
 from localvit.training.checkpoint import Checkpoint, load_checkpoint
 from localvit.training.exported import untrained
 
@@ -175,6 +175,7 @@ def load(name: str, config: BenchConfig) -> Checkpoint:
     found = untrained(name, args) if known else load_checkpoint(name, torch.device("cpu"), args)
     if config.size is not None:
         found.data_config["input_size"] = (found.data_config["input_size"][0], config.size, config.size)
+    check_forward(found.model, name, tuple(found.data_config["input_size"]))
     return found
 
 

@@ -188,7 +188,8 @@ def test_engines_of_files(engine, short, capsys):
         ([NAME, "--train", "--engine", "fused"], "engine='fused' computes no gradients"),
         (["deit_tny_patch16_224", "--against", NAME], "did you mean"),
         ([NAME, "--set", "depths=1"], "depths"),
-        ([NAME, "--size", "50"], "50"),
+        ([NAME, "--size", "50"], "50x50 is not divisible by the patch size 16x16"),
+        (["localvit_swin_tiny_patch4_window7_224", "--size", "2"], "size"),
         (["test_resnet", "--against", "test_resnet", "--engine", "fused"], "has nothing with a fast form"),
     ],
 )
@@ -215,7 +216,7 @@ def test_memory_of_a_call_is_what_it_holds_at_its_peak():
     held = machine.memory_growth(lambda: torch.zeros(size, dtype=torch.uint8).add_(1), CPU)
     if held is None:
         pytest.skip("this system does not tell")
-    assert size <= held < 1.25 * size
+    assert held == pytest.approx(size, abs=2**20)  # the system counts pages in lots
 
 
 def test_settings_of_threads_and_memory_are_named(monkeypatch):
