@@ -5,6 +5,7 @@ python benchmarks/picture.py benchmarks/results/speed_....json docs/performance.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+MARKS = ("<!-- results -->", "<!-- end of results -->")
 GREY, BLUE, ORANGE = "#999999", "#1f6fb4", "#d9730d"
 
 
@@ -61,14 +63,28 @@ def draw(result: dict[str, Any], file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
+def fill(page: Path, table: Path, picture: Path) -> None:
+    """Replace what is between the marks of `page`."""
+    before, start, rest = page.read_text().partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (start and end):
+        sys.exit(f"picture.py: {page} lacks {' or '.join(MARKS)}")
+    body = table.read_text().partition("\n")[2].strip()  # without its title
+    relative = os.path.relpath(picture, page.parent)
+    page.write_text(f"{before}{start}\n{body}\n\n![Ratios and roofline]({relative})\n{end}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path, help="the .json of benchmarks/speed.py")
     parser.add_argument("file", type=Path, help=".svg to write")
+    parser.add_argument("--page", type=Path, help="Markdown whose results are replaced")
     args = parser.parse_args()
     if args.file.suffix != ".svg":
         sys.exit(f"picture.py: {args.file} must end in .svg")
     draw(json.loads(args.result.read_text()), args.file)
+    if args.page:
+        fill(args.page, args.result.with_suffix(".md"), args.file)
 
 
 if __name__ == "__main__":
