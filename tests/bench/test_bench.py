@@ -200,7 +200,8 @@ def test_wrong_use_is_one_line(arguments, message, short, capsys):
     assert (out, err.count("\n")) == ("", 1)
 
 
-def test_an_engine_that_is_missing_names_the_extra(monkeypatch, capsys):
+def test_an_engine_that_is_missing_names_the_extra_before_any_work(monkeypatch, capsys):
+    monkeypatch.setattr(comparison, "load", lambda *args: pytest.fail("a model was built"))
     monkeypatch.setattr("localvit.export.engines.importlib.util.find_spec", lambda name: None)
     assert main([*COMMAND, "--engine", "openvino"]) == 2
     assert "pip install 'localvit[export]'" in capsys.readouterr().err
