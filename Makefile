@@ -16,7 +16,7 @@ check: .venv/.dev
 	$(BIN)/mypy
 
 bench: .venv/.dev
-	$(BIN)/python benchmarks/locality.py
+	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/data.py
 
 timm-suite: .venv/.dev

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from localvit.studies.records import machine
+from localvit.bench.machine import machine
 from localvit.training.output import versions
 
 SETTINGS = [

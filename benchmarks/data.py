@@ -13,9 +13,9 @@ localvit is faster. Results: benchmarks/results/data_<machine>_<date>.{md,json}.
 import argparse
 import tarfile
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +23,16 @@ import PIL
 import timm
 import torch
 import torchvision
-from interleaving import Work, interleaved, write
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from writing import write
 
 import localvit
+from localvit.bench.machine import machine
+from localvit.bench.measure import Quartiles, Work, cpu_time, interleaved, ratio
 from localvit.data import AugmentConfig, DataConfig, Part, open_reported, train_loader
-from localvit.studies.records import machine
 
 MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 BATCH = 32
@@ -108,10 +109,11 @@ def measure(name: str, folder: Path, images: int, rounds: int) -> list[dict[str,
         sides = plain(folder, chosen, interpolation), ours(folder, chosen, interpolation)
         count = sides[1]()
         assert count == sides[0]() == len(chosen) // BATCH * BATCH
-        found = interleaved(*sides, rounds, time.process_time)
-        speeds = {"plain": count / found["seconds"], "localvit": count / found["against_seconds"]}
+        seconds = interleaved(dict(zip(("plain", "localvit"), sides, strict=True)), rounds, timer=cpu_time)
+        found = ratio(seconds["plain"], seconds["localvit"])
+        speeds = {side: count / Quartiles.of(taken).median for side, taken in seconds.items()}
         about = {"pictures": name, "median_size": sizes.tolist(), "interpolation": interpolation}
-        rows.append({**about, "images": count, **speeds, **found})
+        rows.append({**about, "images": count, **speeds, **asdict(found)})
     return rows
 
 
@@ -150,7 +152,7 @@ def main() -> None:
             str(row["pictures"]),
             "x".join(map(str, row["median_size"])),
             str(row["interpolation"]),
-            *("{plain:.0f}|{localvit:.0f}|{ratio:.2f} [{low:.2f}, {high:.2f}]".format(**row).split("|")),
+            *("{plain:.0f}|{localvit:.0f}|{median:.2f} [{low:.2f}, {high:.2f}]".format(**row).split("|")),
         )
         for row in rows
     ]

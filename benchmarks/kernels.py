@@ -10,9 +10,9 @@ same process. Exits 2 without CUDA.
 import argparse
 import json
 import os
-import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -20,37 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from localvit import Grid, LocalityFeedForward
-
-Work = Callable[[], object]
-
-
-def milliseconds(work: Work) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+from localvit.bench.measure import Quartiles, Work, cuda_time, interleaved
 
 
-def interleaved(candidates: dict[str, Work], rounds: int) -> dict[str, list[float]]:
-    """Quartiles of milliseconds by candidate."""
-    for work in candidates.values():
-        for _ in range(5):  # warm up, compile
-            work()
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, work in candidates.items():
-            times[name].append(milliseconds(work))
-    return {name: statistics.quantiles(t, n=4) for name, t in times.items()}
+def quartiles(candidates: dict[str, Work], rounds: int) -> dict[str, tuple[float, ...]]:
+    """Of milliseconds, by candidate; compilation is in the warm-up."""
+    seconds = interleaved(candidates, rounds, timer=cuda_time, warm_up=5)
+    return {name: tuple(1e3 * x for x in astuple(Quartiles.of(taken))) for name, taken in seconds.items()}
 
 
 def bandwidth() -> float:
     """Bytes per millisecond of a large copy, read and written."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    quartiles = interleaved({"copy": lambda: target.copy_(source)}, 20)["copy"]
-    return 2 * source.numel() / quartiles[1]
+    _, median, _ = quartiles({"copy": lambda: target.copy_(source)}, 20)["copy"]
+    return 2 * source.numel() / median
 
 
 def steps(batch: int, side: int, channels: int, dtype: torch.dtype) -> dict[str, tuple[Work, Work, int]]:
@@ -146,9 +130,9 @@ def measure(batch: int, shapes: list[tuple[int, int]], rounds: int) -> list[dict
         shape = f"{batch} x {side} x {side} x {channels}"
         for name, (ours, theirs, size) in steps(batch, side, channels, torch.bfloat16).items():
             candidates = {"eager": theirs, "compiled": torch.compile(theirs), "triton": ours}
-            times = interleaved(candidates, rounds)
+            times = quartiles(candidates, rounds)
             rows.append({"step": name, "shape": shape, "floor_ms": size / per_millisecond, "ms": times})
-        times = interleaved(whole_step(batch, side, channels), rounds)
+        times = quartiles(whole_step(batch, side, channels), rounds)
         rows.append({"step": "training step", "shape": shape, "floor_ms": None, "ms": times})
     return rows
 

@@ -65,8 +65,9 @@ ROOMS = {
     "atomic": set(),
     "export": {"locality", "atomic"},
     "training": {"locality", "cost", "baselines", "surgery", "models", "data", "export", "atomic"},
-    "studies": {"locality", "cost", "surgery", "models", "data", "training"},
-    "cli": {"locality", "cost", "surgery", "models", "data", "export", "training", "studies"},
+    "bench": {"locality", "cost", "fusing", "models", "export", "training"},
+    "studies": {"locality", "cost", "surgery", "models", "data", "training", "bench"},
+    "cli": {"locality", "cost", "surgery", "models", "data", "export", "training", "bench", "studies"},
 }
 
 

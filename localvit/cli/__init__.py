@@ -27,6 +27,10 @@ VERBS = {
     "evaluate": ("localvit.cli.evaluate", "measure a trained model on pictures"),
     "predict": ("localvit.cli.predict", "say what a trained model sees in pictures"),
     "export": ("localvit.cli.export", "write a trained model for ONNX Runtime, OpenVINO or torch, checked"),
+    "bench": (
+        "localvit.cli.bench",
+        "how fast is a model here, against another? ratio, memory, share of the peak",
+    ),
 }
 """Verb -> the module that does it, and its line of help."""
 

@@ -63,6 +63,20 @@ def command_line(verbs: Sequence[str], options: Any) -> str:
     return shlex.join(words)
 
 
+def model_arguments(settings: Sequence[str]) -> dict[str, Any]:
+    """Constructor arguments of a model from ``KEY=VALUE`` words, values as in YAML.
+
+    Raises:
+        ConfigError: for a word that is not such.
+    """
+    from localvit.training.files import merge, parse_setting
+
+    arguments: dict[str, Any] = {}
+    for setting in settings:
+        arguments = merge(arguments, parse_setting(setting))
+    return arguments
+
+
 def check_extra(verb: str) -> None:
     """Refuse to begin without the packages that studies need.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from localvit.cli.arguments import UsageError, one_line_errors
+from localvit.cli.arguments import UsageError, model_arguments, one_line_errors
 
 if TYPE_CHECKING:
     from localvit.export import Parity
@@ -59,7 +59,7 @@ def run(options: Options) -> int:
             options.model,
             options.output,
             options.format,
-            args=_arguments(options.set),
+            args=model_arguments(options.set),
             random_weights=options.random_weights,
             dynamic_size=options.dynamic_size,
             overwrite=options.overwrite,
@@ -69,15 +69,6 @@ def run(options: Options) -> int:
         )
     _print(options, parity)
     return 0
-
-
-def _arguments(settings: tuple[str, ...]) -> dict[str, Any]:
-    from localvit.training.files import merge, parse_setting
-
-    arguments: dict[str, Any] = {}
-    for setting in settings:
-        arguments = merge(arguments, parse_setting(setting))
-    return arguments
 
 
 def _print(options: Options, parity: Parity) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from localvit.bench.machine import machine
 from localvit.studies.cluster import Cluster
 from localvit.studies.folder import StudyFolder
-from localvit.studies.machine import machine
 from localvit.studies.report import SPEED, TUNING, Report, read_report, read_speed
 from localvit.studies.run import StudyFailed, run_missing
 from localvit.studies.sections import write_report

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from localvit.bench.machine import forget_peak_memory, machine, peak_memory
 from localvit.cost import count_macs
-from localvit.studies.machine import forget_peak_memory, machine, peak_memory
 from localvit.studies.study import Run, key_of
 from localvit.training import ConfigError, Metrics, TrainConfig, from_dict, to_dict, train
 from localvit.training.build import preprocessing

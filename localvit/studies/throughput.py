@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
+
+from localvit.bench.comparison import using_threads, without_gradients
+from localvit.bench.measure import interleaved, timer_for
 
 THREADS = 1
 """On a CPU: as in training; several threads of small models wait for each other more than they work."""
@@ -34,28 +37,11 @@ def images_per_second(
         rounds: How often each has its turn.
         device: Where to measure; on a CPU with `THREADS`.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
-        images = {name: torch.rand(batch_size, *input_sizes[name], device=device) for name in models}
-        for name, model in models.items():
-            _seconds(model.to(device).eval(), images[name], 3)  # warm-up
-        first = {name: _seconds(model, images[name], 3) for name, model in models.items()}
-        taken: dict[str, list[float]] = {name: [] for name in models}
-        for _ in range(rounds):
-            for name, model in models.items():
-                taken[name].append(_seconds(model, images[name], max(1, round(_SECONDS / first[name]))))
-    finally:
-        torch.set_num_threads(threads)
-    return {name: batch_size / statistics.median(seconds) for name, seconds in taken.items()}
-
-
-@torch.inference_mode()
-def _seconds(model: nn.Module, images: torch.Tensor, repeats: int) -> float:
-    """Mean time of a forward pass."""
-    start = time.perf_counter()
-    for _ in range(repeats):
-        model(images)
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-    return (time.perf_counter() - start) / repeats
+    images = {name: torch.rand(batch_size, *input_sizes[name], device=device) for name in models}
+    works = {
+        name: without_gradients(partial(model.to(device).eval(), images[name]))
+        for name, model in models.items()
+    }
+    with using_threads(THREADS):
+        seconds = interleaved(works, rounds, timer=timer_for(device), warm_up=3, at_least=_SECONDS)
+    return {name: batch_size / statistics.median(taken) for name, taken in seconds.items()}

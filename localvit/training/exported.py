@@ -66,7 +66,7 @@ def export_checkpoint(
     check_export(file, format, overwrite=overwrite)
     args = dict(args or {})
     if random_weights:
-        checkpoint = _untrained(source, args)
+        checkpoint = untrained(source, args)
     else:
         checkpoint = load_checkpoint(source, torch.device("cpu"), args)
     model, seen = checkpoint.model, checkpoint.data_config
@@ -90,7 +90,12 @@ def export_checkpoint(
     )
 
 
-def _untrained(name: str, args: dict[str, Any]) -> Checkpoint:
+def untrained(name: str, args: Mapping[str, Any]) -> Checkpoint:
+    """A timm name with random weights.
+
+    Raises:
+        ConfigError: if there is no such name or it does not take `args`.
+    """
     if not timm.is_model(name):
         raise ConfigError(f"random weights need the name of a model, not {name!r}")
     try:

@@ -12,10 +12,10 @@ import filelock
 import pytest
 from rich.console import Console
 
+from localvit.bench.machine import machine
 from localvit.studies import run as run_module
 from localvit.studies.demo import demo_study
 from localvit.studies.folder import StudyFolder
-from localvit.studies.machine import machine
 from localvit.studies.run import run_missing
 from localvit.training import ConfigError, TrainingFailed, resolve
 

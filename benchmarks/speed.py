@@ -1,0 +1,306 @@
+"""How fast LocalViT-T is beside DeiT-T on this CPU: inference, training, memory, growth.
+
+    make bench                                        # some minutes
+    python benchmarks/speed.py --quick --output /tmp  # does it run? two rounds of the smallest batch
+
+Written are benchmarks/results/speed_<machine>_<date>.{md,json}; benchmarks/picture.py draws them.
+
+What is in one row took turns within one process, so both sides met the same machine. Ratios are times of the
+first by times of the second: below 1, the first is faster. What this machine cannot run is named with the
+reason. Training pictures have a benchmark of their own, `benchmarks/data.py`.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+from rich.console import Console
+from roofline import roofline
+from timm.layers import SqueezeExcite
+from timm.models._efficientnet_blocks import InvertedResidual
+from torch import Tensor, nn
+from writing import write
+
+import localvit
+from localvit import Grid, LocalityFeedForward
+from localvit.bench import Quartiles, Setting, fastest_matmul, interleaved, ratio
+from localvit.bench.comparison import (
+    SHORTEST,
+    fraction,
+    fraction_flops,
+    training_step,
+    using_threads,
+    without_gradients,
+)
+from localvit.bench.engines import EngineName, check_engine, open_on
+from localvit.bench.machine import memory_growth
+from localvit.bench.measure import Work
+from localvit.cost import count_macs
+from localvit.export import ExportInfo
+from localvit.export.program import first_line
+from localvit.locality.switch import VARIABLE
+from localvit.training.memory import measure_step
+
+OURS, BASE = "localvit_tiny_patch16_224", "deit_tiny_patch16_224"
+CPU = torch.device("cpu")
+Row = dict[str, object]
+
+# Title -> (most or least, bound): what a prototype of these forms reached on an AMD EPYC, at its worst batch.
+# A processor whose BLAS is as fast as oneDNN gains less over eager.
+GOALS: dict[str, tuple[str, float]] = {
+    "fused / DeiT-T eager": ("<=", 1.02),
+    "compiled / DeiT-T eager": ("<=", 0.60),
+    "fused / DeiT-T fused": ("<=", 1.05),
+    "share of peak, fused": (">=", 0.55),
+    "share of peak, OpenVINO": (">=", 0.73),
+    "FFN 56x56x96, fused / NCHW modules": ("<=", 0.125),
+    "FFN 28x28x192, fused / NCHW modules": ("<=", 0.20),
+    "training step / DeiT-T": ("<=", 0.80),
+    "training step, lean / plain modules": ("<=", 1.0),
+    "kept for the backward pass / DeiT-T": ("<=", 1.0),
+    "peak memory of a step / DeiT-T": ("<=", 1.10),
+    "FFN per token, 784 / 196 tokens": ("<=", 1.2),
+    "FFN per token, 3136 / 196 tokens": ("<=", 1.2),
+    "FFN per image, batch 256 / 1": ("<=", 1.2),
+}
+
+
+def row(title: str, found: Quartiles | float | str, **where: object) -> Row:
+    """A value beside its goal; a text is the reason why there is none."""
+    sign, bound = GOALS[title]
+    about = {"title": title, **where, "goal": f"{sign} {bound:g}"}
+    if isinstance(found, str):
+        return {**about, "missing": found}
+    value = found if isinstance(found, float) else found.median
+    met = value <= bound if sign == "<=" else value >= bound
+    quartiles = {} if isinstance(found, float) else {"low": found.low, "high": found.high}
+    return {**about, "value": value, **quartiles, "met": met}
+
+
+SIDES: dict[str, tuple[str, EngineName]] = {
+    "ours fused": (OURS, "fused"),
+    "ours compiled": (OURS, "compile"),
+    "ours openvino": (OURS, "openvino"),
+    "base eager": (BASE, "eager"),
+    "base fused": (BASE, "fused"),
+}
+QUOTIENTS = {
+    "fused / DeiT-T eager": ("ours fused", "base eager"),
+    "compiled / DeiT-T eager": ("ours compiled", "base eager"),
+    "fused / DeiT-T fused": ("ours fused", "base fused"),
+}
+SHARES = {"share of peak, fused": "ours fused", "share of peak, OpenVINO": "ours openvino"}
+
+
+def opened(name: str, engine: EngineName, images: Tensor) -> Work:
+    """A model on an engine, called once."""
+    check_engine(engine, CPU)
+    model = timm.create_model(name).eval()
+    seen = timm.data.resolve_model_data_config(model)
+    info = ExportInfo.of(seen, architecture=name, num_classes=model.num_classes)
+    computes = open_on(engine, model, info, CPU)
+    work = without_gradients(lambda: computes(images))
+    work()
+    return work
+
+
+def gmacs(name: str) -> float:
+    return count_macs(timm.create_model(name).eval(), (3, 224, 224)) / 1e9
+
+
+def inference(threads: int, batch: int, rounds: int, engines: set[EngineName]) -> Iterator[Row]:
+    """Rows of whole models; all take turns with each other and with the fastest matrix product."""
+    images, peak = torch.randn(batch, 3, 224, 224), fastest_matmul(CPU)
+    works: dict[str, Work] = {"peak": without_gradients(peak.work)}
+    missing: dict[str, str] = {}
+    torch.compiler.reset()  # another batch would be compiled for any batch, which is slower
+    for side, (name, engine) in SIDES.items():
+        if engine in engines:
+            try:
+                works[side] = opened(name, engine, images)
+            except Exception as error:  # no compiler, no package: the others are measured
+                missing[side] = first_line(error)
+    seconds = interleaved(works, rounds, at_least=SHORTEST)
+    where = {"threads": threads, "batch": batch}
+    for title, (a, b) in QUOTIENTS.items():
+        if SIDES[a][1] in engines:
+            why = missing.get(a) or missing.get(b)
+            yield row(title, why or ratio(seconds[a], seconds[b]), **where)
+    flops = fraction_flops(gmacs(OURS), batch)
+    for title, side in SHARES.items():
+        if side in missing:
+            yield row(title, missing[side], **where)
+        elif side in works and threads == 1:
+            yield row(title, fraction(flops, seconds[side], peak.flops, seconds["peak"]), **where)
+
+
+class AsNCHW(nn.Module):
+    """The paper's feed-forward network as its authors have it: tokens to a map, NCHW modules, and back."""
+
+    def __init__(self, dim: int, side: int) -> None:
+        super().__init__()
+        gate = partial(SqueezeExcite, rd_channels=4, gate_layer="hard_sigmoid")
+        settings = {"exp_ratio": 4, "act_layer": nn.Hardswish, "se_layer": gate, "noskip": True}
+        self.block, self.side = InvertedResidual(dim, dim, **settings), side
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        maps = tokens.transpose(1, 2).contiguous().unflatten(2, (self.side, self.side))
+        return self.block(maps).flatten(2).transpose(1, 2)
+
+
+def fused_ffn(dim: int, side: int, batch: int) -> Work:
+    ffn, tokens = localvit.fuse(LocalityFeedForward(dim).eval()), torch.randn(batch, side * side, dim)
+    return without_gradients(lambda: ffn(tokens, Grid(side, side)))
+
+
+def pyramid(batch: int, rounds: int) -> Iterator[Row]:
+    """The feed-forward network at the lattices of a pyramid's first stages."""
+    for side, dim in ((56, 96), (28, 192)):
+        plain, tokens = AsNCHW(dim, side).eval(), torch.randn(batch, side * side, dim)
+        works = {"ours": fused_ffn(dim, side, batch), "plain": without_gradients(partial(plain, tokens))}
+        seconds = interleaved(works, rounds, at_least=SHORTEST)
+        found = ratio(seconds["ours"], seconds["plain"])
+        yield row(f"FFN {side}x{side}x{dim}, fused / NCHW modules", found, threads=1, batch=batch)
+
+
+def growth(rounds: int, largest: int) -> Iterator[Row]:
+    """Does the time of a token stay the same on larger pictures and in larger batches?"""
+    works = {side: fused_ffn(192, side, 1) for side in (14, 28, 56)}
+    named = {str(side): work for side, work in works.items()} | {"batch": fused_ffn(192, 14, largest)}
+    seconds = interleaved(named, rounds, at_least=SHORTEST)
+    for side in (28, 56):
+        tokens = side * side
+        found = ratio([x * 196 / tokens for x in seconds[str(side)]], seconds["14"])
+        yield row(f"FFN per token, {tokens} / 196 tokens", found, threads=1, batch=1)
+    found = ratio([x / largest for x in seconds["batch"]], seconds["14"])
+    yield row("FFN per image, batch 256 / 1", found, threads=1, batch=largest)
+
+
+@contextmanager
+def plain_modules() -> Iterator[None]:
+    os.environ[VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[VARIABLE]
+
+
+def training(threads: int, batch: int, rounds: int) -> Iterator[Row]:
+    """A training step, and its memory."""
+    images = torch.randn(batch, 3, 224, 224)
+    works = {name: training_step(timm.create_model(name), images) for name in (OURS, BASE)}
+
+    def plain() -> None:
+        with plain_modules():
+            works[OURS]()
+
+    where = {"threads": threads, "batch": batch}
+    seconds = interleaved({**works, "plain": plain}, rounds, warm_up=1)
+    yield row("training step / DeiT-T", ratio(seconds[OURS], seconds[BASE]), **where)
+    yield row("training step, lean / plain modules", ratio(seconds[OURS], seconds["plain"]), **where)
+    if threads > 1:
+        return
+    kept = {name: kept_bytes(name, batch) for name in works}
+    yield row("kept for the backward pass / DeiT-T", kept[OURS] / kept[BASE], **where)
+    grown = {name: memory_growth(work, CPU) for name, work in works.items()}
+    known = grown[OURS] and grown[BASE]
+    found = grown[OURS] / grown[BASE] if known else "the system does not tell"
+    yield row("peak memory of a step / DeiT-T", found, **where)
+
+
+def kept_bytes(name: str, batch: int) -> int:
+    model = timm.create_model(name)
+    step = measure_step(model, torch.optim.AdamW(model.parameters(), lr=0.0), (3, 224, 224))
+    return step.activations * batch + step.activations_fixed
+
+
+def roof(batch: int, rounds: int) -> dict[str, object]:
+    """Whole models under this machine's roof."""
+    images, macs = torch.randn(batch, 3, 224, 224), {name: gmacs(name) for name in (OURS, BASE)}
+    return roofline(
+        {
+            f"{title} {engine}": (opened(name, engine, images), fraction_flops(macs[name], batch))
+            for title, name, engine in (
+                ("LocalViT-T", OURS, "fused"),
+                ("LocalViT-T", OURS, "eager"),
+                ("DeiT-T", BASE, "eager"),
+            )
+        },
+        rounds,
+    )
+
+
+def parts(quick: bool) -> Iterator[tuple[str, int, Callable[[], Iterator[Row]]]]:
+    """(what, threads, its rows), in the order of the table."""
+    rounds = 2 if quick else 11
+    most = min(2, len(os.sched_getaffinity(0)))
+    for threads in (1,) if quick else range(1, most + 1):
+        for batch in (1,) if quick else (1, 8, 32):
+            engines: set[EngineName] = {"eager", "fused"}
+            if threads == 1 and not quick:
+                engines |= {"compile"}
+            if threads == 1 and (quick or batch == 8):
+                engines |= {"openvino"}
+            what = f"inference, {threads} thread(s), batch {batch}"
+            yield what, threads, partial(inference, threads, batch, rounds, engines)
+    yield "pyramid", 1, partial(pyramid, 2 if quick else 16, rounds)
+    yield "growth", 1, partial(growth, rounds, 4 if quick else 256)
+    for threads in (1,) if quick else range(1, most + 1):
+        batch = 2 if quick else 32
+        what = f"training, {threads} thread(s), batch {batch}"
+        yield what, threads, partial(training, threads, batch, 2 if quick else 5)
+
+
+def cells(found: Row) -> tuple[str, ...]:
+    """A line of the table."""
+    where = f"T{found['threads']} B{found['batch']}"
+    if "missing" in found:
+        return str(found["title"]), where, f"not measured: {found['missing']}", str(found["goal"]), "-"
+    spread = " [{low:.3g}, {high:.3g}]".format(**found) if "low" in found else ""
+    return (
+        str(found["title"]),
+        where,
+        f"{found['value']:.3g}{spread}",
+        str(found["goal"]),
+        "met" if found["met"] else "missed",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two rounds of small batches: does it run?")
+    parser.add_argument("--note", default="", help="a sentence for the result file")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    rows: list[Row] = []
+    with Console(stderr=True).status("starting") as status:
+        for what, threads, measure in parts(args.quick):
+            status.update(what)
+            with using_threads(threads):
+                for found in measure():
+                    rows.append(found)
+                    status.console.print("  ".join(cells(found)), markup=False, highlight=False)
+        status.update("roofline")
+        with using_threads(1):
+            under = roof(1 if args.quick else 8, 2 if args.quick else 11)
+            setting = Setting.here(CPU)
+    about = (
+        f"# LocalViT-T beside DeiT-T\n\n{setting}.{' ' + args.note if args.note else ''}\n\n"
+        "224 px, float32; T threads, B pictures in a call; medians of turns [quartiles]. Times of the first "
+        f"by those of the second: below 1, the first is faster. Peak of one thread: "
+        f"{under['peak_gflops']:.4g} GFLOP/s ({under['peak_matmul']}).\n"
+    )
+    header = ("what", "where", "value", "goal", "")
+    hardware = setting.machine.removesuffix(", 1 thread")
+    path = write(args.output, "speed", hardware, about, header, list(map(cells, rows)), rows, roofline=under)
+    print(f"written: {path}.md and .json")
+
+
+if __name__ == "__main__":
+    main()

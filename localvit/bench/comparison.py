@@ -1,0 +1,230 @@
+"""``localvit bench``: a model against another, in turns, beside the machine's own peak."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localvit.bench.engines import EngineName, check_engine, keeps_memory, open_on
+from localvit.bench.machine import memory_growth
+from localvit.bench.measure import Quartiles, Work, interleaved, ratio, timer_for
+from localvit.bench.peak import Matmul, fastest_matmul
+from localvit.bench.result import Comparison, Setting, Side
+from localvit.cost import count_macs, count_parameters
+from localvit.export import ExportInfo
+from localvit.locality import ConfigError
+from localvit.models import VARIANTS
+from localvit.training.build import check_forward, pick_device
+from localvit.training.checkpoint import Checkpoint, load_checkpoint
+from localvit.training.exported import untrained
+
+SHORTEST = 0.02
+"""Seconds of a turn: shorter calls are repeated within it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What is compared.
+
+    Attributes:
+        model: A timm name (built with random weights), or whatever `training.load_checkpoint` takes.
+        against: As `model`; ``None``: the baseline of a model that localvit knows.
+        engine, against_engine: What computes each.
+        batch_size: Pictures in a call.
+        size: Height and width of the pictures; ``None``: each model's own.
+        threads: Of torch and of the engines; ``None``: torch's present number.
+        rounds: Turns of each.
+        train: A training step (forward, backward, AdamW) instead of inference.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``...
+        args: Constructor arguments of both models.
+    """
+
+    model: str
+    against: str | None = None
+    engine: EngineName = "eager"
+    against_engine: EngineName = "eager"
+    batch_size: int = 8
+    size: int | None = None
+    threads: int | None = None
+    rounds: int = 15
+    train: bool = False
+    device: str = "auto"
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("size", 1), ("threads", 1), ("rounds", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name}={value} must be at least {least}")
+        if self.against is None and self.model not in VARIANTS:
+            raise ConfigError(
+                f"against: no baseline of {self.model!r} is known; name what to compare it with"
+            )
+
+    @property
+    def baseline(self) -> str:
+        """What it is compared with."""
+        return self.against or VARIANTS[self.model].base
+
+
+def compare(config: BenchConfig, progress: Callable[[range], Iterable[int]] = iter) -> Comparison:
+    """Time two models and the fastest matrix product in turns.
+
+    Args:
+        config: What.
+        progress: Of the rounds, as in `measure.interleaved`.
+
+    Raises:
+        ConfigError: if a model or an engine cannot be had.
+        ExportFailed, ParityError: if a model cannot be written for its engine.
+    """
+    device = pick_device(config.device)
+    for engine in (config.engine, config.against_engine):
+        check_engine(engine, device, train=config.train)
+    with using_threads(config.threads):
+        names = {"model": config.model, "against": config.baseline}
+        engines = {"model": config.engine, "against": config.against_engine}
+        loaded = {side: load(name, config) for side, name in names.items()}
+        counted = {side: _costs(each) for side, each in loaded.items()}
+        works = {side: _work(each, engines[side], config, device) for side, each in loaded.items()}
+        peak = fastest_matmul(device)
+        memory = {side: _memory(work, engines[side], device) for side, work in works.items()}
+        seconds = interleaved(
+            {**works, "peak": without_gradients(peak.work)},
+            config.rounds,
+            timer=timer_for(device),
+            at_least=SHORTEST,
+            progress=progress,
+        )
+        sides = {
+            side: Side(
+                model=names[side],
+                engine=engines[side],
+                input_size=tuple(loaded[side].data_config["input_size"]),
+                **counted[side],
+                **figures(config, counted[side]["gmacs"], seconds[side], seconds["peak"], peak),
+                peak_memory=memory[side],
+            )
+            for side in names
+        }
+        return Comparison(
+            ratio=ratio(seconds["model"], seconds["against"]),
+            task="training step" if config.train else "inference",
+            batch_size=config.batch_size,
+            rounds=config.rounds,
+            **sides,
+            peak_gflops=peak.flops / Quartiles.of(seconds["peak"]).median / 1e9,
+            peak_matmul=peak.words,
+            setting=Setting.here(device),
+        )
+
+
+def figures(
+    config: BenchConfig, gmacs: float, seconds: list[float], peak_seconds: list[float], peak: Matmul
+) -> dict[str, Any]:
+    """What follows from the seconds of a batch, by field of `Side`."""
+    flops = fraction_flops(gmacs, config.batch_size, train=config.train)
+    taken = Quartiles.of(seconds)
+    return {
+        "seconds": taken,
+        "images_per_second": config.batch_size / taken.median,
+        "fraction_of_peak": fraction(flops, seconds, peak.flops, peak_seconds),
+    }
+
+
+def fraction_flops(gmacs: float, batch_size: int, *, train: bool = False) -> float:
+    """Operations of a call: two for each multiply-accumulate, three passes for a training step."""
+    return 2e9 * gmacs * batch_size * (3 if train else 1)
+
+
+def fraction(flops: float, seconds: list[float], peak_flops: float, peak_seconds: list[float]) -> Quartiles:
+    """Operations per second as a share of those of the matrix product in the same round."""
+    shares = [(flops / own) / (peak_flops / other) for own, other in zip(seconds, peak_seconds, strict=True)]
+    return Quartiles.of(shares)
+
+
+@contextlib.contextmanager
+def using_threads(threads: int | None) -> Iterator[None]:
+    """That many threads of torch for a while; ``None`` leaves them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def load(name: str, config: BenchConfig) -> Checkpoint:
+    """A model and how it wants its pictures, of the size that is asked for.
+
+    Raises:
+        ConfigError: if it cannot be had, or does not take such pictures.
+    """
+    args = dict(config.args)
+    known = timm.is_model(name)
+    cfg = timm.get_pretrained_cfg(name) if known else None
+    if config.size is not None and (cfg is None or cfg.fixed_input_size):
+        args["img_size"] = config.size  # models of any size have no such argument
+    found = untrained(name, args) if known else load_checkpoint(name, torch.device("cpu"), args)
+    if config.size is not None:
+        found.data_config["input_size"] = (found.data_config["input_size"][0], config.size, config.size)
+    check_forward(found.model, name, tuple(found.data_config["input_size"]))
+    return found
+
+
+def _costs(loaded: Checkpoint) -> dict[str, Any]:
+    macs = count_macs(loaded.model.eval(), tuple(loaded.data_config["input_size"]))
+    return {"parameters": count_parameters(loaded.model), "gmacs": macs / 1e9}
+
+
+def _work(loaded: Checkpoint, engine: EngineName, config: BenchConfig, device: torch.device) -> Work:
+    images = torch.randn(config.batch_size, *loaded.data_config["input_size"], device=device)
+    if config.train:
+        return training_step(loaded.model.to(device), images)
+    info = ExportInfo.of(
+        loaded.data_config,
+        architecture=loaded.source,
+        num_classes=loaded.model.num_classes,  # type: ignore[arg-type]
+    )
+    opened = open_on(engine, loaded.model, info, device)
+    return without_gradients(lambda: opened(images))
+
+
+def without_gradients(work: Work) -> Work:
+    """The same in torch's inference mode."""
+
+    def inference() -> object:
+        with torch.inference_mode():
+            return work()
+
+    return inference
+
+
+def training_step(model: nn.Module, images: Tensor) -> Work:
+    """Forward pass, cross-entropy, backward pass, and an update by AdamW that leaves the weights as they are,
+    so that all rounds compute the same."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def _memory(work: Work, engine: EngineName, device: torch.device) -> int | None:
+    if keeps_memory(engine):
+        return None
+    work()  # compile, allocate what stays
+    work()
+    return memory_growth(work, device)

@@ -1,0 +1,81 @@
+"""A model on each engine: something that takes pictures."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from localvit.export import FORMATS, ExportInfo, FormatName, export_model, open_engine
+from localvit.export.engines import check_packages
+from localvit.fusing import fuse
+from localvit.locality import ConfigError
+
+EngineName = Literal["eager", "fused", "compile", "onnxruntime", "openvino"]
+"""``eager``: the model as it is built; ``fused``: `localvit.fuse`; ``compile``: that, compiled by
+``torch.compile``; the others run a file that `localvit.export` writes, on the CPU."""
+
+_FORMATS: dict[str, FormatName] = {"onnxruntime": "onnx", "openvino": "openvino"}
+
+
+def check_engine(engine: EngineName, device: torch.device, *, train: bool = False) -> None:
+    """Refuse what cannot be measured, before any work.
+
+    Raises:
+        ConfigError: for an unknown engine, one whose packages are missing, one that does not run on `device`
+            or cannot train.
+    """
+    if engine not in get_args(EngineName):
+        raise ConfigError(f"engine={engine!r}: accepted are {', '.join(get_args(EngineName))}")
+    if train and engine != "eager":
+        raise ConfigError(f"engine={engine!r} computes no gradients: a training step takes 'eager'")
+    if engine in _FORMATS:
+        if device.type != "cpu":
+            raise ConfigError(f"engine={engine!r} runs on the CPU, not on device={str(device)!r}")
+        check_packages(f"engine {engine!r}", *FORMATS[_FORMATS[engine]].packages)
+
+
+def keeps_memory(engine: EngineName) -> bool:
+    """Whether the engine holds its working memory between calls, so that a call's own cannot be seen."""
+    return engine in _FORMATS
+
+
+def open_on(
+    engine: EngineName, model: nn.Module, info: ExportInfo, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """`model` for inference on an engine, with torch's present number of threads.
+
+    Exported files are compared with the model first, on random pictures, and are gone once opened.
+
+    Args:
+        engine: Which.
+        model: In evaluation mode. It is moved to `device`, and otherwise left as it is.
+        info: For the file.
+        device: Where to compute.
+
+    Raises:
+        ConfigError: if nothing in the model has a fast form.
+        ExportFailed, ParityError: as `localvit.export.export_model`.
+    """
+    if engine in _FORMATS:
+        return _exported(engine, model, info)
+    model = model.to(device).eval()
+    if engine == "eager":
+        return model
+    try:
+        return fuse(model, compile=engine == "compile")
+    except ValueError as error:
+        raise ConfigError(f"engine={engine!r}: {error}") from error
+
+
+def _exported(engine: EngineName, model: nn.Module, info: ExportInfo) -> Callable[[Tensor], Tensor]:
+    format, threads = _FORMATS[engine], torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"model{FORMATS[format].suffixes[0]}"
+        noise = torch.randn(3, *info.input_size)
+        export_model(model, file, format, info, lambda size: noise, threads=threads)
+        return open_engine(FORMATS[format].engine, file, threads)

@@ -1,0 +1,108 @@
+"""Times of things that take turns, so that a machine that is slow for a while is slow for all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Work = Callable[[], object]
+Timer = Callable[[Work], float]
+"""Seconds that a piece of work takes, done once."""
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """The median of measurements and the quartiles around it."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        """Of at least two values; between two of them it is interpolated."""
+        return cls(*statistics.quantiles(values, n=4, method="inclusive"))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+def wall_clock(work: Work) -> float:
+    """Seconds that pass."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def cpu_time(work: Work) -> float:
+    """Seconds of the processor in this process, so that other programs count as little as they can."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def cuda_time(work: Work) -> float:
+    """Seconds on the GPU, between two events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def timer_for(device: torch.device) -> Timer:
+    """How work on that device is timed."""
+    return cuda_time if device.type == "cuda" else wall_clock
+
+
+def interleaved(
+    works: Mapping[str, Work],
+    rounds: int,
+    *,
+    timer: Timer = wall_clock,
+    warm_up: int = 2,
+    at_least: float = 0.0,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> dict[str, list[float]]:
+    """Seconds of each work in each round.
+
+    In every round each work has its turn; every other round goes backwards, so that a machine that grows
+    slower or faster favours nobody.
+
+    Args:
+        works: Name -> work.
+        rounds: How often each has its turn.
+        timer: How one turn is timed.
+        warm_up: Calls of each beforehand, which are not timed (compilation, caches, first allocations).
+        at_least: Seconds of a turn; shorter work is repeated within it, and its mean is reported.
+        progress: Gets the rounds and gives them back one by one, such as ``rich.progress.track``.
+    """
+    repeats = dict.fromkeys(works, 1)
+    for name, work in works.items():
+        for _ in range(warm_up):
+            work()
+        if at_least > 0:
+            repeats[name] = max(1, round(at_least / timer(work)))
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for number in progress(range(rounds)):
+        for name in list(works) if number % 2 == 0 else reversed(list(works)):
+            seconds[name].append(timer(_repeated(works[name], repeats[name])) / repeats[name])
+    return seconds
+
+
+def ratio(seconds: Sequence[float], against: Sequence[float]) -> Quartiles:
+    """Quartiles of the quotients of each round; below 1, the first is faster."""
+    return Quartiles.of([a / b for a, b in zip(seconds, against, strict=True)])
+
+
+def _repeated(work: Work, times: int) -> Work:
+    def repeated() -> None:
+        for _ in range(times):
+            work()
+
+    return work if times == 1 else repeated

@@ -1,0 +1,58 @@
+"""How fast this machine multiplies matrices: the yardstick of every model on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from localvit.bench.measure import Work, interleaved, timer_for
+from localvit.fusing.linear import conv_linear, pack, packed_available, packed_linear
+
+_ROUNDS = 5
+# (rows, in, out): a layer of a small transformer, and larger ones that reuse each number more often.
+_SHAPES = {"cpu": [(1568, 192, 768), (1024, 1024, 1024), (2048, 1024, 1024)], "cuda": [(8192, 8192, 8192)]}
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """A matrix product that can be repeated.
+
+    Attributes:
+        words: Library and shape.
+        flops: Floating-point operations, two for each multiply-accumulate.
+        work: Does it.
+    """
+
+    words: str
+    flops: int
+    work: Work
+
+
+def fastest_matmul(device: torch.device) -> Matmul:
+    """The single-precision product with the most operations per second, with the present number of threads.
+
+    On a CPU ``F.linear`` (PyTorch's BLAS) competes with oneDNN, as a 1 x 1 convolution and with packed
+    weights, because either may be twice as fast on some processors. The least time of a few rounds decides:
+    a busy moment makes a run slower, never faster.
+    """
+    known = "cuda" if device.type == "cuda" else "cpu"
+    candidates = [each for shape in _SHAPES[known] for each in _matmuls(*shape, device)]
+    with torch.inference_mode():
+        works = {each.words: each.work for each in candidates}
+        seconds = interleaved(works, _ROUNDS, timer=timer_for(device))
+    return max(candidates, key=lambda each: each.flops / min(seconds[each.words]))
+
+
+def _matmuls(rows: int, inside: int, out: int, device: torch.device) -> Iterator[Matmul]:
+    x = torch.rand(rows, inside, device=device)
+    weight, bias = torch.rand(out, inside, device=device), torch.rand(out, device=device)
+    shape, flops = f"{rows} x {inside} x {out}", 2 * rows * inside * out
+    yield Matmul(f"F.linear, {shape}", flops, lambda: F.linear(x, weight, bias))
+    if device.type == "cpu":
+        yield Matmul(f"1 x 1 convolution, {shape}", flops, lambda: conv_linear(x, weight, bias))
+        if packed_available():
+            packed = pack(weight)
+            yield Matmul(f"oneDNN packed, {shape}", flops, lambda: packed_linear(x, packed, bias, out))

@@ -1,0 +1,125 @@
+"""``localvit bench``: how fast is a model here, against another?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from localvit.cli.arguments import UsageError, model_arguments, one_line_errors
+
+if TYPE_CHECKING:
+    from localvit.bench import Comparison, Side
+
+_Engine = Literal["eager", "fused", "compile", "onnxruntime", "openvino"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Time a model and another in turns: ratio first, then time, memory and the share of this machine's peak.
+
+    Medians with quartiles of the rounds. The peak is that of the fastest matrix product, which takes its
+    turns too. A ratio travels to other machines better than any time, which belongs to the one that is named.
+    """
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """a timm name (random weights) or a run's folder"""
+    against: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """what it is compared with; default: the baseline, for the names of localvit models"""
+    engine: _Engine = "eager"
+    """what runs MODEL; fused: localvit.fuse; compile: that and torch.compile (minutes); the last two need
+    pip install 'localvit[export]'"""
+    against_engine: _Engine = "eager"
+    """what runs the other"""
+    batch: Annotated[int, tyro.conf.arg(metavar="N")] = 8
+    """pictures in a call"""
+    size: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
+    """height and width of the pictures; default: each model's own"""
+    threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """of the CPU; default: PyTorch's own choice"""
+    rounds: Annotated[int, tyro.conf.arg(metavar="N")] = 15
+    """turns of each"""
+    train: tyro.conf.FlagCreatePairsOff[bool] = False
+    """time a training step: forward, backward, update"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    """build both models with another argument, e.g. depth=4"""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """print JSON"""
+
+
+def run(options: Options) -> int:
+    """Compare and print."""
+    import json
+
+    from rich.console import Console
+    from rich.progress import track
+
+    with one_line_errors():
+        from localvit.bench import BenchConfig, compare
+        from localvit.models import VARIANTS
+
+        if options.against is None and options.model not in VARIANTS:
+            raise UsageError(f"--against NAME is missing: localvit knows no baseline of {options.model!r}")
+        config = BenchConfig(
+            model=options.model,
+            against=options.against,
+            engine=options.engine,
+            against_engine=options.against_engine,
+            batch_size=options.batch,
+            size=options.size,
+            threads=options.threads,
+            rounds=options.rounds,
+            train=options.train,
+            device=options.device,
+            args=model_arguments(options.set),
+        )
+        quiet = Console(stderr=True)
+        found = compare(config, lambda rounds: track(rounds, "timing", console=quiet, transient=True))
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=1))
+    else:
+        _print(found)
+    return 0
+
+
+def _print(found: Comparison) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(
+        f"ratio {found.ratio} (below 1, the first is faster): {found.task} of {found.batch_size}, "
+        f"{found.model.model} ({found.model.engine}) / {found.against.model} ({found.against.engine})",
+        markup=False,
+    )
+    table = Table(
+        box=box.SIMPLE, padding=(0, 1, 0, 0), title=f"median \\[quartiles] of {found.rounds} rounds"
+    )
+    table.add_column("")
+    for side in (found.model, found.against):
+        table.add_column(f"{side.model} ({side.engine})", justify="right")
+    sides = [_figures(found, side) for side in (found.model, found.against)]
+    for name in sides[0]:
+        table.add_row(name, *(side[name] for side in sides))
+    console.print(table)
+    console.print(f"peak: {found.peak_gflops:.4g} GFLOP/s ({found.peak_matmul})", markup=False)
+    console.print(f"machine: {found.setting}", markup=False)
+
+
+def _figures(found: Comparison, side: Side) -> dict[str, str]:
+    """Rows of the table."""
+    times = (1e3 * side.seconds.median, 1e3 * side.seconds.low, 1e3 * side.seconds.high)
+    share = side.fraction_of_peak
+    return {
+        "ms": "{:.4g} \\[{:.4g}, {:.4g}]".format(*times),
+        "images/s": f"{side.images_per_second:.4g}",
+        "share of peak, %": f"{100 * share.median:.3g} \\[{100 * share.low:.3g}, {100 * share.high:.3g}]",
+        "memory of a call, MiB": "-" if side.peak_memory is None else f"{side.peak_memory / 2**20:.1f}",
+        "GMACs": f"{side.gmacs:.4g}",
+        "parameters, M": f"{side.parameters / 1e6:.2f}",
+        "picture": "x".join(map(str, side.input_size)),
+    }
