@@ -50,8 +50,9 @@ OURS, BASE = "localvit_tiny_patch16_224", "deit_tiny_patch16_224"
 CPU = torch.device("cpu")
 Row = dict[str, object]
 
-# Title -> (most or least, bound), set before the code was written. Where the BLAS is half as fast as oneDNN (MKL
-# on an AMD EPYC) the first is 0.65; where it is as fast, the compiled form and the training step have less to gain.
+# Title -> (most or least, bound), set before the code was written. Where the BLAS is half as fast as oneDNN
+# (MKL on an AMD EPYC) the first is 0.65; where it is as fast, the compiled form and the training step have
+# less to gain.
 GOALS: dict[str, tuple[str, float]] = {
     "fused / DeiT-T eager": ("<=", 1.02),
     "compiled / DeiT-T eager": ("<=", 0.60),
