@@ -214,10 +214,15 @@ def test_files_of_engines_run_on_the_cpu():
 
 def test_memory_of_a_call_is_what_it_holds_at_its_peak():
     size = 64 * 2**20
-    held = machine.memory_growth(lambda: torch.zeros(size, dtype=torch.uint8).add_(1), CPU)
+
+    def work():
+        torch.zeros(size, dtype=torch.uint8).add_(1)
+
+    work()  # the first call loads code
+    held = machine.memory_growth(work, CPU)
     if held is None:
         pytest.skip("this system does not tell")
-    assert held == pytest.approx(size, abs=2**20)  # the system counts pages in lots
+    assert held == pytest.approx(size, abs=4 * 2**20)  # the system counts pages in lots, large ones of 2 MiB
 
 
 def test_settings_of_threads_and_memory_are_named(monkeypatch):
