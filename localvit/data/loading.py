@@ -325,7 +325,7 @@ def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any)
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=_as_it_is,  # type: ignore[arg-type]  # the batch is made already
-        worker_init_fn=_outlive_sigterm,
+        worker_init_fn=_leave_the_end_to_the_parent,
         pin_memory=pin_memory,
         # Its own: iterating a loader without one draws a number from torch's global state.
         generator=torch.Generator().manual_seed(0),
@@ -333,12 +333,14 @@ def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any)
     )
 
 
-def _outlive_sigterm(_worker: int) -> None:
-    """Take a SIGTERM, in a process that loads, as notice to end in half a minute.
+def _leave_the_end_to_the_parent(_worker: int) -> None:
+    """Let signals that reach a whole job be answered by the process that it is about, in one that loads.
 
-    Where a whole job gets the signal (SLURM), the training process still needs batches to finish its update.
-    It ends its loaders by a message as a rule; should it try by this signal, it does not wait for ever.
+    That process may still need batches to finish its update, and ends its loaders by a message as a rule.
+    Ctrl-C in a terminal is ignored here. SIGTERM, which SLURM sends to all processes, is taken as notice to
+    end in half a minute, so that a parent that tries to end a loader by this signal does not wait for ever.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_NOTICE))
 
 
