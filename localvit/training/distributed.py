@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 from torch import distributed as dist
@@ -102,16 +104,56 @@ def open_world(device: str) -> Iterator[World]:
         torch.cuda.set_device(chosen)
     opened = not dist.is_initialized()
     if opened:
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         try:
-            backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         except ValueError as error:  # a variable is missing
             raise ConfigError(f"WORLD_SIZE={size} is set, but not by torchrun: {error}") from error
+        fresh = dist.PrefixStore(name_of_start(store, rank, size, TIMEOUT), store)
+        dist.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield World(device=chosen, rank=dist.get_rank(), size=size)
     finally:
         if opened:
             dist.destroy_process_group()
+
+
+def name_of_start(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
+    """A name for this start of the processes: the same in all of them, and like none before it.
+
+    torchrun keeps one store for all its restarts (torch/distributed/elastic/rendezvous/dynamic_rendezvous.py,
+    where the TCPStore is shared), and what dead processes wrote still stands in it: a new one that reads the
+    address of a dead one waits for it until the timeout. Under a new name there is nothing to be mistaken.
+
+    Each process calls with a word of its own, and only an answer to that very word can be meant for it; the
+    first process answers every call, those of the dead too, until all of the living have heard its name.
+
+    Args:
+        store: Where all processes of this start, and perhaps of earlier ones, write.
+        rank: Of this process.
+        size: Number of processes.
+        timeout: How long to wait for the others.
+
+    Raises:
+        RuntimeError: if a process does not call, or is not answered, within `timeout`.
+    """
+    word = uuid4().hex
+    store.set_timeout(timeout)
+    if rank > 0:
+        store.set(f"start/call/{rank}", word)
+        name = store.get(f"start/answer/{word}").decode()
+        store.set(f"start/heard/{name}/{rank}", "")
+        return name
+    missing, end = set(range(1, size)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([f"start/call/{other}"]):
+                store.set(f"start/answer/{store.get(f'start/call/{other}').decode()}", word)
+        missing = {other for other in missing if not store.check([f"start/heard/{word}/{other}"])}
+        if missing and time.monotonic() > end:
+            raise RuntimeError(f"{len(missing)} of {size} processes did not call within {timeout}")
+        time.sleep(0.02)
+    return word
 
 
 def _own_device(name: str, local_rank: int) -> torch.device:

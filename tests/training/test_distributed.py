@@ -4,15 +4,19 @@ import itertools
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed as dist
 
 from localvit.data.loading import Draw, EpochOrder, share
 from localvit.training import ConfigError, dump, resolve, train
-from localvit.training.distributed import World, open_world
+from localvit.training.distributed import World, name_of_start, open_world
 from localvit.training.run import prepare
 from tests.training.runs import CASES, double_precision, status, story
 
@@ -104,6 +108,31 @@ def test_after_the_death_of_a_process_torchrun_goes_on_to_the_same_bits(by_two, 
     assert (tmp_path / "killed").exists()
     assert "going on after update" in said
     assert story(tmp_path / "run") == story(by_two / "average")
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_a_start_has_a_name_of_its_own_in_a_store_that_remembers_earlier_ones(late):
+    store = dist.HashStore()
+
+    def started(late):
+        """What the three processes of one start understood, one of them late."""
+
+        def process(rank):
+            time.sleep(0.2 * (rank == late))
+            return name_of_start(store, rank, 3, timedelta(seconds=30))
+
+        with ThreadPoolExecutor(3) as threads:
+            return list(threads.map(process, range(3)))
+
+    names = [started(late) for _ in range(3)]
+    assert all(len(set(understood)) == 1 for understood in names)
+    assert len({understood[0] for understood in names}) == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_start_in_which_a_process_is_missing_ends_with_the_timeout(rank):
+    with pytest.raises(RuntimeError):
+        name_of_start(dist.HashStore(), rank, 2, timedelta(seconds=0.2))
 
 
 @pytest.mark.parametrize(("size", "parts"), [(8, 1), (8, 2), (8, 4), (9, 3), (12, 4), (6, 6)])

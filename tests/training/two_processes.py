@@ -88,7 +88,6 @@ def elastic(folder, config):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    # On a busy machine Gloo's first connection fails now and then; torchrun then starts the processes anew.
     distributed.TIMEOUT = timedelta(seconds=60)
     with double_precision():
         if sys.argv[1] == "equality":
