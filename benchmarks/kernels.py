@@ -21,6 +21,7 @@ from torch import Tensor
 
 from localvit import Grid, LocalityFeedForward
 from localvit.bench.measure import Quartiles, Work, cuda_time, interleaved
+from localvit.locality import tokens_to_map
 
 
 def quartiles(candidates: dict[str, Work], rounds: int) -> dict[str, tuple[float, ...]]:
@@ -50,7 +51,7 @@ def steps(batch: int, side: int, channels: int, dtype: torch.dtype) -> dict[str,
     size = x.numel() * x.element_size()
 
     def as_map(t: Tensor) -> Tensor:
-        return t.transpose(1, 2).unflatten(2, (side, side))
+        return tokens_to_map(t, Grid(side, side))
 
     def normal(t: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         return t * scale.to(dtype) + shift.to(dtype)

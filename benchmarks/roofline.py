@@ -6,8 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from localvit.bench import Quartiles, fastest_matmul, interleaved
-from localvit.bench.comparison import without_gradients
-from localvit.bench.measure import Work
+from localvit.bench.measure import Work, without_gradients
 
 
 class Traffic(TorchDispatchMode):

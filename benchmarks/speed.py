@@ -34,12 +34,10 @@ from localvit.bench.comparison import (
     fraction,
     fraction_flops,
     training_step,
-    using_threads,
-    without_gradients,
 )
 from localvit.bench.engines import EngineName, check_engine, open_on
 from localvit.bench.machine import memory_growth
-from localvit.bench.measure import Work
+from localvit.bench.measure import Work, using_threads, without_gradients
 from localvit.cost import count_macs
 from localvit.export import ExportInfo
 from localvit.export.program import first_line

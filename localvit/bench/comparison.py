@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,15 @@ from torch import Tensor, nn
 
 from localvit.bench.engines import EngineName, check_engine, keeps_memory, open_on
 from localvit.bench.machine import memory_growth
-from localvit.bench.measure import Quartiles, Work, interleaved, ratio, timer_for
+from localvit.bench.measure import (
+    Quartiles,
+    Work,
+    interleaved,
+    ratio,
+    timer_for,
+    using_threads,
+    without_gradients,
+)
 from localvit.bench.peak import Matmul, fastest_matmul
 from localvit.bench.result import Comparison, Setting, Side
 from localvit.cost import count_macs, count_parameters
@@ -150,17 +157,6 @@ def fraction(flops: float, seconds: list[float], peak_flops: float, peak_seconds
     return Quartiles.of(shares)
 
 
-@contextlib.contextmanager
-def using_threads(threads: int | None) -> Iterator[None]:
-    """That many threads of torch for a while; ``None`` leaves them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def load(name: str, config: BenchConfig) -> Checkpoint:
     """A model and how it wants its pictures, of the size that is asked for.
 
@@ -195,16 +191,6 @@ def _work(loaded: Checkpoint, engine: EngineName, config: BenchConfig, device: t
     )
     opened = open_on(engine, loaded.model, info, device)
     return without_gradients(lambda: opened(images))
-
-
-def without_gradients(work: Work) -> Work:
-    """The same in torch's inference mode."""
-
-    def inference() -> object:
-        with torch.inference_mode():
-            return work()
-
-    return inference
 
 
 def training_step(model: nn.Module, images: Tensor) -> Work:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,3 +107,24 @@ def _repeated(work: Work, times: int) -> Work:
             work()
 
     return work if times == 1 else repeated
+
+
+@contextlib.contextmanager
+def using_threads(threads: int | None) -> Iterator[None]:
+    """That many threads of torch for a while; ``None`` leaves them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def without_gradients(work: Work) -> Work:
+    """The same in torch's inference mode."""
+
+    def inference() -> object:
+        with torch.inference_mode():
+            return work()
+
+    return inference

@@ -21,6 +21,7 @@ from localvit.fusing.folding import BATCH_NORMS, add_input, affine_of, has_stati
 from localvit.fusing.inference import InferenceOnly
 from localvit.locality import Grid, HiddenLocality, LocalityFeedForward, map_to_tokens, tokens_to_map
 from localvit.locality.feed_forward import check_lattice
+from localvit.locality.grid import tokens_to_row
 from localvit.locality.layers import HardSigmoid
 
 # Hidden maps of so many bytes, per thread, are worked on at a time: few enough for caches, enough for calls
@@ -292,4 +293,4 @@ def _on_tokens(norm: nn.Module, x: Tensor) -> Tensor:
     """A norm made for maps, applied to tokens (b, T, C)."""
     if isinstance(norm, nn.Identity):
         return x
-    return map_to_tokens(norm(tokens_to_map(x, Grid(x.shape[1], 1))))
+    return map_to_tokens(norm(tokens_to_row(x)))

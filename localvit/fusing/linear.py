@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localvit.fusing.inference import InferenceOnly
+from localvit.locality.grid import map_to_tokens, tokens_to_row
 
 Route = Literal["linear", "conv", "packed"]
 VARIABLE = "LOCALVIT_LINEAR"
@@ -73,9 +74,9 @@ class RoutedLinear(InferenceOnly, nn.Linear):
 
 def conv_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` by a 1 x 1 convolution."""
-    column = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    y = F.conv2d(column, weight[:, :, None, None], bias)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+    row = tokens_to_row(x.reshape(1, -1, x.shape[-1]))
+    y = F.conv2d(row, weight[:, :, None, None], bias)
+    return map_to_tokens(y).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def pack(weight: Tensor) -> Tensor:

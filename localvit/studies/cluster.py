@@ -24,12 +24,13 @@ from typing import Any
 import torch
 
 from localvit.studies.display import Display
-from localvit.studies.folder import StudyFolder, note_failure, reason_of
+from localvit.studies.folder import StudyFolder, note_failure
 from localvit.studies.jobs import Job, Kind, alive_of, jobs_path, living, write_jobs
 from localvit.studies.records import RECORD, perform
 from localvit.studies.resources import Resources
 from localvit.studies.study import Run, Study
 from localvit.training import ConfigError, TrainConfig, TrainingInterrupted, stop_on_signals
+from localvit.training.build import one_line
 from localvit.training.lock import FolderInUse
 
 POLL = {"slurm": 15.0, "local": 0.5}
@@ -97,8 +98,8 @@ class Cluster:
             try:
                 submitted = self._executor(folder, resources).submit_array(tasks)
             except (RuntimeError, OSError) as error:
-                reason = " ".join(str(error).split())
-                raise ConfigError(f"{self.kind} refuses {len(tasks)} jobs ({resources}): {reason}") from error
+                refused = f"{self.kind} refuses {len(tasks)} jobs ({resources})"
+                raise ConfigError(f"{refused}: {one_line(error)}") from error
             jobs |= {run: Job(self.kind, job.job_id) for run, job in zip(members, submitted, strict=True)}
             write_jobs(folder, jobs)
         return jobs
@@ -179,7 +180,7 @@ class Task:
             except FolderInUse:
                 raise  # says nothing about the run, which another job or process does
             except Exception as error:
-                note_failure(self.folder, reason_of(error))
+                note_failure(self.folder, one_line(error))
                 raise
         return requeue in received
 

@@ -210,11 +210,6 @@ def note_failure(folder: Path, reason: str) -> None:
     write_atomically(folder / _FAILURE, json.dumps({"reason": reason}) + "\n")
 
 
-def reason_of(error: BaseException) -> str:
-    """An error in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def read_study(path: Path) -> Study:
     """The study that a folder holds.
 

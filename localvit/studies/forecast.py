@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from torch.nn import functional as F
 
+from localvit.bench.measure import interleaved, timer_for, using_threads
 from localvit.cost import count_macs
 from localvit.data.loading import random_scope
 from localvit.studies.checks import Facts
@@ -107,9 +107,7 @@ def measured_speed(folder: StudyFolder, facts: Facts, device_name: str | None = 
     study = folder.study
     config = study.config(study.arms[0], study.seeds[0])
     device = pick_device(device_name or config.device)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with using_threads(1):
         with random_scope():
             plain = dataclasses.replace(config.model, pretrained=False)
             model = build_model(plain, facts.classes).to(device)
@@ -118,13 +116,7 @@ def measured_speed(folder: StudyFolder, facts: Facts, device_name: str | None = 
         count = min(config.batch_size, _MOST_IMAGES, max(2, int(_MACS_OF_A_MEASUREMENT / macs)))
         images = torch.zeros(count, *size, device=device)
         labels = torch.zeros(count, dtype=torch.long, device=device)
-        best = float("inf")
-        for _ in range(4):  # the first ones warm up
-            start = time.perf_counter()
-            F.cross_entropy(model.train()(images), labels).backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return _PASSES * macs * count / best
+        model.train()
+        update = {"update": lambda: F.cross_entropy(model(images), labels).backward()}
+        seconds = interleaved(update, 4, timer=timer_for(device), warm_up=0)  # the first ones warm up
+    return _PASSES * macs * count / min(seconds["update"])

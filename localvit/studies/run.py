@@ -21,12 +21,12 @@ from localvit.data import open_splits
 from localvit.studies import cluster as clusters
 from localvit.studies.checks import Facts, check_study
 from localvit.studies.display import Display
-from localvit.studies.folder import Outcome, StudyFolder, reason_of
+from localvit.studies.folder import Outcome, StudyFolder
 from localvit.studies.jobs import living
 from localvit.studies.records import Record, perform
 from localvit.studies.study import Run, Study
 from localvit.training import ConfigError
-from localvit.training.build import pick_device
+from localvit.training.build import one_line, pick_device
 
 
 class StudyFailed(RuntimeError):
@@ -153,7 +153,7 @@ def _work(
                     failures[run] = "its process died, perhaps for want of memory; it will go on next time"
                     workers[slot] = _worker(slot, threads)
                 elif error is not None:
-                    failures[run] = reason_of(error)
+                    failures[run] = one_line(error)
                     folder.note_failure(run, failures[run])
                 if error is None:
                     display.finished(run, future.result())

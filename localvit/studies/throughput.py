@@ -9,8 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from localvit.bench.comparison import using_threads, without_gradients
-from localvit.bench.measure import interleaved, timer_for
+from localvit.bench.measure import interleaved, timer_for, using_threads, without_gradients
 
 THREADS = 1
 """On a CPU: as in training; several threads of small models wait for each other more than they work."""

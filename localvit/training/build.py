@@ -59,12 +59,12 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=config.pretrained, **args)
     except _BAD_ARGUMENTS as error:
-        raise ConfigError(f"model {config.name!r}: {_line(error)}") from error
+        raise ConfigError(f"model {config.name!r}: {one_line(error)}") from error
     except (OSError, RuntimeError) as error:
         if not config.pretrained and ":" not in config.name:
             raise
         what = "model.pretrained: no weights for" if config.pretrained else "model.name: cannot open"
-        raise ConfigError(f"{what} {config.name!r}: {_line(error)}") from error
+        raise ConfigError(f"{what} {config.name!r}: {one_line(error)}") from error
 
 
 def preprocessing(model: nn.Module, config: DataConfig) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def build_optimizer(
             **args,
         )
     except _BAD_ARGUMENTS as error:
-        raise ConfigError(f"optim.args={config.args}: {_line(error)}") from error
+        raise ConfigError(f"optim.args={config.args}: {one_line(error)}") from error
 
 
 def _own_groups(config: OptimConfig, no_decay: tuple[str, ...]) -> Any:
@@ -191,7 +191,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device={name!r} cannot be used here: {_line(error)}") from error
+        raise ConfigError(f"device={name!r} cannot be used here: {one_line(error)}") from error
     return device
 
 
@@ -214,12 +214,14 @@ def check_forward(model: nn.Module, name: str, input_size: tuple[int, int, int])
             device = next(model.parameters()).device
             output = model.eval()(torch.zeros(1, *input_size, device=device))
     except (*_BAD_ARGUMENTS, RuntimeError) as error:
-        raise ConfigError(f"model {name!r} fails on an image of size {input_size}: {_line(error)}") from error
+        at = f"model {name!r} fails on an image of size {input_size}"
+        raise ConfigError(f"{at}: {one_line(error)}") from error
     finally:
         model.train()
     if output.shape != (1, model.num_classes):
         raise ConfigError(f"model {name!r} does not return (batch, classes) but {tuple(output.shape)}")
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The message of an error, or its kind, in one line."""
     return " ".join(str(error).split()) or type(error).__name__

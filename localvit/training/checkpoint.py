@@ -14,7 +14,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from localvit.data import DataConfig
-from localvit.training.build import preprocessing
+from localvit.training.build import one_line, preprocessing
 from localvit.training.config import ConfigError, TrainConfig, unknown
 from localvit.training.files import from_dict, load_yaml
 
@@ -58,8 +58,7 @@ def load_checkpoint(source: str, device: torch.device, args: Mapping[str, Any] |
     try:
         model = timm.create_model(name, pretrained=True, **(args or {}))
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"checkpoint {source!r} cannot be loaded: {reason}") from error
+        raise ConfigError(f"checkpoint {source!r} cannot be loaded: {one_line(error)}") from error
     labels, descriptions = _class_names(model)
     return Checkpoint(
         source=source,

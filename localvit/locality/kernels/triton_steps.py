@@ -9,15 +9,16 @@ from localvit.locality.kernels import triton_ops
 from localvit.locality.kernels.lean import Pass, Steps, Tensors
 from localvit.locality.kernels.pieces import activation
 
-_NUMBERS = {nn.Identity: 0, nn.ReLU: 1, nn.ReLU6: 2, nn.Hardswish: 3, nn.SiLU: 4}
+# As the kernels number them.
+_KINDS = (nn.Identity, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU)
+_NUMBERS = {activation(kind()): number for number, kind in enumerate(_KINDS)}
 
 
 def covers(how: Pass, x: Tensor) -> bool:
     """Whether the kernels cover this pass: norms 1 and 2 by batch statistics, an activation that is not
     GELU, no prefix tokens that ride along."""
-    known = {activation(kind()) for kind in _NUMBERS}
     by_batch = all(i in how.norms and how.norms[i].batch for i in (1, 2))
-    return by_batch and how.lattice.num_prefix_tokens == 0 and {how.acts[1], how.acts[2]} <= known
+    return by_batch and how.lattice.num_prefix_tokens == 0 and {how.acts[1], how.acts[2]} <= _NUMBERS.keys()
 
 
 class TritonSteps(Steps):
@@ -83,8 +84,7 @@ class TritonSteps(Steps):
         self.how.norms[number].moved(mean, var, self.x.shape[0] * self.x.shape[1])
 
     def _act(self, number: int) -> int:
-        acts = {activation(kind()): i for kind, i in _NUMBERS.items()}
-        return acts[self.how.acts[number]]
+        return _NUMBERS[self.how.acts[number]]
 
     def _gate_terms(self, tokens: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Gate values (B, D) in float32, and from their gradient the pooling's share of the map's."""
