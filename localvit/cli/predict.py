@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -125,10 +124,12 @@ def _print(options: Options, arguments: dict[str, Any]) -> int:
 
 def _write(options: Options, output: str, arguments: dict[str, Any]) -> int:
     """Predictions to a file."""
+    from localvit.training import stop_on_signals
     from localvit.training.prediction_files import write_predictions
+    from localvit.training.signals import stop_requested
 
     last: list[Progress] = []
-    with _terminated_like_interrupted(), _bar() as show:
+    with stop_on_signals(), _bar() as show:
 
         def watch(progress: Progress, batch: Sequence[Prediction]) -> None:
             if not last and progress.kept:
@@ -136,6 +137,8 @@ def _write(options: Options, output: str, arguments: dict[str, Any]) -> int:
             last[:] = [progress]
             _complain(batch)
             show(progress)
+            if stop_requested():  # not in the midst of a batch, which a process that loads is handing over
+                raise KeyboardInterrupt
 
         try:
             done = write_predictions(options.checkpoint, options.paths, output, **arguments, watch=watch)
@@ -145,16 +148,6 @@ def _write(options: Options, output: str, arguments: dict[str, Any]) -> int:
             return 0
     print(f"{output}: {done.total:,} pictures")
     return _conclude(done.unreadable, done.total)
-
-
-@contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """Within, SIGTERM does what Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
