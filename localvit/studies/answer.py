@@ -73,7 +73,8 @@ def answer(
     write_report(report)
     if failures:
         reasons = "; ".join(f"{run.arm} seed {run.seed}: {reason}" for run, reason in failures.items())
-        advice = "repeat to retry" if retry else "--retry starts them anew"
+        waits = not retry and any(store.outcome(run).state == "failed" for run in failures)
+        advice = "--retry starts them anew" if waits else "the same command goes on with them"
         raise StudyFailed(f"{len(failures)} of {len(study.runs())} runs failed ({reasons}); {advice}")
     return report
 

@@ -77,9 +77,16 @@ def preprocessing(model: nn.Module, config: DataConfig) -> dict[str, Any]:
     names = ("mean", "std", "interpolation", "crop_pct")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     try:
-        return resolve_input_data_config(model, given)
+        return resolve_input_data_config(model, {**given, "img_size": _built_for(model)})
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
+
+
+def _built_for(model: nn.Module) -> tuple[int, int] | None:
+    """The size of pictures that the model's patches say. For a model that takes any size
+    (``dynamic_img_size``) timm recommends that of the published one, whatever this one was built for."""
+    patches = (part for name, part in model.named_modules() if name.rpartition(".")[2] == "patch_embed")
+    return getattr(next(patches, None), "img_size", None)
 
 
 def freeze(model: nn.Module, train_only: Literal["all", "locality"]) -> None:

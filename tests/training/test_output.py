@@ -5,7 +5,9 @@ import timm
 import torch
 
 from localvit.atomic import move_into_place, write_atomically
+from localvit.data import DataConfig
 from localvit.training import ConfigError, output, train
+from localvit.training.build import build_model, preprocessing
 from localvit.training.output import open_folder
 
 
@@ -99,8 +101,20 @@ def test_killed_between_two_files_all_files_are_whole(tmp_path, monkeypatch):
 
 
 def output_of(tiny):
-    from localvit.training.build import build_model, preprocessing
-
     config = tiny()
     model = build_model(config.model, 10)
     return model, preprocessing(model, config.data), [str(i) for i in range(10)]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("deit_tiny_patch16_224", {"depth": 1}),
+        ("pvt_tiny", {"depths": [1, 1, 1, 1]}),
+        ("t2t_vit_7", {"depth": 1}),
+    ],
+)
+def test_pictures_have_the_size_that_the_model_was_built_for(name, args, dynamic):
+    model = timm.create_model(name, img_size=(64, 96), in_chans=1, dynamic_img_size=dynamic, **args)
+    assert preprocessing(model, DataConfig())["input_size"] == (1, 64, 96)
