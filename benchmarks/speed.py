@@ -48,31 +48,33 @@ OURS, BASE = "localvit_tiny_patch16_224", "deit_tiny_patch16_224"
 CPU = torch.device("cpu")
 Row = dict[str, object]
 
-# Title -> (most or least, bound), set before the code was written. Where the BLAS is half as fast as oneDNN
-# (MKL on an AMD EPYC) the first is 0.65; where it is as fast, the compiled form and the training step have
-# less to gain.
-GOALS: dict[str, tuple[str, float]] = {
-    "fused / DeiT-T eager": ("<=", 1.02),
-    "compiled / DeiT-T eager": ("<=", 0.60),
-    "fused / DeiT-T fused": ("<=", 1.05),
-    "share of peak, fused": (">=", 0.55),
-    "share of peak, OpenVINO": (">=", 0.73),
-    "FFN 56x56x96, fused / NCHW modules": ("<=", 0.125),
-    "FFN 28x28x192, fused / NCHW modules": ("<=", 0.20),
-    "training step / DeiT-T": ("<=", 0.80),
-    "training step, lean / plain modules": ("<=", 1.0),
-    "kept for the backward pass / DeiT-T": ("<=", 1.0),
-    "peak memory of a step / DeiT-T": ("<=", 1.10),
-    "FFN per token, 784 / 196 tokens": ("<=", 1.2),
-    "FFN per token, 3136 / 196 tokens": ("<=", 1.2),
-    "FFN per image, batch 256 / 1": ("<=", 1.2),
+# Title -> (most or least, bound at batch 1, bound of larger ones), set before the code was written. Where
+# the BLAS is half as fast as oneDNN (MKL on an AMD EPYC) the first is 0.65; where it is as fast, the compiled
+# form and the training step have less to gain.
+GOALS: dict[str, tuple[str, float, float]] = {
+    "fused / DeiT-T eager": ("<=", 1.02, 1.02),
+    "compiled / DeiT-T eager": ("<=", 0.60, 0.50),
+    "compiled / DeiT-T compiled": ("<=", 1.05, 1.05),
+    "fused / DeiT-T fused": ("<=", 1.05, 1.05),
+    "share of peak, fused": (">=", 0.55, 0.62),
+    "share of peak, OpenVINO": (">=", 0.73, 0.73),
+    "FFN 56x56x96, fused / NCHW modules": ("<=", 0.125, 0.125),
+    "FFN 28x28x192, fused / NCHW modules": ("<=", 0.20, 0.20),
+    "training step / DeiT-T": ("<=", 0.80, 0.80),
+    "training step, lean / plain modules": ("<=", 1.0, 1.0),
+    "kept for the backward pass / DeiT-T": ("<=", 1.0, 1.0),
+    "peak memory of a step / DeiT-T": ("<=", 1.10, 1.10),
+    "FFN per token, 784 / 196 tokens": ("<=", 1.2, 1.2),
+    "FFN per token, 3136 / 196 tokens": ("<=", 1.2, 1.2),
+    "FFN per image, batch 256 / 1": ("<=", 1.2, 1.2),
 }
 
 
-def row(title: str, found: Quartiles | float | str, **where: object) -> Row:
+def row(title: str, found: Quartiles | float | str, *, threads: int, batch: int) -> Row:
     """A value beside its goal; a text is the reason why there is none."""
-    sign, bound = GOALS[title]
-    about = {"title": title, **where, "goal": f"{sign} {bound:g}"}
+    sign, *bounds = GOALS[title]
+    bound = bounds[batch > 1]
+    about: Row = {"title": title, "threads": threads, "batch": batch, "goal": f"{sign} {bound:g}"}
     if isinstance(found, str):
         return {**about, "missing": found}
     value = found if isinstance(found, float) else found.median
@@ -87,10 +89,12 @@ SIDES: dict[str, tuple[str, EngineName]] = {
     "ours openvino": (OURS, "openvino"),
     "base eager": (BASE, "eager"),
     "base fused": (BASE, "fused"),
+    "base compiled": (BASE, "compile"),
 }
 QUOTIENTS = {
     "fused / DeiT-T eager": ("ours fused", "base eager"),
     "compiled / DeiT-T eager": ("ours compiled", "base eager"),
+    "compiled / DeiT-T compiled": ("ours compiled", "base compiled"),
     "fused / DeiT-T fused": ("ours fused", "base fused"),
 }
 SHARES = {"share of peak, fused": "ours fused", "share of peak, OpenVINO": "ours openvino"}
