@@ -64,7 +64,9 @@ class FastFeedForward(InferenceOnly):
             if branch is not None:
                 residual[:, :prefix].add_(branch)
         for rows in self._chunks(x):
-            residual[rows, prefix:].add_(self.on_patches(x[rows, prefix:], grid))
+            # Gaps between images would keep a linear layer from being one product with its bias.
+            patches = x[rows, prefix:].contiguous()
+            residual[rows, prefix:].add_(self.on_patches(patches, grid))
         return residual
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
