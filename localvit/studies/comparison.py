@@ -240,10 +240,10 @@ def _needed(contrast: Contrast) -> str:
 
 def _ceiling(found: Findings, names: tuple[str, str]) -> str:
     arms = [found.arm(name) for name in names]
-    high = [arm.name for arm in arms if arm.mean is not None and arm.mean.mean >= CEILING]
+    means = {arm.name: arm.mean.mean for arm in arms if arm.mean is not None}
+    high = [f"{name} {mean:.1f} %" for name, mean in means.items() if mean >= CEILING]
     if not high:
         return ""
     return (
-        f" {' and '.join(high).capitalize()} scored {CEILING:g} % or more: so near the ceiling this task "
-        "hides differences that a harder one would show."
+        f" So near the ceiling ({', '.join(high)}) this task hides differences that a harder one would show."
     )

@@ -94,8 +94,12 @@ def test_runs_without_a_pair_are_shown_and_not_compared():
 
 
 def test_the_ceiling_is_named():
-    assert "Local scored 99 % or more" in sentence(control=[90.0, 91.0, 92.0], local=[99.8, 99.0, 99.4])
-    assert "Local and control scored" in sentence(control=[99.0, 99.2, 99.6], local=[99.8, 99.0, 99.4])
+    assert "near the ceiling (local 99.4 %) this" in sentence(
+        control=[90.0, 91.0, 92.0], local=[99.8, 99.0, 99.4]
+    )
+    assert "ceiling (local 99.4 %, control 99.3 %)" in sentence(
+        control=[99.0, 99.2, 99.6], local=[99.8, 99.0, 99.4]
+    )
     assert "ceiling" not in sentence(control=[90.0, 91.0, 92.0], local=[98.8, 98.0, 98.4])
 
 
