@@ -159,7 +159,7 @@ import dataclasses, sys
 from pathlib import Path
 from localvit.studies.folder import StudyFolder, read_study
 
-TIMES = ("seconds", "images_per_second")
+TIMES = ("seconds", "images_per_second", "data_wait")
 work = Path(sys.argv[1])
 here, slurm = (StudyFolder(work / name, read_study(work / name)) for name in ("here", "slurm"))
 logs = {p.name.removesuffix("_0_log.out"): p.read_text() for p in (slurm.path / "jobs").glob("*_0_log.out")}
