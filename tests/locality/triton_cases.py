@@ -94,6 +94,16 @@ def test_a_variance_far_from_zero_does_not_cancel():
     torch.testing.assert_close(var, x.double().var((0, 1), correction=0).float(), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("act", ACTS)
+def test_slopes_at_corners_are_those_of_pytorch(act):
+    x = torch.tensor([-7.0, -3.0, 0.0, 3.0, 6.0, 7.0], requires_grad=True)
+    one, zero = torch.ones(1), torch.zeros(1)
+    maps = x.detach()[:, None, None]  # an image of one pixel for each
+    sums = triton_ops.gate_sums(torch.ones_like(maps), maps, one, zero, zero, one, act)
+    ACTS[act](x).sum().backward()
+    torch.testing.assert_close(sums[1, :, 0], x.grad)
+
+
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_backward_through_gate_norms_and_convolution(case, monkeypatch):
     """All of it against autograd in float64: gate sums, norm 2, the convolution and norm 1's sums."""
