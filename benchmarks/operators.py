@@ -1,6 +1,6 @@
 """Which operators take the time: the profile behind the rows of benchmarks/speed.py.
 
-    python benchmarks/operators.py                 # DeiT-T and LocalViT-T, some minutes
+    python benchmarks/operators.py                 # LocalViT-T, DeiT-T, a pyramid's FFNs; some minutes
     python benchmarks/operators.py --batch 1 --batch 8
 
 Written are benchmarks/results/operators_<machine>_<date>.{md,json}. Milliseconds are those of an operator
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import timm
 import torch
-from speed import BASE, CPU, OURS, opened
+from speed import BASE, CPU, OURS, PYRAMID, as_nchw, fused_ffn, opened
 from torch.profiler import ProfilerActivity, profile
 from writing import write
 
@@ -24,6 +24,7 @@ from localvit.bench.comparison import training_step
 from localvit.bench.measure import Work, using_threads
 
 SHOWN = 14
+COLUMNS = ("LocalViT-T", "DeiT-T", "DeiT-T eager", "NCHW modules")
 Times = dict[str, float]
 
 
@@ -80,6 +81,18 @@ def training(batch: int, rounds: int) -> list[dict[str, object]]:
     return rows_of(f"training step, B{batch}", in_turns(works, rounds))
 
 
+def pyramid(batch: int, rounds: int) -> list[dict[str, object]]:
+    """The feed-forward network alone; the first column is LocalViT-T's, fused."""
+    rows = []
+    for side, dim in PYRAMID:
+        works = {
+            "LocalViT-T": fused_ffn(dim, side, batch),
+            "NCHW modules": as_nchw(dim, side, batch),
+        }
+        rows += rows_of(f"FFN {side}x{side}x{dim}, B{batch}", in_turns(works, rounds))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, action="append", help="pictures in a call (1, 8 and 32)")
@@ -87,24 +100,25 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     with using_threads(1):
-        rows = [row for batch in args.batch or (1, 8, 32) for row in inference(batch, args.rounds)]
+        rows = pyramid(16, args.rounds)  # first: later the allocator has memory to spare
+        rows += [row for batch in args.batch or (1, 8, 32) for row in inference(batch, args.rounds)]
         rows += training((args.batch or [32])[-1], 3)
         setting = Setting.here(CPU)
-    columns = ("LocalViT-T", "DeiT-T", "DeiT-T eager")
     cells = [
         (
             str(row["what"]),
             str(row["operator"]),
-            *(f"{row[name]:.2f}" if name in row else "" for name in columns),
+            *(f"{row[name]:.2f}" if name in row else "" for name in COLUMNS),
         )
         for row in rows
     ]
     about = (
         f"# Operators of LocalViT-T and DeiT-T\n\n{setting}.\n\n224 px, float32; milliseconds of an operator "
-        "itself in one call, medians of turns. Of a training step both columns are as built.\n"
+        "itself in one call, medians of turns. Of a training step both columns are as built. An FFN is that of "
+        "LocalViT-T at a pyramid's lattice, fused, beside the authors' modules on NCHW maps.\n"
     )
     hardware = setting.machine
-    path = write(args.output, "operators", hardware, about, ("what", "operator", *columns), cells, rows)
+    path = write(args.output, "operators", hardware, about, ("what", "operator", *COLUMNS), cells, rows)
     print(f"written: {path}.md and .json")
 
 
