@@ -86,6 +86,6 @@ def test_imports_point_one_way():
 def test_files_that_torchscript_reads_keep_their_annotations():
     """Postponed evaluation would turn them to strings, which TorchScript cannot read everywhere."""
     surgery = ("surgery/localize.py", "surgery/drop_path.py")
-    baselines = ("baselines/pvt.py", "baselines/t2t_vit.py", "baselines/tokens_to_token.py")
+    baselines = [f"baselines/{name}.py" for name in ("pvt", "pvt_stage", "t2t_vit", "tokens_to_token")]
     for name in ("locality/feed_forward.py", "locality/grid.py", "locality/layers.py", *surgery, *baselines):
         assert "from __future__ import annotations" not in (ROOT / "localvit" / name).read_text()

@@ -14,27 +14,21 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    DropPath,
     LayerNorm,
-    Mlp,
-    PatchEmbed,
     calculate_drop_path_rates,
     get_device_dtype,
     resample_abs_pos_embed,
     to_2tuple,
     to_ntuple,
     trunc_normal_,
-    use_fused_attn,
 )
 from timm.models import (
     build_model_with_cfg,
-    checkpoint,
     generate_default_cfgs,
     named_apply,
     register_model,
@@ -43,6 +37,8 @@ from timm.models._features import feature_take_indices
 from timm.models._input import get_pretrained_grid_size, update_model_input_size
 from timm.models.vision_transformer import global_pool_nlc, init_weights_vit_timm
 from torch import Tensor, nn
+
+from localvit.baselines.pvt_stage import PyramidVisionTransformerStage, to_map
 
 __all__ = ["PyramidVisionTransformer"]
 
@@ -58,211 +54,6 @@ DEPTHS: dict[str, tuple[int, ...]] = {
 PUBLISHED: dict[str, float] = {"pvt_tiny": 75.1, "pvt_small": 79.8, "pvt_medium": 81.2, "pvt_large": 81.7}
 
 GlobalPool = Literal["", "token", "avg"]
-
-
-def _to_map(tokens: Tensor, feat_size: tuple[int, int], num_prefix_tokens: int = 0) -> Tensor:
-    """Patch tokens as a map: ``(B, P + N, C) -> (B, C, H, W)``, a channels-last view."""
-    patches = tokens[:, num_prefix_tokens:]
-    return patches.transpose(1, 2).reshape(patches.shape[0], -1, feat_size[0], feat_size[1])
-
-
-class Attention(nn.Module):
-    """Self-attention whose keys and values come from a spatially reduced copy of the tokens.
-
-    A rest of the map that ``sr_ratio`` does not divide is not seen by keys and values, as in the reference.
-    With the default ratios there is none: they reduce every stage to the resolution of the last.
-
-    Args:
-        dim: Token width.
-        num_heads: Heads; must divide ``dim``.
-        sr_ratio: Kernel and stride of the reducing convolution; 1 for plain attention, which is the only
-            kind that admits prefix tokens.
-        qkv_bias: Bias in the linear layers of query, key and value.
-        attn_drop, proj_drop: Dropout of attention weights and of the output.
-    """
-
-    fused_attn: Final[bool]
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        sr_ratio: int = 1,
-        qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads {num_heads} does not divide the embedding width {dim}")
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.scale = self.head_dim**-0.5
-        self.fused_attn = use_fused_attn()
-
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
-        self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio, **dd) if sr_ratio > 1 else None
-        # The reference's default eps, 1e-5, unlike the norms of the block.
-        self.norm = nn.LayerNorm(dim, **dd) if sr_ratio > 1 else nn.Identity()
-
-    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
-        """``(B, P + N, C) -> (B, P + N, C)``; ``feat_size`` is (H, W)."""
-        B, N, C = x.shape
-        q = self.q(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
-        if self.sr is not None:
-            x = self.sr(_to_map(x, feat_size)).flatten(2).transpose(1, 2)
-            x = self.norm(x)
-        kv = self.kv(x).reshape(B, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        k, v = kv.unbind(0)
-
-        if self.fused_attn:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
-        else:
-            attn = (q * self.scale) @ k.transpose(-2, -1)
-            attn = self.attn_drop(attn.softmax(dim=-1))
-            x = attn @ v
-
-        x = x.transpose(1, 2).reshape(B, N, C)
-        return self.proj_drop(self.proj(x))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block; only its attention needs to know the map's size."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        sr_ratio: int = 1,
-        qkv_bias: bool = True,
-        proj_drop: float = 0.0,
-        attn_drop: float = 0.0,
-        drop_path: float = 0.0,
-        act_layer: type[nn.Module] = nn.GELU,
-        norm_layer: Callable[..., nn.Module] = LayerNorm,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.norm1 = norm_layer(dim, **dd)
-        self.attn = Attention(dim, num_heads, sr_ratio, qkv_bias, attn_drop, proj_drop, **dd)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-
-    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
-        """``(B, P + N, C) -> (B, P + N, C)``; ``feat_size`` is (H, W)."""
-        x = x + self.drop_path1(self.attn(self.norm1(x), feat_size))
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return x
-
-
-class PyramidVisionTransformerStage(nn.Module):
-    """Patch embedding, class token if any, position table, blocks.
-
-    Args:
-        dim, dim_out: Channels of the map that comes in, width of the tokens that go out.
-        depth: Number of blocks.
-        img_size: Sides of the map that comes in.
-        patch_size: Factor by which the stage reduces them.
-        num_prefix_tokens: 1 where a class token is put in front, which asks for ``sr_ratio`` 1.
-        pos_drop: Dropout after the position table has been added.
-        drop_path: Drop-path rate, one for all blocks or one for each.
-        dynamic_img_size: Accept other sizes, for which the position table is interpolated.
-
-    The other arguments are those of :class:`Block`.
-    """
-
-    dynamic_img_size: Final[bool]
-
-    def __init__(
-        self,
-        dim: int,
-        dim_out: int,
-        depth: int,
-        img_size: tuple[int, int],
-        patch_size: int = 2,
-        num_prefix_tokens: int = 0,
-        sr_ratio: int = 1,
-        pos_drop: float = 0.0,
-        drop_path: float | Sequence[float] = 0.0,
-        dynamic_img_size: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-        **block_args: Any,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        if num_prefix_tokens and sr_ratio > 1:
-            raise ValueError(f"sr_ratio {sr_ratio}: must be 1 in the stage with the class token (the last)")
-        self.num_prefix_tokens = num_prefix_tokens
-        self.dynamic_img_size = dynamic_img_size
-        self.grad_checkpointing = False
-
-        self.patch_embed = PatchEmbed(
-            img_size=img_size,
-            patch_size=patch_size,
-            in_chans=dim,
-            embed_dim=dim_out,
-            norm_layer=nn.LayerNorm,  # with the reference's default eps, 1e-5
-            strict_img_size=not dynamic_img_size,
-            **dd,
-        )
-        num_tokens = num_prefix_tokens + self.patch_embed.num_patches
-        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, dim_out, **dd))
-        self.pos_drop = nn.Dropout(pos_drop)
-        self.blocks = nn.ModuleList(
-            Block(dim_out, sr_ratio=sr_ratio, drop_path=rate, **block_args, **dd)
-            for rate in to_ntuple(depth)(drop_path)
-        )
-
-    def set_input_size(self, img_size: tuple[int, int]) -> None:
-        """Take maps of ``img_size`` from now on; the position table is interpolated (bicubic)."""
-        old_size = self.patch_embed.grid_size
-        self.patch_embed.set_input_size(img_size)
-        if self.patch_embed.grid_size != old_size:
-            resampled = resample_abs_pos_embed(
-                self.pos_embed.detach(), self.patch_embed.grid_size, old_size, self.num_prefix_tokens
-            )
-            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
-
-    def forward(self, x: Tensor, cls_token: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
-        """Map to tokens.
-
-        Args:
-            x: ``(B, dim, H, W)``.
-            cls_token: ``(1, 1, dim_out)`` where ``num_prefix_tokens`` is 1.
-
-        Returns:
-            ``(B, P + N, dim_out)`` and the size (H / patch size, W / patch size) of the N patch tokens.
-        """
-        B, _, H, W = x.shape
-        feat_size = self.patch_embed.dynamic_feat_size((H, W))
-        x = self.patch_embed(x)
-        if cls_token is not None:
-            x = torch.cat([cls_token.expand(B, -1, -1), x], dim=1)
-        pos_embed = self.pos_embed
-        if self.dynamic_img_size:
-            pos_embed = resample_abs_pos_embed(
-                pos_embed, feat_size, self.patch_embed.grid_size, self.num_prefix_tokens
-            )
-        x = self.pos_drop(x + pos_embed)
-        for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, feat_size)
-            else:
-                x = block(x, feat_size)
-        return x, feat_size
 
 
 class PyramidVisionTransformer(nn.Module):
@@ -318,9 +109,6 @@ class PyramidVisionTransformer(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         num_stages = len(depths)
-        num_heads = _per_stage("num_heads", num_heads, num_stages)
-        mlp_ratios = _per_stage("mlp_ratios", mlp_ratios, num_stages)
-        sr_ratios = _per_stage("sr_ratios", sr_ratios, num_stages)
         embed_dims = _per_stage("embed_dims", embed_dims, num_stages)
         map_size = _checked_img_size(img_size, patch_size, num_stages)
 
@@ -333,30 +121,20 @@ class PyramidVisionTransformer(nn.Module):
             for i, dim in enumerate(embed_dims)
         ]
 
-        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        self.stages: Any = nn.ModuleList()  # of PyramidVisionTransformerStage, which its type cannot say
-        for i in range(num_stages):
-            stage = PyramidVisionTransformerStage(
-                dim=embed_dims[i - 1] if i else in_chans,
-                dim_out=embed_dims[i],
-                depth=depths[i],
-                img_size=map_size,
-                patch_size=2 if i else patch_size,
-                num_prefix_tokens=int(i == num_stages - 1),
-                num_heads=num_heads[i],
-                mlp_ratio=mlp_ratios[i],
-                sr_ratio=sr_ratios[i],
-                qkv_bias=qkv_bias,
-                pos_drop=pos_drop_rate,
-                proj_drop=proj_drop_rate,
-                attn_drop=attn_drop_rate,
-                drop_path=drop_path[i],
-                norm_layer=norm_layer,
-                dynamic_img_size=dynamic_img_size,
-                **dd,
-            )
-            self.stages.append(stage)
-            map_size = stage.patch_embed.grid_size
+        each = {
+            "dim": (in_chans, *embed_dims[:-1]),
+            "dim_out": embed_dims,
+            "depth": depths,
+            "patch_size": (patch_size, *(2 for _ in depths[1:])),
+            "num_prefix_tokens": (*(0 for _ in depths[1:]), self.num_prefix_tokens),
+            "num_heads": _per_stage("num_heads", num_heads, num_stages),
+            "mlp_ratio": _per_stage("mlp_ratios", mlp_ratios, num_stages),
+            "sr_ratio": _per_stage("sr_ratios", sr_ratios, num_stages),
+            "drop_path": calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True),
+        }
+        dropout = {"pos_drop": pos_drop_rate, "proj_drop": proj_drop_rate, "attn_drop": attn_drop_rate}
+        shared = {"qkv_bias": qkv_bias, "norm_layer": norm_layer, "dynamic_img_size": dynamic_img_size}
+        self.stages: Any = _stages(map_size, each, {**dropout, **shared, **dd})
 
         self.cls_token: nn.Parameter | None = nn.Parameter(torch.empty(1, 1, self.embed_dim, **dd))
         self.norm = norm_layer(self.embed_dim, **dd)
@@ -465,8 +243,8 @@ class PyramidVisionTransformer(nn.Module):
             x, feat_size = stage(x, self.cls_token if stage.num_prefix_tokens else None)
             if i in take_indices:
                 tokens = self.norm(x) if norm and i == last else x
-                intermediates.append(_to_map(tokens, feat_size, stage.num_prefix_tokens).contiguous())
-            x = self.norm(x) if i == last else _to_map(x, feat_size)
+                intermediates.append(to_map(tokens, feat_size, stage.num_prefix_tokens).contiguous())
+            x = self.norm(x) if i == last else to_map(x, feat_size)
         return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
@@ -492,7 +270,7 @@ class PyramidVisionTransformer(nn.Module):
         for i, stage in enumerate(self.stages):
             x, feat_size = stage(x, self.cls_token if stage.num_prefix_tokens else None)
             if i < last:
-                x = _to_map(x, feat_size)
+                x = to_map(x, feat_size)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -512,6 +290,20 @@ def _per_stage(name: str, values: Any, num_stages: int) -> tuple[Any, ...]:
     if len(values) != num_stages:
         raise ValueError(f"{name} {values}: {len(values)} values for {num_stages} stages (depths)")
     return values
+
+
+def _stages(
+    map_size: tuple[int, int], each: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]
+) -> nn.ModuleList:
+    """Stages one behind the other, from arguments of which each has its own and those that all share."""
+    stages = nn.ModuleList()
+    for values in zip(*each.values(), strict=True):
+        stage = PyramidVisionTransformerStage(
+            img_size=map_size, **dict(zip(each, values, strict=True)), **shared
+        )
+        stages.append(stage)
+        map_size = stage.patch_embed.grid_size
+    return stages
 
 
 def _checked_img_size(img_size: int | tuple[int, int], patch_size: int, num_stages: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from localvit.baselines.pvt import Block as PvtBlock
+from localvit.baselines.pvt_stage import Block as PvtBlock
 from localvit.baselines.t2t_vit import T2TViT
 from localvit.fusing.feed_forward import FastFeedForward, hooked
 from localvit.fusing.folding import rescale

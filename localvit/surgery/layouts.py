@@ -24,8 +24,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from localvit.baselines.pvt import Block as PvtBlock
 from localvit.baselines.pvt import PyramidVisionTransformer
+from localvit.baselines.pvt_stage import Block as PvtBlock
 from localvit.baselines.t2t_vit import T2TViT
 from localvit.locality import Grid
 
