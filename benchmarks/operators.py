@@ -114,7 +114,7 @@ def main() -> None:
     ]
     about = (
         f"# Operators of LocalViT-T and DeiT-T\n\n{setting}.\n\n224 px, float32; milliseconds of an operator "
-        "itself in one call, medians of turns. Of a training step both columns are as built. An FFN is that of "
+        "itself in one call, medians of turns. Training steps are of models as built. An FFN is that of "
         "LocalViT-T at a pyramid's lattice, fused, beside the authors' modules on NCHW maps.\n"
     )
     hardware = setting.machine

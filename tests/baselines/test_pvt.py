@@ -194,7 +194,8 @@ def test_other_images_than_configured_are_refused():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"depths": (1, 1, 2)}, r"num_heads \(1, 2, 5, 8\): 4 values for 3 stages"),
+        ({"depths": (1, 1, 2)}, r"embed_dims \(8, 16, 20, 32\): 4 values for 3 stages"),
+        ({"num_heads": (1, 2)}, r"num_heads \(1, 2\): 2 values for 4 stages"),
         ({"embed_dims": (8, 16)}, r"embed_dims \(8, 16\): 2 values for 4 stages"),
         ({"num_heads": 3}, "num_heads 3 does not divide the embedding width 8"),
         ({"sr_ratios": (8, 4, 2, 2)}, "sr_ratio 2: must be 1 in the stage with the class token"),
