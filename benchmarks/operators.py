@@ -15,7 +15,7 @@ from pathlib import Path
 
 import timm
 import torch
-from speed import BASE, CPU, OURS, PYRAMID, as_nchw, fused_ffn, opened
+from speed import BASE, CPU, OURS, PYRAMID, WARM_UP, as_nchw, fused_ffn, in_a_fresh_process, opened
 from torch.profiler import ProfilerActivity, profile
 from writing import write
 
@@ -35,11 +35,12 @@ def own_times(work: Work) -> Times:
     return {event.key: event.self_cpu_time_total / 1e3 for event in profiled.key_averages()}
 
 
-def in_turns(works: Mapping[str, Work], rounds: int) -> dict[str, Times]:
+def in_turns(works: Mapping[str, Work], rounds: int, warm_up: int = 1) -> dict[str, Times]:
     """The median of every operator's time over the rounds."""
     found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in works}
     for work in works.values():
-        work()
+        for _ in range(warm_up):
+            work()
     for _ in range(rounds):
         for name, work in works.items():
             for operator, time in own_times(work).items():
@@ -75,10 +76,11 @@ def inference(batch: int, rounds: int) -> list[dict[str, object]]:
 
 
 def training(batch: int, rounds: int) -> list[dict[str, object]]:
+    torch.set_num_threads(1)
     images = torch.randn(batch, 3, 224, 224)
     models = {"LocalViT-T": OURS, "DeiT-T": BASE}
     works = {title: training_step(timm.create_model(name), images) for title, name in models.items()}
-    return rows_of(f"training step, B{batch}", in_turns(works, rounds))
+    return rows_of(f"training step, B{batch}", in_turns(works, rounds, WARM_UP))
 
 
 def pyramid(batch: int, rounds: int) -> list[dict[str, object]]:
@@ -102,7 +104,7 @@ def main() -> None:
     with using_threads(1):
         rows = pyramid(16, args.rounds)  # first: later the allocator has memory to spare
         rows += [row for batch in args.batch or (1, 8, 32) for row in inference(batch, args.rounds)]
-        rows += training((args.batch or [32])[-1], 3)
+        rows += in_a_fresh_process(training, (args.batch or [32])[-1], 5)
         setting = Setting.here(CPU)
     cells = [
         (
