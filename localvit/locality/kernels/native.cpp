@@ -1,0 +1,431 @@
+// Depth-wise stages of the feed-forward network on a CPU, one pass through memory each.
+//
+// Maps are (B, N, D) tokens in raster order, single precision, channels innermost and dense; an image's
+// tokens are dense too, and `stride` floats lie between images. D is a multiple of LANES. A unit of work is
+// one image and one block of channels: what it sums goes to a place of its own, so results do not depend on
+// the number of threads. Compiled on the machine that runs it (native.py), without any header of PyTorch.
+//
+// Activations are numbers: 0 none, 1 ReLU, 2 ReLU6, 3 hard swish.
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#define INLINE static inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int COLUMNS = 4;            // outputs side by side, which share what they load
+constexpr int64_t BLOCK = 128;        // channels of a unit of work, or fewer
+constexpr int SCRATCH = 96 * 1024;    // bytes of the rows that a unit of work keeps
+
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef float Anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+INLINE Vec load(const float* p) { return *reinterpret_cast<const Anywhere*>(p); }
+INLINE void store(float* p, Vec v) { *reinterpret_cast<Anywhere*>(p) = v; }
+INLINE void add(float* p, Vec v) { store(p, load(p) + v); }
+INLINE Vec of(float value) { return Vec{} + value; }
+INLINE Vec at_least(Vec x, Vec low) { return x < low ? low : x; }
+INLINE Vec at_most(Vec x, Vec high) { return x > high ? high : x; }
+
+INLINE Vec activate(Vec x, int64_t act) {
+    if (act == 0) return x;
+    if (act == 3) return x * at_most(at_least(x + 3.0f, Vec{}), of(6.0f)) * (1.0f / 6.0f);
+    x = at_least(x, Vec{});
+    return act == 2 ? at_most(x, of(6.0f)) : x;
+}
+
+// Derivative of the activation; at corners as in PyTorch.
+INLINE Vec slope(Vec x, int64_t act) {
+    if (act == 0) return of(1.0f);
+    if (act == 3) return x <= -3.0f ? Vec{} : x < 3.0f ? x * (1.0f / 3.0f) + 0.5f : of(1.0f);
+    Vec rising = x > 0.0f ? of(1.0f) : Vec{};
+    return act == 2 ? (x < 6.0f ? rising : Vec{}) : rising;
+}
+
+// Scale and shift per channel; none where the pointer is null.
+struct Affine {
+    const float *scale, *shift;
+    inline __attribute__((always_inline)) Vec operator()(Vec x, int c) const {
+        return scale ? x * load(scale + c) + load(shift + c) : x;
+    }
+};
+
+struct Shape {
+    int64_t batch, height, width, channels;
+    int64_t tokens() const { return height * width; }
+};
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Columns of a staged row: padding on both sides, and room for the last group of outputs.
+template <int K> int64_t span(const Shape& s) { return s.width + 2 * (K / 2) + COLUMNS; }
+
+// Channels of a block: as many as let K staged rows fit into SCRATCH.
+template <int K> int64_t block_of(const Shape& s) {
+    int64_t fitting = SCRATCH / (4 * K * span<K>(s)) / LANES * LANES;
+    return smaller(fitting < LANES ? LANES : fitting > BLOCK ? BLOCK : fitting, s.channels);
+}
+
+// Calls `work(image, first channel, channels, scratch)` for every unit of work. `floats` of scratch, zeroed.
+template <class Work> void for_units(const Shape& s, int64_t block, int64_t floats, int64_t threads, Work work) {
+    const int64_t blocks = (s.channels + block - 1) / block, units = s.batch * blocks;
+    (void)threads;
+#pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1 && units > 1)
+    {
+        float* scratch = static_cast<float*>(calloc(floats + LANES, sizeof(float)));
+#pragma omp for schedule(static)
+        for (int64_t unit = 0; unit < units; ++unit) {
+            const int64_t c = unit % blocks * block;
+            work(unit / blocks, c, smaller(block, s.channels - c), scratch);
+        }
+        free(scratch);
+    }
+}
+
+// The K rows around one row of a map, staged with zeros around them. Rows enter in order; the ring is zeroed
+// when a unit of work begins, so rows above the map are zero, and `clear` makes those below it so.
+template <int K> struct Ring {
+    float* rows;
+    int64_t span, channels;
+    float* row(int64_t i) const { return rows + (i + K) % K * span * channels; }
+    float* inside(int64_t i) const { return row(i) + K / 2 * channels; }
+    void reset() const { memset(rows, 0, 4 * K * span * channels); }
+    void clear(int64_t i) const { memset(row(i), 0, 4 * span * channels); }
+};
+
+// (D, K * K) -> (K * K, channels) from channel c on.
+template <int K> void taps_of(const float* weight, int64_t c, int64_t channels, bool flipped, float* out) {
+    for (int t = 0; t < K * K; ++t)
+        for (int64_t i = 0; i < channels; ++i)
+            out[t * channels + i] = weight[(c + i) * K * K + (flipped ? K * K - 1 - t : t)];
+}
+
+// Calls `work(first token, last token + 1, channel)` for vectors of channels, a few tokens at a time: more of them would
+// be on too many pages of memory.
+template <class Work> void for_strips(int64_t tokens, int64_t channels, Work work) {
+    constexpr int64_t STRIP = 16;
+    for (int64_t t = 0; t < tokens; t += STRIP)
+        for (int64_t v = 0; v < channels; v += LANES) work(t, smaller(tokens, t + STRIP), v);
+}
+
+// Squares about the image's own mean, which lose no digits to a large one.
+void about_mean(const Shape& s, const float* x, const float* sum, float* square, int64_t n) {
+    memset(square, 0, 4 * n);
+    for_strips(s.tokens(), n, [&](int64_t t, int64_t end, int64_t v) {
+        const Vec mean = load(sum + v) / static_cast<float>(s.tokens());
+        Vec total{};
+        for (; t < end; ++t) {
+            const Vec d = load(x + t * s.channels + v) - mean;
+            total += d * d;
+        }
+        add(square + v, total);
+    });
+}
+
+template <int K> struct Depthwise {
+    Shape s;
+    const float* x;
+    int64_t stride;
+    const float *weight, *bias;
+    Affine first, second;
+    float *y, *sums, *squares;
+    int64_t act, act2;
+
+    void row(const Ring<K>& ring, int64_t i, const float* taps, int64_t c, float* out, float* sum) const {
+        const int64_t width = s.width, n = ring.channels;
+        const float* in[K];
+        for (int d = 0; d < K; ++d) in[d] = ring.row(i + d - K / 2);
+        for (int64_t v = 0; v < n; v += LANES) {
+            const Vec start = bias ? load(bias + c + v) : Vec{};
+            Vec total{};
+            for (int64_t j = 0; j < width; j += COLUMNS) {
+                Vec o[COLUMNS] = {start, start, start, start};
+                const auto taps_row = [&](int dy) INLINE_LAMBDA {
+                    const float* from = in[dy] + j * n + v;
+                    Vec w[K];
+#pragma GCC unroll 8
+                    for (int dx = 0; dx < K; ++dx) w[dx] = load(taps + (dy * K + dx) * n + v);
+#pragma GCC unroll 16
+                    for (int t = 0; t < K + COLUMNS - 1; ++t) {
+                        const Vec value = load(from + t * n);
+#pragma GCC unroll 8
+                        for (int q = 0; q < COLUMNS; ++q)
+                            if (t - q >= 0 && t - q < K) o[q] += value * w[t - q];
+                    }
+                };
+                if constexpr (K == 3) {
+                    taps_row(0), taps_row(1), taps_row(2);
+                } else {  // unrolled as well, these are slower
+#pragma GCC unroll 1
+                    for (int dy = 0; dy < K; ++dy) taps_row(dy);
+                }
+#pragma GCC unroll 8
+                for (int q = 0; q < COLUMNS; ++q)
+                    if (j + q < width) {
+                        const Vec value = activate(second(o[q], c + v), act2);
+                        store(out + (j + q) * s.channels + v, value);
+                        total += value;
+                    }
+            }
+            add(sum + v, total);
+        }
+    }
+
+    void unit(int64_t image, int64_t c, int64_t n, float* scratch) const {
+        const Ring<K> ring{scratch, span<K>(s), n};
+        float *taps = scratch + K * ring.span * n, *sum = sums + image * s.channels + c;
+        const float* in = x + image * stride + c;
+        float* out = y + image * s.tokens() * s.channels + c;
+        ring.reset();
+        taps_of<K>(weight, c, n, false, taps);
+        memset(sum, 0, 4 * n);
+        for (int64_t i = -(K / 2); i < s.height; ++i) {
+            const int64_t entering = i + K / 2;
+            if (entering < s.height) {
+                float* to = ring.inside(entering);
+                for (int64_t j = 0; j < s.width; ++j)
+                    for (int64_t v = 0; v < n; v += LANES) {
+                        const Vec value = load(in + (entering * s.width + j) * s.channels + v);
+                        store(to + j * n + v, activate(first(value, c + v), act));
+                    }
+            } else {
+                ring.clear(entering);
+            }
+            if (i >= 0) row(ring, i, taps, c, out + i * s.width * s.channels, sum);
+        }
+        if (squares) about_mean(s, out, sum, squares + image * s.channels + c, n);
+    }
+
+    void run(int64_t threads) const {
+        const int64_t block = block_of<K>(s), floats = (K * span<K>(s) + K * K) * block;
+        for_units(s, block, floats, threads,
+                  [this](int64_t image, int64_t c, int64_t n, float* p) { unit(image, c, n, p); });
+    }
+};
+
+// Back from the gated map to the normalised expanded one; everything in between is computed again.
+template <int K> struct DepthwiseBackward {
+    Shape s;
+    const float *grad;
+    int64_t stride;
+    const float *x, *below, *weight, *factor, *term;
+    Affine second;
+    const float *by_grad, *by_x, *rest;
+    Affine first;
+    const float *mean, *deviation;
+    float *out, *total, *moment, *taps;
+    int64_t act, act2;
+
+    // Gradient of the convolved map.
+    void stage(float* to, const float* g, const float* in, int64_t image, int64_t c, int64_t n) const {
+        const float *f = factor + image * s.channels + c, *t = term + image * s.channels + c;
+        for (int64_t v = 0; v < n; v += LANES) {
+            const Vec by_g = load(by_grad + c + v), by = load(by_x + c + v), constant = load(rest + c + v);
+            const Vec scale = load(f + v) * by_g, shift = load(t + v) * by_g;
+            for (int64_t j = 0; j < s.width; ++j) {
+                const Vec value = load(in + j * s.channels + v);
+                const Vec a = slope(second(value, c + v), act2);
+                const Vec above = load(g + j * s.channels + v) * scale + shift;
+                store(to + j * n + v, a * above + value * by + constant);
+            }
+        }
+    }
+
+    // `w` is flipped, and so is `sum`, where the gradient of the weight is summed.
+    void row(const Ring<K>& ring, int64_t i, const float* w, int64_t image, int64_t c, float* sum) const {
+        const int64_t n = ring.channels, start = (image * s.tokens() + i * s.width) * s.channels + c;
+        const float* in[K];
+        for (int d = 0; d < K; ++d) in[d] = ring.row(i + d - K / 2);
+        for (int64_t v = 0; v < n; v += LANES) {
+            const Vec middle = load(mean + c + v), dev = load(deviation + c + v);
+            Vec of_taps[K * K] = {}, of_bias{}, of_scale{};
+            for (int64_t j = 0; j < s.width; ++j) {
+                const int64_t at = start + j * s.channels + v;
+                const Vec under = load(below + at), normal = first(under, c + v);
+                const Vec hidden = activate(normal, act);
+                Vec back{};
+#pragma GCC unroll 8
+                for (int dy = 0; dy < K; ++dy)
+#pragma GCC unroll 8
+                    for (int dx = 0; dx < K; ++dx) {
+                        const Vec value = load(in[dy] + (j + dx) * n + v);
+                        back += value * load(w + (dy * K + dx) * n + v);
+                        of_taps[dy * K + dx] += value * hidden;
+                    }
+                back *= slope(normal, act);
+                store(out + at, back);
+                of_bias += back;
+                of_scale += back * (under - middle) * dev;
+            }
+            const int64_t channel = image * s.channels + c + v;
+            add(total + channel, of_bias);
+            add(moment + channel, of_scale);
+            for (int t = 0; t < K * K; ++t) add(sum + t * n + v, of_taps[t]);
+        }
+    }
+
+    void unit(int64_t image, int64_t c, int64_t n, float* scratch) const {
+        const Ring<K> ring{scratch, span<K>(s), n};
+        float *w = scratch + K * ring.span * n, *sum = w + K * K * n;
+        const float* g = grad + image * stride + c;
+        const float* in = x + image * s.tokens() * s.channels + c;
+        ring.reset();
+        taps_of<K>(weight, c, n, true, w);
+        memset(sum, 0, 4 * K * K * n);
+        memset(total + image * s.channels + c, 0, 4 * n);
+        memset(moment + image * s.channels + c, 0, 4 * n);
+        for (int64_t i = -(K / 2); i < s.height; ++i) {
+            const int64_t entering = i + K / 2, start = entering * s.width * s.channels;
+            if (entering < s.height)
+                stage(ring.inside(entering), g + start, in + start, image, c, n);
+            else
+                ring.clear(entering);
+            if (i >= 0) row(ring, i, w, image, c, sum);
+        }
+        for (int t = 0; t < K * K; ++t)  // (B, D, K * K)
+            for (int64_t v = 0; v < n; ++v)
+                taps[(image * s.channels + c + v) * K * K + K * K - 1 - t] = sum[t * n + v];
+    }
+
+    void run(int64_t threads) const {
+        const int64_t block = block_of<K>(s), floats = (K * span<K>(s) + 2 * K * K) * block;
+        for_units(s, block, floats, threads,
+                  [this](int64_t image, int64_t c, int64_t n, float* p) { unit(image, c, n, p); });
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// y = act2(second(conv(act(first(x))) + bias)); its sums over an image's tokens (B, D), and its squares about
+// the image's mean where `squares` is not null. `y` may be `x`.
+void localvit_depthwise(const float* x, int64_t stride, const float* weight, const float* bias,
+                        const float* scale, const float* shift, const float* scale2, const float* shift2,
+                        float* y, float* sums, float* squares, int64_t batch, int64_t height, int64_t width,
+                        int64_t channels, int64_t k, int64_t act, int64_t act2, int64_t threads) {
+    const Shape s{batch, height, width, channels};
+    const Affine first{scale, shift}, second{scale2, shift2};
+#define RUN(K) \
+    Depthwise<K>{s, x, stride, weight, bias, first, second, y, sums, squares, act, act2}.run(threads)
+    if (k == 3) RUN(3);
+    if (k == 5) RUN(5);
+    if (k == 7) RUN(7);
+#undef RUN
+}
+
+// Sums over an image's tokens (B, D), and squares about the image's mean.
+void localvit_moments(const float* x, float* sums, float* squares, int64_t batch, int64_t tokens,
+                      int64_t channels, int64_t threads) {
+    const Shape s{batch, 1, tokens, channels};
+    for_units(s, smaller(BLOCK, channels), 0, threads, [=](int64_t image, int64_t c, int64_t n, float*) {
+        const float* in = x + image * tokens * channels + c;
+        float* sum = sums + image * channels + c;
+        memset(sum, 0, 4 * n);
+        for_strips(tokens, n, [&](int64_t t, int64_t end, int64_t v) {
+            Vec total{};
+            for (; t < end; ++t) total += load(in + t * channels + v);
+            add(sum + v, total);
+        });
+        about_mean(s, in, sum, squares + image * channels + c, n);
+    });
+}
+
+// y = act(x * scale + shift) * gate, where `gate` (B, D) and `y` are given; sums over an image's tokens of the
+// value without the gate, where `sums` (B, D) is.
+void localvit_activated(const float* x, const float* scale, const float* shift, const float* gate, float* y,
+                        float* sums, int64_t batch, int64_t tokens, int64_t channels, int64_t act,
+                        int64_t threads) {
+    const Shape s{batch, 1, tokens, channels};
+    const Affine affine{scale, shift};
+    for_units(s, smaller(BLOCK, channels), 0, threads, [=](int64_t image, int64_t c, int64_t n, float*) {
+        const int64_t start = image * tokens * channels + c, channel = image * channels + c;
+        if (sums) memset(sums + channel, 0, 4 * n);
+        for_strips(tokens, n, [&](int64_t t, int64_t end, int64_t v) {
+            const Vec factor = gate ? load(gate + channel + v) : of(1.0f);
+            Vec total{};
+            for (; t < end; ++t) {
+                const int64_t at = start + t * channels + v;
+                const Vec value = activate(affine(load(x + at), c + v), act);
+                total += value;
+                if (y) store(y + at, value * factor);
+            }
+            if (sums) add(sums + channel + v, total);
+        });
+    });
+}
+
+// Five sums over an image's tokens (5, B, D), with n = x * scale + shift, a = act'(n) and
+// z = (x - mean) * deviation: grad * act(n), a * grad, a, a * grad * z, a * z.
+void localvit_gate_sums(const float* grad, int64_t stride, const float* x, const float* scale,
+                        const float* shift, const float* mean, const float* deviation, float* out,
+                        int64_t batch, int64_t tokens, int64_t channels, int64_t act, int64_t threads) {
+    const Shape s{batch, 1, tokens, channels};
+    const Affine affine{scale, shift};
+    for_units(s, smaller(BLOCK, channels), 0, threads, [=](int64_t image, int64_t c, int64_t n, float*) {
+        const float *g = grad + image * stride + c, *in = x + image * tokens * channels + c;
+        float* sums[5];
+        for (int i = 0; i < 5; ++i) {
+            sums[i] = out + (i * batch + image) * channels + c;
+            memset(sums[i], 0, 4 * n);
+        }
+        for_strips(tokens, n, [&](int64_t t, int64_t end, int64_t v) {
+            const Vec middle = load(mean + c + v), dev = load(deviation + c + v);
+            Vec s0{}, s1{}, s2{}, s3{}, s4{};
+            for (; t < end; ++t) {
+                const Vec value = load(in + t * channels + v), above = load(g + t * channels + v);
+                const Vec normal = affine(value, c + v), a = slope(normal, act);
+                const Vec z = a * (value - middle) * dev;
+                s0 += above * activate(normal, act);
+                s1 += a * above;
+                s2 += a;
+                s3 += above * z;
+                s4 += z;
+            }
+            add(sums[0] + v, s0), add(sums[1] + v, s1), add(sums[2] + v, s2);
+            add(sums[3] + v, s3), add(sums[4] + v, s4);
+        });
+    });
+}
+
+// From the gradient of the gated map to that of the normalised expanded one, `out`; per image its sums and its
+// sums times the standardised map, and the gradient of the weight (B, D, k, k).
+void localvit_depthwise_backward(const float* grad, int64_t stride, const float* x, const float* below,
+                                 const float* weight, const float* factor, const float* term,
+                                 const float* scale2, const float* shift2, const float* by_grad,
+                                 const float* by_x, const float* rest, const float* scale, const float* shift,
+                                 const float* mean, const float* deviation, float* out, float* total,
+                                 float* moment, float* taps, int64_t batch, int64_t height, int64_t width,
+                                 int64_t channels, int64_t k, int64_t act, int64_t act2, int64_t threads) {
+    const Shape s{batch, height, width, channels};
+    const Affine first{scale, shift}, second{scale2, shift2};
+#define RUN(K)                                                                                             \
+    DepthwiseBackward<K>{s, grad, stride, x, below, weight, factor, term, second, by_grad, by_x, rest, first, \
+                         mean, deviation, out, total, moment, taps, act, act2}                              \
+        .run(threads)
+    if (k == 3) RUN(3);
+    if (k == 5) RUN(5);
+    if (k == 7) RUN(7);
+#undef RUN
+}
+
+// grad = grad * by_grad + x * by_x + rest, the last step through a norm by the statistics of the batch.
+void localvit_combine(float* grad, const float* x, const float* by_grad, const float* by_x, const float* rest,
+                      int64_t batch, int64_t tokens, int64_t channels, int64_t threads) {
+    const Shape s{batch, 1, tokens, channels};
+    for_units(s, smaller(BLOCK, channels), 0, threads, [=](int64_t image, int64_t c, int64_t n, float*) {
+        for_strips(tokens, n, [&](int64_t t, int64_t end, int64_t v) {
+            const Vec by_g = load(by_grad + c + v), by = load(by_x + c + v), constant = load(rest + c + v);
+            for (; t < end; ++t) {
+                const int64_t at = (image * tokens + t) * channels + c + v;
+                store(grad + at, load(grad + at) * by_g + load(x + at) * by + constant);
+            }
+        });
+    });
+}
+
+}  // extern "C"

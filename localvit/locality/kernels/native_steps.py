@@ -1,0 +1,28 @@
+"""The lean pass with the native kernels."""
+
+from torch import Tensor
+
+from localvit.locality.grid import map_to_tokens, tokens_to_map, tokens_to_row
+from localvit.locality.kernels import native_ops
+from localvit.locality.kernels.fused_steps import FusedSteps
+
+
+class NativeSteps(FusedSteps):
+    operators = native_ops
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return native_ops.moments(x)
+
+    def pooled(self) -> Tensor:
+        return native_ops.pooled(map_to_tokens(self.kept["convolved"]), *self.stage(2).affine(), self._act(2))
+
+    def gated(self) -> Tensor:
+        convolved = map_to_tokens(self.kept["convolved"])
+        gate, _ = self._gate_terms(convolved)
+        value = native_ops.activated(convolved, *self.stage(2).affine(), gate, self._act(2))
+        return tokens_to_map(value, self.how.lattice)
+
+    def through_norm(self, patches: Tensor, of_weight: Tensor, of_bias: Tensor) -> Tensor:
+        expanded = self.kept["expanded"]
+        coefficients = self.stage(1).coefficients(expanded, of_weight, of_bias)
+        return tokens_to_row(native_ops.combine_(patches, map_to_tokens(expanded), *coefficients))
