@@ -22,6 +22,8 @@ from localvit.fusing.inference import InferenceOnly
 from localvit.locality import Grid, HiddenLocality, LocalityFeedForward, map_to_tokens, tokens_to_map
 from localvit.locality.feed_forward import check_lattice
 from localvit.locality.grid import tokens_to_row
+from localvit.locality.kernels import native_ops
+from localvit.locality.kernels.backend import backend_for
 from localvit.locality.layers import HardSigmoid
 
 # Hidden maps of so many bytes, per thread, are worked on at a time: few enough for caches, enough for calls
@@ -89,7 +91,12 @@ class FastFeedForward(InferenceOnly):
 
 
 class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
-    """:class:`localvit.LocalityFeedForward` with linear layers ``fc1`` and ``fc2``."""
+    """:class:`localvit.LocalityFeedForward` with linear layers ``fc1`` and ``fc2``.
+
+    ``native``: whether the native kernels may compute the stage between them.
+    """
+
+    native: bool
 
     @property
     def ends_in_projection(self) -> bool:
@@ -103,15 +110,27 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
         lattice = Grid(lattice.height, lattice.width)
         if self.conv_first:
             x = self._convolve(x, lattice)
-        h = self._hide(self._expand_tokens(x), lattice)
+        h = self.fc1(x)
+        if self.native and native_applies(h, self.conv):
+            h, mean = self._hide_natively(h, lattice)
+        else:
+            h, mean = self._hide(self._activate_expanded(h), lattice), None
         if self.gate is not None:
-            h = h.mul_(self._channel_weights(h).unsqueeze(1))
+            h = h.mul_(self._channel_weights(h.mean(1) if mean is None else mean).unsqueeze(1))
         return _on_tokens(self.norm3, self.fc2(h))
+
+    def _hide_natively(self, h: Tensor, lattice: Grid) -> tuple[Tensor, Tensor | None]:
+        """The hidden map, in the memory of the expanded one, and its means, which come for nothing unless
+        an activation is not one of the kernel's."""
+        act, act2 = (native_ops.ACTIVATIONS.get(type(layer)) for layer in (self.act1, self.act2))
+        h = self.act1(h) if act is None else h
+        mean = depthwise_in_place(h, self.conv, lattice, act or 0, act2 or 0)
+        return (self.act2(h), None) if act2 is None else (h, mean)
 
     def on_prefix(self, x: Tensor) -> Tensor | None:
         if self.prefix != "mlp":
             return x if self.prefix == "passthrough" else None
-        h = self._expand_tokens(x)
+        h = self._activate_expanded(self.fc1(x))
         if self.conv_mid:
             h = self.act_prefix(h)
         if self.glu != "none":
@@ -119,27 +138,31 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
             h = self.act_glu(gate) * value
         return _on_tokens(self.norm3, self.fc2(h))
 
-    def _expand_tokens(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
+    def _activate_expanded(self, x: Tensor) -> Tensor:
         if self.norm_before_act:
             return self.act1(_on_tokens(self.norm1, x))
         return _on_tokens(self.norm1, self.act1(x))
 
-    def _channel_weights(self, h: Tensor) -> Tensor:
-        """(b, D) from the hidden map (b, N, D)."""
+    def _channel_weights(self, mean: Tensor) -> Tensor:
+        """(b, D) from the means of the hidden map (b, D)."""
         gate: Any = self.gate
-        mean = h.mean(1)
         if isinstance(gate, EcaModule):
             return gate.gate(gate.conv(mean.unsqueeze(1))).squeeze(1)
         return gate.gate(gate.fc2(gate.act(gate.fc1(mean))))
 
 
 class FoldedHiddenLocality(HiddenLocality):
-    """:class:`HiddenLocality` with the added input folded into its kernel; takes the patch tokens alone."""
+    """:class:`HiddenLocality` with the added input folded into its kernel; takes the patch tokens alone, and
+    their memory."""
+
+    native: bool
 
     def forward(self, patches: Tensor, grid: Grid | None = None) -> Tensor:
         """``(b, N, D) -> (b, N, D)``."""
         assert grid is not None
+        if self.native and native_applies(patches, self.conv):
+            depthwise_in_place(patches, self.conv, grid, 0, 0)
+            return patches
         return map_to_tokens(self.conv(tokens_to_map(patches, Grid(grid.height, grid.width))))
 
 
@@ -187,6 +210,19 @@ class FastSwiGLU(_FastHidden, SwiGLU):
         return self.act(self.fc1_g(x)).mul_(self.fc1_x(x))
 
 
+def native_applies(x: Tensor, conv: nn.Module) -> bool:
+    """Whether the native kernel can take these tokens now. An exported graph is for other machines."""
+    traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    plain = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return plain and not traced and x.is_contiguous() and not hooked(conv)
+
+
+def depthwise_in_place(x: Tensor, conv: Any, lattice: Grid, act: int, act2: int) -> Tensor:
+    """Depth-wise convolution of tokens (b, N, D) between two activations; returns means over tokens."""
+    height, width, _ = lattice
+    return native_ops.depthwise_stage_(x, conv.weight, conv.bias, height, width, act, act2)
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether a hook sees what ``module`` is given or gives."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
@@ -221,8 +257,15 @@ def fuse_locality(ffn: Any) -> str | None:
     if type(ffn.gate) is SqueezeExcite:
         _fuse_squeeze(ffn.gate)
     ffn.hidden_features = ffn.fc1.out_features
+    folded = type(ffn.norm1) is nn.Identity and ffn.conv_mid and type(ffn.norm2) is nn.Identity
+    ffn.native = folded and ffn.glu == "none" and _natively(ffn.conv)
     ffn.__class__ = FastLocalityFeedForward
     return None
+
+
+def _natively(conv: Any) -> bool:
+    """Whether the native kernels are there, and know this convolution."""
+    return native_ops.covers_convolution(conv) and backend_for(conv.weight) == "native"
 
 
 def _known_gate(gate: Any) -> bool:
@@ -263,8 +306,10 @@ def fuse_mlp(mlp: Any) -> str | None:
     if type(mlp.drop1) is HiddenLocality:
         if type(mlp.drop1.conv) is not nn.Conv2d or type(mlp.drop1.then) is not nn.Identity:
             return "other layers on the hidden state"
-        add_input(mlp.drop1.conv)
-        mlp.drop1.__class__ = FoldedHiddenLocality
+        hidden: Any = mlp.drop1
+        add_input(hidden.conv)
+        hidden.native = _natively(hidden.conv)
+        hidden.__class__ = FoldedHiddenLocality
     elif type(mlp.drop1) is not nn.Identity:  # dropout is gone by now
         return f"{type(mlp.drop1).__name__} on the hidden state"
     _in_place_activations(mlp, "act")

@@ -42,12 +42,8 @@ def backend_for(x: Tensor) -> Backend:
         return "torch"
     if asked == "triton":
         return "triton" if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else "torch"
-    return "native" if asked != "torch" and natively(x) else "torch"
-
-
-def natively(x: Tensor) -> bool:
-    """Whether the native kernels, if nothing else is asked for, can compute on tensors like ``x``."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and library() is not None
+    may_be_native = asked != "torch" and x.device.type == "cpu" and x.dtype == torch.float32
+    return "native" if may_be_native and library() is not None else "torch"
 
 
 def _no_triton(x: Tensor) -> str | None:

@@ -37,11 +37,6 @@ def covers_convolution(conv: Any) -> bool:
     )
 
 
-def covers_tensors(*tensors: Tensor | None) -> bool:
-    """Whether they are in single precision on the CPU."""
-    return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
-
-
 def depthwise_stage_(
     x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, act: int, act2: int
 ) -> Tensor:
@@ -62,10 +57,10 @@ def _stage(
                      padding=weight.shape[-1] // 2, groups=len(weight))  # fmt: skip
         return x.copy_(map_to_tokens(_MODULES[act2](y))).mean(1)
     batch, tokens, channels = x.shape
-    sums = torch.empty((batch, channels))
-    _call("depthwise", x, tokens * channels, weight, bias, None, None, None, None, x, sums, None,
+    means = torch.empty((batch, channels))
+    _call("depthwise", x, tokens * channels, weight, bias, None, None, None, None, x, means, None,
           batch, height, width, channels, weight.shape[-1], act, act2)  # fmt: skip
-    return sums.div_(tokens)
+    return means
 
 
 _depthwise_stage_ = torch.library.custom_op("localvit::depthwise_stage_", _stage, mutates_args=("x",))
@@ -79,17 +74,15 @@ def _(x, weight, bias, height, width, act, act2):  # type: ignore[no-untyped-def
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (uncorrected) for each channel."""
     batch, tokens, channels = x.shape
-    sums, squares = torch.empty((2, batch, channels))
-    _call("moments", x, sums, squares, batch, tokens, channels)
-    return _mean_and_variance(sums, squares, tokens)
+    means, squares = torch.empty((2, batch, channels))
+    _call("moments", x, means, squares, batch, tokens, channels)
+    return _mean_and_variance(means, squares, tokens)
 
 
-def _mean_and_variance(sums: Tensor, squares: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """From each image's sums, and squares about its own mean."""
-    count = sums.shape[0] * tokens
-    mean = sums.sum(0) / count
-    about = squares.sum(0) + tokens * (sums / tokens - mean).square_().sum(0)
-    return mean, about / count
+def _mean_and_variance(means: Tensor, squares: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """From each image's means, and squares about them (B, D)."""
+    mean = means.mean(0)
+    return mean, (means - mean).square_().mean(0) + squares.mean(0) / tokens
 
 
 def depthwise(
@@ -105,10 +98,10 @@ def depthwise(
     """``conv(act(x * scale + shift)) + bias``, and its mean and variance (uncorrected) for each channel."""
     batch, tokens, channels = x.shape
     y = torch.empty((batch, tokens, channels))
-    sums, squares = torch.empty((2, batch, channels))
-    _call("depthwise", x, x.stride(0), weight, bias, scale, shift, None, None, y, sums, squares,
+    means, squares = torch.empty((2, batch, channels))
+    _call("depthwise", x, x.stride(0), weight, bias, scale, shift, None, None, y, means, squares,
           batch, height, width, channels, weight.shape[-1], act, 0)  # fmt: skip
-    return y, *_mean_and_variance(sums, squares, tokens)
+    return y, *_mean_and_variance(means, squares, tokens)
 
 
 def activated(x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor, act: int) -> Tensor:
@@ -122,9 +115,9 @@ def activated(x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor, act: int) -
 def pooled(x: Tensor, scale: Tensor, shift: Tensor, act: int) -> Tensor:
     """Means over tokens of ``act(x * scale + shift)`` (B, D)."""
     batch, tokens, channels = x.shape
-    sums = torch.empty((batch, channels))
-    _call("activated", x, scale, shift, None, None, sums, batch, tokens, channels, act)
-    return sums.div_(tokens)
+    means = torch.empty((batch, channels))
+    _call("activated", x, scale, shift, None, None, means, batch, tokens, channels, act)
+    return means
 
 
 def gated_projection(
