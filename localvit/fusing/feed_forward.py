@@ -211,10 +211,12 @@ class FastSwiGLU(_FastHidden, SwiGLU):
 
 
 def native_applies(x: Tensor, conv: nn.Module) -> bool:
-    """Whether the native kernel can take these tokens now. An exported graph is for other machines."""
+    """Whether the native kernel can take these tokens now: it has no derivative, and an exported graph is for
+    other machines."""
     traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
     plain = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return plain and not traced and x.is_contiguous() and not hooked(conv)
+    differentiated = torch.is_grad_enabled() and x.requires_grad
+    return plain and not traced and not differentiated and x.is_contiguous() and not hooked(conv)
 
 
 def depthwise_in_place(x: Tensor, conv: Any, lattice: Grid, act: int, act2: int) -> Tensor:

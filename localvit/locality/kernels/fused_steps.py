@@ -36,20 +36,24 @@ class FusedSteps(Steps):
         """Means (B, D) of the activated map."""
         return self.stage(2).value(self.kept["convolved"]).mean((2, 3))
 
+    def gated_tokens(self) -> Tensor:
+        """The gated map (B, N, D), once more, in memory of its own."""
+        return map_to_tokens(self.gated())
+
     def through_norm(self, patches: Tensor, of_weight: Tensor, of_bias: Tensor) -> Tensor:
         """Gradient of the expanded tokens from that of the normalised ones, whose memory it takes."""
-        row = tokens_to_row(patches)
-        self.stage(1).through_norm(row, self.kept["expanded"], of_weight, of_bias)
-        return row
+        self.stage(1).through_norm(tokens_to_row(patches), self.kept["expanded"], of_weight, of_bias)
+        return patches
 
     def forward(self) -> Tensor:
         how, p, kept = self.how, self.p, self.kept
-        expanded = kept["expanded"] = F.conv2d(tokens_to_row(self.x), p["fc1.weight"], p.get("fc1.bias"))
-        self._note(1, *self.moments(map_to_tokens(expanded)))
+        expanded = F.linear(self.x, p["fc1.weight"].flatten(1), p.get("fc1.bias"))
+        kept["expanded"] = tokens_to_row(expanded)
+        self._note(1, *self.moments(expanded))
         weight, bias = p["conv.weight"], p.get("conv.bias")
         height, width, _ = how.lattice
         convolved, mean, var = self.operators.depthwise(
-            map_to_tokens(expanded), weight, bias, *self.stage(1).affine(), height, width, self._act(1)
+            expanded, weight, bias, *self.stage(1).affine(), height, width, self._act(1)
         )
         kept["convolved"] = tokens_to_map(convolved, how.lattice)
         self._note(2, mean, var)
@@ -70,8 +74,7 @@ class FusedSteps(Steps):
         how, kept, found = self.how, self.kept, self.found
         first, second = self.stage(1), self.stage(2)
         expanded, convolved = map_to_tokens(kept["expanded"]), map_to_tokens(kept["convolved"])
-        row = self.norm_gradient(tokens_to_row(grad.contiguous()))
-        tokens = map_to_tokens(self.projection_gradient(row))
+        tokens = self._projection_gradient(self.norm_gradient(tokens_to_row(grad.contiguous())))
         assert second.mean is not None
         sums = self.operators.gate_sums(
             tokens, convolved, *second.affine(), second.mean, second.deviation(), self._act(2)
@@ -87,13 +90,29 @@ class FusedSteps(Steps):
             how.lattice.height, how.lattice.width, self._act(1), self._act(2),
         )  # fmt: skip
         found["norm1.bias"], found["norm1.weight"] = of_norm
-        row = self.through_norm(patches, found["norm1.weight"], found["norm1.bias"])
-        row = self.convolution_gradient("fc1", row, tokens_to_row(self.x), of_input=self.needed["x"])
+        patches = self.through_norm(patches, found["norm1.weight"], found["norm1.bias"])
+        self._linear_gradients("fc1", patches, self.x)
         if self.needed["x"]:
-            found["x"] = map_to_tokens(row)
+            found["x"] = patches @ self.p["fc1.weight"].flatten(1)
         if "conv.bias" in self.p:  # a norm by batch statistics takes a constant away again
             found["conv.bias"] = torch.zeros_like(self.p["conv.bias"])
         return found
+
+    def _projection_gradient(self, row: Tensor) -> Tensor:
+        """Gradient of the gated tokens, in the memory of the gated tokens: fresh memory costs more time on
+        a CPU than it takes to fill."""
+        upward, gated = map_to_tokens(row), self.gated_tokens()
+        self._linear_gradients("fc2", upward, gated)
+        weight = self.p["fc2.weight"].flatten(1)
+        torch.mm(upward.flatten(0, 1), weight, out=gated.view(-1, gated.shape[-1]))
+        return gated
+
+    def _linear_gradients(self, name: str, grad: Tensor, x: Tensor) -> None:
+        weight, bias = self.p[f"{name}.weight"], f"{name}.bias"
+        of_weight = grad.flatten(0, 1).t() @ x.flatten(0, 1)
+        self.found[f"{name}.weight"] = of_weight.view(weight.shape)
+        if bias in self.p:
+            self.found[bias] = grad.sum((0, 1))
 
     def _note(self, number: int, mean: Tensor, var: Tensor) -> None:
         self.kept[f"mean{number}"], self.kept[f"var{number}"] = mean, var

@@ -1,8 +1,7 @@
 // Depth-wise stages of the feed-forward network on a CPU, one pass through memory each.
 //
-// Maps are (B, N, D) tokens in raster order, single precision, channels innermost and dense; an image's
-// tokens are dense too, and `stride` floats lie between images. D is a multiple of LANES. A unit of work is
-// one image and one block of channels: what it sums goes to a place of its own, so results do not depend on
+// Maps are dense (B, N, D) tokens in raster order, in single precision. D is a multiple of LANES. A unit of
+// work is one image and one block of channels: what it sums goes to a place of its own, so results do not depend on
 // the number of threads. Compiled on the machine that runs it (native.py), without any header of PyTorch.
 //
 // Activations are numbers: 0 none, 1 ReLU, 2 ReLU6, 3 hard swish.
@@ -135,10 +134,8 @@ void about_mean(const Shape& s, const float* x, const float* mean, float* square
 // With both activations ACT, or with any two: no branch saves an eighth of the time.
 template <int K, int64_t ACT> struct Depthwise {
     Shape s;
-    const float* x;
-    int64_t stride;
-    const float *weight, *bias;
-    Affine first, second;
+    const float *x, *weight, *bias;
+    Affine affine;
     float *y, *means, *squares;
     int64_t act, act2;
 
@@ -173,7 +170,7 @@ template <int K, int64_t ACT> struct Depthwise {
 #pragma GCC unroll 8
                 for (int q = 0; q < COLUMNS; ++q)
                     if (j + q < width) {
-                        const Vec value = activate(second(o[q], c + v), ACT == ANY ? act2 : ACT);
+                        const Vec value = activate(o[q], ACT == ANY ? act2 : ACT);
                         store(out + (j + q) * s.channels + v, value);
                         total += value;
                     }
@@ -185,8 +182,9 @@ template <int K, int64_t ACT> struct Depthwise {
     void unit(int64_t image, int64_t c, int64_t n, float* scratch) const {
         const Ring<K> ring{scratch, span<K>(s), n};
         float *taps = scratch + K * ring.span * n, *sum = means + image * s.channels + c;
-        const float* in = x + image * stride + c;
-        float* out = y + image * s.tokens() * s.channels + c;
+        const int64_t start = image * s.tokens() * s.channels + c;
+        const float* in = x + start;
+        float* out = y + start;
         ring.reset();
         taps_of<K>(weight, c, n, false, taps);
         memset(sum, 0, 4 * n);
@@ -197,7 +195,7 @@ template <int K, int64_t ACT> struct Depthwise {
                 for (int64_t j = 0; j < s.width; ++j)
                     for (int64_t v = 0; v < n; v += LANES) {
                         const Vec value = load(in + (entering * s.width + j) * s.channels + v);
-                        store(to + j * n + v, activate(first(value, c + v), ACT == ANY ? act : ACT));
+                        store(to + j * n + v, activate(affine(value, c + v), ACT == ANY ? act : ACT));
                     }
             } else {
                 ring.clear(entering);
@@ -215,17 +213,17 @@ template <int K, int64_t ACT> struct Depthwise {
     }
 };
 
-// Back from the gated map to the normalised expanded one; everything in between is computed again.
+// Back from the gated map to the normalised expanded one; everything in between is computed again. A row is
+// written when the rows that need what it was are staged.
 template <int K> struct DepthwiseBackward {
     Shape s;
-    const float *grad;
-    int64_t stride;
+    float *grad;
     const float *x, *below, *weight, *factor, *term;
     Affine second;
     const float *by_grad, *by_x, *rest;
     Affine first;
     const float *mean, *deviation;
-    float *out, *total, *moment, *taps;
+    float *total, *moment, *taps;
     int64_t act, act2;
 
     // Gradient of the convolved map.
@@ -265,7 +263,7 @@ template <int K> struct DepthwiseBackward {
                         of_taps[dy * K + dx] += value * hidden;
                     }
                 back *= slope(normal, act);
-                store(out + at, back);
+                store(grad + at, back);
                 of_bias += back;
                 of_scale += back * (under - middle) * dev;
             }
@@ -279,17 +277,17 @@ template <int K> struct DepthwiseBackward {
     void unit(int64_t image, int64_t c, int64_t n, float* scratch) const {
         const Ring<K> ring{scratch, span<K>(s), n};
         float *w = scratch + K * ring.span * n, *sum = w + K * K * n;
-        const float* g = grad + image * stride + c;
-        const float* in = x + image * s.tokens() * s.channels + c;
+        const int64_t start = image * s.tokens() * s.channels + c;
+        const float *g = grad + start, *in = x + start;
         ring.reset();
         taps_of<K>(weight, c, n, true, w);
         memset(sum, 0, 4 * K * K * n);
         memset(total + image * s.channels + c, 0, 4 * n);
         memset(moment + image * s.channels + c, 0, 4 * n);
         for (int64_t i = -(K / 2); i < s.height; ++i) {
-            const int64_t entering = i + K / 2, start = entering * s.width * s.channels;
+            const int64_t entering = i + K / 2, at = entering * s.width * s.channels;
             if (entering < s.height)
-                stage(ring.inside(entering), g + start, in + start, image, c, n);
+                stage(ring.inside(entering), g + at, in + at, image, c, n);
             else
                 ring.clear(entering);
             if (i >= 0) row(ring, i, w, image, c, sum);
@@ -310,16 +308,15 @@ template <int K> struct DepthwiseBackward {
 
 extern "C" {
 
-// y = act2(second(conv(act(first(x))) + bias)); its means over an image's tokens (B, D), and its squares about
+// y = act2(conv(act(x * scale + shift)) + bias); its means over an image's tokens (B, D), and its squares about
 // them where `squares` is not null. `y` may be `x`.
-void localvit_depthwise(const float* x, int64_t stride, const float* weight, const float* bias,
-                        const float* scale, const float* shift, const float* scale2, const float* shift2,
-                        float* y, float* means, float* squares, int64_t batch, int64_t height, int64_t width,
-                        int64_t channels, int64_t k, int64_t act, int64_t act2, int64_t threads) {
+void localvit_depthwise(const float* x, const float* weight, const float* bias, const float* scale,
+                        const float* shift, float* y, float* means, float* squares, int64_t batch,
+                        int64_t height, int64_t width, int64_t channels, int64_t k, int64_t act, int64_t act2,
+                        int64_t threads) {
     const Shape s{batch, height, width, channels};
-    const Affine first{scale, shift}, second{scale2, shift2};
-#define RUN(K, ACT) \
-    Depthwise<K, ACT>{s, x, stride, weight, bias, first, second, y, means, squares, act, act2}.run(threads)
+    const Affine affine{scale, shift};
+#define RUN(K, ACT) Depthwise<K, ACT>{s, x, weight, bias, affine, y, means, squares, act, act2}.run(threads)
     if (k == 3 && act == HARD_SWISH && act2 == HARD_SWISH) RUN(3, HARD_SWISH);
     else if (k == 3) RUN(3, ANY);
     else if (k == 5) RUN(5, ANY);
@@ -372,13 +369,14 @@ void localvit_activated(const float* x, const float* scale, const float* shift, 
 
 // Five sums over an image's tokens (5, B, D), with n = x * scale + shift, a = act'(n) and
 // z = (x - mean) * deviation: grad * act(n), a * grad, a, a * grad * z, a * z.
-void localvit_gate_sums(const float* grad, int64_t stride, const float* x, const float* scale,
+void localvit_gate_sums(const float* grad, const float* x, const float* scale,
                         const float* shift, const float* mean, const float* deviation, float* out,
                         int64_t batch, int64_t tokens, int64_t channels, int64_t act, int64_t threads) {
     const Shape s{batch, 1, tokens, channels};
     const Affine affine{scale, shift};
     for_units(s, smaller(BLOCK, channels), 0, threads, [=](int64_t image, int64_t c, int64_t n, float*) {
-        const float *g = grad + image * stride + c, *in = x + image * tokens * channels + c;
+        const int64_t start = image * tokens * channels + c;
+        const float *g = grad + start, *in = x + start;
         float* sums[5];
         for (int i = 0; i < 5; ++i) {
             sums[i] = out + (i * batch + image) * channels + c;
@@ -403,20 +401,20 @@ void localvit_gate_sums(const float* grad, int64_t stride, const float* x, const
     });
 }
 
-// From the gradient of the gated map to that of the normalised expanded one, `out`; per image its sums and its
+// `grad`, from that of the gated map to that of the normalised expanded one; per image its sums and its
 // sums times the standardised map, and the gradient of the weight (B, D, k, k).
-void localvit_depthwise_backward(const float* grad, int64_t stride, const float* x, const float* below,
+void localvit_depthwise_backward(float* grad, const float* x, const float* below,
                                  const float* weight, const float* factor, const float* term,
                                  const float* scale2, const float* shift2, const float* by_grad,
                                  const float* by_x, const float* rest, const float* scale, const float* shift,
-                                 const float* mean, const float* deviation, float* out, float* total,
+                                 const float* mean, const float* deviation, float* total,
                                  float* moment, float* taps, int64_t batch, int64_t height, int64_t width,
                                  int64_t channels, int64_t k, int64_t act, int64_t act2, int64_t threads) {
     const Shape s{batch, height, width, channels};
     const Affine first{scale, shift}, second{scale2, shift2};
 #define RUN(K)                                                                                             \
-    DepthwiseBackward<K>{s, grad, stride, x, below, weight, factor, term, second, by_grad, by_x, rest, first, \
-                         mean, deviation, out, total, moment, taps, act, act2}                              \
+    DepthwiseBackward<K>{s, grad, x, below, weight, factor, term, second, by_grad, by_x, rest, first, \
+                         mean, deviation, total, moment, taps, act, act2}                              \
         .run(threads)
     if (k == 3) RUN(3);
     else if (k == 5) RUN(5);

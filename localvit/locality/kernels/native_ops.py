@@ -1,7 +1,9 @@
-"""The kernels of ``native.cpp`` as functions of tensors, by the names that ``triton_ops`` has for its own.
+"""The kernels of ``native.cpp`` as PyTorch operators, by the names that ``triton_ops`` has for its own.
 
 Maps are tokens (B, N, D) in raster order of a lattice of ``height`` rows and ``width`` columns, in single
-precision on the CPU. Sums are the same from run to run and for any number of threads.
+precision on the CPU, dense. Sums are the same from run to run and for any number of threads.
+
+No operator has a derivative of its own: :mod:`localvit.locality.kernels.native_steps` is the derivative.
 """
 
 import ctypes
@@ -24,53 +26,47 @@ _MODULES = {number: kind() for kind, number in ACTIVATIONS.items()}
 
 def covers_convolution(conv: Any) -> bool:
     """Whether ``conv`` is a depth-wise convolution of a kind that the kernels compute."""
-    channels = conv.out_channels
-    return (
-        type(conv) is nn.Conv2d
-        and conv.in_channels == conv.groups == channels
-        and channels % LANES == 0
-        and conv.kernel_size[0] == conv.kernel_size[1]
-        and conv.kernel_size[0] in KERNEL_SIZES
-        and conv.padding == (conv.kernel_size[0] // 2,) * 2
-        and conv.stride == conv.dilation == (1, 1)
-        and conv.padding_mode == "zeros"
-    )
+    if type(conv) is not nn.Conv2d:
+        return False
+    k, channels = conv.kernel_size[0], conv.out_channels
+    like_ours = nn.Conv2d(channels, channels, k, padding=k // 2, groups=channels, device="meta")
+    settings = ("kernel_size", "padding", "stride", "dilation", "groups", "in_channels", "padding_mode")
+    if any(getattr(conv, name) != getattr(like_ours, name) for name in settings):
+        return False
+    return k in KERNEL_SIZES and channels % LANES == 0
 
 
-def depthwise_stage_(
+def _stage_in_place(
     x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, act: int, act2: int
 ) -> Tensor:
-    """``x = act2(conv(act(x)) + bias)`` in place; returns its means over tokens (B, D).
-
-    A compiled graph sees one operator.
-    """
-    if torch.compiler.is_compiling():
-        return _depthwise_stage_(x, weight, bias, height, width, act, act2)
-    return _stage(x, weight, bias, height, width, act, act2)
-
-
-def _stage(
-    x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, act: int, act2: int
-) -> Tensor:
-    if library() is None:  # for a model that was made where there is a compiler
+    """``x = act2(conv(act(x)) + bias)`` in place; returns its means over tokens (B, D)."""
+    batch, _, channels = x.shape
+    k = weight.shape[-1]
+    if library() is None:  # for a model that was fused where there is a compiler
         y = F.conv2d(_MODULES[act](tokens_to_map(x, Grid(height, width))), weight, bias,
-                     padding=weight.shape[-1] // 2, groups=len(weight))  # fmt: skip
+                     padding=k // 2, groups=channels)  # fmt: skip
         return x.copy_(map_to_tokens(_MODULES[act2](y))).mean(1)
-    batch, tokens, channels = x.shape
     means = torch.empty((batch, channels))
-    _call("depthwise", x, tokens * channels, weight, bias, None, None, None, None, x, means, None,
-          batch, height, width, channels, weight.shape[-1], act, act2)  # fmt: skip
+    _call("depthwise", x, weight, bias, None, None, x, means, None,
+          batch, height, width, channels, k, act, act2)  # fmt: skip
     return means
 
 
-_depthwise_stage_ = torch.library.custom_op("localvit::depthwise_stage_", _stage, mutates_args=("x",))
+# Not by `custom_op`, which takes three times as long to call: a model calls this one in every block.
+torch.library.define(
+    "localvit::depthwise_stage_",
+    "(Tensor(a!) x, Tensor weight, Tensor? bias, int height, int width, int act, int act2) -> Tensor",
+)
+torch.library.impl("localvit::depthwise_stage_", "cpu", _stage_in_place)
+depthwise_stage_ = torch.ops.localvit.depthwise_stage_.default
 
 
-@_depthwise_stage_.register_fake
+@torch.library.register_fake("localvit::depthwise_stage_")
 def _(x, weight, bias, height, width, act, act2):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], x.shape[2]))
 
 
+@torch.library.custom_op("localvit::native_moments", mutates_args=())
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (uncorrected) for each channel."""
     batch, tokens, channels = x.shape
@@ -85,6 +81,7 @@ def _mean_and_variance(means: Tensor, squares: Tensor, tokens: int) -> tuple[Ten
     return mean, (means - mean).square_().mean(0) + squares.mean(0) / tokens
 
 
+@torch.library.custom_op("localvit::native_depthwise", mutates_args=())
 def depthwise(
     x: Tensor,
     weight: Tensor,
@@ -97,13 +94,14 @@ def depthwise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``conv(act(x * scale + shift)) + bias``, and its mean and variance (uncorrected) for each channel."""
     batch, tokens, channels = x.shape
-    y = torch.empty((batch, tokens, channels))
+    y = torch.empty_like(x)
     means, squares = torch.empty((2, batch, channels))
-    _call("depthwise", x, x.stride(0), weight, bias, scale, shift, None, None, y, means, squares,
+    _call("depthwise", x, weight, bias, scale, shift, y, means, squares,
           batch, height, width, channels, weight.shape[-1], act, 0)  # fmt: skip
     return y, *_mean_and_variance(means, squares, tokens)
 
 
+@torch.library.custom_op("localvit::native_activated", mutates_args=())
 def activated(x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor, act: int) -> Tensor:
     """``act(x * scale + shift) * gate``, gate (B, D)."""
     batch, tokens, channels = x.shape
@@ -112,6 +110,7 @@ def activated(x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor, act: int) -
     return y
 
 
+@torch.library.custom_op("localvit::native_pooled", mutates_args=())
 def pooled(x: Tensor, scale: Tensor, shift: Tensor, act: int) -> Tensor:
     """Means over tokens of ``act(x * scale + shift)`` (B, D)."""
     batch, tokens, channels = x.shape
@@ -127,14 +126,14 @@ def gated_projection(
     return F.linear(activated(x, scale, shift, gate, act), weight)
 
 
+@torch.library.custom_op("localvit::native_gate_sums", mutates_args=())
 def gate_sums(
     grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, deviation: Tensor, act: int
 ) -> Tensor:
     """As :func:`localvit.locality.kernels.triton_ops.gate_sums`."""
     batch, tokens, channels = x.shape
     out = torch.empty((5, batch, channels))
-    _call("gate_sums", grad, grad.stride(0), x, scale, shift, mean, deviation, out,
-          batch, tokens, channels, act)  # fmt: skip
+    _call("gate_sums", grad, x, scale, shift, mean, deviation, out, batch, tokens, channels, act)
     return out
 
 
@@ -151,32 +150,57 @@ def depthwise_backward(
     act: int,
     act2: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`localvit.locality.kernels.triton_ops.depthwise_backward`."""
+    """As :func:`localvit.locality.kernels.triton_ops.depthwise_backward`, in the memory of ``grad``."""
+    sums, taps = _depthwise_backward_(
+        grad, x, below, weight, [*gate, *second, *first], height, width, act, act2
+    )
+    return grad, sums, taps
+
+
+@torch.library.custom_op("localvit::native_depthwise_backward_", mutates_args=("grad",))
+def _depthwise_backward_(
+    grad: Tensor,
+    x: Tensor,
+    below: Tensor,
+    weight: Tensor,
+    vectors: list[Tensor],
+    height: int,
+    width: int,
+    act: int,
+    act2: int,
+) -> tuple[Tensor, Tensor]:
     batch, _, channels = x.shape
-    out = torch.empty_like(x)
-    sums = torch.empty((2, batch, channels))
+    of_bias, of_weight = torch.empty((2, batch, channels))
     taps = torch.empty((batch, *weight.shape))
-    k, (of_bias, of_weight) = weight.shape[-1], sums
-    _call("depthwise_backward", grad, grad.stride(0), x, below, weight, *gate, *second, *first,
-          out, of_bias, of_weight, taps, batch, height, width, channels, k, act, act2)  # fmt: skip
-    return out, sums.sum(1), taps.sum(0)
+    _call("depthwise_backward", grad, x, below, weight, *vectors, of_bias, of_weight, taps,
+          batch, height, width, channels, weight.shape[-1], act, act2)  # fmt: skip
+    return torch.stack([of_bias.sum(0), of_weight.sum(0)]), taps.sum(0)
 
 
-def combine_(grad: Tensor, x: Tensor, by_grad: Tensor, by_x: Tensor, rest: Tensor) -> Tensor:
+@torch.library.custom_op("localvit::native_combine_", mutates_args=("grad",))
+def combine_(grad: Tensor, x: Tensor, by_grad: Tensor, by_x: Tensor, rest: Tensor) -> None:
     """``grad = grad * by_grad + x * by_x + rest`` in place; vectors (D)."""
     batch, tokens, channels = x.shape
     _call("combine", grad, x, by_grad, by_x, rest, batch, tokens, channels)
-    return grad
 
 
 def _call(name: str, *arguments: Tensor | int | None) -> None:
-    """Tensors as pointers, whose layout the caller answers for; the number of threads is added."""
+    """Tensors as pointers; the number of threads is added.
+
+    Raises:
+        ValueError: for a tensor that is not one of single precision on the CPU, or has gaps.
+    """
     kernels = library()
     assert kernels is not None
     values: list[Any] = []
     for argument in (*arguments, torch.get_num_threads()):
-        if isinstance(argument, int):
-            values.append(ctypes.c_int64(argument))
+        if isinstance(argument, Tensor):
+            if argument.dtype != torch.float32 or argument.is_cuda or not argument.is_contiguous():
+                raise ValueError(
+                    f"{name}: {argument.dtype} on {argument.device} with strides {argument.stride()} is not "
+                    "accepted (accepted: dense float32 on the CPU)"
+                )
+            values.append(ctypes.c_void_p(argument.data_ptr()))
         else:
-            values.append(ctypes.c_void_p(None if argument is None else argument.data_ptr()))
+            values.append(ctypes.c_void_p() if argument is None else ctypes.c_int64(argument))
     getattr(kernels, f"localvit_{name}")(*values)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from localvit.locality.grid import map_to_tokens, tokens_to_map, tokens_to_row
+from localvit.locality.grid import map_to_tokens
 from localvit.locality.kernels import native_ops
 from localvit.locality.kernels.fused_steps import FusedSteps
 
@@ -16,13 +16,13 @@ class NativeSteps(FusedSteps):
     def pooled(self) -> Tensor:
         return native_ops.pooled(map_to_tokens(self.kept["convolved"]), *self.stage(2).affine(), self._act(2))
 
-    def gated(self) -> Tensor:
+    def gated_tokens(self) -> Tensor:
         convolved = map_to_tokens(self.kept["convolved"])
         gate, _ = self._gate_terms(convolved)
-        value = native_ops.activated(convolved, *self.stage(2).affine(), gate, self._act(2))
-        return tokens_to_map(value, self.how.lattice)
+        return native_ops.activated(convolved, *self.stage(2).affine(), gate, self._act(2))
 
     def through_norm(self, patches: Tensor, of_weight: Tensor, of_bias: Tensor) -> Tensor:
         expanded = self.kept["expanded"]
         coefficients = self.stage(1).coefficients(expanded, of_weight, of_bias)
-        return tokens_to_row(native_ops.combine_(patches, map_to_tokens(expanded), *coefficients))
+        native_ops.combine_(patches, map_to_tokens(expanded), *coefficients)
+        return patches
