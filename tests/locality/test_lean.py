@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from localvit import Grid, LocalityConfig, LocalityFeedForward
 from localvit.locality.kernels import lean_applies, pieces
+from localvit.locality.kernels.lean import _LeanPass
 
 from .test_feed_forward import random_weights
 
@@ -46,6 +47,18 @@ def run(ffn: nn.Module, tokens: Tensor, call: Callable[..., Tensor] | None = Non
     named = {"tokens": tokens, **dict(ffn.named_parameters())}
     gradients = {name: t.grad for name, t in named.items() if t.grad is not None}
     return {"out": out.detach(), **gradients, **{f"buffer {n}": b for n, b in ffn.named_buffers()}}
+
+
+def spy(monkeypatch) -> list[str]:
+    """Names of the forms that lean passes take from now on."""
+    used, apply = [], _LeanPass.apply
+
+    def wrapped(x, how, *parameters):
+        used.append(how.form.__name__)
+        return apply(x, how, *parameters)
+
+    monkeypatch.setattr(_LeanPass, "apply", wrapped)
+    return used
 
 
 def both(monkeypatch, ffn: nn.Module, tokens: Tensor, call=None) -> tuple[dict, dict]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from localvit.locality.kernels import triton_choice
+from localvit.locality.kernels import backend
 
 from .test_lean import feed_forward, run
 
@@ -35,15 +35,7 @@ def test_the_kernels_in_the_interpreter():
 def asked(monkeypatch):
     monkeypatch.setenv("LOCALVIT_KERNELS", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(triton_choice, "_warned", set())
-
-
-def test_off_unless_asked_for(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert not triton_choice.kernels_asked_for(torch.zeros(1))
-    monkeypatch.setenv("LOCALVIT_KERNELS", "cuda")
-    with pytest.raises(ValueError, match=r"LOCALVIT_KERNELS='cuda'.*triton"):
-        triton_choice.kernels_asked_for(torch.zeros(1))
+    monkeypatch.setattr(backend, "_warned", set())
 
 
 def test_where_they_cannot_run_a_warning_says_so_once(asked):
@@ -56,6 +48,6 @@ def test_where_they_cannot_run_a_warning_says_so_once(asked):
 
 
 def test_without_triton_the_lean_pass_computes(asked, monkeypatch):
-    monkeypatch.setattr(triton_choice.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     with pytest.warns(RuntimeWarning, match="Triton is not installed"):
         run(feed_forward().float(), torch.randn(3, 14, 6))

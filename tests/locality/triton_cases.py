@@ -8,16 +8,25 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from localvit import Grid, LocalityConfig
 from localvit.locality.kernels import triton_ops
-from localvit.locality.kernels.lean import _LeanPass
 
-from .test_lean import feed_forward, run
+from .kernel_cases import (
+    ACTS,
+    TOLERANCE,
+    as_map,
+    check_backward,
+    check_depthwise,
+    check_slopes,
+    check_variance_far_from_zero,
+    close,
+    per_channel,
+    tokens,
+    vectors,
+)
+from .test_lean import feed_forward, run, spy
 
-ACTS = {0: lambda x: x, 1: F.relu, 2: F.relu6, 3: F.hardswish, 4: F.silu}
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # Batch, height, width, channels, kernel, act, act2, data type, and programs that are enough (so that one
 # program has one tile of 32 tokens, all tiles of its image, or two of three).
 SHAPES = [
@@ -31,54 +40,19 @@ SHAPES = [
 ]
 
 
-def vectors(*shape: int) -> list[Tensor]:
-    return [torch.randn(*shape) * 0.5 + 0.3 for _ in range(4)]
-
-
-def tokens(batch: int, n: int, channels: int, dtype: torch.dtype, gap: int = 0) -> Tensor:
-    """Tokens as a slice, with ``gap`` tokens of something else in front of each image."""
-    x = torch.randn(batch, gap + n, channels).to(dtype)
-    x[:, :gap] = float("nan")
-    return x[:, gap:]
-
-
-def as_map(x: Tensor, height: int, width: int) -> Tensor:
-    return x.double().transpose(1, 2).unflatten(2, (height, width))
-
-
-def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
-    want = want.detach().to(torch.float64)
-    assert got.shape == want.shape
-    error = (got.double() - want).abs().max()
-    assert error <= TOLERANCE[dtype] * (1 + want.abs().max()), float(error)
-
-
-def per_channel(v: Tensor) -> Tensor:
-    return v.double()[:, None, None]
-
-
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_depthwise_and_its_statistics(case, monkeypatch):
     *case, enough = case
     batch, height, width, channels, k, act, act2, dtype = case
     monkeypatch.setattr(triton_ops, "_ENOUGH", enough)
+    check_depthwise(triton_ops, case, gap=1)
+
     x = tokens(batch, height * width, channels, dtype, gap=1)
     weight, bias = torch.randn(channels, 1, k, k).to(dtype), torch.randn(channels)
     scale, shift, scale2, shift2 = vectors(channels)
     inner = ACTS[act](as_map(x, height, width) * per_channel(scale) + per_channel(shift))
-    for offset in (None, bias):
-        want = F.conv2d(
-            inner,
-            weight.double(),
-            None if offset is None else offset.double(),
-            padding=k // 2,
-            groups=channels,
-        )
-        y, mean, var = triton_ops.depthwise(x, weight, offset, scale, shift, height, width, act)
-        close(y, want.flatten(2).transpose(1, 2), dtype)
-        close(mean, want.mean((0, 2, 3)), dtype)
-        close(var, want.var((0, 2, 3), correction=0), dtype)
-    want = ACTS[act2](want * per_channel(scale2) + per_channel(shift2))
+    y = F.conv2d(inner, weight.double(), bias.double(), padding=k // 2, groups=channels)
+    want = ACTS[act2](y * per_channel(scale2) + per_channel(shift2))
     y, pooled = triton_ops.depthwise_inference(
         x, weight, bias, scale, shift, scale2, shift2, height, width, act, act2
     )
@@ -87,66 +61,19 @@ def test_depthwise_and_its_statistics(case, monkeypatch):
 
 
 def test_a_variance_far_from_zero_does_not_cancel():
-    """Mean 1000, deviation 0.1: a sum of squares in float32 would lose all of it."""
-    x = 1000 + 0.1 * torch.randn(1, 63, 16)
-    one = torch.ones(16)
-    *_, var = triton_ops.depthwise(x, torch.ones(16, 1, 1, 1), None, one, 0 * one, 9, 7, 0)
-    torch.testing.assert_close(var, x.double().var((0, 1), correction=0).float(), rtol=1e-3, atol=0)
+    check_variance_far_from_zero(triton_ops, 1)
 
 
 @pytest.mark.parametrize("act", ACTS)
 def test_slopes_at_corners_are_those_of_pytorch(act):
-    x = torch.tensor([-7.0, -3.0, 0.0, 3.0, 6.0, 7.0], requires_grad=True)
-    one, zero = torch.ones(1), torch.zeros(1)
-    maps = x.detach()[:, None, None]  # an image of one pixel for each
-    sums = triton_ops.gate_sums(torch.ones_like(maps), maps, one, zero, zero, one, act)
-    ACTS[act](x).sum().backward()
-    torch.testing.assert_close(sums[1, :, 0], x.grad)
+    check_slopes(triton_ops, act, 1)
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_backward_through_gate_norms_and_convolution(case, monkeypatch):
-    """All of it against autograd in float64: gate sums, norm 2, the convolution and norm 1's sums."""
     *case, enough = case
-    batch, height, width, channels, k, act, act2, dtype = case
     monkeypatch.setattr(triton_ops, "_ENOUGH", enough)
-    count = height * width
-    below, grad = tokens(batch, count, channels, dtype), tokens(batch, count, channels, dtype, gap=2)
-    weight = torch.randn(channels, 1, k, k).to(dtype)
-    scale, shift, mean, deviation = vectors(channels)
-    weight2, bias2, mean2, _ = vectors(channels)
-    deviation2, gate = torch.rand(channels) + 0.5, torch.rand(batch, channels)
-    x = tokens(batch, count, channels, dtype)
-    term, by_x, rest = torch.randn(batch, channels), *torch.randn(2, channels)
-
-    convolved = as_map(x, height, width).requires_grad_()
-    normal = (convolved - per_channel(mean2)) * per_channel(deviation2)
-    value = ACTS[act2](normal * per_channel(weight2) + per_channel(bias2))
-    upward = as_map(grad, height, width)
-    scale2 = weight2 * deviation2
-    affine2 = (scale2, bias2 - mean2 * scale2)
-    sums = triton_ops.gate_sums(grad, x, *affine2, mean2, deviation2, act2)
-    close(sums[0], (upward * value).sum((2, 3)), dtype)
-    inward = upward * gate.double()[:, :, None, None] + term.double()[:, :, None, None]
-    (of_value,) = torch.autograd.grad(value, convolved, inward)
-    of_normal = of_value / per_channel(scale2)  # in front of act2
-    close((gate * sums[1] + term * sums[2]), of_normal.sum((2, 3)), dtype)
-    close((gate * sums[3] + term * sums[4]), (of_normal * normal).sum((2, 3)), dtype)
-
-    by_grad = vectors(channels)[0]
-    outward = of_normal * per_channel(by_grad) + convolved.detach() * per_channel(by_x) + per_channel(rest)
-    lower = (as_map(below, height, width) * per_channel(scale) + per_channel(shift)).requires_grad_()
-    kernel = weight.double().requires_grad_()
-    y = F.conv2d(ACTS[act](lower), kernel, padding=k // 2, groups=channels)
-    want, of_kernel = torch.autograd.grad(y, (lower, kernel), outward)
-    out, of_norm, of_weight = triton_ops.depthwise_backward(
-        grad, x, below, weight, [gate, term], [*affine2, by_grad, by_x, rest],
-        [scale, shift, mean, deviation], height, width, act, act2,
-    )  # fmt: skip
-    close(out, want.flatten(2).transpose(1, 2), dtype)
-    close(of_weight, of_kernel, dtype)
-    standard = (as_map(below, height, width) - per_channel(mean)) * per_channel(deviation)
-    close(of_norm, torch.stack([want.sum((0, 2, 3)), (want * standard).sum((0, 2, 3))]), dtype)
+    check_backward(triton_ops, case, gap=2)
 
 
 @pytest.mark.parametrize(("batch", "count", "channels", "width"), [(1, 1, 1, 1), (3, 35, 70, 17)])
@@ -181,20 +108,11 @@ def test_a_training_step_equals_the_plain_modules(monkeypatch, config):
     plain = run(ffn, x)
     monkeypatch.setenv("LOCALVIT_PLAIN", "0")
     monkeypatch.setenv("LOCALVIT_KERNELS", "triton")
-    used = []
-    monkeypatch.setattr(_LeanPass, "apply", spy(_LeanPass.apply, used))
+    used = spy(monkeypatch)
     fast = run(ffn, x)
     assert used == ["TritonSteps"]
     assert fast.keys() == plain.keys()
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
-
-
-def spy(apply, used: list[str]):
-    def wrapped(x, how, *parameters):
-        used.append(how.form.__name__)
-        return apply(x, how, *parameters)
-
-    return wrapped
 
 
 @pytest.mark.parametrize(
@@ -204,8 +122,7 @@ def spy(apply, used: list[str]):
 )
 def test_other_designs_keep_the_lean_pass(monkeypatch, config):
     monkeypatch.setenv("LOCALVIT_KERNELS", "triton")
-    used = []
-    monkeypatch.setattr(_LeanPass, "apply", spy(_LeanPass.apply, used))
+    used = spy(monkeypatch)
     feed_forward(config).float()(torch.randn(2, 14, 6), Grid(3, 4, 2))
     assert used == ["Steps"]
 

@@ -1,0 +1,135 @@
+"""How the native kernels are built, and what happens where they cannot be."""
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from localvit.locality.kernels import native_build, native_ops
+
+from .kernel_cases import check_depthwise
+from .test_lean import feed_forward, run, spy
+
+ROOT = Path(__file__).parents[2]
+
+
+def _can_be_built() -> bool:
+    try:
+        native_build.load(native_build.cache_folder())
+    except (native_build.Unavailable, OSError):
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif(not _can_be_built(), reason="the native kernels cannot be built here")
+
+
+@pytest.fixture
+def fresh():
+    """`library` as in a new process."""
+    native_build.library.cache_clear()
+    yield
+    native_build.library.cache_clear()
+
+
+def test_without_a_compiler_a_warning_says_so_once(monkeypatch, fresh):
+    monkeypatch.setenv("CXX", "no-such-compiler -O1")
+    ffn, x = feed_forward(dim=16).float(), torch.randn(3, 14, 16, requires_grad=True)
+    used = spy(monkeypatch)
+    with pytest.warns(RuntimeWarning, match=r"native kernels are not used.*looked for no-such-compiler\)"):
+        first = run(ffn, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(run(ffn, x), first, rtol=0, atol=0)
+    assert used == ["Steps", "Steps"]
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("exit 1", "does not take -march=native"),
+        ('[ "$1" != -std=c++17 ] || { echo broken >&2; exit 1; }', "does not compile native.cpp: broken"),
+    ],
+)
+def test_a_compiler_that_fails(monkeypatch, tmp_path, script, message):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(native_build.Unavailable, match=message):
+        native_build.load(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path, fresh):
+    (tmp_path / "localvit").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native_build, "_identity", lambda compiler: b"")
+    monkeypatch.setattr(native_build, "_compiler", lambda: ["c++"])
+    with pytest.warns(RuntimeWarning, match="native kernels are not used"):
+        assert native_build.library() is None
+
+
+@needs_compiler
+def test_compiled_once(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(
+        native_build, "_run", lambda command, run=native_build._run: calls.append(command) or run(command)
+    )
+    native_build.load(tmp_path)
+    (library,) = tmp_path.iterdir()
+    assert any(str(native_build.SOURCE) in command for command in calls)
+    calls.clear()
+    native_build.load(tmp_path)
+    assert not any(str(native_build.SOURCE) in command for command in calls)
+    assert list(tmp_path.iterdir()) == [library]
+
+
+@needs_compiler
+def test_a_change_of_the_source_is_another_library(monkeypatch, tmp_path):
+    native_build.load(tmp_path)
+    other = tmp_path / "native.cpp"
+    shutil.copy(native_build.SOURCE, other)
+    other.write_text(other.read_text() + "\n")
+    monkeypatch.setattr(native_build, "SOURCE", other)
+    native_build.load(tmp_path)
+    assert len(list(tmp_path.glob("*.so"))) == 2
+
+
+@needs_compiler
+def test_without_openmp(monkeypatch, tmp_path):
+    """As with compilers that do not have it; threads are not used then."""
+    monkeypatch.setattr(native_build, "_VARIANTS", native_build._VARIANTS[1:2])
+    kernels = native_build.load(tmp_path)
+    monkeypatch.setattr(native_ops, "library", lambda: kernels)
+    torch.set_num_threads(3)
+    check_depthwise(native_ops, (2, 5, 7, 48, 3, 3, 3, torch.float32))
+
+
+@needs_compiler
+def test_several_processes_at_once(tmp_path):
+    code = "from localvit.locality.kernels.native_build import library; assert library() is not None"
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    running = [
+        subprocess.Popen([sys.executable, "-W", "error", "-c", code], env=environment) for _ in range(2)
+    ]
+    assert [process.wait(300) for process in running] == [0, 0]
+    assert len(list((tmp_path / "localvit").iterdir())) == 1
+
+
+@needs_compiler
+def test_threads_are_those_of_pytorch():
+    """A second OpenMP beside PyTorch's would take its threads' time."""
+    code = (
+        "from localvit.locality.kernels.native_build import library; library();"
+        "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'libgomp' in l or 'libomp' in l}))"
+    )
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("no /proc")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() in ("0", "1"), done.stderr
