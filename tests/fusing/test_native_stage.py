@@ -1,0 +1,168 @@
+"""The native kernel in fused models: where it computes, and where it must stand back."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import localvit
+from localvit import LocalityConfig
+from localvit.fusing import feed_forward as fast
+from localvit.locality.kernels import native_ops
+
+from ..locality.test_native_build import needs_compiler
+from .test_fuse import assert_same, local, photos, random_weights, vit
+
+pytestmark = needs_compiler
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[int, int]]:
+    """Activations of each stage that the kernel computes from now on."""
+    seen: list[tuple[int, int]] = []
+    stage: Callable = native_ops.depthwise_stage_
+
+    def noted(*arguments):
+        seen.append(arguments[-2:])
+        return stage(*arguments)
+
+    monkeypatch.setattr(native_ops, "depthwise_stage_", noted)
+    return seen
+
+
+# The last of two blocks computes no patches.
+@pytest.mark.parametrize(
+    ("config", "stages"),
+    [
+        (LocalityConfig(), [(3, 3)]),
+        (LocalityConfig(kernel_size=5, gate="none", activation=("none", "relu6")), [(0, 2)]),
+        (LocalityConfig(activation=("gelu", "relu"), gate="eca"), [(0, 1)]),
+        (LocalityConfig(activation=("relu", "silu"), kernel_size=7), [(1, 0)]),
+        (LocalityConfig(norm="none", norm_order="act-norm"), [(3, 3)]),
+        (LocalityConfig(init="preserve"), [(0, 0)]),
+        (LocalityConfig(kernel_size=1), []),
+        (LocalityConfig(kernel_size=9), []),
+        (LocalityConfig(norm="layer"), []),
+        (LocalityConfig(norm_order="act-norm"), []),
+        (LocalityConfig(glu="gate"), []),
+        (LocalityConfig(position="first"), []),
+        (LocalityConfig(depthwise=False), []),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_stages_that_it_computes(calls, config, stages):
+    model = local(config)
+    assert_same(localvit.fuse(model)(photos()), model(photos()))
+    assert calls == stages
+
+
+@torch.no_grad()
+def test_models_of_other_types_and_under_autocast_do_without(calls):
+    fused = localvit.fuse(local())
+    want = fused(photos())
+    calls.clear()
+    assert_same(copy.deepcopy(fused).double()(photos().double()).float(), want)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused(photos())
+    copy.deepcopy(fused).bfloat16()(photos().bfloat16())
+    assert not calls
+
+
+def test_gradients_of_the_input(calls):
+    """As for a saliency map: parameters of a fused model need none."""
+    model, gradients = local(), []
+    for net in (model, localvit.fuse(model)):
+        x = photos().requires_grad_()
+        net(x).square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert not calls
+
+
+@torch.no_grad()
+def test_a_hook_on_the_convolution_sees_its_output(calls):
+    model = local()
+    fused, seen = localvit.fuse(model), []
+    fused.blocks[0].mlp.conv.register_forward_hook(lambda *arguments: seen.append(arguments[2].shape))
+    assert_same(fused(photos()), model(photos()))
+    assert len(seen) == 1
+    assert not calls
+
+
+@torch.no_grad()
+def test_pytorchs_operators_where_they_are_asked_for(calls, monkeypatch):
+    monkeypatch.setenv("LOCALVIT_KERNELS", "torch")
+    model = local()
+    assert_same(localvit.fuse(model)(photos()), model(photos()))
+    assert not calls
+
+
+@torch.no_grad()
+def test_a_model_that_came_to_a_machine_without_compiler(monkeypatch):
+    model = local(LocalityConfig(activation=("relu6", "hardswish"), kernel_size=5))
+    sent = pickle.dumps(localvit.fuse(model))
+    monkeypatch.setattr(native_ops, "library", lambda: None)
+    assert_same(pickle.loads(sent)(photos()), model(photos()))
+
+
+def graph_targets(graph: torch.fx.Graph) -> str:
+    return " ".join(str(node.target) for node in graph.nodes)
+
+
+@torch.no_grad()
+def test_exported_graphs_are_for_any_machine(calls):
+    model = local()
+    program = torch.export.export(localvit.fuse(model), (photos(),), strict=False)
+    assert "localvit" not in graph_targets(program.graph)
+    assert_same(program.module()(photos()), model(photos()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(localvit.fuse(model), photos(), check_trace=False)
+    assert not calls
+    assert "localvit" not in str(traced.inlined_graph)
+    assert_same(traced(photos()), model(photos()))
+
+
+@torch.inference_mode()
+def test_a_compiled_graph_has_it_as_one_operator():
+    model, graphs = local(), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph_targets(graph.graph))
+        return graph.forward
+
+    compiled = torch.compile(localvit.fuse(model), backend=backend, fullgraph=True)
+    assert_same(compiled(photos()), model(photos()))
+    assert "localvit.depthwise_stage_" in graphs[0]
+    assert "conv2d" not in graphs[0].replace("conv2d", "", 1)  # that of the patch embedding
+
+
+@torch.no_grad()
+def test_tokens_that_are_not_dense(calls):
+    """What a linear layer in another place may give."""
+
+    class Strided(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).transpose(1, 2).contiguous().transpose(1, 2)
+
+    model = local()
+    fused = localvit.fuse(model)
+    fused.blocks[0].mlp.fc1.__class__ = Strided
+    assert_same(fused(photos()), model(photos()))
+    assert not calls
+
+
+@torch.no_grad()
+def test_hidden_locality_on_timms_mlps(calls):
+    model = vit(mlp_layer=timm.layers.SwiGLU)
+    localvit.localize(model, LocalityConfig(init="preserve", kernel_size=7), count_macs=False)
+    random_weights(model).eval()
+    assert_same(localvit.fuse(model)(photos()), model(photos()))
+    assert calls == [(0, 0)]
+    assert isinstance(localvit.fuse(model).blocks[0].mlp.drop1, fast.FoldedHiddenLocality)
