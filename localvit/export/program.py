@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
@@ -17,8 +18,14 @@ def size_step(model: nn.Module) -> int:
     """Pixels by which the sides of a picture may differ: the reduction of the deepest feature map.
 
     Raises:
-        ConfigError: if the model does not say it.
+        ConfigError: if the model does not say it, or is a Swin transformer.
     """
+    if isinstance(model, SwinTransformer):
+        raise ConfigError(
+            f"--dynamic-size: {type(model).__name__} cannot have it, because the masks of its windows follow from "
+            "the size and torch.export does not come to an end with them; accepted is a file for each size: "
+            "--set 'img_size=[HEIGHT,WIDTH]'"
+        )
     features = getattr(model, "feature_info", None)
     try:
         return int(features[-1]["reduction"])  # type: ignore[index]

@@ -166,6 +166,14 @@ def test_any_size_of_a_model_with_one_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_any_size_of_swin_is_refused_before_it_is_traced(tmp_path):
+    name, args = FAMILIES["swin"]
+    model = timm.create_model(name, num_classes=5, dynamic_img_size=True, **args)
+    with pytest.raises(ConfigError, match=r"--dynamic-size: SwinTransformer cannot.*img_size=\[HEIGHT,WIDTH\]"):
+        export_model(model, tmp_path / "model.pt2", "torch", info_of(model, 32), pictures, dynamic_size=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_model_is_left_as_it_is(tmp_path):
     model = small().train()
     model.blocks.eval()

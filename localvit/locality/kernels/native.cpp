@@ -8,7 +8,6 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
@@ -22,12 +21,15 @@ constexpr int64_t BLOCK = 128;        // channels of a unit of work, or fewer
 constexpr int SCRATCH = 96 * 1024;    // bytes of the rows that a unit of work keeps
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
-typedef float Anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float Anywhere __attribute__((vector_size(4 * LANES), aligned(4)));
 
 INLINE Vec load(const float* p) { return *reinterpret_cast<const Anywhere*>(p); }
 INLINE void store(float* p, Vec v) { *reinterpret_cast<Anywhere*>(p) = v; }
 INLINE void add(float* p, Vec v) { store(p, load(p) + v); }
 INLINE Vec of(float value) { return Vec{} + value; }
+INLINE void clear(float* p, int64_t floats) {
+    for (int64_t i = 0; i < floats; i += LANES) store(p + i, Vec{});
+}
 INLINE Vec at_least(Vec x, Vec low) { return x < low ? low : x; }
 INLINE Vec at_most(Vec x, Vec high) { return x > high ? high : x; }
 
@@ -87,14 +89,14 @@ template <class Work> void for_units(const Shape& s, int64_t block, int64_t floa
 }
 
 // The K rows around one row of a map, staged with zeros around them. Rows enter in order; the ring is zeroed
-// when a unit of work begins, so rows above the map are zero, and `clear` makes those below it so.
+// when a unit of work begins, so rows above the map are zero, and `leave_out` makes those below it so.
 template <int K> struct Ring {
     float* rows;
     int64_t span, channels;
     float* row(int64_t i) const { return rows + (i + K) % K * span * channels; }
     float* inside(int64_t i) const { return row(i) + K / 2 * channels; }
-    void reset() const { memset(rows, 0, 4 * K * span * channels); }
-    void clear(int64_t i) const { memset(row(i), 0, 4 * span * channels); }
+    void reset() const { clear(rows, K * span * channels); }
+    void leave_out(int64_t i) const { clear(row(i), span * channels); }
 };
 
 // (D, K * K) -> (K * K, channels) from channel c on.
@@ -119,7 +121,7 @@ void to_mean(const Shape& s, float* sum, int64_t n) {
 
 // Squares about the image's own mean, which lose no digits to a large one.
 void about_mean(const Shape& s, const float* x, const float* mean, float* square, int64_t n) {
-    memset(square, 0, 4 * n);
+    clear(square, n);
     for_strips(s.tokens(), n, [&](int64_t t, int64_t end, int64_t v) {
         const Vec middle = load(mean + v);
         Vec total{};
@@ -187,7 +189,7 @@ template <int K, int64_t ACT> struct Depthwise {
         float* out = y + start;
         ring.reset();
         taps_of<K>(weight, c, n, false, taps);
-        memset(sum, 0, 4 * n);
+        clear(sum, n);
         for (int64_t i = -(K / 2); i < s.height; ++i) {
             const int64_t entering = i + K / 2;
             if (entering < s.height) {
@@ -198,7 +200,7 @@ template <int K, int64_t ACT> struct Depthwise {
                         store(to + j * n + v, activate(affine(value, c + v), ACT == ANY ? act : ACT));
                     }
             } else {
-                ring.clear(entering);
+                ring.leave_out(entering);
             }
             if (i >= 0) row(ring, i, taps, c, out + i * s.width * s.channels, sum);
         }
@@ -281,15 +283,15 @@ template <int K> struct DepthwiseBackward {
         const float *g = grad + start, *in = x + start;
         ring.reset();
         taps_of<K>(weight, c, n, true, w);
-        memset(sum, 0, 4 * K * K * n);
-        memset(total + image * s.channels + c, 0, 4 * n);
-        memset(moment + image * s.channels + c, 0, 4 * n);
+        clear(sum, K * K * n);
+        clear(total + image * s.channels + c, n);
+        clear(moment + image * s.channels + c, n);
         for (int64_t i = -(K / 2); i < s.height; ++i) {
             const int64_t entering = i + K / 2, at = entering * s.width * s.channels;
             if (entering < s.height)
                 stage(ring.inside(entering), g + at, in + at, image, c, n);
             else
-                ring.clear(entering);
+                ring.leave_out(entering);
             if (i >= 0) row(ring, i, w, image, c, sum);
         }
         for (int t = 0; t < K * K; ++t)  // (B, D, K * K)
@@ -331,7 +333,7 @@ void localvit_moments(const float* x, float* means, float* squares, int64_t batc
     for_units(s, smaller(BLOCK, channels), 0, threads, [=](int64_t image, int64_t c, int64_t n, float*) {
         const float* in = x + image * tokens * channels + c;
         float* sum = means + image * channels + c;
-        memset(sum, 0, 4 * n);
+        clear(sum, n);
         for_strips(tokens, n, [&](int64_t t, int64_t end, int64_t v) {
             Vec total{};
             for (; t < end; ++t) total += load(in + t * channels + v);
@@ -351,7 +353,7 @@ void localvit_activated(const float* x, const float* scale, const float* shift, 
     const Affine affine{scale, shift};
     for_units(s, smaller(BLOCK, channels), 0, threads, [=](int64_t image, int64_t c, int64_t n, float*) {
         const int64_t start = image * tokens * channels + c, channel = image * channels + c;
-        if (means) memset(means + channel, 0, 4 * n);
+        if (means) clear(means + channel, n);
         for_strips(tokens, n, [&](int64_t t, int64_t end, int64_t v) {
             const Vec factor = gate ? load(gate + channel + v) : of(1.0f);
             Vec total{};
@@ -380,7 +382,7 @@ void localvit_gate_sums(const float* grad, const float* x, const float* scale,
         float* sums[5];
         for (int i = 0; i < 5; ++i) {
             sums[i] = out + (i * batch + image) * channels + c;
-            memset(sums[i], 0, 4 * n);
+            clear(sums[i], n);
         }
         for_strips(tokens, n, [&](int64_t t, int64_t end, int64_t v) {
             const Vec middle = load(mean + c + v), dev = load(deviation + c + v);
