@@ -22,9 +22,9 @@ def size_step(model: nn.Module) -> int:
     """
     if isinstance(model, SwinTransformer):
         raise ConfigError(
-            f"--dynamic-size: {type(model).__name__} cannot have it, because the masks of its windows follow from "
-            "the size and torch.export does not come to an end with them; accepted is a file for each size: "
-            "--set 'img_size=[HEIGHT,WIDTH]'"
+            f"--dynamic-size: {type(model).__name__} cannot have it, because the masks of its windows "
+            "follow from the size and torch.export does not come to an end with them; "
+            "accepted is a file for each size: --set 'img_size=[HEIGHT,WIDTH]'"
         )
     features = getattr(model, "feature_info", None)
     try:

@@ -169,7 +169,7 @@ def test_any_size_of_a_model_with_one_is_refused(tmp_path):
 def test_any_size_of_swin_is_refused_before_it_is_traced(tmp_path):
     name, args = FAMILIES["swin"]
     model = timm.create_model(name, num_classes=5, dynamic_img_size=True, **args)
-    with pytest.raises(ConfigError, match=r"--dynamic-size: SwinTransformer cannot.*img_size=\[HEIGHT,WIDTH\]"):
+    with pytest.raises(ConfigError, match=r"--dynamic-size: SwinTransformer cannot.*img_size=\["):
         export_model(model, tmp_path / "model.pt2", "torch", info_of(model, 32), pictures, dynamic_size=True)
     assert not list(tmp_path.iterdir())
 
