@@ -49,6 +49,8 @@ def calls(monkeypatch) -> list[tuple[int, int]]:
         (LocalityConfig(kernel_size=9), []),
         (LocalityConfig(norm="layer"), []),
         (LocalityConfig(norm_order="act-norm"), []),
+        (LocalityConfig(norm_order="act-norm", norm=("batch", "none", "batch")), []),
+        (LocalityConfig(norm=("layer", "batch", "batch")), []),
         (LocalityConfig(glu="gate"), []),
         (LocalityConfig(position="first"), []),
         (LocalityConfig(depthwise=False), []),

@@ -176,6 +176,7 @@ CONFIGS = [
     LocalityConfig(),
     LocalityConfig(gate="eca", activation="relu6", prefix="passthrough", kernel_size=5, bias=True),
     LocalityConfig(gate="none", activation=("none", "relu"), norm=("batch", "batch", "none"), kernel_size=7),
+    LocalityConfig(norm=("batch", "batch", "none"), bias=(False, False, True)),
     LocalityConfig(gate="eca_hard", activation=("relu6", "none"), bias=(True, False, True)),
 ]
 
