@@ -116,7 +116,7 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
         else:
             h, mean = self._hide(self._activate_expanded(h), lattice), None
         if self.gate is not None:
-            h = h.mul_(self._channel_weights(h.mean(1) if mean is None else mean).unsqueeze(1))
+            h = self._gated(h, mean)
         return _on_tokens(self.norm3, self.fc2(h))
 
     def _hide_natively(self, h: Tensor, lattice: Grid) -> tuple[Tensor, Tensor | None]:
@@ -143,12 +143,20 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
             return self.act1(_on_tokens(self.norm1, x))
         return _on_tokens(self.norm1, self.act1(x))
 
-    def _channel_weights(self, mean: Tensor) -> Tensor:
-        """(b, D) from the means of the hidden map (b, D)."""
+    def _gated(self, h: Tensor, mean: Tensor | None) -> Tensor:
+        """The hidden map (b, N, D) with its channel weights, in place; ``mean`` (b, D) if the native kernels
+        gave it."""
         gate: Any = self.gate
+        if mean is not None and _squeezes(gate):
+            first, second = gate.fc1, gate.fc2
+            native_ops.squeeze_(h, mean, first.weight, first.bias, second.weight, second.bias)
+            return h
+        mean = h.mean(1) if mean is None else mean
         if isinstance(gate, EcaModule):
-            return gate.gate(gate.conv(mean.unsqueeze(1))).squeeze(1)
-        return gate.gate(gate.fc2(gate.act(gate.fc1(mean))))
+            weights = gate.gate(gate.conv(mean.unsqueeze(1))).squeeze(1)
+        else:
+            weights = gate.gate(gate.fc2(gate.act(gate.fc1(mean))))
+        return h.mul_(weights.unsqueeze(1))
 
 
 class FoldedHiddenLocality(HiddenLocality):
@@ -223,6 +231,12 @@ def depthwise_in_place(x: Tensor, conv: Any, lattice: Grid, act: int, act2: int)
     """Depth-wise convolution of tokens (b, N, D) between two activations; returns means over tokens."""
     height, width, _ = lattice
     return native_ops.depthwise_stage_(x, conv.weight, conv.bias, height, width, act, act2)
+
+
+def _squeezes(gate: Any) -> bool:
+    """Whether ``gate`` is still the one that the native kernel computes."""
+    layers = (gate.fc1, gate.fc2) if type(gate.gate) is Clamp and type(gate.act) is nn.ReLU else ()
+    return bool(layers) and all(isinstance(layer, nn.Linear) and not hooked(layer) for layer in layers)
 
 
 def hooked(module: nn.Module) -> bool:

@@ -35,6 +35,20 @@ def calls(monkeypatch) -> list[tuple[int, int]]:
     return seen
 
 
+@pytest.fixture
+def squeezes(monkeypatch) -> list[tuple[int, ...]]:
+    """Shapes of the first layer of each gate that the kernel computes from now on."""
+    seen: list[tuple[int, ...]] = []
+    squeeze: Callable = native_ops.squeeze_
+
+    def noted(*arguments):
+        seen.append(tuple(arguments[2].shape))
+        return squeeze(*arguments)
+
+    monkeypatch.setattr(native_ops, "squeeze_", noted)
+    return seen
+
+
 # The last of two blocks computes no patches.
 @pytest.mark.parametrize(
     ("config", "stages"),
@@ -62,6 +76,41 @@ def test_stages_that_it_computes(calls, config, stages):
     model = local(config)
     assert_same(localvit.fuse(model)(photos()), model(photos()))
     assert calls == stages
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("config", "gates"),
+    [
+        (LocalityConfig(), [(4, 128)]),
+        (LocalityConfig(gate_reduction=2), [(64, 128)]),
+        (LocalityConfig(gate="eca"), []),
+        (LocalityConfig(gate="none"), []),
+        (LocalityConfig(activation=("hardswish", "silu")), []),  # the kernel knows no means then
+        (LocalityConfig(kernel_size=9), []),
+    ],
+    ids=str,
+)
+def test_gates_that_it_computes(squeezes, config, gates):
+    model = local(config)
+    assert_same(localvit.fuse(model)(photos()), model(photos()))
+    assert squeezes == gates
+
+
+@torch.no_grad()
+def test_gates_that_somebody_changed(squeezes):
+    model = local()
+    hooked, replaced, rounded = (localvit.fuse(model) for _ in range(3))
+    seen = []
+    hooked.blocks[0].mlp.gate.fc2.register_forward_hook(lambda *arguments: seen.append(arguments[2].shape))
+    assert_same(hooked(photos()), model(photos()))
+    assert len(seen) == 1
+    other = nn.Sequential(replaced.blocks[0].mlp.gate.fc1)  # as a quantised layer, without weights of its own
+    replaced.blocks[0].mlp.gate.fc1 = other
+    assert_same(replaced(photos()), model(photos()))
+    rounded.blocks[0].mlp.gate.gate = nn.Identity()
+    assert not torch.equal(rounded(photos()), model(photos()))
+    assert not squeezes
 
 
 @torch.no_grad()
@@ -142,6 +191,7 @@ def test_a_compiled_graph_has_it_as_one_operator():
     compiled = torch.compile(localvit.fuse(model), backend=backend, fullgraph=True)
     assert_same(compiled(photos()), model(photos()))
     assert "localvit.depthwise_stage_" in graphs[0]
+    assert "localvit.squeeze_" in graphs[0]
     assert "conv2d" not in graphs[0].replace("conv2d", "", 1)  # that of the patch embedding
 
 

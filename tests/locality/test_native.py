@@ -77,6 +77,22 @@ def test_the_stage_of_inference_is_in_place(case):
         close(means, want.mean((2, 3)), dtype)
 
 
+@pytest.mark.parametrize(
+    ("batch", "tokens", "channels", "reduced"), [(1, 1, 16, 1), (3, 33, 48, 4), (2, 70, 16, 37)]
+)
+def test_squeeze_and_excitation(batch, tokens, channels, reduced):
+    x, means = torch.randn(batch, tokens, channels), torch.randn(batch, channels)
+    layers = [torch.randn(reduced, channels), torch.randn(reduced), torch.randn(channels, reduced)]
+    first, bias, second = (layer.double() for layer in layers)
+    bias2 = torch.randn(channels)
+    inner = F.relu(means.double() @ first.t() + bias)
+    gate = (inner @ second.t() + bias2.double()).clamp(0, 1)
+    assert batch == 1 or gate.unique().numel() > 2  # not only its ends
+    y = x.clone()
+    native_ops.squeeze_(y, means, *layers, bias2)
+    close(y, x * gate[:, None], FLOAT)
+
+
 @pytest.mark.parametrize("act", [0, 1, 2, 3])
 def test_steps_on_single_tokens(act):
     x, grad = torch.randn(2, 2, 37, 144)
@@ -97,13 +113,15 @@ def test_the_number_of_threads_changes_nothing():
     x, below, grad = torch.randn(3, 5, 12, 272)
     weight, vector = torch.randn(272, 1, 3, 3), [torch.rand(272) for _ in range(9)]
     gate = [torch.rand(5, 272) for _ in range(2)]
+    layers = torch.randn(4, 272), torch.randn(4), torch.randn(272, 4), torch.randn(272)
 
     def everything() -> list[torch.Tensor]:
         back = native_ops.depthwise_backward(
             grad.clone(), x, below, weight, gate, vector[:5], vector[5:], 3, 4, 3, 3
         )
         sums = native_ops.gate_sums(grad, x, *vector[:4], 3)
-        return [*native_ops.depthwise(x, weight, None, *vector[:2], 3, 4, 3), *back, sums]
+        native_ops.squeeze_(squeezed := x.clone(), gate[0], *layers)
+        return [*native_ops.depthwise(x, weight, None, *vector[:2], 3, 4, 3), *back, sums, squeezed]
 
     one = everything()
     torch.set_num_threads(3)
@@ -118,6 +136,9 @@ def test_not_a_number_stays_one():
         native_ops.depthwise_stage_(y, torch.ones(16, 1, 3, 3), None, 3, 3, act, act)
         assert y[0, :, 3].isnan().all()
         assert not y[0, :, 4].isnan().any()
+    gated, first = torch.ones(1, 9, 16), torch.zeros(4, 16)
+    native_ops.squeeze_(gated, y.mean(1), first, torch.zeros(4), torch.ones(16, 4), torch.zeros(16))
+    assert gated.isnan().all()  # as 0 * nan is one
 
 
 @pytest.mark.parametrize(
@@ -135,6 +156,15 @@ def test_operators_are_registered_with_their_shapes():
         torch.library.opcheck(
             native_ops.depthwise_stage_, arguments, test_utils=("test_schema", "test_faketensor")
         )
+    arguments = (
+        x,
+        torch.randn(2, 16),
+        torch.randn(4, 16),
+        torch.randn(4),
+        torch.randn(16, 4),
+        torch.randn(16),
+    )
+    torch.library.opcheck(native_ops.squeeze_, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def depthwise_conv(**changes) -> nn.Conv2d:

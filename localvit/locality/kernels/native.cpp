@@ -2,7 +2,7 @@
 //
 // Maps are dense (B, N, D) tokens in raster order, in single precision. D is a multiple of LANES. A unit of
 // work is one image and one block of channels: what it sums goes to a place of its own, so results do not depend on
-// the number of threads. Compiled on the machine that runs it (native.py), without any header of PyTorch.
+// the number of threads. Compiled on the machine that runs it (native_build.py), without any header of PyTorch.
 //
 // Activations are numbers: 0 none, 1 ReLU, 2 ReLU6, 3 hard swish.
 
@@ -117,6 +117,19 @@ template <class Work> void for_strips(int64_t tokens, int64_t channels, Work wor
 // From the sum over an image's tokens.
 void to_mean(const Shape& s, float* sum, int64_t n) {
     for (int64_t v = 0; v < n; v += LANES) store(sum + v, load(sum + v) / static_cast<float>(s.tokens()));
+}
+
+// Most gates have four values of their own; adding up the lanes of a vector would take longer than all of them.
+float dot(const float* a, const float* b, int64_t n) {
+    const int64_t whole = n - n % LANES;
+    float sum = 0.0f;
+    if (whole > 0) {
+        Vec sums{};
+        for (int64_t i = 0; i < whole; i += LANES) sums += load(a + i) * load(b + i);
+        for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
+    }
+    for (int64_t i = whole; i < n; ++i) sum += a[i] * b[i];
+    return sum;
 }
 
 // Squares about the image's own mean, which lose no digits to a large one.
@@ -324,6 +337,30 @@ void localvit_depthwise(const float* x, const float* weight, const float* bias, 
     else if (k == 5) RUN(5, ANY);
     else if (k == 7) RUN(7, ANY);
 #undef RUN
+}
+
+// x = x * gate, the squeeze-and-excitation gate clamp(second @ relu(first @ means + bias) + bias2, 0, 1), where
+// `means` and `gate` are (B, D), `first` (R, D) and `second` (D, R). Not a number stays one.
+void localvit_squeeze(float* x, const float* means, const float* first, const float* bias,
+                      const float* second, const float* bias2, float* gate, int64_t batch, int64_t tokens,
+                      int64_t channels, int64_t reduced, int64_t threads) {
+    const Shape images{batch, 1, 1, channels};
+    for_units(images, channels, reduced, threads, [=](int64_t image, int64_t, int64_t, float* squeezed) {
+        for (int64_t r = 0; r < reduced; ++r) {
+            const float value = dot(first + r * channels, means + image * channels, channels) + bias[r];
+            squeezed[r] = value < 0.0f ? 0.0f : value;
+        }
+        for (int64_t c = 0; c < channels; ++c) {
+            const float value = dot(second + c * reduced, squeezed, reduced) + bias2[c];
+            gate[image * channels + c] = value < 0.0f ? 0.0f : value > 1.0f ? 1.0f : value;
+        }
+    });
+    constexpr int64_t ROWS = 32;  // units of tokens instead of channels: nothing is summed over them
+    for_units({batch, 1, 1, tokens}, ROWS, 0, threads, [=](int64_t image, int64_t t, int64_t n, float*) {
+        const float* factor = gate + image * channels;
+        for (float *row = x + (image * tokens + t) * channels; n-- > 0; row += channels)
+            for (int64_t v = 0; v < channels; v += LANES) store(row + v, load(row + v) * load(factor + v));
+    });
 }
 
 // Means over an image's tokens (B, D), and squares about them.

@@ -52,7 +52,19 @@ def _stage_in_place(
     return means
 
 
-# Not by `custom_op`, which takes three times as long to call: a model calls this one in every block.
+def _squeeze_in_place(
+    x: Tensor, means: Tensor, first: Tensor, bias: Tensor, second: Tensor, bias2: Tensor
+) -> None:
+    """``x *= clamp(second @ relu(first @ means + bias) + bias2, 0, 1)``: the gate (B, D) of tokens (B, N, D)
+    from their means (B, D), by linear layers of weights (R, D) and (D, R)."""
+    if library() is None:
+        gate = F.linear(F.linear(means, first, bias).relu_(), second, bias2).clamp_(0.0, 1.0)
+        x.mul_(gate.unsqueeze(1))
+        return
+    _call("squeeze", x, means, first, bias, second, bias2, torch.empty_like(means), *x.shape, len(first))
+
+
+# Not by `custom_op`, which takes three times as long to call: a model calls these in every block.
 torch.library.define(
     "localvit::depthwise_stage_",
     "(Tensor(a!) x, Tensor weight, Tensor? bias, int height, int width, int act, int act2) -> Tensor",
@@ -60,10 +72,22 @@ torch.library.define(
 torch.library.impl("localvit::depthwise_stage_", "cpu", _stage_in_place)
 depthwise_stage_ = torch.ops.localvit.depthwise_stage_.default
 
+torch.library.define(
+    "localvit::squeeze_",
+    "(Tensor(a!) x, Tensor means, Tensor first, Tensor bias, Tensor second, Tensor bias2) -> ()",
+)
+torch.library.impl("localvit::squeeze_", "cpu", _squeeze_in_place)
+squeeze_ = torch.ops.localvit.squeeze_.default
+
 
 @torch.library.register_fake("localvit::depthwise_stage_")
 def _(x, weight, bias, height, width, act, act2):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], x.shape[2]))
+
+
+@torch.library.register_fake("localvit::squeeze_")
+def _(x, means, first, bias, second, bias2):  # type: ignore[no-untyped-def]
+    return None
 
 
 @torch.library.custom_op("localvit::native_moments", mutates_args=())
@@ -185,22 +209,23 @@ def combine_(grad: Tensor, x: Tensor, by_grad: Tensor, by_x: Tensor, rest: Tenso
 
 
 def _call(name: str, *arguments: Tensor | int | None) -> None:
-    """Tensors as pointers; the number of threads is added.
+    """Tensors as pointers; the number of threads is added."""
+    function = getattr(library(), f"localvit_{name}")
+    values = [_address(name, value) if isinstance(value, Tensor) else value or 0 for value in arguments]
+    if function.argtypes is None:  # once: integers of 64 bits, which pointers are too
+        function.argtypes = [ctypes.c_int64] * (len(values) + 1)
+    function(*values, torch.get_num_threads())
+
+
+def _address(name: str, tensor: Tensor) -> int:
+    """Of the values of an argument of operator ``name``.
 
     Raises:
         ValueError: for a tensor that is not one of single precision on the CPU, or has gaps.
     """
-    kernels = library()
-    assert kernels is not None
-    values: list[Any] = []
-    for argument in (*arguments, torch.get_num_threads()):
-        if isinstance(argument, Tensor):
-            if argument.dtype != torch.float32 or argument.is_cuda or not argument.is_contiguous():
-                raise ValueError(
-                    f"{name}: {argument.dtype} on {argument.device} with strides {argument.stride()} is not "
-                    "accepted (accepted: dense float32 on the CPU)"
-                )
-            values.append(ctypes.c_void_p(argument.data_ptr()))
-        else:
-            values.append(ctypes.c_void_p() if argument is None else ctypes.c_int64(argument))
-    getattr(kernels, f"localvit_{name}")(*values)
+    if tensor.dtype != torch.float32 or tensor.is_cuda or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: {tensor.dtype} on {tensor.device} with strides {tensor.stride()} is not accepted "
+            "(accepted: dense float32 on the CPU)"
+        )
+    return tensor.data_ptr()
