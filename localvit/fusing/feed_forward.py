@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from localvit.fusing.folding import BATCH_NORMS, add_input, affine_of, has_statistics, rescale
 from localvit.fusing.inference import InferenceOnly
+from localvit.fusing.linear import without_bias
 from localvit.locality import Grid, HiddenLocality, LocalityFeedForward, map_to_tokens, tokens_to_map
 from localvit.locality.feed_forward import check_lattice
 from localvit.locality.grid import tokens_to_row
@@ -29,6 +30,9 @@ from localvit.locality.layers import HardSigmoid
 # Hidden maps of so many bytes, per thread, are worked on at a time: few enough for caches, enough for calls
 # not to count (measured on a Xeon with 2 MiB of second-level cache; 1.3 to 5 MiB differ by the noise).
 CHUNK_BYTES = 2**22
+
+# One prefix token for so many others, or fewer, takes part in linear layers where it could be left out.
+RIDERS = 64
 
 _IN_PLACE = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU)
 
@@ -48,7 +52,7 @@ class FastFeedForward(InferenceOnly):
         raise NotImplementedError
 
     def on_patches(self, x: Tensor, lattice: Grid | None) -> Tensor:
-        """The branch (b, N, C) of patch tokens (b, N, C)."""
+        """The branch (b, N, C) of the patch tokens of (b, P + N, C)."""
         raise NotImplementedError
 
     def on_prefix(self, x: Tensor) -> Tensor | None:
@@ -66,9 +70,7 @@ class FastFeedForward(InferenceOnly):
             if branch is not None:
                 residual[:, :prefix].add_(branch)
         for rows in self._chunks(x):
-            # Gaps between images would keep a linear layer from being one product with its bias.
-            patches = x[rows, prefix:].contiguous()
-            residual[rows, prefix:].add_(self.on_patches(patches, grid))
+            residual[rows, prefix:].add_(self.on_patches(x[rows], grid))
         return residual
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
@@ -107,25 +109,32 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
 
     def on_patches(self, x: Tensor, lattice: Grid | None) -> Tensor:
         assert lattice is not None
-        lattice = Grid(lattice.height, lattice.width)
+        if self.native and native_applies(x, self.fc1, self.conv, self.fc2):
+            return self._natively(x, lattice)
+        x, lattice = patches_of(x, lattice), Grid(lattice.height, lattice.width)
         if self.conv_first:
             x = self._convolve(x, lattice)
-        h = self.fc1(x)
-        if self.native and native_applies(h, self.conv):
-            h, mean = self._hide_natively(h, lattice)
-        else:
-            h, mean = self._hide(self._activate_expanded(h), lattice), None
+        h = self._hide(self._activate_expanded(self.fc1(x)), lattice)
         if self.gate is not None:
-            h = self._gated(h, mean)
+            h = self._gated(h, h.mean(1), natively=False)
         return _on_tokens(self.norm3, self.fc2(h))
 
-    def _hide_natively(self, h: Tensor, lattice: Grid) -> tuple[Tensor, Tensor | None]:
-        """The hidden map, in the memory of the expanded one, and its means, which come for nothing unless
-        an activation is not one of the kernel's."""
+    def _natively(self, x: Tensor, lattice: Grid) -> Tensor:
+        """Few prefix tokens go through the linear layers too, and what becomes of them is dropped: that costs
+        less than to copy all others away from them."""
+        tokens = lattice.height * lattice.width
+        if lattice.num_prefix_tokens * RIDERS > tokens:
+            x = patches_of(x, lattice)
         act, act2 = (native_ops.ACTIVATIONS.get(type(layer)) for layer in (self.act1, self.act2))
-        h = self.act1(h) if act is None else h
-        mean = depthwise_in_place(h, self.conv, lattice, act or 0, act2 or 0)
-        return (self.act2(h), None) if act2 is None else (h, mean)
+        h, shift = (self.act1(self.fc1(x)), None) if act is None else without_bias(self.fc1, x)
+        h = h.contiguous()  # a layer that somebody put there may give anything
+        mean = depthwise_in_place(h, self.conv, lattice, act or 0, act2 or 0, shift)
+        if act2 is None:
+            h = self.act2(h)
+            mean = h[:, -tokens:].mean(1)
+        if self.gate is not None:
+            h = self._gated(h, mean, natively=True)
+        return _on_tokens(self.norm3, self.fc2(h))[:, -tokens:]
 
     def on_prefix(self, x: Tensor) -> Tensor | None:
         if self.prefix != "mlp":
@@ -143,15 +152,13 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
             return self.act1(_on_tokens(self.norm1, x))
         return _on_tokens(self.norm1, self.act1(x))
 
-    def _gated(self, h: Tensor, mean: Tensor | None) -> Tensor:
-        """The hidden map (b, N, D) with its channel weights, in place; ``mean`` (b, D) if the native kernels
-        gave it."""
+    def _gated(self, h: Tensor, mean: Tensor, natively: bool) -> Tensor:
+        """The hidden map (b, T, D), times its channel weights, in place; ``mean`` (b, D) of its patches."""
         gate: Any = self.gate
-        if mean is not None and _squeezes(gate):
+        if natively and _squeezes(gate):
             first, second = gate.fc1, gate.fc2
             native_ops.squeeze_(h, mean, first.weight, first.bias, second.weight, second.bias)
             return h
-        mean = h.mean(1) if mean is None else mean
         if isinstance(gate, EcaModule):
             weights = gate.gate(gate.conv(mean.unsqueeze(1))).squeeze(1)
         else:
@@ -193,7 +200,7 @@ class _FastHidden(FastFeedForward):
         return self.drop1.current_grid() if isinstance(self.drop1, FoldedHiddenLocality) else None
 
     def on_patches(self, x: Tensor, lattice: Grid | None) -> Tensor:
-        h = self.hidden(x)
+        h = self.hidden(patches_of(x, lattice))
         if lattice is not None:
             h = self.drop1(h, lattice)
         return self.fc2(self.norm(h))
@@ -218,19 +225,28 @@ class FastSwiGLU(_FastHidden, SwiGLU):
         return self.act(self.fc1_g(x)).mul_(self.fc1_x(x))
 
 
-def native_applies(x: Tensor, conv: nn.Module) -> bool:
-    """Whether the native kernel can take these tokens now: it has no derivative, and an exported graph is for
-    other machines."""
+def native_applies(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether the native kernel can take these tokens now: it has no derivative, an exported graph is for
+    other machines, and hooks on ``layers`` are to see what they would see without it."""
     traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
     plain = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     differentiated = torch.is_grad_enabled() and x.requires_grad
-    return plain and not traced and not differentiated and x.is_contiguous() and not hooked(conv)
+    return plain and not traced and not differentiated and x.is_contiguous() and not any(map(hooked, layers))
 
 
-def depthwise_in_place(x: Tensor, conv: Any, lattice: Grid, act: int, act2: int) -> Tensor:
-    """Depth-wise convolution of tokens (b, N, D) between two activations; returns means over tokens."""
+def depthwise_in_place(
+    x: Tensor, conv: Any, lattice: Grid, act: int, act2: int, shift: Tensor | None = None
+) -> Tensor:
+    """Depth-wise convolution of the last tokens of (b, T, D) between two activations, ``shift`` (D) added
+    before; returns means over them."""
     height, width, _ = lattice
-    return native_ops.depthwise_stage_(x, conv.weight, conv.bias, height, width, act, act2)
+    return native_ops.depthwise_stage_(x, shift, conv.weight, conv.bias, height, width, act, act2)
+
+
+def patches_of(x: Tensor, lattice: Grid | None) -> Tensor:
+    """Tokens without prefix tokens, and without gaps between images: these would keep a linear layer from
+    being one product with its bias."""
+    return x if lattice is None else x[:, lattice.num_prefix_tokens :].contiguous()
 
 
 def _squeezes(gate: Any) -> bool:

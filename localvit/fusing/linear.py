@@ -72,6 +72,14 @@ class RoutedLinear(InferenceOnly, nn.Linear):
         return f"{super().extra_repr()}, route={self.route!r}"
 
 
+def without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``layer(x)`` without its bias, and the bias, for a caller who can add it at no cost: to ``F.linear`` it
+    is one more pass over the result. All of it and ``None`` where that is not so."""
+    if type(layer) is nn.Linear or (type(layer) is RoutedLinear and layer.route == "linear"):
+        return F.linear(x, layer.weight), layer.bias
+    return layer(x), None
+
+
 def conv_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` by a 1 x 1 convolution."""
     row = tokens_to_row(x.reshape(1, -1, x.shape[-1]))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import localvit
-from localvit import LocalityConfig
+from localvit import Grid, LocalityConfig
 from localvit.fusing import feed_forward as fast
 from localvit.locality.kernels import native_ops
 
@@ -22,13 +22,13 @@ pytestmark = needs_compiler
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list[tuple[int, int]]:
-    """Activations of each stage that the kernel computes from now on."""
-    seen: list[tuple[int, int]] = []
+def stages(monkeypatch) -> list[tuple]:
+    """Arguments of each stage that the kernel computes from now on."""
+    seen: list[tuple] = []
     stage: Callable = native_ops.depthwise_stage_
 
     def noted(*arguments):
-        seen.append(arguments[-2:])
+        seen.append(arguments)
         return stage(*arguments)
 
     monkeypatch.setattr(native_ops, "depthwise_stage_", noted)
@@ -51,7 +51,7 @@ def squeezes(monkeypatch) -> list[tuple[int, ...]]:
 
 # The last of two blocks computes no patches.
 @pytest.mark.parametrize(
-    ("config", "stages"),
+    ("config", "acts"),
     [
         (LocalityConfig(), [(3, 3)]),
         (LocalityConfig(kernel_size=5, gate="none", activation=("none", "relu6")), [(0, 2)]),
@@ -72,10 +72,44 @@ def squeezes(monkeypatch) -> list[tuple[int, ...]]:
     ids=str,
 )
 @torch.no_grad()
-def test_stages_that_it_computes(calls, config, stages):
+def test_stages_that_it_computes(stages, config, acts):
     model = local(config)
     assert_same(localvit.fuse(model)(photos()), model(photos()))
-    assert calls == stages
+    assert [arguments[-2:] for arguments in stages] == acts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", ["bypass", "passthrough", "mlp"])
+@pytest.mark.parametrize(
+    "others", [{}, {"reg_tokens": 2, "no_embed_class": True}], ids=["class", "registers"]
+)
+def test_few_prefix_tokens_go_with_the_others(stages, monkeypatch, prefix, others):
+    """Through the linear layers, where nobody reads what becomes of them."""
+    for config in (
+        LocalityConfig(prefix=prefix),
+        LocalityConfig(prefix=prefix, activation=("relu", "silu"), gate="eca"),
+        LocalityConfig(prefix=prefix, activation=("gelu", "hardswish"), norm=("batch", "batch", "layer")),
+    ):
+        model = local(config, **others)
+        fused = localvit.fuse(model)
+        for riders, extra in ((1, model.num_prefix_tokens), (17, 0)):
+            monkeypatch.setattr(fast, "RIDERS", riders)
+            monkeypatch.setattr(fast, "CHUNK_BYTES", 2 * 19 * 128 * 4)  # two images, then one
+            stages.clear()
+            assert_same(fused(photos(3)), model(photos(3)))
+            assert [len(x) for x, *_ in stages] == [2, 1]
+            assert {x.shape[1] for x, *_ in stages} == {16 + extra}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("route", ["linear", "conv"])
+def test_the_kernel_adds_the_bias_that_a_matrix_product_would(stages, route):
+    model = local()
+    fused = localvit.fuse(model, linear=route)
+    assert_same(fused(photos()), model(photos()))
+    ((_, shift, *_),) = stages
+    assert fused.blocks[0].mlp.fc1.bias.abs().min() > 0
+    assert (shift is not None) == (route == "linear")
 
 
 @torch.no_grad()
@@ -86,7 +120,7 @@ def test_stages_that_it_computes(calls, config, stages):
         (LocalityConfig(gate_reduction=2), [(64, 128)]),
         (LocalityConfig(gate="eca"), []),
         (LocalityConfig(gate="none"), []),
-        (LocalityConfig(activation=("hardswish", "silu")), []),  # the kernel knows no means then
+        (LocalityConfig(activation=("hardswish", "silu")), [(4, 128)]),
         (LocalityConfig(kernel_size=9), []),
     ],
     ids=str,
@@ -114,18 +148,18 @@ def test_gates_that_somebody_changed(squeezes):
 
 
 @torch.no_grad()
-def test_models_of_other_types_and_under_autocast_do_without(calls):
+def test_models_of_other_types_and_under_autocast_do_without(stages):
     fused = localvit.fuse(local())
     want = fused(photos())
-    calls.clear()
+    stages.clear()
     assert_same(copy.deepcopy(fused).double()(photos().double()).float(), want)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fused(photos())
     copy.deepcopy(fused).bfloat16()(photos().bfloat16())
-    assert not calls
+    assert not stages
 
 
-def test_gradients_of_the_input(calls):
+def test_gradients_of_the_input(stages):
     """As for a saliency map: parameters of a fused model need none."""
     model, gradients = local(), []
     for net in (model, localvit.fuse(model)):
@@ -133,25 +167,27 @@ def test_gradients_of_the_input(calls):
         net(x).square().sum().backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
-    assert not calls
+    assert not stages
 
 
 @torch.no_grad()
-def test_a_hook_on_the_convolution_sees_its_output(calls):
+@pytest.mark.parametrize(("layer", "shape"), [("fc1", (16, 128)), ("conv", (128, 4, 4)), ("fc2", (16, 32))])
+def test_hooks_see_what_they_would_see_without_it(stages, layer, shape):
     model = local()
     fused, seen = localvit.fuse(model), []
-    fused.blocks[0].mlp.conv.register_forward_hook(lambda *arguments: seen.append(arguments[2].shape))
+    hooked = getattr(fused.blocks[0].mlp, layer)
+    hooked.register_forward_hook(lambda *arguments: seen.append(tuple(arguments[2].shape[1:])))
     assert_same(fused(photos()), model(photos()))
-    assert len(seen) == 1
-    assert not calls
+    assert seen == [shape]
+    assert not stages
 
 
 @torch.no_grad()
-def test_pytorchs_operators_where_they_are_asked_for(calls, monkeypatch):
+def test_pytorchs_operators_where_they_are_asked_for(stages, monkeypatch):
     monkeypatch.setenv("LOCALVIT_KERNELS", "torch")
     model = local()
     assert_same(localvit.fuse(model)(photos()), model(photos()))
-    assert not calls
+    assert not stages
 
 
 @torch.no_grad()
@@ -159,7 +195,9 @@ def test_a_model_that_came_to_a_machine_without_compiler(monkeypatch):
     model = local(LocalityConfig(activation=("relu6", "hardswish"), kernel_size=5))
     sent = pickle.dumps(localvit.fuse(model))
     monkeypatch.setattr(native_ops, "library", lambda: None)
-    assert_same(pickle.loads(sent)(photos()), model(photos()))
+    for riders in (1, 17):
+        monkeypatch.setattr(fast, "RIDERS", riders)
+        assert_same(pickle.loads(sent)(photos()), model(photos()))
 
 
 def graph_targets(graph: torch.fx.Graph) -> str:
@@ -167,7 +205,7 @@ def graph_targets(graph: torch.fx.Graph) -> str:
 
 
 @torch.no_grad()
-def test_exported_graphs_are_for_any_machine(calls):
+def test_exported_graphs_are_for_any_machine(stages):
     model = local()
     program = torch.export.export(localvit.fuse(model), (photos(),), strict=False)
     assert "localvit" not in graph_targets(program.graph)
@@ -175,7 +213,7 @@ def test_exported_graphs_are_for_any_machine(calls):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(localvit.fuse(model), photos(), check_trace=False)
-    assert not calls
+    assert not stages
     assert "depthwise_stage" not in str(traced.inlined_graph)
     assert_same(traced(photos()), model(photos()))
 
@@ -196,7 +234,7 @@ def test_a_compiled_graph_has_it_as_one_operator():
 
 
 @torch.no_grad()
-def test_tokens_that_are_not_dense(calls):
+def test_tokens_that_are_not_dense(stages):
     """What a linear layer in another place may give."""
 
     class Strided(nn.Linear):
@@ -207,14 +245,18 @@ def test_tokens_that_are_not_dense(calls):
     fused = localvit.fuse(model)
     fused.blocks[0].mlp.fc1.__class__ = Strided
     assert_same(fused(photos()), model(photos()))
-    assert not calls
+    assert len(stages) == 1
+    apart = torch.randn(2, 32, 17).transpose(1, 2)
+    mlps = [net.blocks[0].mlp for net in (localvit.fuse(model), model)]
+    assert_same(mlps[0](apart, Grid(4, 4, 1)), mlps[1](apart, Grid(4, 4, 1)))
+    assert len(stages) == 1
 
 
 @torch.no_grad()
-def test_hidden_locality_on_timms_mlps(calls):
+def test_hidden_locality_on_timms_mlps(stages):
     model = vit(mlp_layer=timm.layers.SwiGLU)
     localvit.localize(model, LocalityConfig(init="preserve", kernel_size=7), count_macs=False)
     random_weights(model).eval()
     assert_same(localvit.fuse(model)(photos()), model(photos()))
-    assert calls == [(0, 0)]
+    assert [arguments[-2:] for arguments in stages] == [(0, 0)]
     assert isinstance(localvit.fuse(model).blocks[0].mlp.drop1, fast.FoldedHiddenLocality)

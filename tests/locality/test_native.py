@@ -66,15 +66,17 @@ def test_backward_through_gate_norms_and_convolution(case):
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_the_stage_of_inference_is_in_place(case):
     batch, height, width, channels, k, act, act2, dtype = case
-    x, weight = tokens(batch, height * width, channels, dtype), torch.randn(channels, 1, k, k)
-    for bias in (None, torch.randn(channels)):
-        wide = None if bias is None else bias.double()
-        inner = ACTS[act](as_map(x, height, width))
-        want = ACTS[act2](F.conv2d(inner, weight.double(), wide, padding=k // 2, groups=channels))
+    weight, none = torch.randn(channels, 1, k, k), torch.zeros(channels)
+    for bias, shift, prefix in ((None, None, 0), (torch.randn(channels), torch.randn(channels), 2)):
+        x = tokens(batch, prefix + height * width, channels, dtype)
+        inner = ACTS[act](as_map(x[:, prefix:] + (none if shift is None else shift), height, width))
+        outer = F.conv2d(inner, weight.double(), None, padding=k // 2, groups=channels)
+        want = ACTS[act2](outer + (none if bias is None else bias)[:, None, None])
         y = x.clone()
-        means = native_ops.depthwise_stage_(y, weight, bias, height, width, act, act2)
-        close(y, want.flatten(2).transpose(1, 2), dtype)
+        means = native_ops.depthwise_stage_(y, shift, weight, bias, height, width, act, act2)
+        close(y[:, prefix:], want.flatten(2).transpose(1, 2), dtype)
         close(means, want.mean((2, 3)), dtype)
+        assert torch.equal(y[:, :prefix], x[:, :prefix])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_not_a_number_stays_one():
     x[0, 4, 3] = float("nan")
     for act in (1, 2, 3):
         y = x.clone()
-        native_ops.depthwise_stage_(y, torch.ones(16, 1, 3, 3), None, 3, 3, act, act)
+        native_ops.depthwise_stage_(y, None, torch.ones(16, 1, 3, 3), None, 3, 3, act, act)
         assert y[0, :, 3].isnan().all()
         assert not y[0, :, 4].isnan().any()
     gated, first = torch.ones(1, 9, 16), torch.zeros(4, 16)
@@ -149,10 +151,15 @@ def test_other_tensors_are_an_error_before_memory_is_touched(x):
         native_ops.moments(x)
 
 
+def test_a_lattice_of_more_tokens_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="12 tokens for a lattice of 3 x 5"):
+        native_ops.depthwise_stage_(torch.zeros(1, 12, 16), None, torch.ones(16, 1, 3, 3), None, 3, 5, 0, 0)
+
+
 def test_operators_are_registered_with_their_shapes():
     x, weight = torch.randn(2, 12, 16), torch.randn(16, 1, 3, 3)
-    for bias in (None, torch.randn(16)):
-        arguments = (x, weight, bias, 3, 4, 3, 3)
+    for vector in (None, torch.randn(16)):
+        arguments = (x, vector, weight, vector, 3, 4, 3, 3)
         torch.library.opcheck(
             native_ops.depthwise_stage_, arguments, test_utils=("test_schema", "test_faketensor")
         )
@@ -304,5 +311,5 @@ def test_an_image_does_not_see_its_neighbours():
     both, weight = torch.randn(2, 12, 64), torch.randn(64, 1, 3, 3)
     first = both[:1].clone()
     for x in (both, first):
-        native_ops.depthwise_stage_(x, weight, None, 3, 4, 3, 3)
+        native_ops.depthwise_stage_(x, None, weight, None, 3, 4, 3, 3)
     assert torch.equal(both[:1], first)

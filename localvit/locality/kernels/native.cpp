@@ -48,17 +48,20 @@ INLINE Vec slope(Vec x, int64_t act) {
     return act == 2 ? (x < 6.0f ? rising : Vec{}) : rising;
 }
 
-// Scale and shift per channel; none where the pointer is null.
+// Scale and shift per channel, each where its pointer is not null.
 struct Affine {
     const float *scale, *shift;
     inline __attribute__((always_inline)) Vec operator()(Vec x, int c) const {
-        return scale ? x * load(scale + c) + load(shift + c) : x;
+        if (scale) x *= load(scale + c);
+        return shift ? x + load(shift + c) : x;
     }
 };
 
+// Of maps whose images have `prefix` other tokens before those of the lattice.
 struct Shape {
-    int64_t batch, height, width, channels;
+    int64_t batch, height, width, channels, prefix = 0;
     int64_t tokens() const { return height * width; }
+    int64_t start(int64_t image) const { return (image * (prefix + tokens()) + prefix) * channels; }
 };
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -197,7 +200,7 @@ template <int K, int64_t ACT> struct Depthwise {
     void unit(int64_t image, int64_t c, int64_t n, float* scratch) const {
         const Ring<K> ring{scratch, span<K>(s), n};
         float *taps = scratch + K * ring.span * n, *sum = means + image * s.channels + c;
-        const int64_t start = image * s.tokens() * s.channels + c;
+        const int64_t start = s.start(image) + c;
         const float* in = x + start;
         float* out = y + start;
         ring.reset();
@@ -258,7 +261,7 @@ template <int K> struct DepthwiseBackward {
 
     // `w` is flipped, and so is `sum`, where the gradient of the weight is summed.
     void row(const Ring<K>& ring, int64_t i, const float* w, int64_t image, int64_t c, float* sum) const {
-        const int64_t n = ring.channels, start = (image * s.tokens() + i * s.width) * s.channels + c;
+        const int64_t n = ring.channels, start = s.start(image) + i * s.width * s.channels + c;
         const float* in[K];
         for (int d = 0; d < K; ++d) in[d] = ring.row(i + d - K / 2);
         for (int64_t v = 0; v < n; v += LANES) {
@@ -292,7 +295,7 @@ template <int K> struct DepthwiseBackward {
     void unit(int64_t image, int64_t c, int64_t n, float* scratch) const {
         const Ring<K> ring{scratch, span<K>(s), n};
         float *w = scratch + K * ring.span * n, *sum = w + K * K * n;
-        const int64_t start = image * s.tokens() * s.channels + c;
+        const int64_t start = s.start(image) + c;
         const float *g = grad + start, *in = x + start;
         ring.reset();
         taps_of<K>(weight, c, n, true, w);
@@ -323,13 +326,13 @@ template <int K> struct DepthwiseBackward {
 
 extern "C" {
 
-// y = act2(conv(act(x * scale + shift)) + bias); its means over an image's tokens (B, D), and its squares about
-// them where `squares` is not null. `y` may be `x`.
+// y = act2(conv(act(x * scale + shift)) + bias), but not of prefix tokens; its means over an image's tokens (B, D),
+// and its squares about them where `squares` is not null. `y` may be `x`.
 void localvit_depthwise(const float* x, const float* weight, const float* bias, const float* scale,
                         const float* shift, float* y, float* means, float* squares, int64_t batch,
-                        int64_t height, int64_t width, int64_t channels, int64_t k, int64_t act, int64_t act2,
-                        int64_t threads) {
-    const Shape s{batch, height, width, channels};
+                        int64_t prefix, int64_t height, int64_t width, int64_t channels, int64_t k, int64_t act,
+                        int64_t act2, int64_t threads) {
+    const Shape s{batch, height, width, channels, prefix};
     const Affine affine{scale, shift};
 #define RUN(K, ACT) Depthwise<K, ACT>{s, x, weight, bias, affine, y, means, squares, act, act2}.run(threads)
     if (k == 3 && act == HARD_SWISH && act2 == HARD_SWISH) RUN(3, HARD_SWISH);

@@ -37,18 +37,32 @@ def covers_convolution(conv: Any) -> bool:
 
 
 def _stage_in_place(
-    x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, act: int, act2: int
+    x: Tensor,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    height: int,
+    width: int,
+    act: int,
+    act2: int,
 ) -> Tensor:
-    """``x = act2(conv(act(x)) + bias)`` in place; returns its means over tokens (B, D)."""
-    batch, _, channels = x.shape
-    k = weight.shape[-1]
+    """``x = act2(conv(act(x + shift)) + bias)`` in place; returns its means over the lattice (B, D).
+
+    Tokens before the last ``height * width`` are prefix tokens, and stay what they were.
+    """
+    batch, tokens, channels = x.shape
+    prefix = tokens - height * width
+    if prefix < 0:
+        raise ValueError(f"{tokens} tokens for a lattice of {height} x {width}")
     if library() is None:  # for a model that was fused where there is a compiler
-        y = F.conv2d(_MODULES[act](tokens_to_map(x, Grid(height, width))), weight, bias,
-                     padding=k // 2, groups=channels)  # fmt: skip
-        return x.copy_(map_to_tokens(_MODULES[act2](y))).mean(1)
+        patches = x[:, prefix:]
+        h = _MODULES[act](patches if shift is None else patches + shift)
+        h = F.conv2d(tokens_to_map(h, Grid(height, width)), weight, bias,
+                     padding=weight.shape[-1] // 2, groups=channels)  # fmt: skip
+        return patches.copy_(map_to_tokens(_MODULES[act2](h))).mean(1)
     means = torch.empty((batch, channels))
-    _call("depthwise", x, weight, bias, None, None, x, means, None,
-          batch, height, width, channels, k, act, act2)  # fmt: skip
+    _call("depthwise", x, weight, bias, None, shift, x, means, None,
+          batch, prefix, height, width, channels, weight.shape[-1], act, act2)  # fmt: skip
     return means
 
 
@@ -67,7 +81,8 @@ def _squeeze_in_place(
 # Not by `custom_op`, which takes three times as long to call: a model calls these in every block.
 torch.library.define(
     "localvit::depthwise_stage_",
-    "(Tensor(a!) x, Tensor weight, Tensor? bias, int height, int width, int act, int act2) -> Tensor",
+    "(Tensor(a!) x, Tensor? shift, Tensor weight, Tensor? bias, int height, int width, int act, int act2)"
+    " -> Tensor",
 )
 torch.library.impl("localvit::depthwise_stage_", "cpu", _stage_in_place)
 depthwise_stage_ = torch.ops.localvit.depthwise_stage_.default
@@ -81,7 +96,7 @@ squeeze_ = torch.ops.localvit.squeeze_.default
 
 
 @torch.library.register_fake("localvit::depthwise_stage_")
-def _(x, weight, bias, height, width, act, act2):  # type: ignore[no-untyped-def]
+def _(x, shift, weight, bias, height, width, act, act2):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], x.shape[2]))
 
 
@@ -121,7 +136,7 @@ def depthwise(
     y = torch.empty_like(x)
     means, squares = torch.empty((2, batch, channels))
     _call("depthwise", x, weight, bias, scale, shift, y, means, squares,
-          batch, height, width, channels, weight.shape[-1], act, 0)  # fmt: skip
+          batch, 0, height, width, channels, weight.shape[-1], act, 0)  # fmt: skip
     return y, *_mean_and_variance(means, squares, tokens)
 
 
