@@ -94,11 +94,12 @@ def fuse(model: nn.Module, *, compile: bool = False, linear: Route | None = None
     route = chosen_route(linear)
     if not plain_forms():
         _check_fusable(model)
-    fused = _evaluation_copy(model)
-    if not plain_forms():
-        _remove_dropouts(fused)
-        _change_forms(fused)
-        _route_linears(fused, _available(route))
+    with torch.inference_mode(False):  # which tensors would remember for ever
+        fused = _evaluation_copy(model)
+        if not plain_forms():
+            _remove_dropouts(fused)
+            _change_forms(fused)
+            _route_linears(fused, _available(route))
     if compile:
         _compile(fused)
     return fused

@@ -57,6 +57,7 @@ class RoutedLinear(InferenceOnly, nn.Linear):
             and x.device.type == self.weight.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")
             and not (torch.is_grad_enabled() and x.requires_grad)
+            and not self.weight.is_inference()  # of these nobody knows when they change
         )
 
     def _packed_weight(self) -> Tensor:

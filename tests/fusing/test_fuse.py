@@ -462,6 +462,19 @@ def test_every_route_gives_the_same(route, monkeypatch):
     assert torch.equal(again(x), fused(x))
 
 
+@pytest.mark.parametrize("route", ["linear", "conv", "packed"])
+@torch.inference_mode()
+def test_models_made_and_copied_in_inference_mode(route):
+    """Whose tensors do not say when they change."""
+    if route == "packed" and not routes.packed_available():
+        pytest.skip("this PyTorch has no packed linear layers")
+    model, x = local(), photos()
+    fused = localvit.fuse(model, linear=route)
+    assert not any(tensor.is_inference() for tensor in fused.parameters())
+    assert_same(fused(x), model(x))
+    assert_same(copy.deepcopy(fused)(x), model(x))
+
+
 def test_the_probe_decides_where_nothing_is_asked_for(monkeypatch):
     monkeypatch.delenv("LOCALVIT_LINEAR")
     asked = []
