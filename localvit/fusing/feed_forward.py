@@ -109,7 +109,7 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
 
     def on_patches(self, x: Tensor, lattice: Grid | None) -> Tensor:
         assert lattice is not None
-        if self.native and native_applies(x, self.fc1, self.conv, self.fc2):
+        if self.native and native_applies(x, self.fc1, self.act1, self.conv, self.act2, self.fc2):
             return self._natively(x, lattice)
         x, lattice = patches_of(x, lattice), Grid(lattice.height, lattice.width)
         if self.conv_first:

@@ -171,7 +171,16 @@ def test_gradients_of_the_input(stages):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("layer", "shape"), [("fc1", (16, 128)), ("conv", (128, 4, 4)), ("fc2", (16, 32))])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        ("fc1", (16, 128)),
+        ("act1", (16, 128)),
+        ("conv", (128, 4, 4)),
+        ("act2", (128, 4, 4)),
+        ("fc2", (16, 32)),
+    ],
+)
 def test_hooks_see_what_they_would_see_without_it(stages, layer, shape):
     model = local()
     fused, seen = localvit.fuse(model), []
