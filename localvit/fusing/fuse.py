@@ -94,7 +94,7 @@ def fuse(model: nn.Module, *, compile: bool = False, linear: Route | None = None
     route = chosen_route(linear)
     if not plain_forms():
         _check_fusable(model)
-    with torch.inference_mode(False):  # which tensors would remember for ever
+    with torch.inference_mode(False):  # tensors made in it could not be packed
         fused = _evaluation_copy(model)
         if not plain_forms():
             _remove_dropouts(fused)
