@@ -30,7 +30,9 @@ from localvit.locality import ConfigError
 from localvit.models import VARIANTS
 from localvit.training.build import check_forward, pick_device
 from localvit.training.checkpoint import Checkpoint, load_checkpoint
+from localvit.training.config import Precision
 from localvit.training.exported import untrained
+from localvit.training.precision import DTYPES, autocast
 
 SHORTEST = 0.02
 """Seconds of a turn: shorter calls are repeated within it."""
@@ -49,6 +51,7 @@ class BenchConfig:
         threads: Of torch and of the engines; ``None``: torch's present number.
         rounds: Turns of each.
         train: A training step (forward, backward, AdamW) instead of inference.
+        precision: Of the forward pass, by autocast, as in training; ``"fp16"`` needs a GPU.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``...
         args: Constructor arguments of both models.
     """
@@ -62,6 +65,7 @@ class BenchConfig:
     threads: int | None = None
     rounds: int = 15
     train: bool = False
+    precision: Precision = "fp32"
     device: str = "auto"
     args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -94,14 +98,14 @@ def compare(config: BenchConfig, progress: Callable[[range], Iterable[int]] = it
     """
     device = pick_device(config.device)
     for engine in (config.engine, config.against_engine):
-        check_engine(engine, device, train=config.train)
+        check_engine(engine, device, train=config.train, precision=config.precision)
     with using_threads(config.threads):
         names = {"model": config.model, "against": config.baseline}
         engines = {"model": config.engine, "against": config.against_engine}
         loaded = {side: load(name, config) for side, name in names.items()}
         counted = {side: _costs(each) for side, each in loaded.items()}
         works = {side: _work(each, engines[side], config, device) for side, each in loaded.items()}
-        peak = fastest_matmul(device)
+        peak = fastest_matmul(device, DTYPES[config.precision])
         memory = {side: _memory(work, engines[side], device) for side, work in works.items()}
         seconds = interleaved(
             {**works, "peak": without_gradients(peak.work)},
@@ -129,7 +133,7 @@ def compare(config: BenchConfig, progress: Callable[[range], Iterable[int]] = it
             **sides,
             peak_gflops=peak.flops / Quartiles.of(seconds["peak"]).median / 1e9,
             peak_matmul=peak.words,
-            setting=Setting.here(device),
+            setting=Setting.here(device, config.precision),
         )
 
 
@@ -183,17 +187,24 @@ def _costs(loaded: Checkpoint) -> dict[str, Any]:
 def _work(loaded: Checkpoint, engine: EngineName, config: BenchConfig, device: torch.device) -> Work:
     images = torch.randn(config.batch_size, *loaded.data_config["input_size"], device=device)
     if config.train:
-        return training_step(loaded.model.to(device), images)
+        model: Any = loaded.model.to(device)
+        model = torch.compile(model) if engine == "compile" else model
+        return training_step(model, images, config.precision)
     info = ExportInfo.of(
         loaded.data_config,
         architecture=loaded.source,
         num_classes=loaded.model.num_classes,  # type: ignore[arg-type]
     )
     opened = open_on(engine, loaded.model, info, device)
-    return without_gradients(lambda: opened(images))
+    return without_gradients(lambda: _forward(opened, images, config.precision))
 
 
-def training_step(model: nn.Module, images: Tensor) -> Work:
+def _forward(model: Callable[[Tensor], Tensor], images: Tensor, precision: Precision) -> Tensor:
+    with autocast(precision, images.device):
+        return model(images)
+
+
+def training_step(model: nn.Module, images: Tensor, precision: Precision = "fp32") -> Work:
     """Forward pass, cross-entropy, backward pass, and an update by AdamW that leaves the weights as they are,
     so that all rounds compute the same."""
     model.train()
@@ -202,7 +213,7 @@ def training_step(model: nn.Module, images: Tensor) -> Work:
 
     def step() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
+        F.cross_entropy(_forward(model, images, precision), labels).backward()
         optimizer.step()
 
     return step

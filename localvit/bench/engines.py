@@ -14,26 +14,35 @@ from localvit.export import FORMATS, ExportInfo, FormatName, export_model, open_
 from localvit.export.engines import check_packages
 from localvit.fusing import fuse
 from localvit.locality import ConfigError
+from localvit.training.config import Precision
 
 EngineName = Literal["eager", "fused", "compile", "onnxruntime", "openvino"]
-"""``eager``: the model as it is built; ``fused``: `localvit.fuse`; ``compile``: that, compiled by
-``torch.compile``; the others run a file that `localvit.export` writes, on the CPU."""
+"""``eager``: the model as it is built; ``fused``: `localvit.fuse`; ``compile``: that (in training the model
+as built), compiled by ``torch.compile``; the others run a file that `localvit.export` writes, on the CPU."""
 
 _FORMATS: dict[str, FormatName] = {"onnxruntime": "onnx", "openvino": "openvino"}
 
 
-def check_engine(engine: EngineName, device: torch.device, *, train: bool = False) -> None:
+def check_engine(
+    engine: EngineName, device: torch.device, *, train: bool = False, precision: Precision = "fp32"
+) -> None:
     """Refuse what cannot be measured, before any work.
 
     Raises:
         ConfigError: for an unknown engine, one whose packages are missing, one that does not run on `device`
-            or cannot train.
+            or in `precision`, or cannot train.
     """
     if engine not in get_args(EngineName):
         raise ConfigError(f"engine={engine!r}: accepted are {', '.join(get_args(EngineName))}")
-    if train and engine != "eager":
-        raise ConfigError(f"engine={engine!r} computes no gradients: a training step takes 'eager'")
+    if train and engine not in ("eager", "compile"):
+        raise ConfigError(
+            f"engine={engine!r} computes no gradients: a training step takes 'eager' or 'compile'"
+        )
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("precision='fp16' needs a GPU; 'bf16' works on CPUs too")
     if engine in _FORMATS:
+        if precision != "fp32":
+            raise ConfigError(f"engine={engine!r} computes in fp32, not in precision={precision!r}")
         if device.type != "cpu":
             raise ConfigError(f"engine={engine!r} runs on the CPU, not on device={str(device)!r}")
         check_packages(f"engine {engine!r}", *FORMATS[_FORMATS[engine]].packages)

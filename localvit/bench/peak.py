@@ -31,28 +31,28 @@ class Matmul:
     work: Work
 
 
-def fastest_matmul(device: torch.device) -> Matmul:
-    """The single-precision product with the most operations per second, with the present number of threads.
+def fastest_matmul(device: torch.device, dtype: torch.dtype = torch.float32) -> Matmul:
+    """The product with the most operations per second, with the present number of threads.
 
     On a CPU ``F.linear`` (PyTorch's BLAS) competes with oneDNN, as a 1 x 1 convolution and with packed
     weights, because either may be twice as fast on some processors. The least time of a few rounds decides:
     a busy moment makes a run slower, never faster.
     """
     known = "cuda" if device.type == "cuda" else "cpu"
-    candidates = [each for shape in _SHAPES[known] for each in _matmuls(*shape, device)]
+    candidates = [each for shape in _SHAPES[known] for each in _matmuls(*shape, device, dtype)]
     with torch.inference_mode():
         works = {each.words: each.work for each in candidates}
         seconds = interleaved(works, _ROUNDS, timer=timer_for(device))
     return max(candidates, key=lambda each: each.flops / min(seconds[each.words]))
 
 
-def _matmuls(rows: int, inside: int, out: int, device: torch.device) -> Iterator[Matmul]:
-    x = torch.rand(rows, inside, device=device)
-    weight, bias = torch.rand(out, inside, device=device), torch.rand(out, device=device)
+def _matmuls(rows: int, inside: int, out: int, device: torch.device, dtype: torch.dtype) -> Iterator[Matmul]:
+    x, weight = (torch.rand(n, inside, device=device, dtype=dtype) for n in (rows, out))
+    bias = torch.rand(out, device=device, dtype=dtype)
     shape, flops = f"{rows} x {inside} x {out}", 2 * rows * inside * out
     yield Matmul(f"F.linear, {shape}", flops, lambda: F.linear(x, weight, bias))
     if device.type == "cpu":
         yield Matmul(f"1 x 1 convolution, {shape}", flops, lambda: conv_linear(x, weight, bias))
-        if packed_available():
+        if dtype == torch.float32 and packed_available():
             packed = pack(weight)
             yield Matmul(f"oneDNN packed, {shape}", flops, lambda: packed_linear(x, packed, bias, out))

@@ -11,6 +11,8 @@ import torch
 
 from localvit.bench.machine import allocator, cpus, environment, machine
 from localvit.bench.measure import Quartiles
+from localvit.training.config import Precision
+from localvit.training.precision import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class Setting:
         environment: Variables that steer threads, allocators and libraries of arithmetic.
         device, threads: Of torch; the engines get as many threads.
         versions: Of the packages that compute.
-        dtype: Of weights and pictures.
+        dtype: Of weights and pictures, or what autocast computes in.
     """
 
     device: str
@@ -39,10 +41,12 @@ class Setting:
     dtype: str = "float32"
 
     @classmethod
-    def here(cls, device: torch.device) -> Setting:
+    def here(cls, device: torch.device, precision: Precision = "fp32") -> Setting:
         """Of this process, now."""
         threads = torch.get_num_threads()
-        return cls(device=str(device), threads=threads, machine=machine(threads))
+        dtype = str(DTYPES[precision]).removeprefix("torch.")
+        how = "" if precision == "fp32" else " by autocast"
+        return cls(device=str(device), threads=threads, machine=machine(threads), dtype=dtype + how)
 
     def __str__(self) -> str:
         set_ = ", ".join(f"{name}={value}" for name, value in self.environment.items())

@@ -28,8 +28,8 @@ class Options:
     against: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """what it is compared with; default: the baseline, for the names of localvit models"""
     engine: _Engine = "eager"
-    """what runs MODEL; fused: localvit.fuse; compile: that and torch.compile (minutes); the last two need
-    pip install 'localvit[export]'"""
+    """what runs MODEL; fused: localvit.fuse; compile: that and torch.compile (minutes), in training
+    torch.compile alone; the last two need pip install 'localvit[export]'"""
     against_engine: _Engine = "eager"
     """what runs the other"""
     batch: Annotated[int, tyro.conf.arg(metavar="N")] = 8
@@ -42,6 +42,8 @@ class Options:
     """turns of each"""
     train: tyro.conf.FlagCreatePairsOff[bool] = False
     """time a training step: forward, backward, update"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """of the forward pass, by autocast; fp16 needs a GPU"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
@@ -73,6 +75,7 @@ def run(options: Options) -> int:
             threads=options.threads,
             rounds=options.rounds,
             train=options.train,
+            precision=options.precision,
             device=options.device,
             args=model_arguments(options.set),
         )

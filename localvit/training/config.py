@@ -19,9 +19,12 @@ __all__ = [
     "LocalityConfig",
     "ModelConfig",
     "OptimConfig",
+    "Precision",
     "ScheduleConfig",
     "TrainConfig",
 ]
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +182,7 @@ class EngineConfig:
             error. CPUs need no such option.
     """
 
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     grad_accum: int = 1
     clip_grad: float | None = None
     channels_last: bool = False

@@ -21,9 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from localvit.training.build import build_optimizer, build_scheduler
 from localvit.training.config import ConfigError, EngineConfig, TrainConfig
 from localvit.training.distributed import World
+from localvit.training.precision import autocast
 from localvit.training.task import build_task
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Engine:
@@ -135,9 +134,7 @@ class Engine:
 
     def autocast(self) -> torch.autocast:
         """The precision of a forward pass."""
-        dtype = _DTYPES[self.config.precision]
-        enabled = dtype != torch.float32
-        return torch.autocast(self.world.device.type, dtype if enabled else None, enabled=enabled)
+        return autocast(self.config.precision, self.world.device)
 
     def share_statistics(self) -> None:
         """Give all processes the same running statistics of batch norm, ready for evaluation."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-Precision = Literal["fp32", "bf16", "fp16"]
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from localvit.training.config import Precision
+from localvit.training.precision import autocast
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +82,8 @@ def _forward(
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    dtype = _DTYPES.get(precision)
-    cast: Any = nullcontext() if dtype is None else torch.autocast("cpu", dtype)
     # While the graph lives nothing that it keeps is freed, so no address is counted for two tensors.
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), cast:
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(precision, _CPU):
         output = model(torch.zeros(images, *input_size))
         parts = output if isinstance(output, tuple) else (output,)
         loss: Tensor = sum((part.float().square().mean() for part in parts), torch.zeros(()))

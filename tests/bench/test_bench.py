@@ -25,7 +25,7 @@ def short(monkeypatch):
     x = torch.rand(64, 64)
     monkeypatch.setattr(comparison, "SHORTEST", 0.0)
     monkeypatch.setattr(
-        comparison, "fastest_matmul", lambda device: Matmul("by hand", 2 * 64**3, lambda: x @ x)
+        comparison, "fastest_matmul", lambda device, dtype: Matmul("by hand", 2 * 64**3, lambda: x @ x)
     )
 
 
@@ -132,6 +132,41 @@ def test_a_training_step_changes_nothing_but_computes_gradients():
     assert model[1].weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_precision_is_that_of_both_models_and_of_the_peak(monkeypatch, train, precision):
+    dtypes = []
+    monkeypatch.setattr(comparison, "SHORTEST", 0.0)
+    matmul, linear = fastest_matmul, torch.nn.Linear.forward
+    monkeypatch.setattr(
+        comparison, "fastest_matmul", lambda *arguments: dtypes.append(arguments[1]) or matmul(*arguments)
+    )
+
+    def noted(self, x):
+        y = linear(self, x)
+        dtypes.append(y.dtype)
+        return y
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", noted)
+    found = compare(
+        BenchConfig(model=NAME, size=16, rounds=2, train=train, precision=precision, args=ARGS, device="cpu")
+    )
+    want = {"fp32": (torch.float32, "float32"), "bf16": (torch.bfloat16, "bfloat16 by autocast")}[precision]
+    assert found.setting.dtype == want[1]
+    after_checks = dtypes[dtypes.index(want[0]) :]  # that models take such pictures is tried in float32
+    assert set(after_checks) == {want[0]}
+    assert len(after_checks) > 10
+
+
+def test_a_training_step_is_compiled_where_that_is_asked_for(short, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(type(model).__name__) or model)
+    config = BenchConfig(model=NAME, size=16, rounds=2, train=True, engine="compile", args=ARGS, device="cpu")
+    found = compare(config)
+    assert compiled == ["VisionTransformer"]
+    assert (found.model.engine, found.against.engine) == ("compile", "eager")
+
+
 def test_json(short, capsys):
     assert main([*COMMAND, "--train", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -186,6 +221,8 @@ def test_engines_of_files(engine, short, capsys):
         ([NAME, "--device", "tpu9"], "device='tpu9' cannot be used here"),
         ([NAME, "--engine", "tensorrt"], "--engine"),
         ([NAME, "--train", "--engine", "fused"], "engine='fused' computes no gradients"),
+        ([NAME, "--precision", "fp16", "--device", "cpu"], "precision='fp16' needs a GPU"),
+        ([NAME, "--precision", "bf16", "--engine", "openvino", "--device", "cpu"], "not in precision='bf16'"),
         (["deit_tny_patch16_224", "--against", NAME], "did you mean"),
         ([NAME, "--set", "depths=1"], "depths"),
         ([NAME, "--size", "50"], "50x50 is not divisible by the patch size 16x16"),
