@@ -63,7 +63,7 @@ ROOMS = {
     "models": {"locality", "cost", "baselines", "surgery"},
     "data": set(),
     "atomic": set(),
-    "export": {"locality", "atomic"},
+    "export": {"locality", "fusing", "atomic"},
     "training": {"locality", "cost", "baselines", "surgery", "models", "data", "export", "atomic"},
     "bench": {"locality", "cost", "fusing", "models", "export", "training"},
     "studies": {"locality", "cost", "surgery", "models", "data", "training", "bench"},

@@ -11,6 +11,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from localvit.export.info import KEY, ExportInfo
+from localvit.fusing import fuse
 from localvit.locality import ConfigError
 
 
@@ -61,6 +62,9 @@ def check_sizes(model: nn.Module, info: ExportInfo) -> None:
 def export_program(model: nn.Module, info: ExportInfo) -> ExportedProgram:
     """The graph of `model` for any batch and, with `info.size_step`, any size in such steps.
 
+    It is that of the fast form (`localvit.fuse`), where there is one: point-wise convolutions are linear
+    layers on tokens then, for which engines need not change the layout to and fro.
+
     Args:
         model: On the CPU, in evaluation mode.
         info: For sizes.
@@ -75,7 +79,14 @@ def export_program(model: nn.Module, info: ExportInfo) -> ExportedProgram:
     # Two pictures: torch.export takes a 1 for a constant.
     images = torch.zeros(2, channels, *size)
     with torch.no_grad():
-        return torch.export.export(model, (images,), dynamic_shapes=(shape,), strict=False)
+        return torch.export.export(_fast(model), (images,), dynamic_shapes=(shape,), strict=False)
+
+
+def _fast(model: nn.Module) -> nn.Module:
+    try:
+        return fuse(model, linear="linear")
+    except ValueError:  # nothing in it has a fast form
+        return model
 
 
 def write_program(program: ExportedProgram, path: Path, info: ExportInfo) -> None:

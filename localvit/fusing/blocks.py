@@ -33,6 +33,9 @@ class FastBlock(InferenceOnly, Block):
 
     attn: Any
     mlp: Any
+    plain_attention: bool
+    """Whether :func:`_attend` computes a part of ``attn``. Noted when the block was made fast: an exporter
+    may show modules as other classes than they are."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         y = x + self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
@@ -44,7 +47,8 @@ class FastBlock(InferenceOnly, Block):
     def reads_out(self) -> bool:
         """Whether :meth:`prefix_tokens` is right for this block."""
         return (
-            type(self.attn) is Attention
+            self.plain_attention
+            and isinstance(self.attn, Attention)
             and isinstance(self.mlp, FastFeedForward)
             and isinstance(self.ls2, nn.Identity)
             and not any(hooked(module) for module in self.modules())
@@ -98,6 +102,7 @@ def fuse_block(block: Any) -> str | None:
         if type(scale) is LayerScale and type(projection) is nn.Linear and not hooked(scale):
             rescale(projection, scale.gamma)
             setattr(block, name, nn.Identity().eval())
+    block.plain_attention = type(attn) is Attention
     block.__class__ = FastBlock
     return None
 

@@ -111,6 +111,28 @@ def opened(file, kinds=("onnxruntime", "openvino", "torch")):
     ]
 
 
+def convolutions(model):
+    graph = write.export_program(model.eval(), info_of(model, SIZE)).graph
+    return sum(node.target is torch.ops.aten.conv2d.default for node in graph.nodes)
+
+
+def test_the_graph_is_that_of_the_fast_form(monkeypatch):
+    model = small(depth=3)
+    assert (
+        convolutions(model) == 1 + 2
+    )  # patches; depth-wise ones of all blocks but the last, which is not read
+    monkeypatch.setenv("LOCALVIT_PLAIN", "1")
+    assert convolutions(model) == 1 + 3 * 3
+
+
+def test_what_has_no_fast_form_is_exported_as_it_is(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, SIZE), torch.nn.Flatten())
+    model.num_classes = 5
+    seen = {"input_size": (3, SIZE, SIZE), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+    info = ExportInfo.of({**seen, "crop_pct": 1.0, "crop_mode": "center"}, architecture="none", num_classes=5)
+    assert export_model(model, tmp_path / "a.pt2", "torch", info, pictures).passed
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 @torch.no_grad()
 def test_every_family(family, tmp_path, traced_once):
@@ -147,7 +169,7 @@ def test_any_size(tmp_path, traced_once):
 @torch.no_grad()
 def test_openvino_s_own_files(tmp_path):
     needs("openvino")
-    model = small().eval()
+    model = small(global_pool="avg").eval()  # reads all tokens, so all weights
     export(model, tmp_path / "model.xml", "openvino")
     assert {path.name for path in tmp_path.iterdir()} == {"model.xml", "model.bin"}
     (engine,) = opened(tmp_path / "model.xml")
