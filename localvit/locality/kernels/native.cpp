@@ -17,8 +17,8 @@ namespace {
 constexpr int LANES = 16;
 constexpr int64_t HARD_SWISH = 3, ANY = -1;
 constexpr int COLUMNS = 4;            // outputs side by side, which share what they load
-constexpr int64_t BLOCK = 128;        // channels of a unit of work, or fewer
-constexpr int SCRATCH = 96 * 1024;    // bytes of the rows that a unit of work keeps
+constexpr int SCRATCH = 192 * 1024;   // bytes of the rows that a unit of work keeps, for second-level caches
+constexpr int64_t STRIP = 8;          // tokens that a loop over channels goes along: as many streams are prefetched
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef float Anywhere __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -69,19 +69,27 @@ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // Columns of a staged row: padding on both sides, and room for the last group of outputs.
 template <int K> int64_t span(const Shape& s) { return s.width + 2 * (K / 2) + COLUMNS; }
 
-// Channels of a block: as many as let K staged rows fit into SCRATCH.
-template <int K> int64_t block_of(const Shape& s) {
-    int64_t fitting = SCRATCH / (4 * K * span<K>(s)) / LANES * LANES;
-    return smaller(fitting < LANES ? LANES : fitting > BLOCK ? BLOCK : fitting, s.channels);
+// Channels of a unit of work: all, because tokens are read faster as a whole; where images are few, a share for each
+// thread. `most` bounds them.
+int64_t block_of(const Shape& s, int64_t threads, int64_t most) {
+    const int64_t vectors = s.channels / LANES, shares = s.batch < 4 * threads ? threads : 1;
+    const int64_t block = smaller((vectors + shares - 1) / shares, most / LANES) * LANES;
+    return block < LANES ? LANES : block;
 }
 
-// Calls `work(image, first channel, channels, scratch)` for every unit of work. `floats` of scratch, zeroed.
+// As many as let K staged rows fit into SCRATCH.
+template <int K> int64_t staged_block_of(const Shape& s, int64_t threads) {
+    return block_of(s, threads, SCRATCH / (4 * K * span<K>(s)));
+}
+
+// Calls `work(image, first channel, channels, scratch)` for every unit of work. `floats` of scratch, of any value.
 template <class Work> void for_units(const Shape& s, int64_t block, int64_t floats, int64_t threads, Work work) {
     const int64_t blocks = (s.channels + block - 1) / block, units = s.batch * blocks;
     (void)threads;
 #pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1 && units > 1)
     {
-        float* scratch = static_cast<float*>(calloc(floats + LANES, sizeof(float)));
+        const int64_t whole = (floats / LANES + 1) * sizeof(Vec);
+        float* scratch = static_cast<float*>(aligned_alloc(sizeof(Vec), whole));
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < units; ++unit) {
             const int64_t c = unit % blocks * block;
@@ -91,28 +99,31 @@ template <class Work> void for_units(const Shape& s, int64_t block, int64_t floa
     }
 }
 
-// The K rows around one row of a map, staged with zeros around them. Rows enter in order; the ring is zeroed
-// when a unit of work begins, so rows above the map are zero, and `leave_out` makes those below it so.
+// The K rows around one row of a map, staged with zeros around them: for each vector of channels its columns side by
+// side, since columns a whole token apart fall on the same few sets of a cache. Rows enter in order; the ring is
+// zeroed when a unit of work begins, so rows above the map are zero, and `leave_out` makes those below it so.
 template <int K> struct Ring {
     float* rows;
     int64_t span, channels;
     float* row(int64_t i) const { return rows + (i + K) % K * span * channels; }
-    float* inside(int64_t i) const { return row(i) + K / 2 * channels; }
+    float* inside(int64_t i) const { return row(i) + K / 2 * LANES; }
+    int64_t at(int64_t j, int64_t v) const { return v * span + j * LANES; }  // column j, channels from v on
     void reset() const { clear(rows, K * span * channels); }
     void leave_out(int64_t i) const { clear(row(i), span * channels); }
 };
 
-// (D, K * K) -> (K * K, channels) from channel c on.
+// Of the tap t of channel i: vectors of channels, tap by tap.
+template <int K> int64_t tap(int64_t t, int64_t i) { return (i / LANES * K * K + t) * LANES + i % LANES; }
+
+// (D, K * K) to that order, from channel c on.
 template <int K> void taps_of(const float* weight, int64_t c, int64_t channels, bool flipped, float* out) {
     for (int t = 0; t < K * K; ++t)
         for (int64_t i = 0; i < channels; ++i)
-            out[t * channels + i] = weight[(c + i) * K * K + (flipped ? K * K - 1 - t : t)];
+            out[tap<K>(t, i)] = weight[(c + i) * K * K + (flipped ? K * K - 1 - t : t)];
 }
 
-// Calls `work(first token, last token + 1, channel)` for vectors of channels, a few tokens at a time: more of them would
-// be on too many pages of memory.
+// Calls `work(first token, last token + 1, channel)` for vectors of channels, STRIP tokens at a time.
 template <class Work> void for_strips(int64_t tokens, int64_t channels, Work work) {
-    constexpr int64_t STRIP = 16;
     for (int64_t t = 0; t < tokens; t += STRIP)
         for (int64_t v = 0; v < channels; v += LANES) work(t, smaller(tokens, t + STRIP), v);
 }
@@ -149,8 +160,8 @@ void about_mean(const Shape& s, const float* x, const float* mean, float* square
     });
 }
 
-// With both activations ACT, or with any two: no branch saves an eighth of the time.
-template <int K, int64_t ACT> struct Depthwise {
+// With activations ACT and ACT2, the paper's in inference and in training, or with any: no branch saves an eighth.
+template <int K, int64_t ACT, int64_t ACT2> struct Depthwise {
     Shape s;
     const float *x, *weight, *bias;
     Affine affine;
@@ -167,13 +178,13 @@ template <int K, int64_t ACT> struct Depthwise {
             for (int64_t j = 0; j < width; j += COLUMNS) {
                 Vec o[COLUMNS] = {start, start, start, start};
                 const auto taps_row = [&](int dy) INLINE_LAMBDA {
-                    const float* from = in[dy] + j * n + v;
+                    const float* from = in[dy] + ring.at(j, v);
                     Vec w[K];
 #pragma GCC unroll 8
-                    for (int dx = 0; dx < K; ++dx) w[dx] = load(taps + (dy * K + dx) * n + v);
+                    for (int dx = 0; dx < K; ++dx) w[dx] = load(taps + tap<K>(dy * K + dx, v));
 #pragma GCC unroll 16
                     for (int t = 0; t < K + COLUMNS - 1; ++t) {
-                        const Vec value = load(from + t * n);
+                        const Vec value = load(from + t * LANES);
 #pragma GCC unroll 8
                         for (int q = 0; q < COLUMNS; ++q)
                             if (t - q >= 0 && t - q < K) o[q] += value * w[t - q];
@@ -188,7 +199,7 @@ template <int K, int64_t ACT> struct Depthwise {
 #pragma GCC unroll 8
                 for (int q = 0; q < COLUMNS; ++q)
                     if (j + q < width) {
-                        const Vec value = activate(o[q], ACT == ANY ? act2 : ACT);
+                        const Vec value = activate(o[q], ACT2 == ANY ? act2 : ACT2);
                         store(out + (j + q) * s.channels + v, value);
                         total += value;
                     }
@@ -210,11 +221,13 @@ template <int K, int64_t ACT> struct Depthwise {
             const int64_t entering = i + K / 2;
             if (entering < s.height) {
                 float* to = ring.inside(entering);
-                for (int64_t j = 0; j < s.width; ++j)
-                    for (int64_t v = 0; v < n; v += LANES) {
-                        const Vec value = load(in + (entering * s.width + j) * s.channels + v);
-                        store(to + j * n + v, activate(affine(value, c + v), ACT == ANY ? act : ACT));
+                const float* from = in + entering * s.width * s.channels;
+                for_strips(s.width, n, [&](int64_t j, int64_t end, int64_t v) {
+                    for (; j < end; ++j) {
+                        const Vec value = affine(load(from + j * s.channels + v), c + v);
+                        store(to + ring.at(j, v), activate(value, ACT == ANY ? act : ACT));
                     }
+                });
             } else {
                 ring.leave_out(entering);
             }
@@ -225,7 +238,7 @@ template <int K, int64_t ACT> struct Depthwise {
     }
 
     void run(int64_t threads) const {
-        const int64_t block = block_of<K>(s), floats = (K * span<K>(s) + K * K) * block;
+        const int64_t block = staged_block_of<K>(s, threads), floats = (K * span<K>(s) + K * K) * block;
         for_units(s, block, floats, threads,
                   [this](int64_t image, int64_t c, int64_t n, float* p) { unit(image, c, n, p); });
     }
@@ -245,18 +258,18 @@ template <int K> struct DepthwiseBackward {
     int64_t act, act2;
 
     // Gradient of the convolved map.
-    void stage(float* to, const float* g, const float* in, int64_t image, int64_t c, int64_t n) const {
+    void stage(const Ring<K>& ring, float* to, const float* g, const float* in, int64_t image, int64_t c) const {
         const float *f = factor + image * s.channels + c, *t = term + image * s.channels + c;
-        for (int64_t v = 0; v < n; v += LANES) {
+        for_strips(s.width, ring.channels, [&](int64_t j, int64_t end, int64_t v) {
             const Vec by_g = load(by_grad + c + v), by = load(by_x + c + v), constant = load(rest + c + v);
             const Vec scale = load(f + v) * by_g, shift = load(t + v) * by_g;
-            for (int64_t j = 0; j < s.width; ++j) {
+            for (; j < end; ++j) {
                 const Vec value = load(in + j * s.channels + v);
                 const Vec a = slope(second(value, c + v), act2);
                 const Vec above = load(g + j * s.channels + v) * scale + shift;
-                store(to + j * n + v, a * above + value * by + constant);
+                store(to + ring.at(j, v), a * above + value * by + constant);
             }
-        }
+        });
     }
 
     // `w` is flipped, and so is `sum`, where the gradient of the weight is summed.
@@ -276,8 +289,8 @@ template <int K> struct DepthwiseBackward {
                 for (int dy = 0; dy < K; ++dy)
 #pragma GCC unroll 8
                     for (int dx = 0; dx < K; ++dx) {
-                        const Vec value = load(in[dy] + (j + dx) * n + v);
-                        back += value * load(w + (dy * K + dx) * n + v);
+                        const Vec value = load(in[dy] + ring.at(j + dx, v));
+                        back += value * load(w + tap<K>(dy * K + dx, v));
                         of_taps[dy * K + dx] += value * hidden;
                     }
                 back *= slope(normal, act);
@@ -288,7 +301,7 @@ template <int K> struct DepthwiseBackward {
             const int64_t channel = image * s.channels + c + v;
             add(total + channel, of_bias);
             add(moment + channel, of_scale);
-            for (int t = 0; t < K * K; ++t) add(sum + t * n + v, of_taps[t]);
+            for (int t = 0; t < K * K; ++t) add(sum + tap<K>(t, v), of_taps[t]);
         }
     }
 
@@ -305,18 +318,18 @@ template <int K> struct DepthwiseBackward {
         for (int64_t i = -(K / 2); i < s.height; ++i) {
             const int64_t entering = i + K / 2, at = entering * s.width * s.channels;
             if (entering < s.height)
-                stage(ring.inside(entering), g + at, in + at, image, c, n);
+                stage(ring, ring.inside(entering), g + at, in + at, image, c);
             else
                 ring.leave_out(entering);
             if (i >= 0) row(ring, i, w, image, c, sum);
         }
         for (int t = 0; t < K * K; ++t)  // (B, D, K * K)
             for (int64_t v = 0; v < n; ++v)
-                taps[(image * s.channels + c + v) * K * K + K * K - 1 - t] = sum[t * n + v];
+                taps[(image * s.channels + c + v) * K * K + K * K - 1 - t] = sum[tap<K>(t, v)];
     }
 
     void run(int64_t threads) const {
-        const int64_t block = block_of<K>(s), floats = (K * span<K>(s) + 2 * K * K) * block;
+        const int64_t block = staged_block_of<K>(s, threads), floats = (K * span<K>(s) + 2 * K * K) * block;
         for_units(s, block, floats, threads,
                   [this](int64_t image, int64_t c, int64_t n, float* p) { unit(image, c, n, p); });
     }
@@ -334,11 +347,12 @@ void localvit_depthwise(const float* x, const float* weight, const float* bias, 
                         int64_t act2, int64_t threads) {
     const Shape s{batch, height, width, channels, prefix};
     const Affine affine{scale, shift};
-#define RUN(K, ACT) Depthwise<K, ACT>{s, x, weight, bias, affine, y, means, squares, act, act2}.run(threads)
-    if (k == 3 && act == HARD_SWISH && act2 == HARD_SWISH) RUN(3, HARD_SWISH);
-    else if (k == 3) RUN(3, ANY);
-    else if (k == 5) RUN(5, ANY);
-    else if (k == 7) RUN(7, ANY);
+#define RUN(K, ACT, ACT2) Depthwise<K, ACT, ACT2>{s, x, weight, bias, affine, y, means, squares, act, act2}.run(threads)
+    if (k == 3 && act == HARD_SWISH && act2 == HARD_SWISH) RUN(3, HARD_SWISH, HARD_SWISH);
+    else if (k == 3 && act == HARD_SWISH && act2 == 0) RUN(3, HARD_SWISH, 0);
+    else if (k == 3) RUN(3, ANY, ANY);
+    else if (k == 5) RUN(5, ANY, ANY);
+    else if (k == 7) RUN(7, ANY, ANY);
 #undef RUN
 }
 
@@ -370,7 +384,7 @@ void localvit_squeeze(float* x, const float* means, const float* first, const fl
 void localvit_moments(const float* x, float* means, float* squares, int64_t batch, int64_t tokens,
                       int64_t channels, int64_t threads) {
     const Shape s{batch, 1, tokens, channels};
-    for_units(s, smaller(BLOCK, channels), 0, threads, [=](int64_t image, int64_t c, int64_t n, float*) {
+    for_units(s, block_of(s, threads, channels), 0, threads, [=](int64_t image, int64_t c, int64_t n, float*) {
         const float* in = x + image * tokens * channels + c;
         float* sum = means + image * channels + c;
         clear(sum, n);
@@ -391,7 +405,7 @@ void localvit_activated(const float* x, const float* scale, const float* shift, 
                         int64_t threads) {
     const Shape s{batch, 1, tokens, channels};
     const Affine affine{scale, shift};
-    for_units(s, smaller(BLOCK, channels), 0, threads, [=](int64_t image, int64_t c, int64_t n, float*) {
+    for_units(s, block_of(s, threads, channels), 0, threads, [=](int64_t image, int64_t c, int64_t n, float*) {
         const int64_t start = image * tokens * channels + c, channel = image * channels + c;
         if (means) clear(means + channel, n);
         for_strips(tokens, n, [&](int64_t t, int64_t end, int64_t v) {
@@ -416,7 +430,7 @@ void localvit_gate_sums(const float* grad, const float* x, const float* scale,
                         int64_t batch, int64_t tokens, int64_t channels, int64_t act, int64_t threads) {
     const Shape s{batch, 1, tokens, channels};
     const Affine affine{scale, shift};
-    for_units(s, smaller(BLOCK, channels), 0, threads, [=](int64_t image, int64_t c, int64_t n, float*) {
+    for_units(s, block_of(s, threads, channels), 0, threads, [=](int64_t image, int64_t c, int64_t n, float*) {
         const int64_t start = image * tokens * channels + c;
         const float *g = grad + start, *in = x + start;
         float* sums[5];
@@ -468,7 +482,7 @@ void localvit_depthwise_backward(float* grad, const float* x, const float* below
 void localvit_combine(float* grad, const float* x, const float* by_grad, const float* by_x, const float* rest,
                       int64_t batch, int64_t tokens, int64_t channels, int64_t threads) {
     const Shape s{batch, 1, tokens, channels};
-    for_units(s, smaller(BLOCK, channels), 0, threads, [=](int64_t image, int64_t c, int64_t n, float*) {
+    for_units(s, block_of(s, threads, channels), 0, threads, [=](int64_t image, int64_t c, int64_t n, float*) {
         for_strips(tokens, n, [&](int64_t t, int64_t end, int64_t v) {
             const Vec by_g = load(by_grad + c + v), by = load(by_x + c + v), constant = load(rest + c + v);
             for (; t < end; ++t) {
