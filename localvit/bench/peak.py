@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from localvit.bench.measure import Work, interleaved, timer_for
-from localvit.fusing.linear import conv_linear, pack, packed_available, packed_linear
+from localvit.fusing.linear import conv_linear
+from localvit.locality.kernels.packed import pack, packed_available, packed_linear
 
 _ROUNDS = 5
 # (rows, in, out): a layer of a small transformer, and larger ones that reuse each number more often.

@@ -16,8 +16,9 @@ from localvit.baselines.pvt_stage import Block as PvtBlock
 from localvit.baselines.t2t_vit import T2TViT
 from localvit.fusing import blocks
 from localvit.fusing.feed_forward import fuse_locality, fuse_mlp, hooked
-from localvit.fusing.linear import Route, RoutedLinear, chosen_route, fastest_route, packed_available
+from localvit.fusing.linear import RoutedLinear, fastest_route
 from localvit.locality import LocalityFeedForward
+from localvit.locality.kernels.packed import Route, chosen_route, packed_available
 from localvit.locality.switch import plain_forms
 from localvit.surgery.plan import refuse_wrapped
 

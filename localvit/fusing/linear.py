@@ -5,11 +5,10 @@ to oneDNN. Which is faster depends on the processor (twice as fast on some AMD, 
 short timing decides.
 """
 
-import os
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +16,7 @@ from torch import Tensor, nn
 
 from localvit.fusing.inference import InferenceOnly
 from localvit.locality.grid import map_to_tokens, tokens_to_row
-
-Route = Literal["linear", "conv", "packed"]
-VARIABLE = "LOCALVIT_LINEAR"
+from localvit.locality.kernels.packed import Route, pack, packed_available, packed_linear
 
 # Rows of the probe: about two images of a plain transformer with 14 x 14 patches.
 _ROWS = 392
@@ -86,43 +83,6 @@ def conv_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     row = tokens_to_row(x.reshape(1, -1, x.shape[-1]))
     y = F.conv2d(row, weight[:, :, None, None], bias)
     return map_to_tokens(y).reshape(*x.shape[:-1], weight.shape[0])
-
-
-def pack(weight: Tensor) -> Tensor:
-    """Weights in oneDNN's own order."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-    return packed
-
-
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """``F.linear`` with weights from :func:`pack`."""
-    y = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), packed, bias, "none", [], "")
-    return y.view(*x.shape[:-1], out_features)
-
-
-@lru_cache(maxsize=1)
-def packed_available() -> bool:
-    """Whether this PyTorch has the private operators and they compute what they should."""
-    try:
-        x, weight, bias = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
-        y = packed_linear(x, pack(weight), bias, 4)
-        return torch.allclose(y, F.linear(x, weight, bias), atol=1e-5)
-    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
-        return False
-
-
-def chosen_route(argument: Route | None) -> Route | None:
-    """The route that the caller, else the environment, asks for; ``None`` leaves it to the probe.
-
-    Raises:
-        ValueError: for a value that is none of the routes.
-    """
-    source, value = ("linear", argument) if argument is not None else (VARIABLE, os.environ.get(VARIABLE))
-    if not value:
-        return None
-    if value not in get_args(Route):
-        raise ValueError(f"{source}={value!r} is not accepted (accepted: {', '.join(get_args(Route))})")
-    return value  # type: ignore[return-value]
 
 
 def fastest_route(weight: Tensor) -> Route:

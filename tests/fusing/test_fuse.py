@@ -20,6 +20,7 @@ from localvit.fusing import feed_forward as fast
 from localvit.fusing import linear as routes
 from localvit.fusing.blocks import FastBlock
 from localvit.locality import HiddenLocality
+from localvit.locality.kernels.packed import packed_available
 
 from ..locality.test_feed_forward import configurations
 from ..models.test_names import CASES, SAME, images, make
@@ -338,7 +339,7 @@ def test_images_in_parts(monkeypatch):
 
 @torch.no_grad()
 def test_copies_pickles_and_moves():
-    fused = localvit.fuse(local(), linear="packed" if routes.packed_available() else "conv")
+    fused = localvit.fuse(local(), linear="packed" if packed_available() else "conv")
     x = photos()
     want = fused(x)
     for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
@@ -450,7 +451,7 @@ def routed(model: nn.Module) -> set[str]:
 @pytest.mark.parametrize("route", ["linear", "conv", "packed"])
 @torch.no_grad()
 def test_every_route_gives_the_same(route, monkeypatch):
-    if route == "packed" and not routes.packed_available():
+    if route == "packed" and not packed_available():
         pytest.skip("this PyTorch has no packed linear layers")
     model, x = local(LocalityConfig(prefix="mlp")), photos()
     fused = localvit.fuse(model, linear=route)
@@ -466,7 +467,7 @@ def test_every_route_gives_the_same(route, monkeypatch):
 @torch.inference_mode()
 def test_models_made_and_copied_in_inference_mode(route):
     """Whose tensors do not say when they change."""
-    if route == "packed" and not routes.packed_available():
+    if route == "packed" and not packed_available():
         pytest.skip("this PyTorch has no packed linear layers")
     model, x = local(), photos()
     fused = localvit.fuse(model, linear=route)

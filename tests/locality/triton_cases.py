@@ -112,6 +112,9 @@ def test_a_training_step_equals_the_plain_modules(monkeypatch, config):
     fast = run(ffn, x)
     assert used == ["TritonSteps"]
     assert fast.keys() == plain.keys()
+    # A norm by batch statistics takes a constant away: zero, of which plain modules leave rounding.
+    for name in {"conv.bias"} & fast.keys():
+        torch.testing.assert_close(fast.pop(name), plain.pop(name), rtol=0, atol=2e-3)
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
 
 

@@ -6,11 +6,11 @@ Two sets of kernels are its operators, with the same functions by the same names
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localvit.locality.grid import map_to_tokens, tokens_to_map, tokens_to_row
 from localvit.locality.kernels.backend import backend_for
+from localvit.locality.kernels.packed import plain_linear
 from localvit.locality.kernels.pieces import activation
 from localvit.locality.kernels.steps import Pass, Steps, Tensors
 
@@ -26,6 +26,9 @@ class FusedSteps(Steps):
     """
 
     operators: Any
+
+    linear = staticmethod(plain_linear)
+    """``F.linear``, whose result may be in memory that is given for it."""
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance (uncorrected) for each channel of tokens (B, N, D)."""
@@ -47,7 +50,7 @@ class FusedSteps(Steps):
 
     def forward(self) -> Tensor:
         how, p, kept = self.how, self.p, self.kept
-        expanded = F.linear(self.x, p["fc1.weight"].flatten(1), p.get("fc1.bias"))
+        expanded = self.linear(self.x, p["fc1.weight"].flatten(1), p.get("fc1.bias"), None)
         kept["expanded"] = tokens_to_row(expanded)
         self._note(1, *self.moments(expanded))
         weight, bias = p["conv.weight"], p.get("conv.bias")
@@ -93,19 +96,16 @@ class FusedSteps(Steps):
         patches = self.through_norm(patches, found["norm1.weight"], found["norm1.bias"])
         self._linear_gradients("fc1", patches, self.x)
         if self.needed["x"]:
-            found["x"] = patches @ self.p["fc1.weight"].flatten(1)
+            found["x"] = self.linear(patches, self.p["fc1.weight"].flatten(1).t(), None, None)
         if "conv.bias" in self.p:  # a norm by batch statistics takes a constant away again
             found["conv.bias"] = torch.zeros_like(self.p["conv.bias"])
         return found
 
     def _projection_gradient(self, row: Tensor) -> Tensor:
-        """Gradient of the gated tokens, in the memory of the gated tokens: fresh memory costs more time on
-        a CPU than it takes to fill."""
+        """Gradient of the gated tokens."""
         upward, gated = map_to_tokens(row), self.gated_tokens()
         self._linear_gradients("fc2", upward, gated)
-        weight = self.p["fc2.weight"].flatten(1)
-        torch.mm(upward.flatten(0, 1), weight, out=gated.view(-1, gated.shape[-1]))
-        return gated
+        return self.linear(upward, self.p["fc2.weight"].flatten(1).t(), None, gated)
 
     def _linear_gradients(self, name: str, grad: Tensor, x: Tensor) -> None:
         weight, bias = self.p[f"{name}.weight"], f"{name}.bias"

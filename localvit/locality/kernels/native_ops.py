@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from localvit.locality.grid import Grid, map_to_tokens, tokens_to_map
 from localvit.locality.kernels.native_build import library
+from localvit.locality.kernels.packed import linear_once
 
 KERNEL_SIZES = (3, 5, 7)
 # Channels come in vectors of so many.
@@ -162,7 +163,7 @@ def gated_projection(
     x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor, weight: Tensor, act: int
 ) -> Tensor:
     """``(act(x * scale + shift) * gate) @ weight.T``: (B, N, D), gate (B, D), weight (C, D) -> (B, N, C)."""
-    return F.linear(activated(x, scale, shift, gate, act), weight)
+    return linear_once(activated(x, scale, shift, gate, act), weight)
 
 
 @torch.library.custom_op("localvit::native_gate_sums", mutates_args=())

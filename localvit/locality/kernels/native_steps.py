@@ -5,10 +5,13 @@ from torch import Tensor
 from localvit.locality.grid import map_to_tokens
 from localvit.locality.kernels import native_ops
 from localvit.locality.kernels.fused_steps import FusedSteps
+from localvit.locality.kernels.packed import linear_once
 
 
 class NativeSteps(FusedSteps):
     operators = native_ops
+
+    linear = staticmethod(linear_once)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return native_ops.moments(x)
