@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from localvit.fusing.inference import InferenceOnly
 from localvit.locality.grid import map_to_tokens, tokens_to_row
@@ -33,7 +34,7 @@ class RoutedLinear(InferenceOnly, nn.Linear):
     * ``"linear"``: ``F.linear``.
     * ``"conv"``: a 1 x 1 convolution of the rows as a channels-last map.
     * ``"packed"``: oneDNN with weights reordered once. These operators are private to PyTorch, so wherever
-      they do not apply (another type or device, autocast, compilation, export) it is ``F.linear``.
+      they do not apply (another type or device, autocast, export) it is ``F.linear``.
     """
 
     route: Route = "linear"
@@ -43,18 +44,21 @@ class RoutedLinear(InferenceOnly, nn.Linear):
         if self.route == "conv":
             return conv_linear(x, self.weight, self.bias)
         if self.route == "packed" and self._packable(x):
+            if torch.compiler.is_compiling():
+                return frozen_linear(x, self.weight, self.bias)
             return packed_linear(x, self._packed_weight(), self.bias, self.out_features)
         return F.linear(x, self.weight, self.bias)
 
     def _packable(self, x: Tensor) -> bool:
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
         return (
             not traced
             and x.dtype == self.weight.dtype == torch.float32
             and x.device.type == self.weight.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")
             and not (torch.is_grad_enabled() and x.requires_grad)
-            and not self.weight.is_inference()  # of these nobody knows when they change
+            # Of these nobody knows when they change; compilation holds them for constant anyway.
+            and (torch.compiler.is_compiling() or not self.weight.is_inference())
         )
 
     def _packed_weight(self) -> Tensor:
@@ -68,6 +72,27 @@ class RoutedLinear(InferenceOnly, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, route={self.route!r}"
+
+
+_packs = WeakTensorKeyDictionary()  # of weights in compiled graphs: version, packed weights
+
+
+def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    version = None if weight.is_inference() else weight._version
+    if weight not in _packs or _packs[weight][0] != version:
+        _packs[weight] = (version, pack(weight))
+    return packed_linear(x, _packs[weight][1], bias, len(weight))
+
+
+# A compiled graph takes no packed weights, only an operator that packs them when it first meets them.
+torch.library.define("localvit::frozen_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.impl("localvit::frozen_linear", "cpu", _frozen_linear)
+frozen_linear = torch.ops.localvit.frozen_linear.default
+
+
+@torch.library.register_fake("localvit::frozen_linear")
+def _(x, weight, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], len(weight)))
 
 
 def without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import DropPath
@@ -474,6 +475,40 @@ def test_models_made_and_copied_in_inference_mode(route):
     assert not any(tensor.is_inference() for tensor in fused.parameters())
     assert_same(fused(x), model(x))
     assert_same(copy.deepcopy(fused)(x), model(x))
+
+
+@pytest.mark.skipif(not packed_available(), reason="this PyTorch has no packed linear layers")
+@torch.no_grad()
+def test_compiled_graphs_pack_weights_by_an_operator(monkeypatch):
+    model, x = local(), photos()
+    fused = localvit.fuse(model, linear="packed")
+    graphs = []
+    compiled = torch.compile(fused, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    assert_same(compiled(x), model(x))
+    targets = [node.target for graph in graphs for node in graph.graph.nodes]
+    assert (
+        targets.count(routes.frozen_linear) == 6
+    )  # two blocks and the head, but one sliced and two not read
+    monkeypatch.setattr(routes, "pack", None)
+    assert_same(compiled(x), model(x))  # they are packed already
+
+
+@pytest.mark.skipif(not packed_available(), reason="this PyTorch has no packed linear layers")
+def test_the_operator_of_compiled_graphs():
+    x, weight, bias = torch.randn(2, 3, 5), torch.randn(4, 5), torch.randn(4)
+    torch.library.opcheck(
+        routes.frozen_linear, (x, weight, bias), test_utils=("test_schema", "test_faketensor")
+    )
+    torch.testing.assert_close(routes.frozen_linear(x, weight, bias), F.linear(x, weight, bias))
+    weight.mul_(2)
+    torch.testing.assert_close(routes.frozen_linear(x, weight, None), F.linear(x, weight))
+    with torch.inference_mode():
+        constant = torch.randn(4, 5)
+        for _ in range(2):
+            torch.testing.assert_close(routes.frozen_linear(x, constant, None), F.linear(x, constant))
+    held = len(routes._packs)
+    del constant
+    assert len(routes._packs) == held - 1
 
 
 def test_the_probe_decides_where_nothing_is_asked_for(monkeypatch):
