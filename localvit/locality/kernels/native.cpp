@@ -70,9 +70,11 @@ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 template <int K> int64_t span(const Shape& s) { return s.width + 2 * (K / 2) + COLUMNS; }
 
 // Channels of a unit of work: all, because tokens are read faster as a whole; where images are few, a share for each
-// thread. `most` bounds them.
+// thread, but one image is not shared by two threads: what is prefetched of one's channels are the other's, and to
+// have them fetched back takes longer than to compute all. `most` bounds them.
 int64_t block_of(const Shape& s, int64_t threads, int64_t most) {
-    const int64_t vectors = s.channels / LANES, shares = s.batch < 4 * threads ? threads : 1;
+    const bool whole = s.batch >= 4 * threads || (s.batch == 1 && threads == 2);
+    const int64_t vectors = s.channels / LANES, shares = whole ? 1 : threads;
     const int64_t block = smaller((vectors + shares - 1) / shares, most / LANES) * LANES;
     return block < LANES ? LANES : block;
 }
@@ -82,20 +84,34 @@ template <int K> int64_t staged_block_of(const Shape& s, int64_t threads) {
     return block_of(s, threads, SCRATCH / (4 * K * span<K>(s)));
 }
 
+// Memory of this thread, of any value. It is kept: to get it anew would take as long as a small map's work.
+float* scratch_of(int64_t floats) {
+    static thread_local struct Kept {
+        void* memory = nullptr;
+        int64_t bytes = 0;
+        ~Kept() { free(memory); }
+    } kept;
+    const int64_t bytes = (floats / LANES + 1) * sizeof(Vec);
+    if (kept.bytes < bytes) {
+        free(kept.memory);
+        kept.memory = aligned_alloc(sizeof(Vec), bytes);
+        kept.bytes = bytes;
+    }
+    return static_cast<float*>(kept.memory);
+}
+
 // Calls `work(image, first channel, channels, scratch)` for every unit of work. `floats` of scratch, of any value.
 template <class Work> void for_units(const Shape& s, int64_t block, int64_t floats, int64_t threads, Work work) {
     const int64_t blocks = (s.channels + block - 1) / block, units = s.batch * blocks;
     (void)threads;
 #pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1 && units > 1)
     {
-        const int64_t whole = (floats / LANES + 1) * sizeof(Vec);
-        float* scratch = static_cast<float*>(aligned_alloc(sizeof(Vec), whole));
+        float* scratch = scratch_of(floats);
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < units; ++unit) {
             const int64_t c = unit % blocks * block;
             work(unit / blocks, c, smaller(block, s.channels - c), scratch);
         }
-        free(scratch);
     }
 }
 
