@@ -22,6 +22,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from roofline import roofline
 from timm.layers import SqueezeExcite
@@ -44,6 +45,7 @@ from localvit.bench.measure import Work, using_threads, without_gradients
 from localvit.cost import count_macs
 from localvit.export import ExportInfo
 from localvit.export.program import first_line
+from localvit.locality.kernels.packed import pack, packed_available, packed_linear
 from localvit.locality.switch import VARIABLE
 from localvit.training.memory import measure_step
 
@@ -266,6 +268,22 @@ def roof(batch: int, rounds: int) -> dict[str, object]:
     )
 
 
+def by_route(rounds: int, rows: int = 1576, inside: int = 192, out: int = 768) -> str:
+    """How fast the libraries compute a linear layer of the feed-forward network at batch 8: what there is to
+    gain over timm's model depends on it."""
+    x, weight, bias = torch.randn(rows, inside), torch.randn(out, inside), torch.randn(out)
+    works: dict[str, Work] = {"F.linear": without_gradients(lambda: F.linear(x, weight, bias))}
+    if packed_available():
+        packed = pack(weight)
+        works["oneDNN packed"] = without_gradients(lambda: packed_linear(x, packed, bias, out))
+    seconds = interleaved(works, rounds, at_least=SHORTEST)
+    speeds = (
+        f"{name} {2 * rows * inside * out / Quartiles.of(times).median / 1e9:.4g}"
+        for name, times in seconds.items()
+    )
+    return f"A linear layer of {rows} x {inside} x {out}, GFLOP/s: {', '.join(speeds)}."
+
+
 def parts(quick: bool) -> Iterator[tuple[str, int, Callable[[], Iterator[Row]]]]:
     """(what, threads, its rows), in the order of the table."""
     rounds = 2 if quick else 11
@@ -319,12 +337,13 @@ def main() -> None:
         status.update("roofline")
         with using_threads(1):
             under = roof(1 if args.quick else 8, 2 if args.quick else 11)
+            under["linear"] = by_route(2 if args.quick else 21)
             setting = Setting.here(CPU)
     about = (
         f"# LocalViT-T beside DeiT-T\n\n{setting}.{' ' + args.note if args.note else ''}\n\n"
         "224 px, float32; T threads, B pictures in a call; medians of turns [quartiles]. Times of the first "
         f"by those of the second: below 1, the first is faster. Peak of one thread: "
-        f"{under['peak_gflops']:.4g} GFLOP/s ({under['peak_matmul']}).\n"
+        f"{under['peak_gflops']:.4g} GFLOP/s ({under['peak_matmul']}). {under['linear']}\n"
     )
     header = ("what", "where", "value", "goal", "")
     hardware = setting.machine.removesuffix(", 1 thread")
