@@ -18,15 +18,16 @@ from .test_lean import feed_forward, run, spy
 ROOT = Path(__file__).parents[2]
 
 
-def _can_be_built() -> bool:
+def _has_compiler() -> bool:
+    """A source that it does not compile is no reason to skip a test."""
     try:
-        native_build.load(native_build.cache_folder())
-    except (native_build.Unavailable, OSError):
+        native_build._compiler()
+    except native_build.Unavailable:
         return False
     return True
 
 
-needs_compiler = pytest.mark.skipif(not _can_be_built(), reason="the native kernels cannot be built here")
+needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="no C++ compiler is installed")
 
 
 @pytest.fixture
