@@ -61,6 +61,21 @@ def spy(monkeypatch) -> list[str]:
     return used
 
 
+def check_step(monkeypatch, ffn: nn.Module, tokens: Tensor, form: str, atol: float = 1e-4) -> None:
+    """A training step by ``form`` of the lean pass equals one by the plain modules, in single precision."""
+    monkeypatch.setenv("LOCALVIT_PLAIN", "1")
+    plain = run(ffn, tokens)
+    monkeypatch.setenv("LOCALVIT_PLAIN", "0")
+    used = spy(monkeypatch)
+    fast = run(ffn, tokens)
+    assert used == [form]
+    assert fast.keys() == plain.keys()
+    # A norm by batch statistics takes a constant away: zero, of which plain modules leave rounding.
+    for name in {"conv.bias"} & fast.keys():
+        torch.testing.assert_close(fast.pop(name), plain.pop(name), rtol=0, atol=2e-3)
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=atol)
+
+
 def both(monkeypatch, ffn: nn.Module, tokens: Tensor, call=None) -> tuple[dict, dict]:
     """A step by the lean pass and one by the plain modules."""
     assert lean_applies(ffn, tokens)

@@ -21,7 +21,7 @@ from .kernel_cases import (
     tokens,
     vectors,
 )
-from .test_lean import GRID, feed_forward, run, spy
+from .test_lean import GRID, check_step, feed_forward, run, spy
 from .test_native_build import needs_compiler
 
 pytestmark = needs_compiler
@@ -222,17 +222,7 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_a_training_step_equals_the_plain_modules(monkeypatch, config):
     ffn, x = feed_forward(config, dim=16).float(), torch.randn(3, 14, 16, requires_grad=True)
-    monkeypatch.setenv("LOCALVIT_PLAIN", "1")
-    plain = run(ffn, x)
-    monkeypatch.setenv("LOCALVIT_PLAIN", "0")
-    used = spy(monkeypatch)
-    fast = run(ffn, x)
-    assert used == ["NativeSteps"]
-    assert fast.keys() == plain.keys()
-    # A norm by batch statistics takes a constant away: zero, of which plain modules leave rounding.
-    for name in {"conv.bias"} & fast.keys():
-        torch.testing.assert_close(fast.pop(name), plain.pop(name), rtol=0, atol=2e-3)
-    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
+    check_step(monkeypatch, ffn, x, "NativeSteps")
 
 
 def test_frozen_parameters_get_no_gradient(monkeypatch):

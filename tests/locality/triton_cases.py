@@ -25,7 +25,7 @@ from .kernel_cases import (
     tokens,
     vectors,
 )
-from .test_lean import feed_forward, run, spy
+from .test_lean import check_step, feed_forward, spy
 
 # Batch, height, width, channels, kernel, act, act2, data type, and programs that are enough (so that one
 # program has one tile of 32 tokens, all tiles of its image, or two of three).
@@ -104,18 +104,8 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_a_training_step_equals_the_plain_modules(monkeypatch, config):
     ffn, x = feed_forward(config).float(), torch.randn(3, 14, 6, requires_grad=True)
-    monkeypatch.setenv("LOCALVIT_PLAIN", "1")
-    plain = run(ffn, x)
-    monkeypatch.setenv("LOCALVIT_PLAIN", "0")
     monkeypatch.setenv("LOCALVIT_KERNELS", "triton")
-    used = spy(monkeypatch)
-    fast = run(ffn, x)
-    assert used == ["TritonSteps"]
-    assert fast.keys() == plain.keys()
-    # A norm by batch statistics takes a constant away: zero, of which plain modules leave rounding.
-    for name in {"conv.bias"} & fast.keys():
-        torch.testing.assert_close(fast.pop(name), plain.pop(name), rtol=0, atol=2e-3)
-    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
+    check_step(monkeypatch, ffn, x, "TritonSteps")
 
 
 @pytest.mark.parametrize(
