@@ -22,7 +22,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from roofline import roofline
 from timm.layers import SqueezeExcite
@@ -42,10 +41,10 @@ from localvit.bench.comparison import (
 from localvit.bench.engines import EngineName, check_engine, open_on
 from localvit.bench.machine import memory_growth
 from localvit.bench.measure import Work, using_threads, without_gradients
+from localvit.bench.peak import matmuls
 from localvit.cost import count_macs
 from localvit.export import ExportInfo
 from localvit.export.program import first_line
-from localvit.locality.kernels.packed import pack, packed_available, packed_linear
 from localvit.locality.switch import VARIABLE
 from localvit.training.memory import measure_step
 
@@ -271,11 +270,8 @@ def roof(batch: int, rounds: int) -> dict[str, object]:
 def by_route(rounds: int, rows: int = 1576, inside: int = 192, out: int = 768) -> str:
     """How fast the libraries compute a linear layer of the feed-forward network at batch 8: what there is to
     gain over timm's model depends on it."""
-    x, weight, bias = torch.randn(rows, inside), torch.randn(out, inside), torch.randn(out)
-    works: dict[str, Work] = {"F.linear": without_gradients(lambda: F.linear(x, weight, bias))}
-    if packed_available():
-        packed = pack(weight)
-        works["oneDNN packed"] = without_gradients(lambda: packed_linear(x, packed, bias, out))
+    products = matmuls(rows, inside, out, CPU, torch.float32)
+    works = {each.words.partition(",")[0]: without_gradients(each.work) for each in products}
     seconds = interleaved(works, rounds, at_least=SHORTEST)
     speeds = (
         f"{name} {2 * rows * inside * out / Quartiles.of(times).median / 1e9:.4g}"

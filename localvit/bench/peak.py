@@ -40,14 +40,15 @@ def fastest_matmul(device: torch.device, dtype: torch.dtype = torch.float32) -> 
     a busy moment makes a run slower, never faster.
     """
     known = "cuda" if device.type == "cuda" else "cpu"
-    candidates = [each for shape in _SHAPES[known] for each in _matmuls(*shape, device, dtype)]
+    candidates = [each for shape in _SHAPES[known] for each in matmuls(*shape, device, dtype)]
     with torch.inference_mode():
         works = {each.words: each.work for each in candidates}
         seconds = interleaved(works, _ROUNDS, timer=timer_for(device))
     return max(candidates, key=lambda each: each.flops / min(seconds[each.words]))
 
 
-def _matmuls(rows: int, inside: int, out: int, device: torch.device, dtype: torch.dtype) -> Iterator[Matmul]:
+def matmuls(rows: int, inside: int, out: int, device: torch.device, dtype: torch.dtype) -> Iterator[Matmul]:
+    """The products of (rows, inside) by (inside, out), with a bias, by every library there is for them."""
     x, weight = (torch.rand(n, inside, device=device, dtype=dtype) for n in (rows, out))
     bias = torch.rand(out, device=device, dtype=dtype)
     shape, flops = f"{rows} x {inside} x {out}", 2 * rows * inside * out
