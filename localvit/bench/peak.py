@@ -57,4 +57,4 @@ def matmuls(rows: int, inside: int, out: int, device: torch.device, dtype: torch
         yield Matmul(f"1 x 1 convolution, {shape}", flops, lambda: conv_linear(x, weight, bias))
         if dtype == torch.float32 and packed_available():
             packed = pack(weight)
-            yield Matmul(f"oneDNN packed, {shape}", flops, lambda: packed_linear(x, packed, bias, out))
+            yield Matmul(f"oneDNN packed, {shape}", flops, lambda: packed_linear(x, packed, bias))

@@ -10,7 +10,7 @@ A fast form is the copied module with its class changed, so paths, attributes an
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ CHUNK_BYTES = 2**22
 
 # One prefix token for so many others, or fewer, takes part in linear layers where it could be left out.
 RIDERS = 64
+
+_ACTIVATIONS = native_ops.ACTIVATIONS
 
 _IN_PLACE = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU)
 
@@ -109,32 +111,45 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
 
     def on_patches(self, x: Tensor, lattice: Grid | None) -> Tensor:
         assert lattice is not None
-        if self.native and native_applies(x, self.fc1, self.act1, self.conv, self.act2, self.fc2):
-            return self._natively(x, lattice)
+        if self.native:
+            layers = children_of(self, "fc1", "act1", "conv", "act2", "fc2")
+            if native_applies(x, *layers):
+                return self._natively(x, lattice, *layers)
         x, lattice = patches_of(x, lattice), Grid(lattice.height, lattice.width)
         if self.conv_first:
             x = self._convolve(x, lattice)
         h = self._hide(self._activate_expanded(self.fc1(x)), lattice)
         if self.gate is not None:
-            h = self._gated(h, h.mean(1), natively=False)
+            h = self._gated(h, h.mean(1))
         return _on_tokens(self.norm3, self.fc2(h))
 
-    def _natively(self, x: Tensor, lattice: Grid) -> Tensor:
+    def _natively(
+        self,
+        x: Tensor,
+        lattice: Grid,
+        fc1: nn.Module,
+        act1: nn.Module,
+        conv: Any,
+        act2: nn.Module,
+        fc2: nn.Module,
+    ) -> Tensor:
         """Few prefix tokens go through the linear layers too, and what becomes of them is dropped: that costs
         less than to copy all others away from them."""
         tokens = lattice.height * lattice.width
         if lattice.num_prefix_tokens * RIDERS > tokens:
             x = patches_of(x, lattice)
-        act, act2 = (native_ops.ACTIVATIONS.get(type(layer)) for layer in (self.act1, self.act2))
-        h, shift = (self.act1(self.fc1(x)), None) if act is None else without_bias(self.fc1, x)
+        before, after = _ACTIVATIONS.get(type(act1)), _ACTIVATIONS.get(type(act2))
+        h, shift = (act1(fc1(x)), None) if before is None else without_bias(fc1, x)
         h = h.contiguous()  # a layer that somebody put there may give anything
-        mean = depthwise_in_place(h, self.conv, lattice, act or 0, act2 or 0, shift)
-        if act2 is None:
-            h = self.act2(h)
+        gate = self.gate
+        squeeze = () if gate is None or after is None else _squeeze_of(gate)
+        mean = depthwise_in_place(h, conv, lattice, before or 0, after or 0, shift, squeeze)
+        if after is None:
+            h = act2(h)
             mean = h[:, -tokens:].mean(1)
-        if self.gate is not None:
-            h = self._gated(h, mean, natively=True)
-        return _on_tokens(self.norm3, self.fc2(h))[:, -tokens:]
+        if gate is not None and not squeeze:
+            h = self._gated(h, mean)
+        return _on_tokens(self.norm3, fc2(h))[:, -tokens:]
 
     def on_prefix(self, x: Tensor) -> Tensor | None:
         if self.prefix != "mlp":
@@ -152,13 +167,9 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
             return self.act1(_on_tokens(self.norm1, x))
         return _on_tokens(self.norm1, self.act1(x))
 
-    def _gated(self, h: Tensor, mean: Tensor, natively: bool) -> Tensor:
+    def _gated(self, h: Tensor, mean: Tensor) -> Tensor:
         """The hidden map (b, T, D), times its channel weights, in place; ``mean`` (b, D) of its patches."""
         gate: Any = self.gate
-        if natively and _squeezes(gate):
-            first, second = gate.fc1, gate.fc2
-            native_ops.squeeze_(h, mean, first.weight, first.bias, second.weight, second.bias)
-            return h
         if isinstance(gate, EcaModule):
             weights = gate.gate(gate.conv(mean.unsqueeze(1))).squeeze(1)
         else:
@@ -235,12 +246,18 @@ def native_applies(x: Tensor, *layers: nn.Module) -> bool:
 
 
 def depthwise_in_place(
-    x: Tensor, conv: Any, lattice: Grid, act: int, act2: int, shift: Tensor | None = None
+    x: Tensor,
+    conv: Any,
+    lattice: Grid,
+    act: int,
+    act2: int,
+    shift: Tensor | None = None,
+    squeeze: Sequence[Tensor] = (),
 ) -> Tensor:
     """Depth-wise convolution of the last tokens of (b, T, D) between two activations, ``shift`` (D) added
-    before; returns means over them."""
+    before, times the gate of ``squeeze`` if there is one; returns means over them, without the gate."""
     height, width, _ = lattice
-    return native_ops.depthwise_stage_(x, shift, conv.weight, conv.bias, height, width, act, act2)
+    return native_ops.depthwise_stage_(x, shift, conv.weight, conv.bias, squeeze, height, width, act, act2)
 
 
 def patches_of(x: Tensor, lattice: Grid | None) -> Tensor:
@@ -249,10 +266,21 @@ def patches_of(x: Tensor, lattice: Grid | None) -> Tensor:
     return x if lattice is None else x[:, lattice.num_prefix_tokens :].contiguous()
 
 
-def _squeezes(gate: Any) -> bool:
-    """Whether ``gate`` is still the one that the native kernel computes."""
-    layers = (gate.fc1, gate.fc2) if type(gate.gate) is Clamp and type(gate.act) is nn.ReLU else ()
-    return bool(layers) and all(isinstance(layer, nn.Linear) and not hooked(layer) for layer in layers)
+def _squeeze_of(gate: Any) -> Sequence[Tensor]:
+    """Weights and biases of the gate that the native kernel computes; nothing if it is another one."""
+    if type(gate) is not SqueezeExcite:
+        return ()
+    first, act, second, clamp = children_of(gate, "fc1", "act", "fc2", "gate")
+    known = isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+    if not known or type(act) is not nn.ReLU or type(clamp) is not Clamp or hooked(first) or hooked(second):
+        return ()
+    return first.weight, first.bias, second.weight, second.bias
+
+
+def children_of(module: nn.Module, *names: str) -> list[Any]:
+    """Submodules by name. As attributes they take several times as long, which a single image feels."""
+    children = module._modules
+    return [children[name] for name in names]
 
 
 def hooked(module: nn.Module) -> bool:

@@ -46,7 +46,7 @@ class RoutedLinear(InferenceOnly, nn.Linear):
         if self.route == "packed" and self._packable(x):
             if torch.compiler.is_compiling():
                 return frozen_linear(x, self.weight, self.bias)
-            return packed_linear(x, self._packed_weight(), self.bias, self.out_features)
+            return packed_linear(x, self._packed_weight(), self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def _packable(self, x: Tensor) -> bool:
@@ -81,7 +81,7 @@ def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     version = None if weight.is_inference() else weight._version
     if weight not in _packs or _packs[weight][0] != version:
         _packs[weight] = (version, pack(weight))
-    return packed_linear(x, _packs[weight][1], bias, len(weight))
+    return packed_linear(x, _packs[weight][1], bias)
 
 
 # A compiled graph takes no packed weights, only an operator that packs them when it first meets them.
@@ -128,7 +128,7 @@ def _probe(threads: int, dtype: torch.dtype, out_features: int, in_features: int
     }
     if dtype == torch.float32 and packed_available():
         packed = pack(weight)
-        routes["packed"] = lambda: packed_linear(x, packed, bias, out_features)
+        routes["packed"] = lambda: packed_linear(x, packed, bias)
     with torch.no_grad():
         times = _interleaved(routes)
     best = min(times, key=lambda route: times[route])

@@ -38,6 +38,8 @@ SHAPES = [
     (1, 2, 9, 32, 7, 0, 3, FLOAT),
     (1, 9, 3, 144, 7, 3, 2, FLOAT),
     (1, 40, 33, 64, 3, 3, 3, FLOAT),
+    (2, 3, 200, 128, 3, 3, 3, FLOAT),
+    (1, 2, 200, 80, 7, 1, 0, FLOAT),
 ]
 
 
@@ -74,26 +76,33 @@ def test_the_stage_of_inference_is_in_place(case):
         outer = F.conv2d(inner, weight.double(), None, padding=k // 2, groups=channels)
         want = ACTS[act2](outer + (none if bias is None else bias)[:, None, None])
         y = x.clone()
-        means = native_ops.depthwise_stage_(y, shift, weight, bias, height, width, act, act2)
+        means = native_ops.depthwise_stage_(y, shift, weight, bias, [], height, width, act, act2)
         close(y[:, prefix:], want.flatten(2).transpose(1, 2), dtype)
         close(means, want.mean((2, 3)), dtype)
         assert torch.equal(y[:, :prefix], x[:, :prefix])
 
 
+def squeeze_layers(channels: int, reduced: int) -> list[torch.Tensor]:
+    shapes = (reduced, channels), (reduced,), (channels, reduced), (channels,)
+    return [torch.randn(shape) / shape[-1] ** 0.5 for shape in shapes]
+
+
 @pytest.mark.parametrize(
-    ("batch", "tokens", "channels", "reduced"), [(1, 1, 16, 1), (3, 33, 48, 4), (2, 70, 16, 37)]
+    ("batch", "height", "width", "channels", "reduced", "prefix"),
+    [(1, 1, 1, 16, 1, 0), (3, 3, 11, 48, 4, 1), (2, 10, 7, 16, 37, 2), (1, 40, 33, 80, 4, 0)],
 )
-def test_squeeze_and_excitation(batch, tokens, channels, reduced):
-    x, means = torch.randn(batch, tokens, channels), torch.randn(batch, channels)
-    layers = [torch.randn(reduced, channels), torch.randn(reduced), torch.randn(channels, reduced)]
-    first, bias, second = (layer.double() for layer in layers)
-    bias2 = torch.randn(channels)
-    inner = F.relu(means.double() @ first.t() + bias)
-    gate = (inner @ second.t() + bias2.double()).clamp(0, 1)
-    assert batch == 1 or gate.unique().numel() > 2  # not only its ends
-    y = x.clone()
-    native_ops.squeeze_(y, means, *layers, bias2)
-    close(y, x * gate[:, None], FLOAT)
+def test_squeeze_and_excitation(batch, height, width, channels, reduced, prefix):
+    x, weight = torch.randn(batch, prefix + height * width, channels), torch.randn(channels, 1, 3, 3)
+    layers = squeeze_layers(channels, reduced)
+    y, z = x.clone(), x.clone()
+    means = native_ops.depthwise_stage_(y, None, weight, None, [], height, width, 1, 0)
+    first, bias, second, bias2 = (layer.double() for layer in layers)
+    gate = (F.relu(means.double() @ first.t() + bias) @ second.t() + bias2).clamp(0, 1)
+    assert gate.numel() < 20 or gate.unique().numel() > 2  # not only its ends
+    gated_means = native_ops.depthwise_stage_(z, None, weight, None, layers, height, width, 1, 0)
+    close(z[:, prefix:], y[:, prefix:] * gate[:, None], FLOAT)
+    assert torch.equal(gated_means, means)
+    assert torch.equal(z[:, :prefix], x[:, :prefix])
 
 
 @pytest.mark.parametrize("act", [0, 1, 2, 3])
@@ -112,22 +121,29 @@ def test_steps_on_single_tokens(act):
     close(grad, want, FLOAT)
 
 
-def test_the_number_of_threads_changes_nothing():
-    x, below, grad = torch.randn(3, 5, 12, 272)
-    weight, vector = torch.randn(272, 1, 3, 3), [torch.rand(272) for _ in range(9)]
-    gate = [torch.rand(5, 272) for _ in range(2)]
-    layers = torch.randn(4, 272), torch.randn(4), torch.randn(272, 4), torch.randn(272)
+@pytest.mark.parametrize("batch", [1, 5, 12])
+@pytest.mark.parametrize("threads", [2, 3, 11])
+@pytest.mark.parametrize(("height", "width", "k"), [(3, 4, 3), (13, 5, 7), (30, 3, 5)])
+def test_the_number_of_threads_changes_nothing(batch, threads, height, width, k):
+    """An image that threads share, in parts of no row, of one and of more; kernels reach across them."""
+    x, below, grad = torch.randn(3, batch, height * width, 272)
+    weight, vector = torch.randn(272, 1, k, k), [torch.rand(272) for _ in range(9)]
+    gate = [torch.rand(batch, 272) for _ in range(2)]
+    layers = squeeze_layers(272, 4)
 
     def everything() -> list[torch.Tensor]:
         back = native_ops.depthwise_backward(
-            grad.clone(), x, below, weight, gate, vector[:5], vector[5:], 3, 4, 3, 3
+            grad.clone(), x, below, weight, gate, vector[:5], vector[5:], height, width, 3, 3
         )
         sums = native_ops.gate_sums(grad, x, *vector[:4], 3)
-        native_ops.squeeze_(squeezed := x.clone(), gate[0], *layers)
-        return [*native_ops.depthwise(x, weight, None, *vector[:2], 3, 4, 3), *back, sums, squeezed]
+        gated = x.clone()
+        means = native_ops.depthwise_stage_(gated, None, weight, None, layers, height, width, 3, 3)
+        forward = native_ops.depthwise(x, weight, None, *vector[:2], height, width, 3)
+        return [*forward, *back, sums, gated, means]
 
+    torch.set_num_threads(1)
     one = everything()
-    torch.set_num_threads(3)
+    torch.set_num_threads(threads)
     torch.testing.assert_close(everything(), one, rtol=0, atol=0)
 
 
@@ -136,12 +152,12 @@ def test_not_a_number_stays_one():
     x[0, 4, 3] = float("nan")
     for act in (1, 2, 3):
         y = x.clone()
-        native_ops.depthwise_stage_(y, None, torch.ones(16, 1, 3, 3), None, 3, 3, act, act)
+        native_ops.depthwise_stage_(y, None, torch.ones(16, 1, 3, 3), None, [], 3, 3, act, act)
         assert y[0, :, 3].isnan().all()
         assert not y[0, :, 4].isnan().any()
-    gated, first = torch.ones(1, 9, 16), torch.zeros(4, 16)
-    native_ops.squeeze_(gated, y.mean(1), first, torch.zeros(4), torch.ones(16, 4), torch.zeros(16))
-    assert gated.isnan().all()  # as 0 * nan is one
+    layers = [torch.zeros(4, 16), torch.zeros(4), torch.ones(16, 4), torch.zeros(16)]
+    native_ops.depthwise_stage_(x, None, torch.ones(16, 1, 3, 3), None, layers, 3, 3, 0, 0)
+    assert x.isnan().all()  # as 0 * nan is one
 
 
 @pytest.mark.parametrize(
@@ -154,25 +170,18 @@ def test_other_tensors_are_an_error_before_memory_is_touched(x):
 
 def test_a_lattice_of_more_tokens_than_there_are_is_an_error():
     with pytest.raises(ValueError, match="12 tokens for a lattice of 3 x 5"):
-        native_ops.depthwise_stage_(torch.zeros(1, 12, 16), None, torch.ones(16, 1, 3, 3), None, 3, 5, 0, 0)
+        native_ops.depthwise_stage_(
+            torch.zeros(1, 12, 16), None, torch.ones(16, 1, 3, 3), None, [], 3, 5, 0, 0
+        )
 
 
 def test_operators_are_registered_with_their_shapes():
     x, weight = torch.randn(2, 12, 16), torch.randn(16, 1, 3, 3)
-    for vector in (None, torch.randn(16)):
-        arguments = (x, vector, weight, vector, 3, 4, 3, 3)
+    for vector, gate in ((None, []), (torch.randn(16), squeeze_layers(16, 4))):
+        arguments = (x, vector, weight, vector, gate, 3, 4, 3, 3)
         torch.library.opcheck(
             native_ops.depthwise_stage_, arguments, test_utils=("test_schema", "test_faketensor")
         )
-    arguments = (
-        x,
-        torch.randn(2, 16),
-        torch.randn(4, 16),
-        torch.randn(4),
-        torch.randn(16, 4),
-        torch.randn(16),
-    )
-    torch.library.opcheck(native_ops.squeeze_, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def depthwise_conv(**changes) -> nn.Conv2d:
@@ -305,5 +314,5 @@ def test_an_image_does_not_see_its_neighbours():
     both, weight = torch.randn(2, 12, 64), torch.randn(64, 1, 3, 3)
     first = both[:1].clone()
     for x in (both, first):
-        native_ops.depthwise_stage_(x, None, weight, None, 3, 4, 3, 3)
+        native_ops.depthwise_stage_(x, None, weight, None, [], 3, 4, 3, 3)
     assert torch.equal(both[:1], first)

@@ -1,13 +1,21 @@
 // Depth-wise stages of the feed-forward network on a CPU, one pass through memory each.
 //
 // Maps are dense (B, N, D) tokens in raster order, in single precision. D is a multiple of LANES. A unit of
-// work is one image and one block of channels: what it sums goes to a place of its own, so results do not depend on
-// the number of threads. Compiled on the machine that runs it (native_build.py), without any header of PyTorch.
+// work is one image and one block of channels, or a band of an image's rows: what it sums goes to a place of its
+// own, so results do not depend on the number of threads. Compiled on the machine that runs it (native_build.py),
+// without any header of PyTorch.
 //
 // Activations are numbers: 0 none, 1 ReLU, 2 ReLU6, 3 hard swish.
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
@@ -18,6 +26,7 @@ constexpr int LANES = 16;
 constexpr int64_t HARD_SWISH = 3, ANY = -1;
 constexpr int COLUMNS = 4;            // outputs side by side, which share what they load
 constexpr int SCRATCH = 192 * 1024;   // bytes of the rows that a unit of work keeps, for second-level caches
+constexpr int64_t PARTS = 8;          // of an image, by rows: what is summed over it is summed over each first
 constexpr int64_t STRIP = 8;          // tokens that a loop over channels goes along: as many streams are prefetched
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
@@ -30,12 +39,17 @@ INLINE Vec of(float value) { return Vec{} + value; }
 INLINE void clear(float* p, int64_t floats) {
     for (int64_t i = 0; i < floats; i += LANES) store(p + i, Vec{});
 }
+#ifdef __AVX512F__  // compilers make two instructions of a comparison; not a number stays one in either form
+INLINE Vec at_least(Vec x, Vec low) { return _mm512_max_ps(low, x); }
+INLINE Vec at_most(Vec x, Vec high) { return _mm512_min_ps(high, x); }
+#else
 INLINE Vec at_least(Vec x, Vec low) { return x < low ? low : x; }
 INLINE Vec at_most(Vec x, Vec high) { return x > high ? high : x; }
+#endif
 
 INLINE Vec activate(Vec x, int64_t act) {
     if (act == 0) return x;
-    if (act == HARD_SWISH) return x * at_most(at_least(x + 3.0f, Vec{}), of(6.0f)) * (1.0f / 6.0f);
+    if (act == HARD_SWISH) return x * at_most(at_least(x * (1.0f / 6.0f) + 0.5f, Vec{}), of(1.0f));
     x = at_least(x, Vec{});
     return act == 2 ? at_most(x, of(6.0f)) : x;
 }
@@ -115,16 +129,45 @@ template <class Work> void for_units(const Shape& s, int64_t block, int64_t floa
     }
 }
 
+// Threads that work together, and what one of them does of n pieces.
+struct Team {
+    int64_t rank, size;
+    int64_t first(int64_t n) const { return n * rank / size; }
+    int64_t end(int64_t n) const { return n * (rank + 1) / size; }
+    void wait() const {
+        if (size > 1) {
+#pragma omp barrier
+        }
+    }
+};
+
+// Calls `work(team)` in every thread; there may be fewer than asked for.
+template <class Work> void for_team(int64_t threads, Work work) {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1)
+    work(Team{omp_get_thread_num(), omp_get_num_threads()});
+#else
+    (void)threads;
+    work(Team{0, 1});
+#endif
+}
+
 // The K rows around one row of a map, staged with zeros around them: for each vector of channels its columns side by
-// side, since columns a whole token apart fall on the same few sets of a cache. Rows enter in order; the ring is
-// zeroed when a unit of work begins, so rows above the map are zero, and `leave_out` makes those below it so.
+// side, since columns a whole token apart fall on the same few sets of a cache. Rows enter in order. Those from `end`
+// on have places of their own: where another thread is about to write them, they enter before all others.
 template <int K> struct Ring {
+    static constexpr int64_t ROWS = K + K / 2;
     float* rows;
-    int64_t span, channels;
-    float* row(int64_t i) const { return rows + (i + K) % K * span * channels; }
+    int64_t span, channels, end;
+    float* row(int64_t i) const { return rows + (i < end ? (i + K) % K : K + i - end) * span * channels; }
     float* inside(int64_t i) const { return row(i) + K / 2 * LANES; }
     int64_t at(int64_t j, int64_t v) const { return v * span + j * LANES; }  // column j, channels from v on
-    void reset() const { clear(rows, K * span * channels); }
+    void reset(int64_t width) const {  // around what `inside` is
+        for (float* column = rows; column < rows + ROWS * span * channels; column += span * LANES) {
+            clear(column, K / 2 * LANES);
+            clear(column + (K / 2 + width) * LANES, (span - K / 2 - width) * LANES);
+        }
+    }
     void leave_out(int64_t i) const { clear(row(i), span * channels); }
 };
 
@@ -133,9 +176,13 @@ template <int K> int64_t tap(int64_t t, int64_t i) { return (i / LANES * K * K +
 
 // (D, K * K) to that order, from channel c on.
 template <int K> void taps_of(const float* weight, int64_t c, int64_t channels, bool flipped, float* out) {
-    for (int t = 0; t < K * K; ++t)
-        for (int64_t i = 0; i < channels; ++i)
-            out[tap<K>(t, i)] = weight[(c + i) * K * K + (flipped ? K * K - 1 - t : t)];
+    for (int64_t v = 0; v < channels; v += LANES)
+        for (int t = 0; t < K * K; ++t) {
+            const float* from = weight + (c + v) * K * K + (flipped ? K * K - 1 - t : t);
+            Vec taps;
+            for (int lane = 0; lane < LANES; ++lane) taps[lane] = from[lane * K * K];
+            store(out + tap<K>(t, v), taps);
+        }
 }
 
 // Calls `work(first token, last token + 1, channel)` for vectors of channels, STRIP tokens at a time.
@@ -147,6 +194,15 @@ template <class Work> void for_strips(int64_t tokens, int64_t channels, Work wor
 // From the sum over an image's tokens.
 void to_mean(const Shape& s, float* sum, int64_t n) {
     for (int64_t v = 0; v < n; v += LANES) store(sum + v, load(sum + v) / static_cast<float>(s.tokens()));
+}
+
+// The sum of vectors of n floats that lie one after the other.
+void total_of(const float* parts, int64_t count, int64_t n, float* out) {
+    for (int64_t v = 0; v < n; v += LANES) {
+        Vec total{};
+        for (int64_t i = 0; i < count; ++i) total += load(parts + i * n + v);
+        store(out + v, total);
+    }
 }
 
 // Most gates have four values of their own; adding up the lanes of a vector would take longer than all of them.
@@ -162,30 +218,81 @@ float dot(const float* a, const float* b, int64_t n) {
     return sum;
 }
 
-// Squares about the image's own mean, which lose no digits to a large one.
-void about_mean(const Shape& s, const float* x, const float* mean, float* square, int64_t n) {
+// Squares of tokens about the image's own mean, which lose no digits to a large one. Tokens are `stride` apart.
+void about_mean(int64_t tokens, int64_t stride, const float* x, const float* mean, float* square, int64_t n) {
     clear(square, n);
-    for_strips(s.tokens(), n, [&](int64_t t, int64_t end, int64_t v) {
+    for_strips(tokens, n, [&](int64_t t, int64_t end, int64_t v) {
         const Vec middle = load(mean + v);
         Vec total{};
         for (; t < end; ++t) {
-            const Vec d = load(x + t * s.channels + v) - middle;
+            const Vec d = load(x + t * stride + v) - middle;
             total += d * d;
         }
         add(square + v, total);
     });
 }
 
+// The squeeze-and-excitation gate clamp(second @ relu(first @ means + bias) + bias2, 0, 1), `first` (R, D) and
+// `second` (D, R); none where they are null. Not a number stays one.
+struct Gate {
+    const float *first, *bias, *second, *bias2;
+    int64_t reduced;
+
+    void factors(const float* means, int64_t channels, float* squeezed, float* factor) const {
+        for (int64_t r = 0; r < reduced; ++r) {
+            const float value = dot(first + r * channels, means, channels) + bias[r];
+            squeezed[r] = value < 0.0f ? 0.0f : value;
+        }
+        for (int64_t v = 0; v < channels; v += LANES) {
+            Vec value = load(bias2 + v);
+            for (int lane = 0; lane < LANES; ++lane)
+                value[lane] += dot(second + (v + lane) * reduced, squeezed, reduced);
+            store(factor + v, at_most(at_least(value, Vec{}), of(1.0f)));
+        }
+    }
+};
+
 // With activations ACT and ACT2, the paper's in inference and in training, or with any: no branch saves an eighth.
+// Where images are few, threads share each of them, by its parts; `y` may be `x`, so rows that another thread is to
+// overwrite are staged before any is written.
 template <int K, int64_t ACT, int64_t ACT2> struct Depthwise {
     Shape s;
     const float *x, *weight, *bias;
     Affine affine;
     float *y, *means, *squares;
+    Gate gate;
     int64_t act, act2;
 
-    void row(const Ring<K>& ring, int64_t i, const float* taps, int64_t c, float* out, float* sum) const {
+    // Memory of one thread; `sums` (PARTS, D) are in common for those who share an image.
+    struct Desk {
+        float *rows, *taps, *sums, *mean, *factor, *squeezed;
+        int64_t first = -1, channels = 0;  // that rows and taps are laid out for
+
+        static int64_t floats(const Shape& s, int64_t block, int64_t reduced) {
+            return (Ring<K>::ROWS * span<K>(s) + K * K) * block + (PARTS + 2) * s.channels + reduced;
+        }
+        Desk(const Shape& s, int64_t block, float* memory)
+            : rows(memory), taps(rows + Ring<K>::ROWS * span<K>(s) * block), sums(taps + K * K * block),
+              mean(sums + PARTS * s.channels), factor(mean + s.channels), squeezed(factor + s.channels) {}
+    };
+
+    int64_t top(int64_t part) const { return s.height * part / PARTS; }
+
+    void enter(const Ring<K>& ring, int64_t image, int64_t i, int64_t c) const {
+        if (i < 0 || i >= s.height) return ring.leave_out(i);
+        float* to = ring.inside(i);
+        const float* from = x + s.start(image) + i * s.width * s.channels + c;
+        for_strips(s.width, ring.channels, [&](int64_t j, int64_t end, int64_t v) {
+            for (; j < end; ++j) {
+                const Vec value = affine(load(from + j * s.channels + v), c + v);
+                store(to + ring.at(j, v), activate(value, ACT == ANY ? act : ACT));
+            }
+        });
+    }
+
+    void row(const Ring<K>& ring, int64_t image, int64_t i, const float* taps, int64_t c, float* sum) const {
         const int64_t width = s.width, n = ring.channels;
+        float* out = y + s.start(image) + i * width * s.channels + c;
         const float* in[K];
         for (int d = 0; d < K; ++d) in[d] = ring.row(i + d - K / 2);
         for (int64_t v = 0; v < n; v += LANES) {
@@ -224,39 +331,64 @@ template <int K, int64_t ACT, int64_t ACT2> struct Depthwise {
         }
     }
 
-    void unit(int64_t image, int64_t c, int64_t n, float* scratch) const {
-        const Ring<K> ring{scratch, span<K>(s), n};
-        float *taps = scratch + K * ring.span * n, *sum = means + image * s.channels + c;
-        const int64_t start = s.start(image) + c;
-        const float* in = x + start;
-        float* out = y + start;
-        ring.reset();
-        taps_of<K>(weight, c, n, false, taps);
-        clear(sum, n);
-        for (int64_t i = -(K / 2); i < s.height; ++i) {
-            const int64_t entering = i + K / 2;
-            if (entering < s.height) {
-                float* to = ring.inside(entering);
-                const float* from = in + entering * s.width * s.channels;
-                for_strips(s.width, n, [&](int64_t j, int64_t end, int64_t v) {
-                    for (; j < end; ++j) {
-                        const Vec value = affine(load(from + j * s.channels + v), c + v);
-                        store(to + ring.at(j, v), activate(value, ACT == ANY ? act : ACT));
-                    }
-                });
-            } else {
-                ring.leave_out(entering);
+    // This thread's parts of a block of channels.
+    void band(const Team& team, Desk& desk, int64_t image, int64_t c, int64_t n) const {
+        const int64_t first = top(team.first(PARTS)), end = top(team.end(PARTS)), reach = K / 2;
+        const Ring<K> ring{desk.rows, span<K>(s), n, end};
+        if (desk.channels != n) ring.reset(s.width);
+        if (desk.channels != n || desk.first != c) taps_of<K>(weight, c, n, false, desk.taps);
+        desk.channels = n, desk.first = c;
+        for (int64_t i = first - reach; i < smaller(first + reach, end); ++i) enter(ring, image, i, c);
+        for (int64_t i = end; i < end + reach; ++i) enter(ring, image, i, c);
+        team.wait();
+        for (int64_t part = team.first(PARTS); part < team.end(PARTS); ++part) {
+            float* sum = desk.sums + part * s.channels + c;
+            clear(sum, n);
+            for (int64_t i = top(part); i < top(part + 1); ++i) {
+                if (i + reach < end) enter(ring, image, i + reach, c);
+                row(ring, image, i, desk.taps, c, sum);
             }
-            if (i >= 0) row(ring, i, taps, c, out + i * s.width * s.channels, sum);
         }
-        to_mean(s, sum, n);
-        if (squares) about_mean(s, out, sum, squares + image * s.channels + c, n);
+    }
+
+    // What needs the means of the whole image.
+    void finish(const Team& team, const Desk& desk, int64_t image) const {
+        const int64_t n = s.channels;
+        float* out = y + s.start(image);
+        team.wait();
+        total_of(desk.sums, PARTS, n, desk.mean);
+        to_mean(s, desk.mean, n);
+        if (means && team.rank == 0) memcpy(means + image * n, desk.mean, n * sizeof(float));
+        if (gate.first) {
+            gate.factors(desk.mean, n, desk.squeezed, desk.factor);
+            for (int64_t t = top(team.first(PARTS)) * s.width; t < top(team.end(PARTS)) * s.width; ++t)
+                for (int64_t v = 0; v < n; v += LANES)
+                    store(out + t * n + v, load(out + t * n + v) * load(desk.factor + v));
+        }
+        if (!squares) return;
+        team.wait();  // until all have read the sums
+        for (int64_t part = team.first(PARTS); part < team.end(PARTS); ++part) {
+            const int64_t first = top(part) * s.width, tokens = top(part + 1) * s.width - first;
+            about_mean(tokens, n, out + first * n, desk.mean, desk.sums + part * n, n);
+        }
+        team.wait();
+        if (team.rank == 0) total_of(desk.sums, PARTS, n, squares + image * n);
     }
 
     void run(int64_t threads) const {
-        const int64_t block = staged_block_of<K>(s, threads), floats = (K * span<K>(s) + K * K) * block;
-        for_units(s, block, floats, threads,
-                  [this](int64_t image, int64_t c, int64_t n, float* p) { unit(image, c, n, p); });
+        const int64_t block = staged_block_of<K>(s, 1), floats = Desk::floats(s, block, gate.reduced);
+        const bool shared = s.batch < 4 * threads && s.batch % threads > 0;
+        float* common = Desk(s, block, scratch_of(floats)).sums;
+        for_team(shared ? smaller(threads, PARTS) : threads, [&](const Team& all) {
+            Desk desk(s, block, scratch_of(floats));
+            if (shared) desk.sums = common;
+            const Team team = shared ? all : Team{0, 1}, share = shared ? Team{0, 1} : all;
+            for (int64_t image = share.first(s.batch); image < share.end(s.batch); ++image) {
+                for (int64_t c = 0; c < s.channels; c += block)
+                    band(team, desk, image, c, smaller(block, s.channels - c));
+                finish(team, desk, image);
+            }
+        });
     }
 };
 
@@ -322,21 +454,19 @@ template <int K> struct DepthwiseBackward {
     }
 
     void unit(int64_t image, int64_t c, int64_t n, float* scratch) const {
-        const Ring<K> ring{scratch, span<K>(s), n};
-        float *w = scratch + K * ring.span * n, *sum = w + K * K * n;
+        const Ring<K> ring{scratch, span<K>(s), n, s.height};
+        float *w = scratch + ring.ROWS * ring.span * n, *sum = w + K * K * n;
         const int64_t start = s.start(image) + c;
         const float *g = grad + start, *in = x + start;
-        ring.reset();
+        ring.reset(s.width);
+        for (int64_t i = 1; i <= K / 2; ++i) ring.leave_out(-i), ring.leave_out(s.height - 1 + i);
         taps_of<K>(weight, c, n, true, w);
         clear(sum, K * K * n);
         clear(total + image * s.channels + c, n);
         clear(moment + image * s.channels + c, n);
         for (int64_t i = -(K / 2); i < s.height; ++i) {
             const int64_t entering = i + K / 2, at = entering * s.width * s.channels;
-            if (entering < s.height)
-                stage(ring, ring.inside(entering), g + at, in + at, image, c);
-            else
-                ring.leave_out(entering);
+            if (entering < s.height) stage(ring, ring.inside(entering), g + at, in + at, image, c);
             if (i >= 0) row(ring, i, w, image, c, sum);
         }
         for (int t = 0; t < K * K; ++t)  // (B, D, K * K)
@@ -345,7 +475,7 @@ template <int K> struct DepthwiseBackward {
     }
 
     void run(int64_t threads) const {
-        const int64_t block = staged_block_of<K>(s, threads), floats = (K * span<K>(s) + 2 * K * K) * block;
+        const int64_t block = staged_block_of<K>(s, threads), floats = (Ring<K>::ROWS * span<K>(s) + 2 * K * K) * block;
         for_units(s, block, floats, threads,
                   [this](int64_t image, int64_t c, int64_t n, float* p) { unit(image, c, n, p); });
     }
@@ -355,45 +485,25 @@ template <int K> struct DepthwiseBackward {
 
 extern "C" {
 
-// y = act2(conv(act(x * scale + shift)) + bias), but not of prefix tokens; its means over an image's tokens (B, D),
-// and its squares about them where `squares` is not null. `y` may be `x`.
+// y = act2(conv(act(x * scale + shift)) + bias), but not of prefix tokens, times the gate of `first` to `bias2` where
+// these are not null. Where they are not null: its means over an image's tokens (B, D), without the gate, and its
+// squares about them, which the gate would change. `y` may be `x`.
 void localvit_depthwise(const float* x, const float* weight, const float* bias, const float* scale,
-                        const float* shift, float* y, float* means, float* squares, int64_t batch,
-                        int64_t prefix, int64_t height, int64_t width, int64_t channels, int64_t k, int64_t act,
-                        int64_t act2, int64_t threads) {
+                        const float* shift, float* y, float* means, float* squares, const float* first,
+                        const float* first_bias, const float* second, const float* second_bias, int64_t batch,
+                        int64_t prefix, int64_t height, int64_t width, int64_t channels, int64_t reduced,
+                        int64_t k, int64_t act, int64_t act2, int64_t threads) {
     const Shape s{batch, height, width, channels, prefix};
     const Affine affine{scale, shift};
-#define RUN(K, ACT, ACT2) Depthwise<K, ACT, ACT2>{s, x, weight, bias, affine, y, means, squares, act, act2}.run(threads)
+    const Gate gate{first, first_bias, second, second_bias, reduced};
+#define RUN(K, ACT, ACT2) \
+    Depthwise<K, ACT, ACT2>{s, x, weight, bias, affine, y, means, squares, gate, act, act2}.run(threads)
     if (k == 3 && act == HARD_SWISH && act2 == HARD_SWISH) RUN(3, HARD_SWISH, HARD_SWISH);
     else if (k == 3 && act == HARD_SWISH && act2 == 0) RUN(3, HARD_SWISH, 0);
     else if (k == 3) RUN(3, ANY, ANY);
     else if (k == 5) RUN(5, ANY, ANY);
     else if (k == 7) RUN(7, ANY, ANY);
 #undef RUN
-}
-
-// x = x * gate, the squeeze-and-excitation gate clamp(second @ relu(first @ means + bias) + bias2, 0, 1), where
-// `means` and `gate` are (B, D), `first` (R, D) and `second` (D, R). Not a number stays one.
-void localvit_squeeze(float* x, const float* means, const float* first, const float* bias,
-                      const float* second, const float* bias2, float* gate, int64_t batch, int64_t tokens,
-                      int64_t channels, int64_t reduced, int64_t threads) {
-    const Shape images{batch, 1, 1, channels};
-    for_units(images, channels, reduced, threads, [=](int64_t image, int64_t, int64_t, float* squeezed) {
-        for (int64_t r = 0; r < reduced; ++r) {
-            const float value = dot(first + r * channels, means + image * channels, channels) + bias[r];
-            squeezed[r] = value < 0.0f ? 0.0f : value;
-        }
-        for (int64_t c = 0; c < channels; ++c) {
-            const float value = dot(second + c * reduced, squeezed, reduced) + bias2[c];
-            gate[image * channels + c] = value < 0.0f ? 0.0f : value > 1.0f ? 1.0f : value;
-        }
-    });
-    constexpr int64_t ROWS = 32;  // units of tokens instead of channels: nothing is summed over them
-    for_units({batch, 1, 1, tokens}, ROWS, 0, threads, [=](int64_t image, int64_t t, int64_t n, float*) {
-        const float* factor = gate + image * channels;
-        for (float *row = x + (image * tokens + t) * channels; n-- > 0; row += channels)
-            for (int64_t v = 0; v < channels; v += LANES) store(row + v, load(row + v) * load(factor + v));
-    });
 }
 
 // Means over an image's tokens (B, D), and squares about them.
@@ -410,7 +520,7 @@ void localvit_moments(const float* x, float* means, float* squares, int64_t batc
             add(sum + v, total);
         });
         to_mean(s, sum, n);
-        about_mean(s, in, sum, squares + image * channels + c, n);
+        about_mean(tokens, channels, in, sum, squares + image * channels + c, n);
     });
 }
 

@@ -42,6 +42,7 @@ def _stage_in_place(
     shift: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
+    gate: list[Tensor],
     height: int,
     width: int,
     act: int,
@@ -50,60 +51,58 @@ def _stage_in_place(
     """``x = act2(conv(act(x + shift)) + bias)`` in place; returns its means over the lattice (B, D).
 
     Tokens before the last ``height * width`` are prefix tokens, and stay what they were.
+
+    ``gate``: none, or weights and biases (R, D), (R), (D, R), (D) of the linear layers in
+    ``clamp(second(relu(first(means))), 0, 1)``, which is then multiplied into ``x``.
     """
     batch, tokens, channels = x.shape
     prefix = tokens - height * width
     if prefix < 0:
         raise ValueError(f"{tokens} tokens for a lattice of {height} x {width}")
-    if library() is None:  # for a model that was fused where there is a compiler
-        patches = x[:, prefix:]
-        h = _MODULES[act](patches if shift is None else patches + shift)
-        h = F.conv2d(tokens_to_map(h, Grid(height, width)), weight, bias,
-                     padding=weight.shape[-1] // 2, groups=channels)  # fmt: skip
-        return patches.copy_(map_to_tokens(_MODULES[act2](h))).mean(1)
+    if library() is None:
+        return _plain_stage_in_place(x[:, prefix:], shift, weight, bias, gate, Grid(height, width), act, act2)
     means = torch.empty((batch, channels))
-    _call("depthwise", x, weight, bias, None, shift, x, means, None,
-          batch, prefix, height, width, channels, weight.shape[-1], act, act2)  # fmt: skip
+    layers = gate or (None, None, None, None)
+    _call("depthwise", x, weight, bias, None, shift, x, means, None, *layers, batch, prefix, height, width,
+          channels, len(gate[0]) if gate else 0, weight.shape[-1], act, act2)  # fmt: skip
     return means
 
 
-def _squeeze_in_place(
-    x: Tensor, means: Tensor, first: Tensor, bias: Tensor, second: Tensor, bias2: Tensor
-) -> None:
-    """``x *= clamp(second @ relu(first @ means + bias) + bias2, 0, 1)``: the gate (B, D) of tokens (B, N, D)
-    from their means (B, D), by linear layers of weights (R, D) and (D, R)."""
-    if library() is None:
-        gate = F.linear(F.linear(means, first, bias).relu_(), second, bias2).clamp_(0.0, 1.0)
-        x.mul_(gate.unsqueeze(1))
-        return
-    _call("squeeze", x, means, first, bias, second, bias2, torch.empty_like(means), *x.shape, len(first))
+def _plain_stage_in_place(
+    patches: Tensor,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: list[Tensor],
+    lattice: Grid,
+    act: int,
+    act2: int,
+) -> Tensor:
+    """For a model that was fused where there is a compiler, and runs where there is none."""
+    h = _MODULES[act](patches if shift is None else patches + shift)
+    h = F.conv2d(tokens_to_map(h, lattice), weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+    patches.copy_(map_to_tokens(_MODULES[act2](h)))
+    means = patches.mean(1)
+    if gate:
+        first, first_bias, second, second_bias = gate
+        factors = F.linear(F.linear(means, first, first_bias).relu_(), second, second_bias).clamp_(0.0, 1.0)
+        patches.mul_(factors.unsqueeze(1))
+    return means
 
 
-# Not by `custom_op`, which takes three times as long to call: a model calls these in every block.
+# Not by `custom_op`, which takes three times as long to call: a model calls it in every block.
 torch.library.define(
     "localvit::depthwise_stage_",
-    "(Tensor(a!) x, Tensor? shift, Tensor weight, Tensor? bias, int height, int width, int act, int act2)"
-    " -> Tensor",
+    "(Tensor(a!) x, Tensor? shift, Tensor weight, Tensor? bias, Tensor[] gate, int height, int width,"
+    " int act, int act2) -> Tensor",
 )
 torch.library.impl("localvit::depthwise_stage_", "cpu", _stage_in_place)
 depthwise_stage_ = torch.ops.localvit.depthwise_stage_.default
 
-torch.library.define(
-    "localvit::squeeze_",
-    "(Tensor(a!) x, Tensor means, Tensor first, Tensor bias, Tensor second, Tensor bias2) -> ()",
-)
-torch.library.impl("localvit::squeeze_", "cpu", _squeeze_in_place)
-squeeze_ = torch.ops.localvit.squeeze_.default
-
 
 @torch.library.register_fake("localvit::depthwise_stage_")
-def _(x, shift, weight, bias, height, width, act, act2):  # type: ignore[no-untyped-def]
+def _(x, shift, weight, bias, gate, height, width, act, act2):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], x.shape[2]))
-
-
-@torch.library.register_fake("localvit::squeeze_")
-def _(x, means, first, bias, second, bias2):  # type: ignore[no-untyped-def]
-    return None
 
 
 @torch.library.custom_op("localvit::native_moments", mutates_args=())
@@ -136,8 +135,8 @@ def depthwise(
     batch, tokens, channels = x.shape
     y = torch.empty_like(x)
     means, squares = torch.empty((2, batch, channels))
-    _call("depthwise", x, weight, bias, scale, shift, y, means, squares,
-          batch, 0, height, width, channels, weight.shape[-1], act, 0)  # fmt: skip
+    _call("depthwise", x, weight, bias, scale, shift, y, means, squares, None, None, None, None,
+          batch, 0, height, width, channels, 0, weight.shape[-1], act, 0)  # fmt: skip
     return y, *_mean_and_variance(means, squares, tokens)
 
 
@@ -227,21 +226,17 @@ def combine_(grad: Tensor, x: Tensor, by_grad: Tensor, by_x: Tensor, rest: Tenso
 def _call(name: str, *arguments: Tensor | int | None) -> None:
     """Tensors as pointers; the number of threads is added."""
     function = getattr(library(), f"localvit_{name}")
-    values = [_address(name, value) if isinstance(value, Tensor) else value or 0 for value in arguments]
+    values = []
+    for value in arguments:
+        if not isinstance(value, Tensor):
+            values.append(value or 0)
+        elif value.dtype is torch.float32 and value.is_cpu and value.is_contiguous():
+            values.append(value.data_ptr())
+        else:
+            raise ValueError(
+                f"{name}: {value.dtype} on {value.device} with strides {value.stride()} is not accepted "
+                "(accepted: dense float32 on the CPU)"
+            )
     if function.argtypes is None:  # once: integers of 64 bits, which pointers are too
         function.argtypes = [ctypes.c_int64] * (len(values) + 1)
     function(*values, torch.get_num_threads())
-
-
-def _address(name: str, tensor: Tensor) -> int:
-    """Of the values of an argument of operator ``name``.
-
-    Raises:
-        ValueError: for a tensor that is not one of single precision on the CPU, or has gaps.
-    """
-    if tensor.dtype != torch.float32 or tensor.is_cuda or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name}: {tensor.dtype} on {tensor.device} with strides {tensor.stride()} is not accepted "
-            "(accepted: dense float32 on the CPU)"
-        )
-    return tensor.data_ptr()

@@ -27,10 +27,9 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` with weights from :func:`pack`."""
-    y = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), packed, bias, "none", [], "")
-    return y.view(*x.shape[:-1], out_features)
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
 
 
 @lru_cache(maxsize=1)
@@ -38,7 +37,7 @@ def packed_available() -> bool:
     """Whether this PyTorch has the private operators and they compute what they should."""
     try:
         x, weight, bias = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
-        y = packed_linear(x, pack(weight), bias, 4)
+        y = packed_linear(x, pack(weight), bias)
         return torch.allclose(y, F.linear(x, weight, bias), atol=1e-5)
     except (AttributeError, RuntimeError, TypeError, NotImplementedError):
         return False
@@ -77,7 +76,7 @@ def linear_once(
     """
     if x.numel() // x.shape[-1] < _ROWS or not _prefers_packed():
         return plain_linear(x, weight, bias, memory)
-    return packed_linear(x, pack(weight.contiguous()), bias, len(weight))
+    return packed_linear(x, pack(weight.contiguous()), bias)
 
 
 def _prefers_packed() -> bool:
