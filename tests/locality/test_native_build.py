@@ -1,6 +1,7 @@
 """How the native kernels are built, and what happens where they cannot be."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 from localvit.locality.kernels import native_build, native_ops
 
-from .kernel_cases import check_depthwise
+from .kernel_cases import check_backward, check_depthwise, check_slopes
 from .test_lean import feed_forward, run, spy
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +111,20 @@ def test_without_openmp(monkeypatch, tmp_path):
     monkeypatch.setattr(native_ops, "library", lambda: kernels)
     torch.set_num_threads(3)
     check_depthwise(native_ops, (2, 5, 7, 48, 3, 3, 3, torch.float32))
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="options of compilers for x86")
+@pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx"])
+def test_narrower_vectors(monkeypatch, tmp_path, without):
+    monkeypatch.setenv("CXX", f"{native_build._compiler()[0]} {without}")
+    kernels = native_build.load(tmp_path)
+    monkeypatch.setattr(native_ops, "library", lambda: kernels)
+    for act in range(4):
+        case = (1, 5, 7, 48, 3, act, 3, torch.float32)
+        check_depthwise(native_ops, case)
+        check_backward(native_ops, case)
+        check_slopes(native_ops, act, 16)
 
 
 @needs_compiler

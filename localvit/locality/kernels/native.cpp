@@ -1,6 +1,6 @@
 // Depth-wise stages of the feed-forward network on a CPU, one pass through memory each.
 //
-// Maps are dense (B, N, D) tokens in raster order, in single precision. D is a multiple of LANES. A unit of
+// Maps are dense (B, N, D) tokens in raster order, in single precision. D is a multiple of 16. A unit of
 // work is one image and one block of channels, or a band of an image's rows: what it sums goes to a place of its
 // own, so results do not depend on the number of threads. Compiled on the machine that runs it (native_build.py),
 // without any header of PyTorch.
@@ -13,7 +13,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -22,7 +22,13 @@
 
 namespace {
 
+#if defined(__AVX512F__)  // wider vectors than the processor has would need more registers than there are
 constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 constexpr int64_t HARD_SWISH = 3, ANY = -1;
 constexpr int COLUMNS = 4;            // outputs side by side, which share what they load
 constexpr int SCRATCH = 192 * 1024;   // bytes of the rows that a unit of work keeps, for second-level caches
@@ -39,9 +45,12 @@ INLINE Vec of(float value) { return Vec{} + value; }
 INLINE void clear(float* p, int64_t floats) {
     for (int64_t i = 0; i < floats; i += LANES) store(p + i, Vec{});
 }
-#ifdef __AVX512F__  // compilers make two instructions of a comparison; not a number stays one in either form
+#if defined(__AVX512F__)  // compilers make two instructions of a comparison; not a number stays one in all forms
 INLINE Vec at_least(Vec x, Vec low) { return _mm512_max_ps(low, x); }
 INLINE Vec at_most(Vec x, Vec high) { return _mm512_min_ps(high, x); }
+#elif defined(__AVX__)
+INLINE Vec at_least(Vec x, Vec low) { return _mm256_max_ps(low, x); }
+INLINE Vec at_most(Vec x, Vec high) { return _mm256_min_ps(high, x); }
 #else
 INLINE Vec at_least(Vec x, Vec low) { return x < low ? low : x; }
 INLINE Vec at_most(Vec x, Vec high) { return x > high ? high : x; }
@@ -105,10 +114,10 @@ float* scratch_of(int64_t floats) {
         int64_t bytes = 0;
         ~Kept() { free(memory); }
     } kept;
-    const int64_t bytes = (floats / LANES + 1) * sizeof(Vec);
+    const int64_t line = 64, bytes = (floats * sizeof(float) / line + 1) * line;
     if (kept.bytes < bytes) {
         free(kept.memory);
-        kept.memory = aligned_alloc(sizeof(Vec), bytes);
+        kept.memory = aligned_alloc(line, bytes);
         kept.bytes = bytes;
     }
     return static_cast<float*>(kept.memory);
