@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from localvit.locality.kernels.processor import processor
+
 _ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 _SETTINGS = re.compile(
     r"(OMP|MKL|KMP|GOMP|DNNL|ONEDNN|MALLOC|TCMALLOC|MIMALLOC|LOCALVIT)_\w+|_RJEM_MALLOC_CONF|GLIBC_TUNABLES"
@@ -20,10 +22,7 @@ _SETTINGS = re.compile(
 
 def machine(threads: int) -> str:
     """The processor, the number of threads used on it, and the GPU if there is one, in words."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    name = processor("model name") or platform.processor() or platform.machine()
     words = f"{name}, {threads} thread{'s' if threads > 1 else ''}"
     return f"{words}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else words
 

@@ -93,14 +93,18 @@ def test_compiled_once(monkeypatch, tmp_path):
 
 
 @needs_compiler
-def test_a_change_of_the_source_is_another_library(monkeypatch, tmp_path):
-    native_build.load(tmp_path)
-    other = tmp_path / "native.cpp"
-    shutil.copy(native_build.SOURCE, other)
-    other.write_text(other.read_text() + "\n")
-    monkeypatch.setattr(native_build, "SOURCE", other)
-    native_build.load(tmp_path)
-    assert len(list(tmp_path.glob("*.so"))) == 2
+@pytest.mark.parametrize("changed", ["native.cpp", "vectors.h"])
+def test_a_change_of_the_source_is_another_library(monkeypatch, tmp_path, changed):
+    sources = tmp_path / "native"
+    shutil.copytree(native_build.SOURCE.parent, sources)
+    monkeypatch.setattr(native_build, "SOURCE", sources / "native.cpp")
+    monkeypatch.setattr(native_build, "_compile", lambda compiler, path: path.touch())
+    monkeypatch.setattr(native_build.ctypes, "CDLL", lambda path: path)
+    one = native_build.load(tmp_path)
+    assert native_build.load(tmp_path) == one
+    with (sources / changed).open("a") as file:
+        file.write("\n")
+    assert native_build.load(tmp_path) != one
 
 
 @needs_compiler

@@ -1,5 +1,7 @@
 """Linear layers by oneDNN with weights packed for one use."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,7 +73,7 @@ def test_no_other_word_is_accepted(monkeypatch):
     ],
 )
 def test_the_maker_of_the_processor(monkeypatch, text, want):
-    monkeypatch.setattr(packed.Path, "read_text", lambda self, encoding: text)
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: text)
     assert packed._not_intel.__wrapped__() is want
 
 
@@ -79,7 +81,7 @@ def test_without_such_a_file_nothing_is_known(monkeypatch):
     def missing(self, encoding):
         raise FileNotFoundError
 
-    monkeypatch.setattr(packed.Path, "read_text", missing)
+    monkeypatch.setattr(Path, "read_text", missing)
     assert packed._not_intel.__wrapped__() is False
 
 

@@ -1,4 +1,4 @@
-"""The kernels of ``native.cpp`` as PyTorch operators, by the names that ``triton_ops`` has for its own.
+"""The kernels of ``native/native.cpp`` as PyTorch operators, named as those of ``triton_ops``.
 
 Maps are tokens (B, N, D) in raster order of a lattice of ``height`` rows and ``width`` columns, in single
 precision on the CPU, dense. Sums are the same from run to run and for any number of threads.

@@ -5,14 +5,14 @@ private to PyTorch, so they are looked for and tried before they are used.
 """
 
 import os
-from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from localvit.locality.kernels.processor import processor
 
 Route = Literal["linear", "conv", "packed"]
 VARIABLE = "LOCALVIT_LINEAR"
@@ -88,8 +88,4 @@ def _prefers_packed() -> bool:
 @lru_cache(maxsize=1)
 def _not_intel() -> bool:
     """Whether the processor says that another maker than Intel made it."""
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        makers = [line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")]
-        return bool(makers) and makers[0] != "GenuineIntel"
-    return False
+    return processor("vendor_id") not in (None, "GenuineIntel")
