@@ -34,8 +34,6 @@ CHUNK_BYTES = 2**22
 # One prefix token for so many others, or fewer, takes part in linear layers where it could be left out.
 RIDERS = 64
 
-_ACTIVATIONS = native_ops.ACTIVATIONS
-
 _IN_PLACE = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU)
 
 
@@ -114,7 +112,7 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
         if self.native:
             layers = children_of(self, "fc1", "act1", "conv", "act2", "fc2")
             if native_applies(x, *layers):
-                return self._natively(x, lattice, *layers)
+                return self._natively(x, lattice, layers)
         x, lattice = patches_of(x, lattice), Grid(lattice.height, lattice.width)
         if self.conv_first:
             x = self._convolve(x, lattice)
@@ -123,22 +121,14 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
             h = self._gated(h, h.mean(1))
         return _on_tokens(self.norm3, self.fc2(h))
 
-    def _natively(
-        self,
-        x: Tensor,
-        lattice: Grid,
-        fc1: nn.Module,
-        act1: nn.Module,
-        conv: Any,
-        act2: nn.Module,
-        fc2: nn.Module,
-    ) -> Tensor:
+    def _natively(self, x: Tensor, lattice: Grid, layers: list[Any]) -> Tensor:
         """Few prefix tokens go through the linear layers too, and what becomes of them is dropped: that costs
         less than to copy all others away from them."""
         tokens = lattice.height * lattice.width
         if lattice.num_prefix_tokens * RIDERS > tokens:
             x = patches_of(x, lattice)
-        before, after = _ACTIVATIONS.get(type(act1)), _ACTIVATIONS.get(type(act2))
+        fc1, act1, conv, act2, fc2 = layers
+        before, after = (native_ops.ACTIVATIONS.get(type(act)) for act in (act1, act2))
         h, shift = (act1(fc1(x)), None) if before is None else without_bias(fc1, x)
         h = h.contiguous()  # a layer that somebody put there may give anything
         gate = self.gate

@@ -41,7 +41,7 @@ class RoutedLinear(InferenceOnly, nn.Linear):
     _packed: tuple[Any, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.route == "conv":
+        if self.route == "conv" and x.numel() > 0:  # which convolutions refuse
             return conv_linear(x, self.weight, self.bias)
         if self.route == "packed" and self._packable(x):
             if torch.compiler.is_compiling():

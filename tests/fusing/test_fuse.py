@@ -458,6 +458,7 @@ def test_every_route_gives_the_same(route, monkeypatch):
     fused = localvit.fuse(model, linear=route)
     assert routed(fused) == {route}
     assert_same(fused(x), model(x))
+    assert fused(photos(0)).shape == model(photos(0)).shape
     monkeypatch.setenv("LOCALVIT_LINEAR", route)
     again = localvit.fuse(model)
     assert routed(again) == {route}

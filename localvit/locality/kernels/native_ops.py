@@ -224,7 +224,11 @@ def combine_(grad: Tensor, x: Tensor, by_grad: Tensor, by_x: Tensor, rest: Tenso
 
 
 def _call(name: str, *arguments: Tensor | int | None) -> None:
-    """Tensors as pointers; the number of threads is added."""
+    """Tensors as pointers; the number of threads is added.
+
+    Raises:
+        ValueError: for a tensor that is not one of single precision on the CPU, or has gaps.
+    """
     function = getattr(library(), f"localvit_{name}")
     values = []
     for value in arguments:
