@@ -8,7 +8,6 @@ short timing decides.
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,15 +37,13 @@ class RoutedLinear(InferenceOnly, nn.Linear):
     """
 
     route: Route = "linear"
-    _packed: tuple[Any, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.route == "conv" and x.numel() > 0:  # which convolutions refuse
+        if self.route == "conv":
             return conv_linear(x, self.weight, self.bias)
         if self.route == "packed" and self._packable(x):
-            if torch.compiler.is_compiling():
-                return frozen_linear(x, self.weight, self.bias)
-            return packed_linear(x, self._packed_weight(), self.bias)
+            linear = frozen_linear if torch.compiler.is_compiling() else _frozen_linear
+            return linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def _packable(self, x: Tensor) -> bool:
@@ -61,27 +58,24 @@ class RoutedLinear(InferenceOnly, nn.Linear):
             and (torch.compiler.is_compiling() or not self.weight.is_inference())
         )
 
-    def _packed_weight(self) -> Tensor:
-        key = (self.weight.data_ptr(), self.weight._version)  # weights may be moved or loaded
-        if self._packed is None or self._packed[0] != key:
-            self._packed = (key, pack(self.weight))
-        return self._packed[1]
-
-    def __getstate__(self) -> dict[str, Any]:  # read by copy.deepcopy and pickle; neither can take it
-        return {**super().__getstate__(), "_packed": None}
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, route={self.route!r}"
 
 
-_packs = WeakTensorKeyDictionary()  # of weights in compiled graphs: version, packed weights
+_packs = WeakTensorKeyDictionary()  # of weights: what tells that they were moved or changed, packed weights
+
+
+def _packed_weight(weight: Tensor) -> Tensor:
+    state = (weight.data_ptr(), None if weight.is_inference() else weight._version)
+    found = _packs.get(weight)
+    if found is None or found[0] != state:
+        found = _packs[weight] = (state, pack(weight))
+    packed: Tensor = found[1]
+    return packed
 
 
 def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    version = None if weight.is_inference() else weight._version
-    if weight not in _packs or _packs[weight][0] != version:
-        _packs[weight] = (version, pack(weight))
-    return packed_linear(x, _packs[weight][1], bias)
+    return packed_linear(x, _packed_weight(weight), bias)
 
 
 # A compiled graph takes no packed weights, only an operator that packs them when it first meets them.
@@ -105,6 +99,8 @@ def without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def conv_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` by a 1 x 1 convolution."""
+    if x.numel() == 0:  # a convolution refuses it
+        return F.linear(x, weight, bias)
     row = tokens_to_row(x.reshape(1, -1, x.shape[-1]))
     y = F.conv2d(row, weight[:, :, None, None], bias)
     return map_to_tokens(y).reshape(*x.shape[:-1], weight.shape[0])

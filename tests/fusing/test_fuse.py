@@ -503,6 +503,8 @@ def test_the_operator_of_compiled_graphs():
     torch.testing.assert_close(routes.frozen_linear(x, weight, bias), F.linear(x, weight, bias))
     weight.mul_(2)
     torch.testing.assert_close(routes.frozen_linear(x, weight, None), F.linear(x, weight))
+    weight.data = weight * 2  # as a module that is moved does: other memory, of the same version
+    torch.testing.assert_close(routes.frozen_linear(x, weight, None), F.linear(x, weight))
     with torch.inference_mode():
         constant = torch.randn(4, 5)
         for _ in range(2):

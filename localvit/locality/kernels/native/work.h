@@ -48,22 +48,7 @@ float* scratch_of(int64_t floats) {
     return static_cast<float*>(kept.memory);
 }
 
-// Calls `work(image, first channel, channels, scratch)` for every unit of work. `floats` of scratch, of any value.
-template <class Work> void for_units(const Shape& s, int64_t block, int64_t floats, int64_t threads, Work work) {
-    const int64_t blocks = (s.channels + block - 1) / block, units = s.batch * blocks;
-    (void)threads;
-#pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1 && units > 1)
-    {
-        float* scratch = scratch_of(floats);
-#pragma omp for schedule(static)
-        for (int64_t unit = 0; unit < units; ++unit) {
-            const int64_t c = unit % blocks * block;
-            work(unit / blocks, c, smaller(block, s.channels - c), scratch);
-        }
-    }
-}
-
-// Threads that work together, and what one of them does of n pieces.
+// Threads side by side, and what one of them does of n pieces.
 struct Team {
     int64_t rank, size;
     int64_t first(int64_t n) const { return n * rank / size; }
@@ -84,6 +69,18 @@ template <class Work> void for_team(int64_t threads, Work work) {
     (void)threads;
     work(Team{0, 1});
 #endif
+}
+
+// Calls `work(image, first channel, channels, scratch)` for every unit of work. `floats` of scratch, of any value.
+template <class Work> void for_units(const Shape& s, int64_t block, int64_t floats, int64_t threads, Work work) {
+    const int64_t blocks = (s.channels + block - 1) / block, units = s.batch * blocks;
+    for_team(units > 1 ? threads : 1, [&](const Team& team) {
+        float* scratch = scratch_of(floats);
+        for (int64_t unit = team.first(units); unit < team.end(units); ++unit) {
+            const int64_t c = unit % blocks * block;
+            work(unit / blocks, c, smaller(block, s.channels - c), scratch);
+        }
+    });
 }
 
 // Calls `work(first token, last token + 1, channel)` for vectors of channels, STRIP tokens at a time.
