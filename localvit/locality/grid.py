@@ -77,9 +77,11 @@ def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
 def map_to_tokens(feature_map: Tensor) -> Tensor:
     """Inverse of :func:`tokens_to_map` without prefix tokens: ``(B, C, height, width) -> (B, N, C)``.
 
-    A view if the map is channels-last.
+    A view if the map is channels-last. Channels move before rows are joined: the other way round, the backward
+    pass gives a single image's gradient a batch stride that PyTorch's batch norm misreads on a CPU
+    (``docs/upstream.md``).
     """
-    return feature_map.flatten(2).transpose(1, 2)
+    return feature_map.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def tokens_to_row(tokens: Tensor) -> Tensor:
