@@ -8,9 +8,9 @@ from functools import partial
 
 import numpy as np
 from timm.data import create_dataset
-from timm.data.readers import create_reader
 
 from localvit.data.config import DataConfig, DataError
+from localvit.data.folder import open_folder
 from localvit.data.images import ArrayImages, Images, ReaderImages, TorchvisionImages
 from localvit.data.tar import open_shards, open_tar
 
@@ -155,17 +155,8 @@ def _folder_splits(folder: str) -> dict[str, Opener]:
         if os.path.isdir(os.path.join(folder, name))
     }
     if "train" not in found:  # then "val" and "test" may well be names of classes
-        return {"all": partial(_open_folder, folder)}
-    return {split: partial(_open_folder, path) for split, path in found.items()}
-
-
-def _open_folder(folder: str) -> ReaderImages:
-    try:
-        reader = create_reader("", root=folder)
-    except RuntimeError as error:  # timm's word for an empty folder
-        raise DataError(str(error)) from error
-    labels = [label for _, label in reader.samples]
-    return ReaderImages(reader, list(reader.class_to_idx), labels)
+        return {"all": partial(open_folder, folder)}
+    return {split: partial(open_folder, path) for split, path in found.items()}
 
 
 def _open_torchvision(source: str, split: str, config: DataConfig) -> Images:
