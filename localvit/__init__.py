@@ -1,6 +1,6 @@
 """Locality for vision transformers: a depth-wise convolution inside the feed-forward network."""
 
-__version__ = "0.3.1"
+__version__ = "0.3.2"
 
 from localvit.fusing import fuse
 from localvit.locality import PRESETS, ConfigError, Grid, LocalityConfig, LocalityFeedForward, preset

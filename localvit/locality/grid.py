@@ -77,8 +77,8 @@ def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
 def map_to_tokens(feature_map: Tensor) -> Tensor:
     """Inverse of :func:`tokens_to_map` without prefix tokens: ``(B, C, height, width) -> (B, N, C)``.
 
-    A view if the map is channels-last. Channels move before rows are joined: the other way round, the backward
-    pass gives a single image's gradient a batch stride that PyTorch's batch norm misreads on a CPU
+    A view if the map is channels-last. Channels move before rows are joined: the other way round, the
+    backward pass gives a single image's gradient a batch stride that PyTorch's batch norm misreads on a CPU
     (``docs/upstream.md``).
     """
     return feature_map.permute(0, 2, 3, 1).flatten(1, 2)
