@@ -67,7 +67,7 @@ ROOMS = {
     "training": {"locality", "cost", "baselines", "surgery", "models", "data", "export", "atomic"},
     "bench": {"locality", "cost", "fusing", "models", "export", "training"},
     "studies": {"locality", "cost", "surgery", "models", "data", "training", "bench"},
-    "cli": {"atomic", "locality", "cost", "surgery", "models", "data", "export", "training", "bench", "studies"},
+    "cli": {"atomic", "bench", "cost", "data", "export", "locality", "models", "studies", "surgery", "training"},
 }
 
 
