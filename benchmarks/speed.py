@@ -22,6 +22,7 @@ from typing import Any
 
 import timm
 import torch
+from localvit.locality.switch import VARIABLE
 from rich.console import Console
 from roofline import roofline
 from timm.layers import SqueezeExcite
@@ -45,7 +46,6 @@ from localvit.bench.peak import matmuls
 from localvit.cost import count_macs
 from localvit.export import ExportInfo
 from localvit.export.program import first_line
-from localvit.locality.switch import VARIABLE
 from localvit.training.memory import measure_step
 
 OURS, BASE = "localvit_tiny_patch16_224", "deit_tiny_patch16_224"

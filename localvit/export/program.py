@@ -10,9 +10,9 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from localvit.acceleration import fuse
+from localvit.errors import ConfigError
 from localvit.export.info import KEY, ExportInfo
-from localvit.fusing import fuse
-from localvit.locality import ConfigError
 
 
 def size_step(model: nn.Module) -> int:

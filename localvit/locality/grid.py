@@ -1,13 +1,18 @@
-"""The lattice that tokens come from, and the two views between tokens and feature map.
+"""The grid that tokens come from, the two views between tokens and feature map, and the module that needs a
+grid.
 
 Shapes: B batch, P prefix tokens (class, distillation, registers), N = height * width patch tokens,
 C channels. Patch token ``i`` is row ``i // width``, column ``i % width`` (raster order).
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+
+from localvit.locality.config import LocalityConfig
 
 
 class Grid(NamedTuple):
@@ -77,8 +82,8 @@ def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
 def map_to_tokens(feature_map: Tensor) -> Tensor:
     """Inverse of :func:`tokens_to_map` without prefix tokens: ``(B, C, height, width) -> (B, N, C)``.
 
-    A view if the map is channels-last. Channels move before rows are joined: the other way round, the backward
-    pass gives a single image's gradient a batch stride that PyTorch's batch norm misreads on a CPU
+    A view if the map is channels-last. Channels move before rows are joined: the other way round, the
+    backward pass gives a single image's gradient a batch stride that PyTorch's batch norm misreads on a CPU
     (``docs/upstream.md``).
     """
     return feature_map.permute(0, 2, 3, 1).flatten(1, 2)
@@ -97,3 +102,120 @@ def after_prefix(tokens: Tensor, prefix: int, patches: Tensor) -> Tensor:
     """The first ``prefix`` of ``tokens``, followed by the tokens of the map ``patches``."""
     rest = map_to_tokens(patches)
     return rest if prefix == 0 else torch.cat([tokens[:, :prefix], rest], dim=1)
+
+
+def check_grid(tokens: Tensor, grid: Grid) -> None:
+    """Refuse tokens that are not those of `grid` (RuntimeError or AssertionError, as `torch._assert`)."""
+    patches = tokens.shape[1] - grid.num_prefix_tokens
+    torch._assert(
+        patches == grid.height * grid.width,
+        f"{tokens.shape[1]} tokens, {grid.num_prefix_tokens} of them prefix tokens, leave {patches} patch "
+        f"tokens, but the grid has {grid.height} x {grid.width} = {grid.height * grid.width}",
+    )
+
+
+# Computes what `module.transform(x, grid)` computes, faster or with less memory; `None` where it does not
+# apply.
+Accelerator = Callable[[Any, Tensor, Grid], Tensor | None]
+_accelerators: list[Accelerator] = []
+
+
+def set_accelerator(accelerator: Accelerator | None) -> None:
+    """Let `accelerator` compute the branch of all modules where it applies; `None` for plain modules."""
+    _accelerators[:] = [] if accelerator is None else [accelerator]
+
+
+class GridModule(nn.Module):
+    """A module that needs the grid of the tokens that it is given. All that TorchScript asks for is here.
+
+    The grid comes with the call, or from the model's :class:`GridRecord`. It is never guessed from the number
+    of tokens. Subclasses define `transform(x, grid)`, and call `run(x, grid)`.
+    """
+
+    # TorchScript evaluates a property listed in both when it scripts the module, and keeps it as a
+    # constant; so a script made after `set_input_size` has the new grid.
+    __constants__: tuple[str, ...] = ("num_prefix_tokens", "static_size")
+    __jit_unused_properties__ = ("static_size",)
+    __jit_ignored_attributes__ = ("config", "grid_record", "noted")
+
+    noted: Any = None
+    """What an accelerator found out about the module. Forgotten when the mode, device or type changes."""
+    selective_checkpointing: bool = False
+    """Whether `localvit.set_selective_checkpointing` is on."""
+
+    def __init__(
+        self, config: LocalityConfig, num_prefix_tokens: int, grid_record: GridRecord | None
+    ) -> None:
+        super().__init__()
+        self.config = config.resolve()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.grid_record = grid_record
+
+    def train(self, mode: bool = True) -> Self:
+        self.noted = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.noted = None
+        return super()._apply(*args, **kwargs)
+
+    @property
+    def static_size(self) -> tuple[int, int]:
+        return self.grid_record.static_size if self.grid_record is not None else (0, 0)
+
+    def current_grid(self) -> Grid:
+        """Return the grid of the forward pass under way."""
+        if torch.jit.is_scripting():
+            height, width = self.static_size
+        else:
+            height, width = self._recorded_size()
+        return Grid(height, width, self.num_prefix_tokens)
+
+    @torch.jit.unused
+    def _recorded_size(self) -> tuple[int, int]:
+        size = self.grid_record.size if self.grid_record is not None else None
+        if size is None:
+            raise RuntimeError(
+                f"{type(self).__name__} does not know the grid of its tokens: run it inside the model "
+                "that was localized, or pass grid=Grid(height, width, num_prefix_tokens)"
+            )
+        return size
+
+    def run(self, x: Tensor, grid: Grid) -> Tensor:
+        """Compute `transform(x, grid)`, by the accelerator where it applies."""
+        if torch.jit.is_scripting():
+            return self.transform(x, grid)
+        return self._accelerated(x, grid)
+
+    @torch.jit.unused
+    def _accelerated(self, x: Tensor, grid: Grid) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.transform(x, grid)
+        for accelerator in _accelerators:
+            y = accelerator(self, x, grid)
+            if y is not None:
+                return y
+        with frozen_statistics(self) if recomputing() else nullcontext():
+            return self.transform(x, grid)
+
+
+def recomputing() -> bool:
+    """Return whether a backward pass is under way, as when activation checkpointing runs a forward pass
+    again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of batch norms, which were moved when the forward pass ran first."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = norm.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count

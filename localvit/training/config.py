@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from localvit.data import AugmentConfig, DataConfig
-from localvit.locality.config import ConfigError, LocalityConfig
+from localvit.errors import ConfigError
+from localvit.locality.config import LocalityConfig
 
 __all__ = [
     "AugmentConfig",

@@ -11,6 +11,7 @@ import timm
 import torch
 
 import localvit
+from localvit.errors import ConfigError
 from localvit.export import (
     FORMATS,
     READS,
@@ -24,7 +25,6 @@ from localvit.export import (
     write,
 )
 from localvit.export.parity import Inputs
-from localvit.locality import ConfigError
 
 SIZE = 16
 VIT = {"img_size": SIZE, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 5}

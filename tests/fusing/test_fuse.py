@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from localvit.fusing import feed_forward as fast
+from localvit.fusing import linear as routes
+from localvit.fusing.blocks import FastBlock
+from localvit.locality.kernels.packed import packed_available
 from timm.layers import DropPath
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
 import localvit
 from localvit import Grid, LocalityConfig, LocalityFeedForward, UnsupportedModelError
-from localvit.fusing import feed_forward as fast
-from localvit.fusing import linear as routes
-from localvit.fusing.blocks import FastBlock
 from localvit.locality import HiddenLocality
-from localvit.locality.kernels.packed import packed_available
 
 from ..locality.test_feed_forward import configurations
 from ..models.test_names import CASES, SAME, images, make

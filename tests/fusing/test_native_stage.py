@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+from localvit.fusing import feed_forward as fast
+from localvit.locality.kernels import native_ops
 from torch import nn
 
 import localvit
 from localvit import Grid, LocalityConfig
-from localvit.fusing import feed_forward as fast
-from localvit.locality.kernels import native_ops
 
 from ..locality.test_native_build import needs_compiler
 from .test_fuse import assert_same, local, photos, random_weights, vit

@@ -1,7 +1,7 @@
 """Gradients of single images, by finite differences.
 
-At batch size 1 a view may give the batch axis any stride, and the CPU's batch norm misreads some of them in its
-backward pass (docs/upstream.md). So each design is checked there, by its plain modules.
+At batch size 1 a view may give the batch axis any stride, and the CPU's batch norm misreads some of them in
+its backward pass (docs/upstream.md). So each design is checked there, by its plain modules.
 """
 
 from collections.abc import Callable

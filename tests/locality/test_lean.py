@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from localvit.locality.kernels import lean_applies, pieces
+from localvit.locality.kernels.lean import _LeanPass
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from localvit import Grid, LocalityConfig, LocalityFeedForward
-from localvit.locality.kernels import lean_applies, pieces
-from localvit.locality.kernels.lean import _LeanPass
 
 from .test_feed_forward import random_weights
 

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from localvit.locality.kernels import backend, native_ops
 from torch import nn
 
 from localvit import LocalityConfig
-from localvit.locality.kernels import backend, native_ops
 
 from .kernel_cases import (
     ACTS,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from localvit.locality.kernels import native_build, native_ops
 
 from .kernel_cases import check_backward, check_depthwise, check_slopes

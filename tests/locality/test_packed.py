@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-
 from localvit.locality.kernels import packed
 
 from .test_lean import check_step, feed_forward

@@ -1,4 +1,4 @@
-"""The kernels of ``native/native.cpp``, compiled for this machine when they are first needed.
+"""The kernels of ``native.cpp``, compiled for this machine when they are first needed.
 
 A C++ compiler takes some three seconds, once: the library is kept in the user's cache folder, under a name
 that tells source, compiler and kind of processor apart.
@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("native") / "native.cpp"
+SOURCE = Path(__file__).with_name("native.cpp")
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-Wno-psabi")
 # Tried in this order: not every compiler has OpenMP, or the first spelling of "this machine".
@@ -54,7 +54,7 @@ def load(folder: Path) -> ctypes.CDLL:
         OSError: if ``folder`` cannot be written, or the library not be loaded.
     """
     compiler = _compiler()
-    sources = b"".join(file.read_bytes() for file in sorted(SOURCE.parent.iterdir()))
+    sources = b"".join(file.read_bytes() for file in [SOURCE, *sorted(SOURCE.parent.glob("*.h"))])
     name = hashlib.sha256(sources + repr(_FLAGS).encode() + _identity(compiler)).hexdigest()[:24]
     path = folder / f"native-{name}.so"
     if not path.exists():

@@ -17,15 +17,15 @@ import torch
 from timm.layers import EcaModule, GluMlp, LayerNorm2d, Mlp, SqueezeExcite, SwiGLU
 from torch import Tensor, nn
 
-from localvit.fusing.folding import BATCH_NORMS, add_input, affine_of, has_statistics, rescale
-from localvit.fusing.inference import InferenceOnly
-from localvit.fusing.linear import without_bias
+from localvit.acceleration.fusing.folding import BATCH_NORMS, add_input, affine_of, has_statistics, rescale
+from localvit.acceleration.fusing.inference import InferenceOnly
+from localvit.acceleration.fusing.linear import without_bias
+from localvit.acceleration.native.build import library
+from localvit.acceleration.native.form import ACTIVATIONS, covers_convolution
+from localvit.acceleration.native.mix import mix_
 from localvit.locality import Grid, HiddenLocality, LocalityFeedForward, map_to_tokens, tokens_to_map
-from localvit.locality.feed_forward import check_lattice
-from localvit.locality.grid import tokens_to_row
-from localvit.locality.kernels import native_ops
-from localvit.locality.kernels.backend import backend_for
-from localvit.locality.layers import HardSigmoid
+from localvit.locality.grid import check_grid, tokens_to_row
+from localvit.locality.layers import HardSigmoid, Pointwise
 
 # Hidden maps of so many bytes, per thread, are worked on at a time: few enough for caches, enough for calls
 # not to count (measured on a Xeon with 2 MiB of second-level cache; 1.3 to 5 MiB differ by the noise).
@@ -64,7 +64,7 @@ class FastFeedForward(InferenceOnly):
         grid = self.lattice() if grid is None else grid
         prefix = 0 if grid is None else grid.num_prefix_tokens
         if grid is not None:
-            check_lattice(x, grid)
+            check_grid(x, grid)
         if prefix > 0:
             branch = self.on_prefix(x[:, :prefix])
             if branch is not None:
@@ -107,19 +107,19 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
     def lattice(self) -> Grid:
         return self.current_grid()
 
+    def expand(self, x: Tensor) -> Tensor:
+        return self.fc1(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        return _on_tokens(self.norm3, self.fc2(x))
+
     def on_patches(self, x: Tensor, lattice: Grid | None) -> Tensor:
         assert lattice is not None
         if self.native:
             layers = children_of(self, "fc1", "act1", "conv", "act2", "fc2")
             if native_applies(x, *layers):
                 return self._natively(x, lattice, layers)
-        x, lattice = patches_of(x, lattice), Grid(lattice.height, lattice.width)
-        if self.conv_first:
-            x = self._convolve(x, lattice)
-        h = self._hide(self._activate_expanded(self.fc1(x)), lattice)
-        if self.gate is not None:
-            h = self._gated(h, h.mean(1))
-        return _on_tokens(self.norm3, self.fc2(h))
+        return self.transform(patches_of(x, lattice), Grid(lattice.height, lattice.width))
 
     def _natively(self, x: Tensor, lattice: Grid, layers: list[Any]) -> Tensor:
         """Few prefix tokens go through the linear layers too, and what becomes of them is dropped: that costs
@@ -128,43 +128,75 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
         if lattice.num_prefix_tokens * RIDERS > tokens:
             x = patches_of(x, lattice)
         fc1, act1, conv, act2, fc2 = layers
-        before, after = (native_ops.ACTIVATIONS.get(type(act)) for act in (act1, act2))
+        before, after = (ACTIVATIONS.get(type(act)) for act in (act1, act2))
         h, shift = (act1(fc1(x)), None) if before is None else without_bias(fc1, x)
         h = h.contiguous()  # a layer that somebody put there may give anything
         gate = self.gate
-        squeeze = () if gate is None or after is None else _squeeze_of(gate)
-        mean = depthwise_in_place(h, conv, lattice, before or 0, after or 0, shift, squeeze)
+        squeeze = gate.weights() if gate is not None and after is not None else ()
+        height, width, _ = lattice
+        mean = mix_(h, shift, conv.weight, conv.bias, squeeze, height, width, before or 0, after or 0)
         if after is None:
             h = act2(h)
             mean = h[:, -tokens:].mean(1)
         if gate is not None and not squeeze:
-            h = self._gated(h, mean)
+            h.mul_(gate.values(mean).unsqueeze(1))
         return _on_tokens(self.norm3, fc2(h))[:, -tokens:]
 
     def on_prefix(self, x: Tensor) -> Tensor | None:
         if self.prefix != "mlp":
             return x if self.prefix == "passthrough" else None
-        h = self._activate_expanded(self.fc1(x))
+        h = self.fc1(x)
+        h = map_to_tokens(self._normalise(self.norm1, self.act1, tokens_to_row(h)))
         if self.conv_mid:
             h = self.act_prefix(h)
         if self.glu != "none":
             gate, value = h.chunk(2, dim=-1)
             h = self.act_glu(gate) * value
-        return _on_tokens(self.norm3, self.fc2(h))
+        return self.project(h)
 
-    def _activate_expanded(self, x: Tensor) -> Tensor:
-        if self.norm_before_act:
-            return self.act1(_on_tokens(self.norm1, x))
-        return _on_tokens(self.norm1, self.act1(x))
 
-    def _gated(self, h: Tensor, mean: Tensor) -> Tensor:
-        """The hidden map (b, T, D), times its channel weights, in place; ``mean`` (b, D) of its patches."""
-        gate: Any = self.gate
-        if isinstance(gate, EcaModule):
-            weights = gate.gate(gate.conv(mean.unsqueeze(1))).squeeze(1)
+class FastGate(InferenceOnly):
+    """Channel gate of a fused model: `values` from the means of channels, and the gated map in place.
+
+    A squeeze-and-excitation gate has linear layers `fc1` and `fc2`; with `clamps`, the sum and the quotient
+    of its hard sigmoid are folded into the second.
+    """
+
+    def __init__(self, gate: Any) -> None:
+        super().__init__()
+        self.squeezes = isinstance(gate, SqueezeExcite)
+        self.clamps = self.squeezes and type(gate.gate) is HardSigmoid
+        if self.clamps:
+            sixth = torch.full_like(gate.fc2.weight[:, 0, 0, 0], 1 / 6, dtype=torch.float64)
+            rescale(gate.fc2, sixth, 3 * sixth)
+        if self.squeezes:
+            self.fc1, self.act, self.fc2 = _linear(gate.fc1), gate.act, _linear(gate.fc2)
         else:
-            weights = gate.gate(gate.fc2(gate.act(gate.fc1(mean))))
-        return h.mul_(weights.unsqueeze(1))
+            self.conv = gate.conv
+        self.gate = gate.gate
+        self.eval()
+
+    def values(self, mean: Tensor) -> Tensor:
+        """``(b, D) -> (b, D)``."""
+        if not self.squeezes:
+            return self.gate(self.conv(mean.unsqueeze(1))).squeeze(1)
+        values = self.fc2(self.act(self.fc1(mean)))
+        return values.clamp_(0.0, 1.0) if self.clamps else self.gate(values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(b, D, H, W) -> (b, D, H, W)``, in the memory of `x`."""
+        return x.mul_(self.values(x.mean((2, 3)))[:, :, None, None])
+
+    def weights(self) -> Sequence[Tensor]:
+        """Return weights and biases of the gate that the native kernel computes; nothing if it is another
+        one."""
+        if not self.clamps:
+            return ()
+        first, act, second = children_of(self, "fc1", "act", "fc2")
+        known = type(act) is nn.ReLU and isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+        if not known or hooked(first) or hooked(second):
+            return ()
+        return first.weight, first.bias, second.weight, second.bias
 
 
 class FoldedHiddenLocality(HiddenLocality):
@@ -177,7 +209,7 @@ class FoldedHiddenLocality(HiddenLocality):
         """``(b, N, D) -> (b, N, D)``."""
         assert grid is not None
         if self.native and native_applies(patches, self.conv):
-            depthwise_in_place(patches, self.conv, grid, 0, 0)
+            mix_(patches, None, self.conv.weight, self.conv.bias, (), grid.height, grid.width, 0, 0)
             return patches
         return map_to_tokens(self.conv(tokens_to_map(patches, Grid(grid.height, grid.width))))
 
@@ -229,42 +261,18 @@ class FastSwiGLU(_FastHidden, SwiGLU):
 def native_applies(x: Tensor, *layers: nn.Module) -> bool:
     """Whether the native kernel can take these tokens now: it has no derivative, an exported graph is for
     other machines, and hooks on ``layers`` are to see what they would see without it."""
+    if library() is None:  # the model was fused on another machine
+        return False
     traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
     plain = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     differentiated = torch.is_grad_enabled() and x.requires_grad
     return plain and not traced and not differentiated and x.is_contiguous() and not any(map(hooked, layers))
 
 
-def depthwise_in_place(
-    x: Tensor,
-    conv: Any,
-    lattice: Grid,
-    act: int,
-    act2: int,
-    shift: Tensor | None = None,
-    squeeze: Sequence[Tensor] = (),
-) -> Tensor:
-    """Depth-wise convolution of the last tokens of (b, T, D) between two activations, ``shift`` (D) added
-    before, times the gate of ``squeeze`` if there is one; returns means over them, without the gate."""
-    height, width, _ = lattice
-    return native_ops.depthwise_stage_(x, shift, conv.weight, conv.bias, squeeze, height, width, act, act2)
-
-
 def patches_of(x: Tensor, lattice: Grid | None) -> Tensor:
     """Tokens without prefix tokens, and without gaps between images: these would keep a linear layer from
     being one product with its bias."""
     return x if lattice is None else x[:, lattice.num_prefix_tokens :].contiguous()
-
-
-def _squeeze_of(gate: Any) -> Sequence[Tensor]:
-    """Weights and biases of the gate that the native kernel computes; nothing if it is another one."""
-    if type(gate) is not SqueezeExcite:
-        return ()
-    first, act, second, clamp = children_of(gate, "fc1", "act", "fc2", "gate")
-    known = isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
-    if not known or type(act) is not nn.ReLU or type(clamp) is not Clamp or hooked(first) or hooked(second):
-        return ()
-    return first.weight, first.bias, second.weight, second.bias
 
 
 def children_of(module: nn.Module, *names: str) -> list[Any]:
@@ -287,7 +295,7 @@ def fuse_locality(ffn: Any) -> str | None:
     )
     for layer, name in stages:
         norm = getattr(ffn, name)
-        if type(layer) is not nn.Conv2d:
+        if type(layer) not in (nn.Conv2d, Pointwise):
             return f"{type(layer).__name__} in the place of a convolution"
         if not (has_statistics(norm) or type(norm) in (nn.Identity, LayerNorm2d)):
             return f"{type(norm).__name__}, whose statistics are over more than one token"
@@ -304,8 +312,8 @@ def fuse_locality(ffn: Any) -> str | None:
             setattr(ffn, name, nn.Identity())
     ffn.fc1, ffn.fc2 = (_linear(layer) for layer in (ffn.fc1, ffn.fc2))
     _in_place_activations(ffn, "act1", "act2", "act_glu")
-    if type(ffn.gate) is SqueezeExcite:
-        _fuse_squeeze(ffn.gate)
+    if ffn.gate is not None:
+        ffn.gate = FastGate(ffn.gate)
     ffn.hidden_features = ffn.fc1.out_features
     folded = type(ffn.norm1) is nn.Identity and ffn.conv_mid and type(ffn.norm2) is nn.Identity
     ffn.native = folded and ffn.glu == "none" and _natively(ffn.conv)
@@ -314,30 +322,16 @@ def fuse_locality(ffn: Any) -> str | None:
 
 
 def _natively(conv: Any) -> bool:
-    """Whether the native kernels are there, and know this convolution."""
-    return native_ops.covers_convolution(conv) and backend_for(conv.weight) == "native"
+    """Return whether the native kernels are there, and know this convolution."""
+    weight = conv.weight
+    ours = weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return ours and covers_convolution(conv) and library() is not None
 
 
 def _known_gate(gate: Any) -> bool:
     if type(gate) is SqueezeExcite:
         return not gate.add_maxpool and type(gate.bn) is nn.Identity
     return gate is None or (type(gate) is EcaModule and gate.conv2 is None)
-
-
-class Clamp(nn.Module):
-    """What is left of a hard sigmoid, ``relu6(x + 3) / 6``, whose sum and quotient are folded."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.clamp_(0.0, 1.0)
-
-
-def _fuse_squeeze(gate: Any) -> None:
-    """Linear layers for the 1 x 1 convolutions of a map of one pixel; a cheaper hard sigmoid."""
-    if type(gate.gate) is HardSigmoid:
-        sixth = torch.full_like(gate.fc2.weight[:, 0, 0, 0], 1 / 6, dtype=torch.float64)
-        rescale(gate.fc2, sixth, 3 * sixth)
-        gate.gate = Clamp().eval()
-    gate.fc1, gate.fc2 = _linear(gate.fc1), _linear(gate.fc2)
 
 
 _FAST_MLPS: dict[type[nn.Module], type[_FastHidden]] = {

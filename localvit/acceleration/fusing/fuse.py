@@ -12,14 +12,13 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from localvit.acceleration.fusing import blocks
+from localvit.acceleration.fusing.feed_forward import fuse_locality, fuse_mlp, hooked
+from localvit.acceleration.fusing.linear import PackedLinear, prefers_packed
+from localvit.acceleration.kernels import plain_kernels
 from localvit.baselines.pvt_stage import Block as PvtBlock
 from localvit.baselines.t2t_vit import T2TViT
-from localvit.fusing import blocks
-from localvit.fusing.feed_forward import fuse_locality, fuse_mlp, hooked
-from localvit.fusing.linear import RoutedLinear, fastest_route
 from localvit.locality import LocalityFeedForward
-from localvit.locality.kernels.packed import Route, chosen_route, packed_available
-from localvit.locality.switch import plain_forms
 from localvit.surgery.plan import refuse_wrapped
 
 # Changes a module to its fast form, or says why it stays plain.
@@ -51,8 +50,8 @@ FAST_FORMS: dict[type[nn.Module], Fuser] = {
 }
 
 
-def fuse(model: nn.Module, *, compile: bool = False, linear: Route | None = None) -> nn.Module:
-    """The same model in its fast inference form.
+def fuse(model: nn.Module, *, compile: bool = False) -> nn.Module:
+    """Copy a model into its fast inference form.
 
     Batch norms, LayerScale and added inputs are folded into the layers before them, activations and residual
     sums are in place, a feed-forward network (FFN) whose hidden map exceeds the cache runs image by image,
@@ -71,36 +70,30 @@ def fuse(model: nn.Module, *, compile: bool = False, linear: Route | None = None
 
     Layers whose class has no fast form stay as they are; so does an FFN with forward hooks on its layers.
 
-    With the environment variable ``LOCALVIT_PLAIN=1`` the result is a plain copy in evaluation mode.
+    With the environment variable ``LOCALVIT_KERNELS=plain`` the result is a plain copy in evaluation mode.
 
     Args:
         model: A model with at least one of timm's or localvit's transformer blocks or FFNs, localized or not.
         compile: Compile ``forward`` with ``torch.compile`` (Inductor with frozen weights, which apply where
             gradients are off, as under ``torch.inference_mode()``). The first call of each input shape takes
             minutes.
-        linear: Which library computes linear layers on a CPU: ``"linear"``, ``"conv"`` or ``"packed"``
-            (:class:`localvit.fusing.linear.RoutedLinear`). Default: ``LOCALVIT_LINEAR`` in the environment,
-            else what a short timing per shape finds, with the number of threads at the time; so give it for
-            results that repeat to the last bit.
 
     Returns:
         A new model; ``model`` is left as it was.
 
     Raises:
         UnsupportedModelError: for a model that is compiled, scripted or wrapped.
-        ValueError: if nothing in it has a fast form, a module that would change stands in two places, or
-            ``linear`` is not one of the three.
+        ValueError: if nothing in it has a fast form, or a module that would change stands in two places.
     """
     refuse_wrapped(model, "fuse")
-    route = chosen_route(linear)
-    if not plain_forms():
+    if not plain_kernels():
         _check_fusable(model)
     with torch.inference_mode(False):  # tensors made in it could not be packed
         fused = _evaluation_copy(model)
-        if not plain_forms():
+        if not plain_kernels():
             _remove_dropouts(fused)
             _change_forms(fused)
-            _route_linears(fused, _available(route))
+            _pack_linears(fused)
     if compile:
         _compile(fused)
     return fused
@@ -152,20 +145,10 @@ def _change_forms(model: nn.Module) -> None:
         warnings.warn(f"{len(names)} FFN(s) keep their plain form: {reason} ({names[0]} ...)", stacklevel=3)
 
 
-def _available(route: Route | None) -> Route | None:
-    if route == "packed" and not packed_available():
-        warnings.warn("this PyTorch has no packed linear layers; F.linear takes their place", stacklevel=3)
-        return "linear"
-    return route
-
-
-def _route_linears(model: nn.Module, route: Route | None) -> None:
+def _pack_linears(model: nn.Module) -> None:
     for module in list(model.modules()):
-        if type(module) is nn.Linear:
-            best = route or fastest_route(module.weight)
-            if best != "linear":
-                module.__class__ = RoutedLinear
-                module.route = best  # type: ignore[assignment]
+        if type(module) is nn.Linear and prefers_packed(module.weight):
+            module.__class__ = PackedLinear
 
 
 def _compile(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-// What is summed over the tokens of an image, and the gate that is computed from it.
+// What is summed over the tokens of an image.
 #pragma once
 
 #include <cstdint>
@@ -47,25 +47,5 @@ float dot(const float* a, const float* b, int64_t n) {
     for (int64_t i = whole; i < n; ++i) sum += a[i] * b[i];
     return sum;
 }
-
-// The squeeze-and-excitation gate clamp(second @ relu(first @ means + bias) + bias2, 0, 1), `first` (R, D) and
-// `second` (D, R); none where they are null. Not a number stays one.
-struct Gate {
-    const float *first, *bias, *second, *bias2;
-    int64_t reduced;
-
-    void factors(const float* means, int64_t channels, float* squeezed, float* factor) const {
-        for (int64_t r = 0; r < reduced; ++r) {
-            const float value = dot(first + r * channels, means, channels) + bias[r];
-            squeezed[r] = value < 0.0f ? 0.0f : value;
-        }
-        for (int64_t v = 0; v < channels; v += LANES) {
-            Vec value = load(bias2 + v);
-            for (int lane = 0; lane < LANES; ++lane)
-                value[lane] += dot(second + (v + lane) * reduced, squeezed, reduced);
-            store(factor + v, at_most(at_least(value, Vec{}), of(1.0f)));
-        }
-    }
-};
 
 }  // namespace

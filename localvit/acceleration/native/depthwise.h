@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "gate.h"
 #include "rows.h"
 #include "sums.h"
 
@@ -124,8 +125,8 @@ template <int K, int64_t ACT, int64_t ACT2> struct Depthwise {
         total_of(desk.sums, PARTS, n, desk.mean);
         to_mean(s, desk.mean, n);
         if (means && team.rank == 0) memcpy(means + image * n, desk.mean, n * sizeof(float));
-        if (gate.first) {
-            gate.factors(desk.mean, n, desk.squeezed, desk.factor);
+        if (gate.kind != NO_GATE) {
+            gate.values(desk.mean, n, desk.squeezed, desk.factor);
             for (int64_t t = top(team.first(PARTS)) * s.width; t < top(team.end(PARTS)) * s.width; ++t)
                 for (int64_t v = 0; v < n; v += LANES)
                     store(out + t * n + v, load(out + t * n + v) * load(desk.factor + v));

@@ -7,11 +7,11 @@
 
 namespace {
 
-// Back from the gated map to the normalised expanded one; everything in between is computed again. A row is
-// written when the rows that need what it was are staged.
+// Back from the gated map to the normalised expanded one; everything in between is computed again.
 template <int K> struct DepthwiseBackward {
     Shape s;
-    float *grad;
+    const float *grad;
+    float *out;
     const float *x, *below, *weight, *factor, *term;
     Affine second;
     const float *by_grad, *by_x, *rest;
@@ -57,7 +57,7 @@ template <int K> struct DepthwiseBackward {
                         of_taps[dy * K + dx] += value * hidden;
                     }
                 back *= slope(normal, act);
-                store(grad + at, back);
+                store(out + at, back);
                 of_bias += back;
                 of_scale += back * (under - middle) * dev;
             }

@@ -1,8 +1,9 @@
 """Transformer blocks in their fast form, and models that read out prefix tokens only.
 
 The sum with attention is a new tensor, because a block's input may be a feature that somebody kept; the
-feed-forward network (FFN) adds its branch to it in place. As in :mod:`localvit.fusing.feed_forward`, the
-copied block changes its class and stays what it was otherwise.
+feed-forward network (FFN) adds its branch to it in place. As in
+:mod:`localvit.acceleration.fusing.feed_forward`, the copied block changes its class and stays what it was
+otherwise.
 """
 
 from typing import Any
@@ -14,11 +15,11 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from localvit.acceleration.fusing.feed_forward import FastFeedForward, hooked
+from localvit.acceleration.fusing.folding import rescale
+from localvit.acceleration.fusing.inference import InferenceOnly
 from localvit.baselines.pvt_stage import Block as PvtBlock
 from localvit.baselines.t2t_vit import T2TViT
-from localvit.fusing.feed_forward import FastFeedForward, hooked
-from localvit.fusing.folding import rescale
-from localvit.fusing.inference import InferenceOnly
 
 
 def _add_branch(ffn: nn.Module, residual: Tensor, x: Tensor) -> Tensor:
