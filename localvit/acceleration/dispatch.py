@@ -52,14 +52,8 @@ def _natively(form: Form, ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Te
     if not is_dense(hidden):
         hidden = hidden.contiguous()
     y = mixed(form, ffn, hidden, grid)
-    if y.grad_fn is None or not _may_recompute():
+    hooks: Any = torch._C._autograd
+    if y.grad_fn is None or not hooks._saved_tensors_hooks_is_enabled():
         return ffn.project(y)
     with not_kept(y):
         return ffn.project(y)
-
-
-def _may_recompute() -> bool:
-    """Return whether layers may keep something else than the tensors they are given: not where somebody else
-    already decides what is kept, as activation checkpointing and offloading do."""
-    saving = torch._C._autograd
-    return saving._saved_tensors_hooks_is_enabled() and saving._top_saved_tensors_default_hooks(False) is None

@@ -1,8 +1,8 @@
 """Selective activation checkpointing of feed-forward networks with locality, for every design.
 
-The outputs of linear layers and convolutions are kept for the backward pass, and everything else is computed
-again: norms, activations and gates move memory and compute little. Outputs and gradients are those of the
-plain modules, bit for bit.
+The outputs of linear layers and convolutions of maps are kept for the backward pass, and everything else is
+computed again: norms, activations and gates move memory and compute little. Outputs and gradients are those
+of the plain modules, bit for bit.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ from localvit.locality import Grid, LocalityFeedForward
 from localvit.locality.grid import frozen_statistics, recomputing
 
 _aten = torch.ops.aten
-_KEPT = {_aten.convolution.default, _aten.mm.default, _aten.addmm.default, _aten.bmm.default}
+_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default}
 
 
 def set_selective_checkpointing(model: nn.Module, enable: bool = True) -> int:
@@ -51,7 +51,9 @@ def checkpointed(ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    """Keep maps, but not the gate's layers, which are small and whose activation works in place."""
+    kept = operator in _PRODUCTS or (operator is _aten.convolution.default and args[0].shape[2:].numel() > 1)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _transform(ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:

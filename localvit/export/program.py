@@ -84,7 +84,7 @@ def export_program(model: nn.Module, info: ExportInfo) -> ExportedProgram:
 
 def _fast(model: nn.Module) -> nn.Module:
     try:
-        return fuse(model, linear="linear")
+        return fuse(model)
     except ValueError:  # nothing in it has a fast form
         return model
 

@@ -140,7 +140,9 @@ class LocalityFeedForward(GridModule):
 
     def mix(self, x: Tensor, grid: Grid) -> Tensor:
         """Compute all that stands between the two point-wise layers: ``(B, T, D or 2 D) -> (B, T, D)``."""
-        x = map_to_tokens(self._normalise(self.norm1, self.act1, tokens_to_row(x)))
+        row = tokens_to_row(x)
+        row = self.act1(self.norm1(row)) if self.norm_before_act else self.norm1(self.act1(row))
+        x = map_to_tokens(row)
         value = x
         if self.glu == "gate":
             x, value = x.chunk(2, dim=-1)
@@ -164,12 +166,9 @@ class LocalityFeedForward(GridModule):
         y = self.conv(patches)
         if self.inner_skip:
             y = y + patches
-        y = map_to_tokens(self._normalise(self.norm2, self.act2, y))
+        y = map_to_tokens(self.act2(self.norm2(y)) if self.norm_before_act else self.norm2(self.act2(y)))
         prefix = grid.num_prefix_tokens
         return y if prefix == 0 else torch.cat([self.act_prefix(x[:, :prefix]), y], dim=1)
-
-    def _normalise(self, norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
-        return act(norm(x)) if self.norm_before_act else norm(act(x))
 
 
 class HiddenLocality(GridModule):

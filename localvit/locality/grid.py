@@ -6,7 +6,7 @@ C channels. Patch token ``i`` is row ``i // width``, column ``i % width`` (raste
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -142,6 +142,7 @@ class GridModule(nn.Module):
     """What an accelerator found out about the module. Forgotten when the mode, device or type changes."""
     selective_checkpointing: bool = False
     """Whether `localvit.set_selective_checkpointing` is on."""
+    transform: Any
 
     def __init__(
         self, config: LocalityConfig, num_prefix_tokens: int, grid_record: GridRecord | None
@@ -191,12 +192,18 @@ class GridModule(nn.Module):
     def _accelerated(self, x: Tensor, grid: Grid) -> Tensor:
         if torch.compiler.is_compiling():
             return self.transform(x, grid)
+        if recomputing():
+            with frozen_statistics(self):
+                return self._by_any_form(x, grid)
+        return self._by_any_form(x, grid)
+
+    @torch.jit.unused
+    def _by_any_form(self, x: Tensor, grid: Grid) -> Tensor:
         for accelerator in _accelerators:
             y = accelerator(self, x, grid)
             if y is not None:
                 return y
-        with frozen_statistics(self) if recomputing() else nullcontext():
-            return self.transform(x, grid)
+        return self.transform(x, grid)
 
 
 def recomputing() -> bool:
@@ -211,9 +218,7 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum = 0.0
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked = norm.num_batches_tracked.clone()
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:

@@ -131,7 +131,7 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
         before, after = (ACTIVATIONS.get(type(act)) for act in (act1, act2))
         h, shift = (act1(fc1(x)), None) if before is None else without_bias(fc1, x)
         h = h.contiguous()  # a layer that somebody put there may give anything
-        gate = self.gate
+        gate: Any = self.gate
         squeeze = gate.weights() if gate is not None and after is not None else ()
         height, width, _ = lattice
         mean = mix_(h, shift, conv.weight, conv.bias, squeeze, height, width, before or 0, after or 0)
@@ -145,8 +145,8 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
     def on_prefix(self, x: Tensor) -> Tensor | None:
         if self.prefix != "mlp":
             return x if self.prefix == "passthrough" else None
-        h = self.fc1(x)
-        h = map_to_tokens(self._normalise(self.norm1, self.act1, tokens_to_row(h)))
+        row = tokens_to_row(self.fc1(x))
+        h = map_to_tokens(self.act1(self.norm1(row)) if self.norm_before_act else self.norm1(self.act1(row)))
         if self.conv_mid:
             h = self.act_prefix(h)
         if self.glu != "none":

@@ -14,7 +14,6 @@ namespace {
 struct Mix {
     Shape s;
     int64_t k, act, act2, threads;
-    bool update;
     Norm norm1, norm2;
     const float *weight, *bias;  // of the convolution: (D, k * k), (D)
     Gate gate;
@@ -42,11 +41,11 @@ struct Mix {
     void forward(const float* x, float* convolved, float* gated, float* pooled, float* values) {
         std::vector<float> means(maps()), squares(maps());
         if (norm1.mode == BATCH) moments(x, means.data(), squares.data());
-        norm1.measure(means.data(), squares.data(), s.batch, s.tokens(), s.channels, update);
+        norm1.measure(means.data(), squares.data(), s.batch, s.tokens(), s.channels);
         norm1.prepare(s.channels, norm1.mode == BATCH);
-        const Gate none{NO_GATE};
+        Gate none{};
         convolve(x, weight, bias, convolved, means.data(), norm2.mode == BATCH ? squares.data() : nullptr, none, 0);
-        norm2.measure(means.data(), squares.data(), s.batch, s.tokens(), s.channels, update);
+        norm2.measure(means.data(), squares.data(), s.batch, s.tokens(), s.channels);
         norm2.prepare(s.channels, norm2.mode == BATCH);
         activate_and_gate(convolved, gated, pooled, values);
     }

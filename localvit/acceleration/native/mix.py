@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from localvit.acceleration.native.build import library
 from localvit.acceleration.native.form import CLAMP, NO_GATE, Form, is_dense
 from localvit.locality import Grid
-from localvit.locality.grid import recomputing
 
 # How a norm normalises, as the kernels number it. AFFINE: by its weight and bias alone, each where it is
 # given.
@@ -45,7 +44,6 @@ class Mix(NamedTuple):
         parameters: Any,
         kept: "Kept | None",
         *more: Tensor | None,
-        update: bool = False,
     ) -> None:
         """Call a kernel of native.cpp, whose `Reader` takes these arguments in this order."""
         batch, _, channels = x.shape
@@ -56,7 +54,7 @@ class Mix(NamedTuple):
         reduced = 0 if first is None else first.shape[-1] if first.dim() == 3 else first.shape[0]
         height, width, prefix = self.grid
         integers = [batch, prefix, height, width, channels, kernel.shape[-1], self.act, self.act2,
-                    torch.get_num_threads(), update,
+                    torch.get_num_threads(),
                     *_norm(self.norms[0], p[0], p[1]), at[0], at[1], p[2], p[3],
                     *_norm(self.norms[1], p[4], p[5]), at[2], at[3],
                     self.gate, p[6], p[7], p[8], p[9], reduced,
@@ -126,16 +124,16 @@ def _address(tensor: Tensor | None) -> int:
 def _forward(mix: Mix, x: Tensor, parameters: Any) -> tuple[Tensor, Tensor, Kept]:
     """Return the convolved map, the output and what is kept; move the running statistics."""
     batch, _, channels = x.shape
-    convolved, gated = torch.empty_like(x), torch.empty_like(x)
+    # As a map: activation checkpointing compares shapes, and so notices that it runs again on another grid.
+    convolved = torch.empty((batch, mix.grid.height, mix.grid.width, channels))
+    gated = torch.empty_like(x)
     pooled = values = None
     if mix.gate != NO_GATE:
         pooled, values = torch.empty((2, batch, channels)).unbind(0)
     kept = Kept(torch.empty((4, channels)), pooled, values)
-    update = not recomputing()
-    mix.call("forward", x, parameters, kept, x, convolved, gated, pooled, values, update=update)
-    if update:
-        moved = [t for norm in mix.norms if norm.mode == BATCH for t in norm[1:4] if t is not None]
-        torch.autograd.graph.increment_version(moved)
+    mix.call("forward", x, parameters, kept, x, convolved, gated, pooled, values)
+    moved = [t for norm in mix.norms if norm.mode == BATCH for t in norm[1:4] if isinstance(t, Tensor)]
+    torch.autograd.graph.increment_version(moved)
     return convolved, gated, kept
 
 
@@ -170,8 +168,13 @@ class _Mix(torch.autograd.Function):
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
-    x, convolved, statistics, pooled, values, *parameters = ctx.saved_tensors
-    return x, convolved, statistics, pooled, values, parameters
+    """Return what a forward pass kept, once in a backward pass: activation checkpointing lets nobody ask
+    twice."""
+    task, found = ctx.__dict__.pop("unpacked", (None, None))
+    if found is None or task != torch._C._current_graph_task_id():
+        x, convolved, statistics, pooled, values, *parameters = ctx.saved_tensors
+        found = x, convolved, statistics, pooled, values, parameters
+    return found
 
 
 def _differentiable(ctx: Any, grad: Tensor) -> Any:
@@ -213,9 +216,9 @@ class _Stage(nn.Module):
 class _Again(NamedTuple):
     """Where a tensor that was not kept stood in the output of the stage."""
 
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
+    shape: Any
+    stride: Any
+    offset: Any
 
 
 def not_kept(gated: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
@@ -223,16 +226,20 @@ def not_kept(gated: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
     once more when their backward pass asks for it."""
     node: Any = gated.grad_fn
     where = gated.untyped_storage().data_ptr()
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(
+        False
+    )  # of offloading, checkpointing, counting
 
     def pack(tensor: Tensor) -> Any:
         if tensor.untyped_storage().data_ptr() != where:
-            return tensor
+            return outer[0](tensor) if outer else tensor
         return _Again(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def unpack(packed: Any) -> Tensor:
         if not isinstance(packed, _Again):
-            return packed
-        x, convolved, *kept, parameters = _saved(node)
+            return outer[1](packed) if outer else packed
+        x, convolved, *kept, parameters = found = _saved(node)
+        node.unpacked = torch._C._current_graph_task_id(), found
         again = torch.empty_like(x)
         node.mix.call("again", x, parameters, Kept(*kept), convolved, again, kept[2])
         return again.as_strided(packed.shape, packed.stride, packed.offset)
@@ -260,7 +267,7 @@ def _mix_in_place(
     prefix = x.shape[1] - height * width
     if prefix < 0:
         raise ValueError(f"{x.shape[1]} tokens for a grid of {height} x {width}")
-    layers = gate or [None] * 4
+    layers: list[Any] = gate or [None] * 4
     for tensor in (x, shift, weight, bias, *layers):
         if tensor is not None and not is_dense(tensor):
             raise ValueError(

@@ -9,7 +9,7 @@
 
 namespace {
 
-// Arguments in the order of `_Arguments` in mix.py: integers and pointers, then numbers.
+// Arguments in the order of `Mix.call` in mix.py: integers and pointers, then numbers.
 struct Reader {
     const int64_t* values;
     const double* numbers;
@@ -36,7 +36,6 @@ struct Reader {
         Mix m{};
         m.s.batch = integer(), m.s.prefix = integer(), m.s.height = integer(), m.s.width = integer();
         m.s.channels = integer(), m.k = integer(), m.act = integer(), m.act2 = integer(), m.threads = integer();
-        m.update = integer() != 0;
         m.norm1 = norm();
         m.weight = floats(), m.bias = floats();
         m.norm2 = norm();

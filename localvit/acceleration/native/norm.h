@@ -23,12 +23,11 @@ struct Norm {
     std::vector<float> scale, shift;
 
     // By the means (B, D) of each image, and its squares about them, of `tokens` each.
-    void measure(const float* means, const float* squares, int64_t batch, int64_t tokens, int64_t channels,
-                 bool update) {
+    void measure(const float* means, const float* squares, int64_t batch, int64_t tokens, int64_t channels) {
         if (mode != BATCH) return;
         const double count = static_cast<double>(batch) * static_cast<double>(tokens);
         double step = momentum;
-        if (update && tracked) {
+        if (tracked) {
             ++*tracked;
             if (momentum < 0.0) step = 1.0 / static_cast<double>(*tracked);
         }
@@ -44,7 +43,7 @@ struct Norm {
             const double sum_of_squares = between * static_cast<double>(tokens) + within;
             mean[c] = static_cast<float>(middle);
             rstd[c] = static_cast<float>(1.0 / std::sqrt(sum_of_squares / count + eps));
-            if (!update || !running_mean) continue;
+            if (!running_mean) continue;
             running_mean[c] += static_cast<float>(step * (middle - running_mean[c]));
             running_var[c] += static_cast<float>(step * (sum_of_squares / (count - 1.0) - running_var[c]));
         }

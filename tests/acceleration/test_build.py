@@ -1,5 +1,6 @@
 """How the native kernels are built, and what happens where they cannot be."""
 
+import copy
 import os
 import platform
 import shutil
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from localvit.locality.kernels import native_build, native_ops
 
-from .kernel_cases import check_backward, check_depthwise, check_slopes
-from .test_lean import feed_forward, run, spy
+from localvit import LocalityConfig
+from localvit.acceleration.native import build as native_build
+from localvit.acceleration.native import mix
+
+from .steps import GRID, assert_close, feed_forward, images, plain_step, spy, step
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,14 +43,14 @@ def fresh():
 
 def test_without_a_compiler_a_warning_says_so_once(monkeypatch, fresh):
     monkeypatch.setenv("CXX", "no-such-compiler -O1")
-    ffn, x = feed_forward(dim=16).float(), torch.randn(3, 14, 16, requires_grad=True)
+    ffn, tokens = feed_forward(), images()
     used = spy(monkeypatch)
     with pytest.warns(RuntimeWarning, match=r"native kernels are not used.*looked for no-such-compiler\)"):
-        first = run(ffn, x)
+        first = step(ffn, tokens)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        torch.testing.assert_close(run(ffn, x), first, rtol=0, atol=0)
-    assert used == ["Steps", "Steps"]
+        torch.testing.assert_close(step(ffn, tokens), first, rtol=0, atol=0)
+    assert not used
 
 
 @pytest.mark.parametrize(
@@ -106,14 +109,25 @@ def test_a_change_of_the_source_is_another_library(monkeypatch, tmp_path, change
     assert native_build.load(tmp_path) != one
 
 
+def check(monkeypatch, kernels: object) -> None:
+    """A library computes what the plain modules do, in training and in inference."""
+    monkeypatch.setattr(mix, "library", lambda: kernels)
+    for act in ("none", "relu", "relu6", "hardswish"):
+        ffn = feed_forward(LocalityConfig(activation=(act, "hardswish")), hidden_dim=48)
+        tokens = images()
+        assert_close(step(ffn, tokens), plain_step(monkeypatch, ffn, tokens))
+        with torch.no_grad():
+            got = ffn.eval()(tokens, GRID)
+            want = copy.deepcopy(ffn).double()(tokens.double(), GRID)
+        torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
+
+
 @needs_compiler
 def test_without_openmp(monkeypatch, tmp_path):
     """As with compilers that do not have it; threads are not used then."""
     monkeypatch.setattr(native_build, "_VARIANTS", native_build._VARIANTS[1:2])
-    kernels = native_build.load(tmp_path)
-    monkeypatch.setattr(native_ops, "library", lambda: kernels)
     torch.set_num_threads(3)
-    check_depthwise(native_ops, (2, 5, 7, 48, 3, 3, 3, torch.float32))
+    check(monkeypatch, native_build.load(tmp_path))
 
 
 @needs_compiler
@@ -121,18 +135,12 @@ def test_without_openmp(monkeypatch, tmp_path):
 @pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx"])
 def test_narrower_vectors(monkeypatch, tmp_path, without):
     monkeypatch.setenv("CXX", f"{native_build._compiler()[0]} {without}")
-    kernels = native_build.load(tmp_path)
-    monkeypatch.setattr(native_ops, "library", lambda: kernels)
-    for act in range(4):
-        case = (1, 5, 7, 48, 3, act, 3, torch.float32)
-        check_depthwise(native_ops, case)
-        check_backward(native_ops, case)
-        check_slopes(native_ops, act, 16)
+    check(monkeypatch, native_build.load(tmp_path))
 
 
 @needs_compiler
 def test_several_processes_at_once(tmp_path):
-    code = "from localvit.locality.kernels.native_build import library; assert library() is not None"
+    code = "from localvit.acceleration.native.build import library; assert library() is not None"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     running = [
         subprocess.Popen([sys.executable, "-W", "error", "-c", code], env=environment) for _ in range(2)
@@ -145,7 +153,7 @@ def test_several_processes_at_once(tmp_path):
 def test_threads_are_those_of_pytorch():
     """A second OpenMP beside PyTorch's would take its threads' time."""
     code = (
-        "from localvit.locality.kernels.native_build import library; library();"
+        "from localvit.acceleration.native.build import library; library();"
         "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'libgomp' in l or 'libomp' in l}))"
     )
     if not Path("/proc/self/maps").exists():
