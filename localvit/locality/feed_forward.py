@@ -115,7 +115,7 @@ class LocalityFeedForward(GridModule):
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor, grid: Optional[Grid] = None) -> Tensor:  # noqa: UP045 (TorchScript)
-        """``(B, P + N, C) -> (B, P + N, C)``; ``grid`` beats the recorded grid."""
+        """Compute the branch: ``(B, P + N, C) -> (B, P + N, C)``; ``grid`` beats the recorded grid."""
         if grid is None:
             grid = self.current_grid()
         check_grid(tokens, grid)
@@ -128,18 +128,18 @@ class LocalityFeedForward(GridModule):
         return F.pad(x, (0, 0, prefix, 0))  # the branch is zero where a token bypasses it
 
     def transform(self, x: Tensor, grid: Grid) -> Tensor:
-        """Compute the branch of patch tokens, and of the prefix tokens that `grid` says are in front of
-        them."""
+        """Compute the branch, of the prefix tokens in ``grid`` too: ``(B, P + N, C) -> (B, P + N, C)``."""
         if self.conv_first:
             x = self._convolve(x, grid)
         return self.project(self.mix(self.expand(x), grid))
 
     def expand(self, x: Tensor) -> Tensor:
-        """``(B, T, C) -> (B, T, D)``, ``(B, T, 2 D)`` with a gated linear unit."""
+        """Expand the tokens, to two maps with a gated linear unit: ``(B, T, C) -> (B, T, D or 2 D)``."""
         return map_to_tokens(self.fc1(tokens_to_row(x)))
 
     def mix(self, x: Tensor, grid: Grid) -> Tensor:
-        """Compute all that stands between the two point-wise layers: ``(B, T, D or 2 D) -> (B, T, D)``."""
+        """Compute all that stands between the point-wise layers: ``(B, P + N, D or 2 D) -> (B, P + N,
+        D)``."""
         row = tokens_to_row(x)
         row = self.act1(self.norm1(row)) if self.norm_before_act else self.norm1(self.act1(row))
         x = map_to_tokens(row)
@@ -157,7 +157,7 @@ class LocalityFeedForward(GridModule):
         return x
 
     def project(self, x: Tensor) -> Tensor:
-        """``(B, T, D) -> (B, T, C)``."""
+        """Project the hidden state: ``(B, T, D) -> (B, T, C)``."""
         return map_to_tokens(self.norm3(self.fc2(tokens_to_row(x))))
 
     def _convolve(self, x: Tensor, grid: Grid) -> Tensor:
@@ -206,14 +206,14 @@ class HiddenLocality(GridModule):
         nn.init.zeros_(self.conv.weight)
 
     def forward(self, hidden: Tensor, grid: Optional[Grid] = None) -> Tensor:  # noqa: UP045 (TorchScript)
-        """``(B, P + N, D) -> (B, P + N, D)``; ``grid`` beats the recorded grid."""
+        """Add locality: ``(B, P + N, D) -> (B, P + N, D)``; ``grid`` beats the recorded grid."""
         if grid is None:
             grid = self.current_grid()
         check_grid(hidden, grid)
         return self.then(self.transform(hidden, grid))
 
     def transform(self, hidden: Tensor, grid: Grid) -> Tensor:
-        """Add the convolution to the patch tokens."""
+        """Add the convolution to the patch tokens: ``(B, P + N, D) -> (B, P + N, D)``."""
         patches = tokens_to_map(hidden, grid)
         return after_prefix(hidden, grid.num_prefix_tokens, patches + self.conv(patches))
 

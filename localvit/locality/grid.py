@@ -1,8 +1,8 @@
 """The grid that tokens come from, the two views between tokens and feature map, and the module that needs a
 grid.
 
-Shapes: B batch, P prefix tokens (class, distillation, registers), N = height * width patch tokens,
-C channels. Patch token ``i`` is row ``i // width``, column ``i % width`` (raster order).
+Shapes: B batch, P prefix tokens (class, distillation, registers), N = H * W patch tokens, C channels. Patch
+token ``i`` is in row ``i // W`` and column ``i % W`` (raster order).
 """
 
 from collections.abc import Callable, Iterator
@@ -69,7 +69,7 @@ class GridRecord:
 
 
 def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
-    """Patch tokens as a feature map: ``(B, P + N, C) -> (B, C, height, width)``.
+    """View patch tokens as a feature map: ``(B, P + N, C) -> (B, C, H, W)``.
 
     A view: tokens in memory order *are* a channels-last map, so nothing is copied. Rows are split before
     channels move: the other way round gives the batch axis of a single image a stride that PyTorch does not
@@ -80,7 +80,7 @@ def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
 
 
 def map_to_tokens(feature_map: Tensor) -> Tensor:
-    """Inverse of :func:`tokens_to_map` without prefix tokens: ``(B, C, height, width) -> (B, N, C)``.
+    """Invert :func:`tokens_to_map` without prefix tokens: ``(B, C, H, W) -> (B, H * W, C)``.
 
     A view if the map is channels-last. Channels move before rows are joined: the other way round, the
     backward pass gives a single image's gradient a batch stride that PyTorch's batch norm misreads on a CPU
@@ -90,7 +90,7 @@ def map_to_tokens(feature_map: Tensor) -> Tensor:
 
 
 def tokens_to_row(tokens: Tensor) -> Tensor:
-    """``(B, T, C) -> (B, C, 1, T)``, a channels-last view for point-wise layers.
+    """View tokens as a channels-last map for point-wise layers: ``(B, T, C) -> (B, C, 1, T)``.
 
     A row, not a column: oneDNN's point-wise convolution works along rows and is two to three times
     slower on a map of width 1.
@@ -99,7 +99,8 @@ def tokens_to_row(tokens: Tensor) -> Tensor:
 
 
 def after_prefix(tokens: Tensor, prefix: int, patches: Tensor) -> Tensor:
-    """The first ``prefix`` of ``tokens``, followed by the tokens of the map ``patches``."""
+    """Put the first ``prefix`` tokens before those of the map ``patches``: ``(B, T, C), (B, C, H, W) ->
+    (B, T, C)``."""
     rest = map_to_tokens(patches)
     return rest if prefix == 0 else torch.cat([tokens[:, :prefix], rest], dim=1)
 
