@@ -1,6 +1,6 @@
 """Time what is asked at every call before the native kernels stand in for the plain modules.
 
-    python benchmarks/question.py
+python benchmarks/question.py
 """
 
 import time

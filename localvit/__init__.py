@@ -1,6 +1,6 @@
 """Locality for vision transformers: a depth-wise convolution inside the feed-forward network."""
 
-__version__ = "0.3.1"
+__version__ = "0.3.2"
 
 from localvit.acceleration import fuse, set_selective_checkpointing
 from localvit.errors import ConfigError

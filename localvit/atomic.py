@@ -4,7 +4,31 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+class WriteFailed(RuntimeError):
+    """Result that could not be written, such as for a full disk."""
+
+
+@contextmanager
+def writing(path: str | Path, remedy: str = "make room or name another place") -> Iterator[None]:
+    """Turn an `OSError` inside into one error that names the file that was to be written.
+
+    Args:
+        path: The file.
+        remedy: What to do about it.
+
+    Raises:
+        WriteFailed: for any `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise WriteFailed(f"{str(path)!r} cannot be written: {reason}; {remedy}") from error
 
 
 def write_atomically(path: Path, *contents: str | bytes | memoryview) -> None:
@@ -27,6 +51,10 @@ def write_atomically(path: Path, *contents: str | bytes | memoryview) -> None:
         os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
         sync(path.parent)
+    except OSError as error:
+        if error.filename is None:  # a failed write names no file
+            error.filename = str(path)
+        raise
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

@@ -1,6 +1,8 @@
 """One thread per test process: the suite runs processes side by side, and threads would fight."""
 
 import os
+import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,3 +14,19 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start: another
 def _one_thread_and_a_fixed_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which files of this process cannot grow beyond some bytes, as on a full disk."""
+
+    @contextmanager
+    def limited(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited

@@ -68,7 +68,8 @@ ROOMS = {
     "training": {"errors", "locality", "cost", "baselines", "surgery", "models", "data", "export", "atomic"},
     "bench": {"errors", "locality", "cost", "acceleration", "models", "export", "training"},
     "studies": {"errors", "locality", "cost", "surgery", "models", "data", "training", "bench"},
-    "cli": {"errors", "locality", "cost", "surgery", "models", "data", "export", "training", "bench", "studies"},
+    "cli": {"atomic", "bench", "cost", "data", "errors", "export", "locality", "models", "studies", "surgery"}
+    | {"training"},
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib.util
 import io
 import shlex
@@ -14,6 +15,9 @@ import tyro
 
 T = TypeVar("T")
 _STUDY = {"scipy": "scipy", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "filelock": "filelock"}
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A disk, a quota or a file that is full."""
 
 
 class UsageError(Exception):
@@ -91,6 +95,7 @@ def check_extra(verb: str) -> None:
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn the library's errors that a user can cause into those of the command line."""
+    from localvit.atomic import WriteFailed
     from localvit.data import DataError, UnreadableImage
     from localvit.export import ExportFailed, ParityError
     from localvit.training import ConfigError, TrainingFailed
@@ -99,8 +104,13 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (ConfigError, DataError) as error:
         raise UsageError(str(error)) from error
-    except (UnreadableImage, TrainingFailed, ExportFailed, ParityError) as error:
+    except (UnreadableImage, TrainingFailed, ExportFailed, ParityError, WriteFailed) as error:
         raise Failure(str(error)) from error
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        file = f"{error.filename!r}" if error.filename is not None else "a file"
+        raise Failure(f"{file} cannot be written: {error.strerror}; make room and try again") from error
 
 
 def _gist(boxed: str) -> str:

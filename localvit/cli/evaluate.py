@@ -81,8 +81,9 @@ def run(options: Options) -> int:
             real_labels=options.real_labels,
         )
     if os.environ.get("RANK", "0") == "0":
-        _write(options, result)
-        _print(result)
+        _print(result)  # before the files: a full disk does not cost the numbers
+        with one_line_errors():
+            _write(options, result)
     return 0
 
 
@@ -100,14 +101,16 @@ def _check_files(options: Options) -> None:
 def _write(options: Options, result: Evaluation) -> None:
     from pathlib import Path
 
+    from localvit.atomic import write_atomically, writing
     from localvit.training.evaluation_files import as_csv, as_json, draw_confusion
-    from localvit.training.output import write_atomically
 
     if options.output is not None:
         form = as_json if options.output.endswith(".json") else as_csv
-        write_atomically(Path(options.output), form(result))
+        with writing(options.output):
+            write_atomically(Path(options.output), form(result))
     if options.confusion is not None:
-        write_atomically(Path(options.confusion), draw_confusion(result))
+        with writing(options.confusion):
+            write_atomically(Path(options.confusion), draw_confusion(result))
 
 
 def _print(result: Evaluation) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -25,6 +26,11 @@ Mode = Literal["L", "RGB"]
 """Gray or colour, as Pillow names them."""
 MAX_ASPECT = 100
 """Longest side over shortest that is kept; panoramas stay below 10."""
+FORMATS = (
+    *("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000"),
+    *("QOI", "ICO", "PCX", "SGI", "TGA"),  # the last one has no signature, so it is tried last
+)
+"""Image formats that are read, by Pillow's names. PostScript is not one: Pillow starts a program for it."""
 _CHANNELS = {"L": 1, "RGB": 3}
 # The operator, because `torchvision.io.decode_jpeg` around it warns since 0.29 that both will go one day;
 # Pillow then decodes to the same bits.
@@ -63,13 +69,29 @@ class Images(Protocol):
     def read_pixels(self, index: int, mode: Mode) -> tuple[torch.Tensor, int]: ...
 
 
+def disable_ghostscript() -> None:
+    """Keep Pillow from starting Ghostscript in this process, whoever opens the image.
+
+    `FORMATS` protects what this package opens. Data sets of torchvision and of the Hugging Face hub open
+    images themselves, with every format that Pillow has.
+    """
+    EpsImagePlugin.gs_binary = False
+
+
+@lru_cache(maxsize=1)
+def accepted_formats() -> tuple[str, ...]:
+    """`FORMATS` without those that this Pillow does not have, such as AVIF in an older one."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def decode(file: BinaryIO | str, name: str) -> Image.Image:
     """The picture in `file` as `plain` makes it; of an animation, the first frame.
 
     Raises:
         UnreadableImage: whatever the decoder stumbled over.
     """
-    with _naming(name), Image.open(file) as image:
+    with _naming(name), Image.open(file, formats=accepted_formats()) as image:
         image.load()
         return plain(image)
 
@@ -84,7 +106,8 @@ def decode_pixels(data: bytes, name: str, mode: Mode) -> torch.Tensor:
     Raises:
         UnreadableImage: as `decode`.
     """
-    with _naming(name), Image.open(io.BytesIO(data)) as header:  # refuses what has too many pixels
+    # Opening refuses an image with too many pixels.
+    with _naming(name), Image.open(io.BytesIO(data), formats=accepted_formats()) as header:
         usual = header.format == "JPEG" and header.mode in ("L", mode) and not _is_long(header.size)
     if usual and _torch_decode is not None:
         try:
@@ -146,7 +169,8 @@ def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError as error:
-        raise UnreadableImage(name, "it has no format that Pillow knows") from error
+        formats = ", ".join(accepted_formats())
+        raise UnreadableImage(name, f"it has none of the formats that are read: {formats}") from error
     # Damaged bytes make Pillow's plugins raise almost anything: OSError, SyntaxError, ValueError,
     # RuntimeError (AVIF), DecompressionBombError, MemoryError. Each means that this picture cannot be had.
     except Exception as error:

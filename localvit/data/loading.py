@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from localvit.data.augment import TrainTransform
 from localvit.data.config import AugmentConfig, DataError
-from localvit.data.images import Mode, Part, Sample, UnreadableImage
+from localvit.data.images import Mode, Part, Sample, UnreadableImage, disable_ghostscript
 
 _MODES: dict[int, Mode] = {1: "L", 3: "RGB"}
 _NOTICE = 30
@@ -325,7 +325,7 @@ def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any)
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=_as_it_is,  # type: ignore[arg-type]  # the batch is made already
-        worker_init_fn=_leave_the_end_to_the_parent,
+        worker_init_fn=_start_worker,
         pin_memory=pin_memory,
         # Its own: iterating a loader without one draws a number from torch's global state.
         generator=torch.Generator().manual_seed(0),
@@ -333,7 +333,13 @@ def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any)
     )
 
 
-def _leave_the_end_to_the_parent(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
+    """Prepare a process that loads images."""
+    disable_ghostscript()
+    _leave_the_end_to_the_parent()
+
+
+def _leave_the_end_to_the_parent() -> None:
     """Let signals that reach a whole job be answered by the process that it is about, in one that loads.
 
     That process may still need batches to finish its update, and ends its loaders by a message as a rule.

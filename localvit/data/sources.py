@@ -8,9 +8,9 @@ from functools import partial
 
 import numpy as np
 from timm.data import create_dataset
-from timm.data.readers import create_reader
 
 from localvit.data.config import DataConfig, DataError
+from localvit.data.folder import open_folder
 from localvit.data.images import ArrayImages, Images, ReaderImages, TorchvisionImages
 from localvit.data.tar import open_shards, open_tar
 
@@ -148,24 +148,22 @@ def _shares(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _folder_splits(folder: str) -> dict[str, Opener]:
+    entries: dict[str, list[str]] = {}
+    for name in sorted(next(os.walk(folder), (folder, [], []))[1]):
+        entries.setdefault(name.lower(), []).append(name)
     found = {
-        split: os.path.join(folder, name)
+        split: entries[name]
         for split, names in _SUBFOLDERS.items()
         for name in reversed(names)
-        if os.path.isdir(os.path.join(folder, name))
+        if name in entries
     }
     if "train" not in found:  # then "val" and "test" may well be names of classes
-        return {"all": partial(_open_folder, folder)}
-    return {split: partial(_open_folder, path) for split, path in found.items()}
-
-
-def _open_folder(folder: str) -> ReaderImages:
-    try:
-        reader = create_reader("", root=folder)
-    except RuntimeError as error:  # timm's word for an empty folder
-        raise DataError(str(error)) from error
-    labels = [label for _, label in reader.samples]
-    return ReaderImages(reader, list(reader.class_to_idx), labels)
+        return {"all": partial(open_folder, folder)}
+    for names in found.values():
+        if len(names) > 1:
+            both = " and ".join(map(repr, names))
+            raise DataError(f"{folder!r} holds {both}, which mean the same split; rename one of them")
+    return {split: partial(open_folder, os.path.join(folder, names[0])) for split, names in found.items()}
 
 
 def _open_torchvision(source: str, split: str, config: DataConfig) -> Images:

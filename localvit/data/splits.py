@@ -9,6 +9,7 @@ import numpy as np
 
 from localvit.data.config import DataConfig, DataError
 from localvit.data.images import Images, Part
+from localvit.data.overlap import check_disjoint, common_place, overlap_message
 from localvit.data.sources import (
     FIXED_SEED,
     Opener,
@@ -54,7 +55,7 @@ def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
 
     Raises:
         DataError: if a source does not exist, holds no pictures, has a class that the training pictures
-            lack, or is given for two splits at once; if there are fewer than two classes.
+            lack, or shares images with another source; if there are fewer than two classes.
     """
     _check_distinct(config)
     available = find_splits(config.train, config)
@@ -73,15 +74,15 @@ def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
         kept, test = _hold_out(train, kept, names, config.holdout, FIXED_SEED)
         notes.append(_note("test", test, config.train, "the same for every seed"))
 
-    # A validation split that comes with the training pictures, unless it is already the one reported.
-    reported = config.test is None and "test" not in available
+    own_validation = _own_validation(available, config, test)
     if config.validation is not None:
         validation = _given(config.validation, config, names)
-    elif "validation" in available and not reported:
-        validation = _whole(available["validation"](), config.train, names)
+    elif own_validation is not None:
+        validation = _whole(own_validation, config.train, names)
     else:
         kept, validation = _hold_out(train, kept, names, config.holdout, seed)
         notes.append(_note("validation", validation, config.train, f"chosen by seed {seed}"))
+    check_disjoint(config, {"train": train, "test": test.images, "validation": validation.images})
     if config.fraction < 1.0:
         whole = len(kept)
         kept = nested_subset(np.asarray(train.labels), kept, config.fraction)
@@ -112,6 +113,16 @@ def open_reported(source: str, config: DataConfig) -> Part:
 def _given(source: str, config: DataConfig, names: Sequence[str]) -> Part:
     images = _open(find_splits(source, config), ("test", "validation", "all"), source)
     return _whole(images, source, names)
+
+
+def _own_validation(available: dict[str, Opener], config: DataConfig, test: Part) -> Images | None:
+    """Open the validation split of the training source, unless its images are those that are reported."""
+    if config.validation is not None or "validation" not in available:
+        return None
+    if config.test is None and "test" not in available:
+        return None
+    images = available["validation"]()
+    return images if common_place(images, test.images) is None else None
 
 
 def _first(available: dict[str, Opener], keys: Sequence[str]) -> Opener | None:
@@ -155,4 +166,4 @@ def _check_distinct(config: DataConfig) -> None:
         for other, second in sources[:i]:
             plain = "all" in find_splits(source, config)
             if same_source(source, second) and (plain or other != "train"):
-                raise DataError(f"data.{name}={source!r} is also data.{other}; one picture, one split")
+                raise DataError(overlap_message(config, name, other, "all images"))

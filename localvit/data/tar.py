@@ -18,10 +18,10 @@ from typing import BinaryIO, NamedTuple
 
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader import Reader
-from timm.utils.misc import natural_key
 
 from localvit.data.config import DataError
 from localvit.data.images import ReaderImages
+from localvit.data.order import name_order
 
 
 class Member(NamedTuple):
@@ -84,13 +84,12 @@ def open_tar(path: str) -> ReaderImages:
     Raises:
         DataError: if it is no plain tar or holds no pictures.
     """
-    pictures = sorted(
-        (m for m in list_members(path) if _is_picture(m.name)), key=lambda m: natural_key(m.name)
-    )
+    found = [member for member in list_members(path) if _is_picture(member.name)]
+    pictures = sorted(found, key=lambda member: name_order(member.name))
     if not pictures:
         raise DataError(f"{path!r} holds no pictures ({', '.join(get_img_extensions())})")
     folders = [os.path.basename(os.path.dirname(member.name)) for member in pictures]
-    names = sorted(set(folders), key=natural_key)
+    names = sorted(set(folders), key=name_order)
     index = {name: i for i, name in enumerate(names)}
     return ReaderImages(TarReader(pictures), names, [index[folder] for folder in folders])
 

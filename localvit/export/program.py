@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,9 @@ def write_program(program: ExportedProgram, path: Path, info: ExportInfo) -> Non
     Reading one runs what its maker wants: torch unpickles parts of it and evaluates expressions in it. So
     load only those that you trust, as with any pickle.
     """
-    torch.export.save(program, path, extra_files={KEY: info.to_json()})
+    content = io.BytesIO()  # torch ends the process where it cannot write a file itself
+    torch.export.save(program, content, extra_files={KEY: info.to_json()})
+    path.write_bytes(content.getbuffer())
 
 
 def first_line(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from localvit.data.images import disable_ghostscript
 from localvit.studies.display import Display
 from localvit.studies.folder import StudyFolder, note_failure
 from localvit.studies.jobs import Job, Kind, alive_of, jobs_path, living, write_jobs
@@ -156,6 +157,7 @@ class Task:
     def __call__(self) -> None:
         from submitit import JobEnvironment
 
+        disable_ghostscript()
         requeue = signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
         torch.set_num_threads(self.threads)
         print(f"localvit: run {self.folder.name}", flush=True)  # so that a log says whose it is

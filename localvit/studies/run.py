@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from localvit.data import open_splits
+from localvit.data.images import disable_ghostscript
 from localvit.studies import cluster as clusters
 from localvit.studies.checks import Facts, check_study
 from localvit.studies.display import Display
@@ -186,6 +187,7 @@ def _worker(slot: int, threads: int) -> Executor:
 
 
 def _start_worker(slot: int, threads: int) -> None:
+    disable_ghostscript()
     gpus = torch.cuda.device_count()  # does not start CUDA
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
 from localvit.data import eval_loader
 from localvit.data.images import Sample, decode
+from localvit.data.order import name_order
 from localvit.export import EngineKind
 from localvit.training.checkpoint import Checkpoint
 from localvit.training.config import ConfigError
@@ -189,8 +189,7 @@ def find_files(paths: Sequence[str]) -> list[str]:
         if os.path.isdir(path):
             below = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
             pictures = [f for f in below if os.path.splitext(f)[1].lower() in extensions]
-            # timm's key takes 1.png and 01.png, a.png and A.png for equal
-            found |= dict.fromkeys(sorted(pictures, key=lambda f: (natural_key(f), f)))
+            found |= dict.fromkeys(sorted(pictures, key=name_order))
         elif os.path.isfile(path):
             found[path] = None
         else:

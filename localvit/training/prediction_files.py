@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from localvit.atomic import writing
 from localvit.export import EngineKind
 from localvit.training.checkpoint import Checkpoint
 from localvit.training.config import ConfigError
 from localvit.training.evaluate import check_at_least
 from localvit.training.exported import open_checkpoint
 from localvit.training.predict import WHOLE, Prediction, Shard, classify, find_files
-from localvit.training.prediction_formats import FORMS
+from localvit.training.prediction_formats import FORMS, Form
+
+_REMEDY = "make room, then the same command goes on"
 
 
 @dataclass(kw_only=True)
@@ -95,6 +99,7 @@ def write_predictions(
     Raises:
         ConfigError: as `predict` and `check_predictions_file`; if an unfinished file was begun with another
             model or other settings, is damaged, or is being written by another process.
+        WriteFailed: if the file cannot be written, as on a full disk; the same call goes on.
     """
     check_at_least(1, top_k=top_k, batch_size=batch_size)
     check_at_least(0, workers=workers)
@@ -108,18 +113,21 @@ def write_predictions(
         "top_k": top_k,
         "shard": f"{shard.index}/{shard.count}",
     }
-    with _begun(path, part, settings), closing(FORMS[path.suffix](part)) as file:
-        known = file.recover()
+    with _begun(path, part, settings), _opened(path, part) as file:
+        with writing(path, _REMEDY):
+            known = file.recover()
         todo = [one for one in files if file.name(one) not in known]
         unreadable = sum(known.get(file.name(one), False) for one in files)
         progress = Progress(total=len(files), kept=len(files) - len(todo), unreadable=unreadable)
         watch(progress, ())
         for batch in classify(model, todo, top_k=top_k, batch_size=batch_size, workers=workers):
-            file.append(batch)
+            with writing(path, _REMEDY):
+                file.append(batch)
             progress.written += len(batch)
             progress.unreadable += sum(one.error is not None for one in batch)
             watch(progress, batch)
-        file.finish()
+        with writing(path, _REMEDY):
+            file.finish()
     return progress
 
 
@@ -133,6 +141,18 @@ def fingerprint(model: Checkpoint) -> str:
 
 
 @contextmanager
+def _opened(path: Path, part: Path) -> Iterator[Form]:
+    """Open the unfinished file `part` of `path`, and close it."""
+    with writing(path, _REMEDY):
+        file = FORMS[path.suffix](part)
+    try:
+        yield file
+    finally:
+        with writing(path, _REMEDY):  # closing writes what is still in memory
+            file.close()
+
+
+@contextmanager
 def _begun(path: Path, part: Path, settings: dict[str, Any]) -> Iterator[None]:
     """Keep `part` to one process and one way of being written; give it its name if all goes well.
 
@@ -140,25 +160,34 @@ def _begun(path: Path, part: Path, settings: dict[str, Any]) -> Iterator[None]:
     forked data workers do not share, so it ends with this process.
     """
     beside = part.with_name(part.name + ".json")
-    with open(beside, "a+", encoding="utf-8") as file:
+    with writing(path, _REMEDY):
+        file = open(beside, "ab+", buffering=0)  # noqa: SIM115  # unbuffered, so that closing writes nothing
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # POSIX allows either
             raise ConfigError(f"output={str(path)!r}: another process is writing it") from error
         check_predictions_file(str(path))  # the other process may just have finished it
-        file.seek(0)
-        _check_settings(part, file.read(), settings)
-        file.truncate(0)
-        file.write(json.dumps(settings, indent=2) + "\n")
-        file.flush()
+        if part.exists():
+            file.seek(0)
+            _check_settings(part, file.read().decode(errors="replace"), settings)
+        else:
+            with writing(path, _REMEDY):
+                _write_settings(file, settings)
         yield
-        os.replace(part, path)
-        beside.unlink()
+        with writing(path, _REMEDY):
+            os.replace(part, path)
+            beside.unlink()
+
+
+def _write_settings(file: io.FileIO, settings: dict[str, Any]) -> None:
+    file.truncate(0)
+    rest = (json.dumps(settings, indent=2) + "\n").encode()
+    while rest:  # an unbuffered file may take less than it is given
+        rest = rest[file.write(rest) :]
 
 
 def _check_settings(part: Path, text: str, settings: dict[str, Any]) -> None:
-    if not part.exists():
-        return
     remedy = f"delete {str(part)!r} to begin anew"
     try:
         before = json.loads(text)

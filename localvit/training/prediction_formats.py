@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from localvit.atomic import write_atomically
 from localvit.training.config import ConfigError
 from localvit.training.predict import Prediction
 
@@ -225,10 +226,10 @@ class Parquet(Form):
         columns = list(zip(*rows_of(self._waiting), strict=True)) or [()] * len(COLUMNS)
         columns[0] = tuple(map(self.name, columns[0]))
         number = max((int(file.stem.removeprefix("part-")) for file in self._files()), default=-1) + 1
-        file = self._path / f"part-{number:05d}.parquet"
-        temporary = file.with_name(f".{file.name}")  # readers of folders leave such names out
-        parquet.write_table(pyarrow.table([*map(list, columns)], schema=schema), temporary)
-        os.replace(temporary, file)
+        # In memory first: whatever goes wrong on the disk, also at the last moment, is then an error of ours.
+        content = pyarrow.BufferOutputStream()
+        parquet.write_table(pyarrow.table([*map(list, columns)], schema=schema), content)
+        write_atomically(self._path / f"part-{number:05d}.parquet", memoryview(content.getvalue()))
         self._waiting = []
 
 

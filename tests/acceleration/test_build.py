@@ -70,13 +70,24 @@ def test_a_compiler_that_fails(monkeypatch, tmp_path, script, message):
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
 
 
-def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path, fresh):
-    (tmp_path / "localvit").write_text("a file")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_no_folder_that_can_be_written(monkeypatch, tmp_path, fresh):
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(native_build, "private_folder", lambda: tmp_path / "cache" / "private")
     monkeypatch.setattr(native_build, "_identity", lambda compiler: b"")
     monkeypatch.setattr(native_build, "_compiler", lambda: ["c++"])
-    with pytest.warns(RuntimeWarning, match="native kernels are not used"):
+    with (
+        pytest.warns(RuntimeWarning, match="compiled for this process only"),
+        pytest.warns(RuntimeWarning, match="native kernels are not used"),
+    ):
         assert native_build.library() is None
+
+
+def test_a_cache_that_cannot_be_written(fake_compiler, monkeypatch, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.warns(RuntimeWarning, match="compiled for this process only: .*cache"):
+        library = native_build.load(tmp_path / "cache" / "localvit")
+    assert fake_compiler == [library]
 
 
 @needs_compiler
@@ -160,3 +171,127 @@ def test_threads_are_those_of_pytorch():
         pytest.skip("no /proc")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() in ("0", "1"), done.stderr
+
+
+@pytest.fixture
+def fake_compiler(monkeypatch):
+    """Libraries without a compiler: `load` returns the path of the library and lists what it compiles."""
+    compiled = []
+
+    def compile_library(_compiler, path):
+        compiled.append(path)
+        path.write_bytes(b"a library")
+        path.chmod(0o700)
+
+    monkeypatch.setattr(native_build, "_identity", lambda compiler: b"")
+    monkeypatch.setattr(native_build, "_compiler", lambda: ["c++"])
+    monkeypatch.setattr(native_build, "_compile", compile_library)
+    monkeypatch.setattr(native_build.ctypes, "CDLL", Path)
+    native_build.private_folder.cache_clear()
+    yield compiled
+    native_build.private_folder.cache_clear()
+
+
+def test_the_folder_is_for_its_owner_only(fake_compiler, tmp_path):
+    folder = tmp_path / "cache" / "localvit"
+    before = os.umask(0)
+    try:
+        library = native_build.load(folder)
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert library.parent == folder
+    assert native_build.load(folder) == library
+    assert fake_compiler == [library]
+
+
+@needs_compiler
+def test_a_compiled_library_is_trusted_whatever_the_umask(monkeypatch, tmp_path):
+    before = os.umask(0)
+    try:
+        native_build.load(tmp_path / "localvit")
+    finally:
+        os.umask(before)
+    calls = []
+    monkeypatch.setattr(native_build, "_compile", lambda *arguments: calls.append(arguments))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        native_build.load(tmp_path / "localvit")
+    assert not calls
+
+
+def spoil_folder_for_group(folder, library):
+    folder.chmod(0o770)
+
+
+def spoil_folder_for_others(folder, library):
+    folder.chmod(0o707)
+
+
+def spoil_library_for_others(folder, library):
+    library.chmod(0o702)
+
+
+def spoil_folder_by_link(folder, library):
+    folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to("elsewhere")
+
+
+def spoil_library_by_link(folder, library):
+    library.rename(folder / "other.so")
+    library.symlink_to("other.so")
+
+
+def spoil_folder_by_file(folder, library):
+    shutil.rmtree(folder)
+    folder.write_text("a file")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (spoil_folder_for_group, r"folder .* can be changed by other users \(mode 770\)"),
+        (spoil_folder_for_others, r"folder .* can be changed by other users \(mode 707\)"),
+        (spoil_library_for_others, r"file .* can be changed by other users \(mode 702\)"),
+        (spoil_folder_by_link, "folder .* is a link"),
+        (spoil_library_by_link, "file .* is a link"),
+        (spoil_folder_by_file, "folder .* is no folder"),
+    ],
+)
+def test_what_others_can_change_is_not_loaded(fake_compiler, tmp_path, spoil, reason):
+    folder = tmp_path / "localvit"
+    kept = native_build.load(folder)
+    spoil(folder, kept)
+    with pytest.warns(RuntimeWarning, match=reason):
+        library = native_build.load(folder)
+    assert library.parent != folder
+    assert library.parent.stat().st_mode & 0o777 == 0o700
+    assert fake_compiler == [kept, library]
+    with pytest.warns(RuntimeWarning):
+        assert native_build.load(folder) == library  # one private folder for the process, compiled once
+    assert fake_compiler == [kept, library]
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_what_belongs_to_another_user_is_not_loaded(fake_compiler, monkeypatch, tmp_path, what):
+    kept = native_build.load(tmp_path / "localvit")
+    found = os.lstat
+
+    def of_another(path):
+        status = found(path)
+        foreign = (Path(path) == kept) == (what == "file") and Path(path) in (kept, kept.parent)
+        return os.stat_result((*status[:4], status.st_uid + foreign, *status[5:]))
+
+    monkeypatch.setattr(native_build.os, "lstat", of_another)
+    with pytest.warns(
+        RuntimeWarning, match=f"{what} .* belongs to user {os.geteuid() + 1}, not {os.geteuid()}"
+    ):
+        assert native_build.load(tmp_path / "localvit") != kept
+
+
+def test_a_private_folder_goes_with_its_process(tmp_path):
+    code = "from localvit.locality.kernels.native_build import private_folder; print(private_folder())"
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert Path(done.stdout.strip()).parent == tmp_path, done.stderr
+    assert not list(tmp_path.iterdir())

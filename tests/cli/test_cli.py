@@ -7,7 +7,9 @@ import sys
 import pytest
 from PIL import Image
 
+from localvit.atomic import write_atomically
 from localvit.cli import VERBS, main
+from localvit.cli.arguments import Failure, one_line_errors
 
 TINY = [
     *("--recipe", "digits", "--epochs", "1", "--batch-size", "64", "--device", "cpu"),
@@ -235,3 +237,16 @@ def test_a_crash_keeps_its_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "train", crash)
     with pytest.raises(ZeroDivisionError):
         main(["train", *TINY, "--output", str(tmp_path / "run")])
+
+
+def test_a_full_disk_is_one_line_wherever_it_is_noticed(tmp_path, full_disk):
+    file = tmp_path / "study.json"
+    with (
+        full_disk(2),
+        pytest.raises(Failure, match=r"study\.json' cannot be written: File too large"),
+        one_line_errors(),
+    ):
+        write_atomically(file, "more than that")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(IsADirectoryError), one_line_errors():  # anything else keeps its traceback
+        tmp_path.open()

@@ -106,3 +106,15 @@ def test_two_processes_count_every_picture_once(exported, tmp_path):
         del result["metrics"]["images_per_second"]
         del result["calibration"], result["calibration_error"]  # means of rounded numbers
     assert one == two
+
+
+@pytest.mark.parametrize("file", ["--output=all.json", "--output=classes.csv", "--confusion=confusion.png"])
+def test_a_full_disk_is_one_line_after_the_numbers(exported, tmp_path, monkeypatch, full_disk, capsys, file):
+    monkeypatch.chdir(tmp_path)
+    with full_disk(10):
+        assert main([*exported, file]) == 1
+    shown = capsys.readouterr()
+    assert "top-1" in shown.out
+    assert shown.err.count("\n") == 1
+    assert f"{file.partition('=')[2]!r} cannot be written: File too large" in shown.err
+    assert not list(tmp_path.iterdir())

@@ -128,3 +128,17 @@ def test_every_format_of_the_console_tells_the_same(job, capsys):
         fields = line.split(",") if form == "csv" else line.split()
         assert fields[place] == first["label"]
         assert len(found[form].splitlines()) == 1 + 2 * 60
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_full_disk_is_one_line(job, tmp_path, full_disk, capsys, suffix):
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    output = tmp_path / f"found.{suffix}"
+    with full_disk(300):
+        assert main([*job, "--output", str(output)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{str(output)!r} cannot be written: File too large" in error
+    assert "the same command goes on" in error
+    assert not output.exists()

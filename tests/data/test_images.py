@@ -272,8 +272,8 @@ def damaged():
     start = avif.getvalue().find(b"mdat") + 8
     broken = avif.getvalue()[:start] + bytes(len(avif.getvalue()) - start)
     return {
-        "empty": (b"", "no format that Pillow knows"),
-        "text": (b"What you see is not what you get.\n", "no format that Pillow knows"),
+        "empty": (b"", "none of the formats that are read: JPEG, .*TGA"),
+        "text": (b"What you see is not what you get.\n", "none of the formats that are read: JPEG, .*TGA"),
         "truncated": (data.getvalue()[:-200], "truncated"),
         "avif": (broken, "decode"),
     }
@@ -298,3 +298,10 @@ def test_up_to_twice_pillows_limit_a_picture_is_read_with_pillows_warning(monkey
         assert stored(colours("RGB", side=6), "PNG").size == (6, 6)
     with pytest.raises(UnreadableImage, match="exceeds limit of 30"):  # where warnings are errors
         stored(colours("RGB", side=6), "PNG")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA"])
+def test_formats_that_are_read(form):
+    options = {"save_all": True, "append_images": [picture(9)]} if form == "MPO" else {}
+    found = stored(picture(200, side=16), form, **options)
+    assert abs(np.asarray(found.convert("L")).astype(int) - 200).max() <= 2

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import resource
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -171,3 +174,17 @@ def test_a_model_without_digits_says_what_else(place, tmp_path, capsys, monkeypa
         main(["export", str(place / "model"), "--format", "torch", "--output", str(tmp_path / "x.pt2")]) == 2
     )
     assert "--data SRC takes other pictures" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(place, tmp_path):
+    """In a process of its own: torch ended it when it wrote the file itself."""
+    command = ["export", str(place / "model"), "--format", "torch", "--data", str(place / "pictures")]
+    done = subprocess.run(
+        [sys.executable, "-m", "localvit", *command, "--output", str(tmp_path / "model.pt2")],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "File too large" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,13 +1,16 @@
 import csv
+import errno
 import importlib.util
 import json
 import multiprocessing
+import os
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from localvit.atomic import WriteFailed
 from localvit.training import ConfigError, predict
 from localvit.training.checkpoint import load_checkpoint
 from localvit.training.predict import Guess, Prediction, Shard, _Files, find_files
@@ -312,3 +315,44 @@ def test_files_that_cannot_be_written_are_refused(job, tmp_path, name):
     with pytest.raises(ConfigError, match=r"must end in \.csv, \.jsonl, \.parquet|no writable folder"):
         write_predictions(*job, str(tmp_path / name), device="cpu")
     assert set(FORMS) == {".csv", ".jsonl", ".parquet"}
+
+
+@ANY_FORM
+@pytest.mark.parametrize("size", [0, 100, 700])
+def test_a_full_disk_is_one_error_and_the_same_call_goes_on(job, tmp_path, full_disk, suffix, size):
+    path = tmp_path / f"found{suffix}"
+    with full_disk(size), pytest.raises(WriteFailed, match=rf"found{suffix}' cannot be written: .*too large"):
+        write_predictions(*job, str(path), batch_size=8, device="cpu")
+    assert not path.exists()
+    assert not list(tmp_path.glob("**/part-*.parquet"))
+    write_predictions(*job, str(path), batch_size=8, device="cpu")
+    assert len({row["path"] if suffix == ".jsonl" else row[0] for row in rows(path)} - {"path"}) == 61
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@ANY_FORM
+def test_a_full_disk_does_not_spoil_what_an_interrupted_call_left(job, tmp_path, full_disk, suffix):
+    path = tmp_path / f"found{suffix}"
+    with pytest.raises(Stop):
+        write_predictions(*job, str(path), batch_size=8, device="cpu", watch=stop_after(16))
+    beside = tmp_path / f"found{suffix}.part.json"
+    begun = beside.read_bytes()
+    with full_disk(0), pytest.raises(WriteFailed):
+        write_predictions(*job, str(path), batch_size=8, device="cpu")
+    assert beside.read_bytes() == begun
+    write_predictions(*job, str(path), batch_size=8, device="cpu")
+    assert path.exists()
+
+
+@PARQUET
+def test_an_error_that_only_closing_the_file_shows_is_not_lost(job, tmp_path, monkeypatch):
+    """Some file systems say only then that there is no room."""
+
+    def no_room(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(WriteFailed, match="No space left on device"):
+        write_predictions(*job, str(tmp_path / "found.parquet"), device="cpu")
+    assert not (tmp_path / "found.parquet").exists()
+    assert not list(tmp_path.glob("**/part-*.parquet"))

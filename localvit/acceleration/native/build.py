@@ -1,14 +1,17 @@
 """The kernels of ``native.cpp``, compiled for this machine when they are first needed.
 
 A C++ compiler takes some three seconds, once: the library is kept in the user's cache folder, under a name
-that tells source, compiler and kind of processor apart.
+that tells source, compiler and kind of processor apart. Loading a library runs it, so one that another user
+could have put there or changed is not loaded: this process then compiles its own.
 """
 
+import atexit
 import ctypes
 import hashlib
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
@@ -25,6 +28,10 @@ _VARIANTS = tuple(product((("-march=native",), ("-mcpu=native",)), (("-fopenmp",
 
 class Unavailable(Exception):
     """Why there are no native kernels."""
+
+
+class Untrusted(Exception):
+    """Folder or library that another user could have changed."""
 
 
 @lru_cache(maxsize=1)
@@ -47,20 +54,77 @@ def cache_folder() -> Path:
 
 
 def load(folder: Path) -> ctypes.CDLL:
-    """The library in ``folder``, compiled if it is not there.
+    """Load the library in `folder`; compile it if it is not there.
+
+    Where others can change the folder or the library, or the folder cannot be written, a warning says so and
+    the library is compiled in a private folder.
 
     Raises:
         Unavailable: if there is no compiler, or none of its variants compiles the source.
-        OSError: if ``folder`` cannot be written, or the library not be loaded.
+        OSError: if no folder can be written, or the library not be loaded.
     """
     compiler = _compiler()
     sources = b"".join(file.read_bytes() for file in [SOURCE, *sorted(SOURCE.parent.glob("*.h"))])
     name = hashlib.sha256(sources + repr(_FLAGS).encode() + _identity(compiler)).hexdigest()[:24]
-    path = folder / f"native-{name}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, path)
+    file = f"native-{name}.so"
+    try:
+        path = _trusted(compiler, folder / file)
+    except (Untrusted, OSError) as error:
+        warnings.warn(
+            f"localvit's native kernels are compiled for this process only: {error}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        path = _trusted(compiler, private_folder() / file)
     return ctypes.CDLL(str(path))
+
+
+@lru_cache(maxsize=1)
+def private_folder() -> Path:
+    """Make a folder for this process and its owner only; it is removed at the end."""
+    folder, owner = Path(tempfile.mkdtemp(prefix="localvit-")), os.getpid()  # mode 700
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not at the end of a fork
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
+
+
+def _trusted(compiler: list[str], path: Path) -> Path:
+    """Compile the library to `path` unless it is there, and return `path`.
+
+    Raises:
+        Untrusted: if another user can change the folder or the library.
+        OSError: if the folder cannot be written.
+    """
+    if not os.path.lexists(path.parent):
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)  # another process may be at the same
+    _check_owner(path.parent, "folder")
+    if not os.path.lexists(path):
+        _compile(compiler, path)
+    _check_owner(path, "file")
+    return path
+
+
+def _check_owner(path: Path, kind: str) -> None:
+    """Refuse what is not of this user alone."""
+    status = os.lstat(path)
+    mode = status.st_mode
+    user = os.geteuid() if hasattr(os, "geteuid") else status.st_uid  # Windows has no such numbers
+    if stat.S_ISLNK(mode):
+        raise Untrusted(f"{kind} {str(path)!r} is a link; replace it by a {kind}")
+    if not (stat.S_ISDIR(mode) if kind == "folder" else stat.S_ISREG(mode)):
+        raise Untrusted(f"{kind} {str(path)!r} is no {kind}; remove it")
+    if status.st_uid != user:
+        raise Untrusted(f"{kind} {str(path)!r} belongs to user {status.st_uid}, not {user}; remove it")
+    if os.name == "posix" and mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise Untrusted(
+            f"{kind} {str(path)!r} can be changed by other users (mode {mode & 0o777:o}); remove it, or run "
+            "chmod go-w on it if you know what is in it"
+        )
 
 
 def _compiler() -> list[str]:
@@ -91,6 +155,7 @@ def _compile(compiler: list[str], path: Path) -> None:
         for arch, openmp in _VARIANTS:
             done = _run([*compiler, *_FLAGS, *arch, *openmp, str(SOURCE), "-o", temporary])
             if done.returncode == 0:
+                os.chmod(temporary, 0o700)  # the linker goes by the umask
                 os.replace(temporary, path)
                 return
             message = message or done.stderr.strip().partition("\n")[0]

@@ -1,9 +1,9 @@
 """The fused form of every family computes what the plain one does, and is a model like it otherwise."""
 
 import copy
-import importlib
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,28 +11,28 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from localvit.fusing import feed_forward as fast
-from localvit.fusing import linear as routes
-from localvit.fusing.blocks import FastBlock
-from localvit.locality.kernels.packed import packed_available
 from timm.layers import DropPath
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
 import localvit
 from localvit import Grid, LocalityConfig, LocalityFeedForward, UnsupportedModelError
+from localvit.acceleration.fusing import feed_forward as fast
+from localvit.acceleration.fusing import linear as packing
+from localvit.acceleration.fusing.blocks import FastBlock
+from localvit.acceleration.fusing.linear import PackedLinear, packed_available, prefers_packed
 from localvit.locality import HiddenLocality
 
-from ..locality.test_feed_forward import configurations
-from ..models.test_names import CASES, SAME, images, make
+from ...locality.test_feed_forward import configurations
+from ...models.test_names import CASES, SAME, images, make
+from .conftest import set_packed
 
 # One name of each structure; the others differ in numbers.
 NAMES = [
     key
     for key in CASES
     if key not in SAME and not key.startswith(("localvit_tiny_", "localvit_small", "localvit_base"))
-] + ["localvit_tiny_patch16_224", "localvit_tiny_matched_patch16_224"]
-NAMES = [key for key in NAMES if key in CASES]
+] + ["localvit_tiny_patch16_224", "localvit_tiny_patch16_224_matched"]
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 PLAIN = {
     "deit": ("deit_tiny_patch16_224", {}),
@@ -52,11 +52,8 @@ PLAIN = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_route(monkeypatch):
-    """Tests do not depend on what is fast here, nor on what the environment asks for."""
-    monkeypatch.setenv("LOCALVIT_LINEAR", "linear")
-    monkeypatch.delenv("LOCALVIT_PLAIN", raising=False)
+needs_packed = pytest.mark.skipif(not packed_available(), reason="this PyTorch has no packed linear layers")
+plain_and_packed = pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_packed)])
 
 
 def random_weights(model: nn.Module) -> nn.Module:
@@ -338,9 +335,12 @@ def test_images_in_parts(monkeypatch):
         assert sizes == want  # the last of two blocks computes no patches
 
 
+@plain_and_packed
 @torch.no_grad()
-def test_copies_pickles_and_moves():
-    fused = localvit.fuse(local(), linear="packed" if packed_available() else "conv")
+def test_copies_pickles_and_moves(monkeypatch, packed):
+    set_packed(monkeypatch, packed)
+    fused = localvit.fuse(local())
+    assert packs(fused) == {packed}
     x = photos()
     want = fused(x)
     for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
@@ -434,122 +434,171 @@ def test_models_that_cannot_be_fused_are_named():
 @torch.no_grad()
 def test_plain_forms_everywhere(monkeypatch):
     model = local().train()
-    monkeypatch.setenv("LOCALVIT_PLAIN", "1")
+    set_packed(monkeypatch, True)
+    monkeypatch.setenv("LOCALVIT_KERNELS", "plain")
     plain = localvit.fuse(model)
     assert type(plain) is type(model)
     assert not plain.training
     assert [type(m) for m in plain.modules()] == [type(m) for m in model.modules()]
     assert torch.equal(plain(photos()), model.eval()(photos()))
-    monkeypatch.setenv("LOCALVIT_PLAIN", "yes")
-    with pytest.raises(ValueError, match=r"LOCALVIT_PLAIN='yes' is not accepted \(accepted: 0, 1\)"):
-        localvit.fuse(model)
+    for value in ("", "auto"):
+        monkeypatch.setenv("LOCALVIT_KERNELS", value)
+        assert type(localvit.fuse(model)) is not type(model)
+    for value in ("yes", "torch"):
+        monkeypatch.setenv("LOCALVIT_KERNELS", value)
+        with pytest.raises(
+            ValueError, match=rf"LOCALVIT_KERNELS='{value}' is not accepted \(accepted: auto, plain\)"
+        ):
+            localvit.fuse(model)
 
 
-def routed(model: nn.Module) -> set[str]:
-    return {getattr(m, "route", "linear") for m in model.modules() if isinstance(m, nn.Linear)}
+def packs(model: nn.Module) -> set[bool]:
+    """Whether linear layers have packed weights, of all that there are."""
+    kinds = {type(m) for m in model.modules() if isinstance(m, nn.Linear)}
+    assert kinds <= {nn.Linear, PackedLinear}
+    return {kind is PackedLinear for kind in kinds}
 
 
-@pytest.mark.parametrize("route", ["linear", "conv", "packed"])
+@plain_and_packed
 @torch.no_grad()
-def test_every_route_gives_the_same(route, monkeypatch):
-    if route == "packed" and not packed_available():
-        pytest.skip("this PyTorch has no packed linear layers")
+def test_packed_weights_give_the_same(monkeypatch, packed):
     model, x = local(LocalityConfig(prefix="mlp")), photos()
-    fused = localvit.fuse(model, linear=route)
-    assert routed(fused) == {route}
+    set_packed(monkeypatch, packed)
+    packed_linear, calls = packing.packed_linear, []
+    monkeypatch.setattr(packing, "packed_linear", lambda *a: calls.append(1) or packed_linear(*a))
+    fused = localvit.fuse(model)
+    assert packs(fused) == {packed}
     assert_same(fused(x), model(x))
+    assert bool(calls) == packed
     assert fused(photos(0)).shape == model(photos(0)).shape
-    monkeypatch.setenv("LOCALVIT_LINEAR", route)
     again = localvit.fuse(model)
-    assert routed(again) == {route}
+    assert packs(again) == {packed}
     assert torch.equal(again(x), fused(x))
 
 
-@pytest.mark.parametrize("route", ["linear", "conv", "packed"])
+@plain_and_packed
 @torch.inference_mode()
-def test_models_made_and_copied_in_inference_mode(route):
+def test_models_made_and_copied_in_inference_mode(monkeypatch, packed):
     """Whose tensors do not say when they change."""
-    if route == "packed" and not packed_available():
-        pytest.skip("this PyTorch has no packed linear layers")
     model, x = local(), photos()
-    fused = localvit.fuse(model, linear=route)
+    set_packed(monkeypatch, packed)
+    fused = localvit.fuse(model)
+    assert packs(fused) == {packed}
     assert not any(tensor.is_inference() for tensor in fused.parameters())
     assert_same(fused(x), model(x))
     assert_same(copy.deepcopy(fused)(x), model(x))
 
 
-@pytest.mark.skipif(not packed_available(), reason="this PyTorch has no packed linear layers")
+@needs_packed
 @torch.no_grad()
 def test_compiled_graphs_pack_weights_by_an_operator(monkeypatch):
     model, x = local(), photos()
-    fused = localvit.fuse(model, linear="packed")
+    set_packed(monkeypatch, True)
+    fused = localvit.fuse(model)
     graphs = []
     compiled = torch.compile(fused, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     assert_same(compiled(x), model(x))
     targets = [node.target for graph in graphs for node in graph.graph.nodes]
     assert (
-        targets.count(routes.frozen_linear) == 6
+        targets.count(packing.frozen_linear) == 6
     )  # two blocks and the head, but one sliced and two not read
-    monkeypatch.setattr(routes, "pack", None)
+    monkeypatch.setattr(packing, "pack", None)
     assert_same(compiled(x), model(x))  # they are packed already
 
 
-@pytest.mark.skipif(not packed_available(), reason="this PyTorch has no packed linear layers")
+@needs_packed
 def test_the_operator_of_compiled_graphs():
     x, weight, bias = torch.randn(2, 3, 5), torch.randn(4, 5), torch.randn(4)
     torch.library.opcheck(
-        routes.frozen_linear, (x, weight, bias), test_utils=("test_schema", "test_faketensor")
+        packing.frozen_linear, (x, weight, bias), test_utils=("test_schema", "test_faketensor")
     )
-    torch.testing.assert_close(routes.frozen_linear(x, weight, bias), F.linear(x, weight, bias))
+    torch.testing.assert_close(packing.frozen_linear(x, weight, bias), F.linear(x, weight, bias))
     weight.mul_(2)
-    torch.testing.assert_close(routes.frozen_linear(x, weight, None), F.linear(x, weight))
+    torch.testing.assert_close(packing.frozen_linear(x, weight, None), F.linear(x, weight))
     weight.data = weight * 2  # as a module that is moved does: other memory, of the same version
-    torch.testing.assert_close(routes.frozen_linear(x, weight, None), F.linear(x, weight))
+    torch.testing.assert_close(packing.frozen_linear(x, weight, None), F.linear(x, weight))
     with torch.inference_mode():
         constant = torch.randn(4, 5)
         for _ in range(2):
-            torch.testing.assert_close(routes.frozen_linear(x, constant, None), F.linear(x, constant))
-    held = len(routes._packs)
+            torch.testing.assert_close(packing.frozen_linear(x, constant, None), F.linear(x, constant))
+    held = len(packing._packs)
     del constant
-    assert len(routes._packs) == held - 1
+    assert len(packing._packs) == held - 1
 
 
-def test_the_probe_decides_where_nothing_is_asked_for(monkeypatch):
-    monkeypatch.delenv("LOCALVIT_LINEAR")
+INTEL, AMD = "vendor_id\t: GenuineIntel\n", "vendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n"
+
+
+def set_processor(monkeypatch, text: str | None) -> None:
+    """What the system says of it; ``None``: there is no such file."""
+
+    def read_text(self, encoding):
+        if text is None:
+            raise FileNotFoundError
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        (AMD, True),
+        (INTEL, False),
+        ("CPU implementer\t: 0x41\n", False),  # ARM says no vendor
+        (None, False),
+    ],
+    ids=["AMD", "Intel", "ARM", "unknown"],
+)
+@pytest.mark.parametrize(
+    ("weight", "fits"),
+    [
+        (torch.zeros(64, 128), True),
+        (torch.zeros(64, 127), False),
+        (torch.zeros(64, 128, dtype=torch.float64), False),
+        (torch.zeros(64, 128, dtype=torch.bfloat16), False),
+        (torch.zeros(64, 128, device="meta"), False),
+    ],
+    ids=["large", "small", "double", "bfloat16", "meta"],
+)
+def test_a_rule_decides(monkeypatch, text, want, weight, fits):
+    set_processor(monkeypatch, text)
+    monkeypatch.setattr(packing, "packed_available", lambda: True)
+    for _ in range(2):
+        assert prefers_packed(weight) is (want and fits)
+    monkeypatch.setattr(packing, "packed_available", lambda: False)
+    assert not prefers_packed(weight)
+
+
+@needs_packed
+@pytest.mark.parametrize("text", [AMD, INTEL])
+@torch.no_grad()
+def test_the_rule_is_asked_for_each_layer(monkeypatch, text):
+    set_processor(monkeypatch, text)
     asked = []
-    monkeypatch.setattr(routes, "_probe", lambda *key: asked.append(key) or "conv")
-    monkeypatch.setattr(routes, "_SMALLEST", 32 * 32 + 1)
-    fused = localvit.fuse(local())
-    assert set(asked) == {(1, torch.float32, *shape) for shape in ((96, 32), (128, 32), (32, 128))}
-    assert fused.blocks[0].attn.qkv.route == "conv"
-    assert type(fused.blocks[0].attn.proj) is nn.Linear  # too small
-    localvit.fuse(local().double())
-    assert len({key[1] for key in asked}) == 1
+    set_packed(monkeypatch, lambda weight: asked.append(tuple(weight.shape)) or prefers_packed(weight))
+    model = local(embed_dim=64)
+    first, second = (localvit.fuse(model) for _ in range(2))
+    assert {(192, 64), (64, 64), (256, 64), (64, 256), (5, 64)} <= set(asked)
+    large = PackedLinear if text == AMD else nn.Linear
+    for fused in (first, second):
+        mlp = fused.blocks[0].mlp
+        assert {type(layer) for layer in (fused.blocks[0].attn.qkv, mlp.fc1, mlp.fc2)} == {large}
+        assert {type(layer) for layer in (fused.blocks[0].attn.proj, fused.head)} == {nn.Linear}  # too small
+    assert_same(first(photos()), model(photos()))
+    assert torch.equal(first(photos()), second(photos()))
+    assert packs(localvit.fuse(model.double())) == {False}
 
 
-def test_the_probe_prefers_the_plain_route_unless_another_is_clearly_faster(monkeypatch):
-    probe = routes._probe.__wrapped__
-    for seconds, want in (((1.0, 0.97), "linear"), ((1.0, 0.9), "conv"), ((0.5, 1.0), "linear")):
-        monkeypatch.setattr(
-            routes, "_interleaved", lambda _r, s=seconds: dict(zip(("linear", "conv"), s, strict=True))
-        )
-        assert probe(1, torch.float32, 16, 8) == want
-    monkeypatch.undo()
-    assert probe(1, torch.float32, 16, 8) in ("linear", "conv", "packed")
-    assert probe(1, torch.bfloat16, 16, 8) in ("linear", "conv")
+@pytest.mark.parametrize("error", [None, AttributeError, RuntimeError, TypeError, NotImplementedError])
+def test_private_operators_that_are_not_what_they_were(monkeypatch, error):
+    def changed(x, packed, bias):
+        if error is not None:
+            raise error
+        return F.linear(x, torch.zeros(4, 5), bias)
 
-
-def test_a_route_that_is_not_there(monkeypatch):
-    with pytest.raises(ValueError, match=r"linear='fast' is not accepted \(accepted: linear, conv, packed\)"):
-        localvit.fuse(vit(), linear="fast")
-    monkeypatch.setenv("LOCALVIT_LINEAR", "mkl")
-    with pytest.raises(ValueError, match="LOCALVIT_LINEAR='mkl' is not accepted"):
-        localvit.fuse(vit())
-    module = importlib.import_module("localvit.fusing.fuse")  # the function has the name of its module
-    monkeypatch.setattr(module, "packed_available", lambda: False)
-    with pytest.warns(UserWarning, match="no packed linear layers"):
-        fused = localvit.fuse(vit(), linear="packed")
-    assert routed(fused) == {"linear"}
+    monkeypatch.setattr(packing, "packed_linear", changed)
+    assert packed_available.__wrapped__() is False
 
 
 @torch.no_grad()

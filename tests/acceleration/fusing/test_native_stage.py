@@ -8,15 +8,17 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from localvit.fusing import feed_forward as fast
-from localvit.locality.kernels import native_ops
+from timm.layers import SqueezeExcite
 from torch import nn
 
 import localvit
 from localvit import Grid, LocalityConfig
+from localvit.acceleration.fusing import feed_forward as fast
+from localvit.locality.layers import HardSigmoid
 
-from ..locality.test_native_build import needs_compiler
-from .test_fuse import assert_same, local, photos, random_weights, vit
+from ..test_build import needs_compiler
+from .conftest import set_packed
+from .test_fuse import assert_same, local, photos, plain_and_packed, random_weights, vit
 
 pytestmark = needs_compiler
 
@@ -25,13 +27,13 @@ pytestmark = needs_compiler
 def stages(monkeypatch) -> list[tuple]:
     """Arguments of each stage that the kernel computes from now on."""
     seen: list[tuple] = []
-    stage: Callable = native_ops.depthwise_stage_
+    stage: Callable = fast.mix_
 
     def noted(*arguments):
         seen.append(arguments)
         return stage(*arguments)
 
-    monkeypatch.setattr(native_ops, "depthwise_stage_", noted)
+    monkeypatch.setattr(fast, "mix_", noted)
     return seen
 
 
@@ -93,14 +95,15 @@ def test_few_prefix_tokens_go_with_the_others(stages, monkeypatch, prefix, other
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("route", ["linear", "conv"])
-def test_the_kernel_adds_the_bias_that_a_matrix_product_would(stages, route):
+@plain_and_packed
+def test_the_kernel_adds_the_bias_that_a_matrix_product_would(stages, monkeypatch, packed):
     model = local()
-    fused = localvit.fuse(model, linear=route)
+    set_packed(monkeypatch, packed)
+    fused = localvit.fuse(model)
     assert_same(fused(photos()), model(photos()))
     ((_, shift, *_),) = stages
     assert fused.blocks[0].mlp.fc1.bias.abs().min() > 0
-    assert (shift is not None) == (route == "linear")
+    assert (shift is not None) == (not packed)
 
 
 @torch.no_grad()
@@ -122,10 +125,18 @@ def test_gates_that_it_computes(stages, config, gates):
     assert gates_of(stages) == gates
 
 
+def steeper(gate: fast.FastGate) -> None:
+    gate.clamps, gate.gate = False, nn.Identity()
+
+
+def smooth(gate: fast.FastGate) -> None:
+    gate.act = nn.SiLU()
+
+
 @torch.no_grad()
 def test_gates_that_somebody_changed(stages):
     model = local()
-    hooked, replaced, rounded = (localvit.fuse(model) for _ in range(3))
+    hooked, replaced = (localvit.fuse(model) for _ in range(2))
     seen = []
     hooked.blocks[0].mlp.gate.fc2.register_forward_hook(lambda *arguments: seen.append(arguments[2].shape))
     assert_same(hooked(photos()), model(photos()))
@@ -133,10 +144,49 @@ def test_gates_that_somebody_changed(stages):
     other = nn.Sequential(replaced.blocks[0].mlp.gate.fc1)  # as a quantised layer, without weights of its own
     replaced.blocks[0].mlp.gate.fc1 = other
     assert_same(replaced(photos()), model(photos()))
-    rounded.blocks[0].mlp.gate.gate = nn.Identity()
-    assert not torch.equal(rounded(photos()), model(photos()))
-    assert len(stages) == 3
+    assert len(stages) == 2
     assert not gates_of(stages)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [steeper, smooth])
+def test_a_changed_gate_is_another_one(stages, monkeypatch, change):
+    """And the same one with and without the kernel."""
+    model = local()
+    changed = localvit.fuse(model)
+    change(changed.blocks[0].mlp.gate)
+    got = changed(photos())
+    assert len(stages) == 1
+    assert not gates_of(stages)
+    assert not torch.allclose(got, model(photos()), atol=1e-4)
+    monkeypatch.setattr(fast, "library", lambda: None)
+    assert_same(changed(photos()), got)
+    assert len(stages) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize(
+    ("layers", "computed"),
+    [
+        ({"gate_layer": HardSigmoid}, True),
+        ({"gate_layer": HardSigmoid, "act_layer": nn.SiLU}, False),
+        ({"gate_layer": nn.Hardsigmoid}, False),
+        ({"gate_layer": nn.Sigmoid}, False),
+        ({"gate_layer": nn.Sigmoid, "bias": False}, False),
+    ],
+    ids=str,
+)
+def test_gates_that_somebody_changed_before(stages, monkeypatch, layers, computed, kernel):
+    model = local()
+    for block in model.blocks:
+        block.mlp.gate = SqueezeExcite(128, rd_channels=8, **layers)
+    random_weights(model).eval()
+    if not kernel:
+        monkeypatch.setattr(fast, "library", lambda: None)
+    assert_same(localvit.fuse(model)(photos()), model(photos()))
+    assert len(stages) == kernel
+    assert gates_of(stages) == [(8, 128)] * (kernel and computed)
 
 
 @torch.no_grad()
@@ -184,21 +234,38 @@ def test_hooks_see_what_they_would_see_without_it(stages, layer, shape):
 
 
 @torch.no_grad()
-def test_pytorchs_operators_where_they_are_asked_for(stages, monkeypatch):
-    monkeypatch.setenv("LOCALVIT_KERNELS", "torch")
+def test_plain_modules_where_they_are_asked_for(stages, monkeypatch):
+    monkeypatch.setenv("LOCALVIT_KERNELS", "plain")
     model = local()
     assert_same(localvit.fuse(model)(photos()), model(photos()))
     assert not stages
 
 
 @torch.no_grad()
-def test_a_model_that_came_to_a_machine_without_compiler(monkeypatch):
-    model = local(LocalityConfig(activation=("relu6", "hardswish"), kernel_size=5))
-    sent = pickle.dumps(localvit.fuse(model))
-    monkeypatch.setattr(native_ops, "library", lambda: None)
+@pytest.mark.parametrize("design", [{}, {"init": "preserve"}], ids=str)
+def test_pytorchs_operators_where_there_is_no_compiler(stages, monkeypatch, design):
+    monkeypatch.setattr(fast, "library", lambda: None)
+    model = local(LocalityConfig(**design))
+    fused = localvit.fuse(model)
+    assert not any(getattr(module, "native", False) for module in fused.modules())
+    assert_same(fused(photos()), model(photos()))
+    assert not stages
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "design", [{"activation": ("relu6", "hardswish"), "kernel_size": 5}, {"init": "preserve"}], ids=str
+)
+def test_a_model_that_came_to_a_machine_without_compiler(stages, monkeypatch, design):
+    model = local(LocalityConfig(**design))
+    fused = localvit.fuse(model)
+    assert any(getattr(module, "native", False) for module in fused.modules())
+    sent = pickle.dumps(fused)
+    monkeypatch.setattr(fast, "library", lambda: None)
     for riders in (1, 17):
         monkeypatch.setattr(fast, "RIDERS", riders)
         assert_same(pickle.loads(sent)(photos()), model(photos()))
+    assert not stages
 
 
 def graph_targets(graph: torch.fx.Graph) -> str:
@@ -215,7 +282,9 @@ def test_exported_graphs_are_for_any_machine(stages):
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(localvit.fuse(model), photos(), check_trace=False)
     assert not stages
-    assert "depthwise_stage" not in str(traced.inlined_graph)
+    graph = str(traced.inlined_graph)
+    assert "aten::" in graph
+    assert "localvit::" not in graph
     assert_same(traced(photos()), model(photos()))
 
 
@@ -229,7 +298,7 @@ def test_a_compiled_graph_has_it_as_one_operator():
 
     compiled = torch.compile(localvit.fuse(model), backend=backend, fullgraph=True)
     assert_same(compiled(photos()), model(photos()))
-    assert "localvit.depthwise_stage_" in graphs[0]
+    assert graphs[0].count("localvit.mix_") == 1  # the last of two blocks computes no patches
     assert "conv2d" not in graphs[0].replace("conv2d", "", 1)  # that of the patch embedding
 
 

@@ -1,0 +1,151 @@
+"""A file that holds PostScript must not start Ghostscript, whatever it is called and whoever reads it."""
+
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import EpsImagePlugin
+from torchvision.datasets import ImageFolder
+
+from localvit.cli import main
+from localvit.data.images import Part, TorchvisionImages, UnreadableImage, decode, decode_pixels
+from localvit.data.loading import eval_loader, train_loader
+from tests.training.pictures import export_model, make_pictures
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+PREPROCESSING = {
+    "input_size": (3, 16, 16),
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+    "interpolation": "bicubic",
+    "crop_pct": 0.9,
+    "crop_mode": "center",
+}
+TINY = [f"--set=model.args.{a}" for a in ("img_size=16", "patch_size=8", "embed_dim=16", "depth=1")]
+TINY += ["--set=schedule.warmup_epochs=0", "--set=augment.crop=none", "--set=model.args.num_heads=2"]
+TINY += ["--model=vit_tiny_patch16_224", "--batch-size=4", "--epochs=1"]
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """A file that is made when `gs` is started; Pillow has not looked for the program yet."""
+    marker = tmp_path / "gs-was-started"
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {marker}\necho 10.0\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return marker
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two classes of six images; the first image of the first class is PostScript."""
+    folder = Path(make_pictures(tmp_path / "pictures", {"a": 6, "b": 6}))
+    (folder / "a" / "0.png").unlink()
+    (folder / "a" / "0.jpg").write_bytes(POSTSCRIPT)
+    return folder
+
+
+def tarred(folder: Path) -> Path:
+    with tarfile.open(folder.with_suffix(".tar"), "w") as tar:
+        tar.add(folder, arcname="pictures")
+    return folder.with_suffix(".tar")
+
+
+def test_the_fake_program_is_found(started, tmp_path):
+    """Otherwise the other tests would show nothing."""
+    (tmp_path / "x.eps").write_bytes(POSTSCRIPT)
+    assert EpsImagePlugin.has_ghostscript()
+    assert started.exists()
+
+
+def test_our_own_reading_does_not_start_it(started, tmp_path):
+    (tmp_path / "x.jpg").write_bytes(POSTSCRIPT)
+    with pytest.raises(UnreadableImage, match=r"x\.jpg: .*none of the formats that are read: .*JPEG.*PNG"):
+        decode(str(tmp_path / "x.jpg"), "x.jpg")
+    with pytest.raises(UnreadableImage, match=r"x\.jpg: .*none of the formats"):
+        decode_pixels(POSTSCRIPT, "x.jpg", "RGB")
+    assert not started.exists()
+
+
+@pytest.mark.parametrize("source", ["folder", "tar"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_does_not_start_it(started, pictures, tmp_path, source, workers):
+    data = pictures if source == "folder" else tarred(pictures)
+    command = ["train", *TINY, "--data", str(data), "--output", str(tmp_path / "run"), "--device", "cpu"]
+    assert main([*command, "--workers", str(workers)]) != 2
+    assert (tmp_path / "run" / "config.yaml").exists()
+    assert not started.exists()
+
+
+@pytest.mark.parametrize("source", ["folder", "tar"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_does_not_start_it(started, pictures, tmp_path, source, workers, capsys):
+    data = pictures if source == "folder" else tarred(pictures)
+    model = export_model(tmp_path / "model", 2, ["a", "b"])
+    command = ["evaluate", "--checkpoint", model, "--data", str(data), "--device", "cpu"]
+    assert main([*command, "--workers", str(workers)]) == 1
+    assert "0.jpg: it has none of the formats that are read" in capsys.readouterr().err
+    assert not started.exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_prediction_does_not_start_it(started, pictures, tmp_path, workers, capsys):
+    model = export_model(tmp_path / "model", 2, ["a", "b"])
+    (tmp_path / "drawing.eps").write_bytes(POSTSCRIPT)
+    command = ["predict", "--checkpoint", model, "--device", "cpu", "--workers", str(workers)]
+    assert main([*command, str(pictures), str(tmp_path / "drawing.eps")]) == 0
+    assert "2 of 13 files could not be read" in capsys.readouterr().err
+    assert not started.exists()
+
+
+def test_export_does_not_start_it(started, pictures, tmp_path):
+    model = export_model(tmp_path / "model", 2, ["a", "b"])
+    command = ["export", f"local-dir:{model}", "--format", "torch", "--data", str(pictures)]
+    assert main([*command, "--output", str(tmp_path / "model.pt2")]) == 1
+    assert not started.exists()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("training", [True, False])
+def test_readers_that_are_not_ours_do_not_start_it_in_a_data_worker(started, pictures, method, training):
+    from localvit.data import AugmentConfig
+
+    images = TorchvisionImages(ImageFolder(str(pictures)), "torch/folder")
+    part = Part(images, np.arange(len(images)), images.class_names)
+    if training:
+        loader = train_loader(part, AugmentConfig(), PREPROCESSING, batch_size=12, seed=0, workers=1)
+    else:
+        loader = eval_loader(part, PREPROCESSING, batch_size=12, workers=1)
+    loader.multiprocessing_context = method
+    (batch,) = loader
+    assert list(batch.unreadable) == [0]
+    assert not started.exists()
+
+
+def test_readers_that_are_not_ours_do_not_start_it_in_the_command_line(started, pictures):
+    assert main(["--version"]) == 0
+    images = TorchvisionImages(ImageFolder(str(pictures)), "torch/folder")
+    with pytest.raises(UnreadableImage, match="Unable to locate Ghostscript"):
+        images[0]
+    assert not started.exists()
+
+
+def test_workers_and_jobs_of_a_study_do_not_start_it(started, monkeypatch, tmp_path):
+    from localvit.studies import cluster, run
+
+    monkeypatch.setattr(run.threading.Thread, "start", lambda self: None)  # it would wait for a parent
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    run._start_worker(0, 1)
+    assert not EpsImagePlugin.has_ghostscript()
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    (tmp_path / cluster.RECORD).touch()  # the job has nothing left to do
+    pytest.importorskip("submitit")
+    monkeypatch.setattr("submitit.JobEnvironment.USR_SIG", "USR2")
+    cluster.Task(None, tmp_path, 1)()
+    assert not EpsImagePlugin.has_ghostscript()
+    assert not started.exists()

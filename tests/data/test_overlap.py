@@ -1,0 +1,148 @@
+"""No image is in two splits, however the folders are named."""
+
+import itertools
+import os
+
+import pytest
+
+from localvit.cli import main
+from localvit.data import DataConfig, DataError, open_reported, open_splits, picture_name
+
+CLASSES = {"a": 10, "b": 10}
+TINY = [
+    "--model=vit_tiny_patch16_224",
+    "--set=schedule.warmup_epochs=0",
+    "--epochs=1",
+    "--device=cpu",
+    "--batch-size=4",
+]
+
+
+def names(part):
+    return {os.path.realpath(picture_name(part, i)) for i in range(len(part))}
+
+
+def assert_disjoint(splits):
+    for one, other in itertools.combinations((splits.train, splits.validation, splits.test), 2):
+        assert not names(one) & names(other)
+
+
+@pytest.fixture
+def plain(make_folder, tmp_path, monkeypatch):
+    """`d` with classes, and `d/late` with the same classes; the folder above is the current one."""
+    make_folder("d", CLASSES)
+    make_folder("d/late", CLASSES)
+    make_folder("other", CLASSES)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "d" / "late")
+    return tmp_path
+
+
+@pytest.fixture
+def split(make_folder, tmp_path, monkeypatch):
+    """`s` with `train` and `val`, `t` with `test` as well; the folder above is the current one."""
+    for name in ("s/train", "s/val", "t/train", "t/val", "t/test"):
+        make_folder(name, CLASSES)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("inner", ["d/late", "./d/../d/late", "{}/d/late", "link", "d", "../{name}/d"])
+@pytest.mark.parametrize("which", ["test", "validation"])
+def test_a_source_inside_the_training_images_is_refused(plain, inner, which):
+    inner = inner.format(plain, name=plain.name)
+    with pytest.raises(
+        DataError, match=rf"data\.{which}=.*data\.train='d'.*leave data\.{which}.* out"
+    ) as error:
+        open_splits(DataConfig(train="d", **{which: inner}))
+    assert repr(inner) in str(error.value)
+
+
+def test_training_images_inside_another_source_are_refused(plain):
+    with pytest.raises(DataError, match=r"data\.test='d' \(--val-data\) and data\.train='d/late' \(--data\)"):
+        open_splits(DataConfig(train="d/late", test="d"))
+    with pytest.raises(DataError, match=r"data\.validation='d/late' and data\.test='d' \(--val-data\)"):
+        open_splits(DataConfig(train="other", test="d", validation="d/late"))
+
+
+def test_the_command_line_refuses_it_in_one_line(plain, capsys):
+    command = ["train", *TINY, "--data", "d", "--val-data", "link", "--output", "run"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "'link' (--val-data)" in error
+    assert "'d' (--data)" in error
+    assert not (plain / "run").exists()
+
+
+@pytest.mark.parametrize("test", ["s/val", "s", "./s/../s/val"])
+def test_the_split_that_is_reported_does_not_choose(split, test):
+    splits = open_splits(DataConfig(train="s", test=test))
+    assert_disjoint(splits)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (18, 2, 20)
+    assert "held out of 's'" in splits.notes[0]
+    assert names(splits.test) == names(open_reported("s/val", DataConfig()))
+
+
+def test_folders_beside_the_training_folder_are_accepted(split):
+    for config in (
+        DataConfig(train="s/train", test="s/val"),
+        DataConfig(train="s/train", test="s"),
+        DataConfig(train="t", test="t/test"),
+        DataConfig(train="t", test="t/val"),
+        DataConfig(train="t", test="t/test", validation="t/val"),
+    ):
+        assert_disjoint(open_splits(config))
+
+
+def test_a_choice_on_the_reported_split_is_refused(split):
+    with pytest.raises(DataError, match=r"data\.validation='t/test' and the test split of data\.train='t'"):
+        open_splits(DataConfig(train="t", validation="t/test"))
+    with pytest.raises(DataError, match=r"data\.validation='s/val' and the test split of data\.train='s'"):
+        open_splits(DataConfig(train="s", validation="s/val"))
+    with pytest.raises(DataError, match=r"data\.validation='s/val' and data\.test='s'"):
+        open_splits(DataConfig(train="t/train", test="s", validation="s/val"))
+
+
+def test_the_training_split_is_not_reported(split):
+    with pytest.raises(DataError, match=r"data\.test='s/train' \(--val-data\) and data\.train='s'"):
+        open_splits(DataConfig(train="s", test="s/train"))
+
+
+def test_shards_in_two_splits_are_refused(make_tar, tmp_path):
+    import io
+    import tarfile
+
+    for name in ("0.tar", "1.tar"):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for key, content in (("x.png", b""), ("x.cls", b"1"), ("y.png", b""), ("y.cls", b"0")):
+                member = tarfile.TarInfo(key)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    config = {"train": "wds/d", "root": str(tmp_path), "train_split": "{0..1}.tar", "holdout": 0.3}
+    with pytest.raises(DataError, match=r"the test split of data\.train='wds/d' and data\.train='wds/d'"):
+        open_splits(DataConfig(**config, test_split="1.tar"))
+
+
+@pytest.mark.parametrize("case", [str.upper, str.capitalize])
+def test_split_folders_are_found_in_any_case(make_folder, tmp_path, case):
+    for name in ("train", "val", "test"):
+        make_folder(f"s/{case(name)}", CLASSES)
+    splits = open_splits(DataConfig(train=str(tmp_path / "s")))
+    assert_disjoint(splits)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (20, 20, 20)
+    assert names(open_reported(str(tmp_path / "s"), DataConfig())) == names(splits.test)
+
+
+@pytest.mark.parametrize("pair", [("Train", "train"), ("VAL", "val")])
+def test_a_split_folder_in_two_cases_is_refused(make_folder, tmp_path, pair):
+    for name in {"train", *pair}:
+        make_folder(f"s/{name}", CLASSES)
+    if len(os.listdir(tmp_path / "s")) < len({"train", *pair}):
+        pytest.skip("the file system ignores case")
+    with pytest.raises(DataError, match=rf"'{pair[0]}' and '{pair[1]}'.*rename one"):
+        open_splits(DataConfig(train=str(tmp_path / "s")))
+
+
+def test_classes_called_test_in_two_cases_are_classes(make_folder):
+    splits = open_splits(DataConfig(train=str(make_folder("words", {"Test": 10, "test": 10}))))
+    assert splits.class_names == ("Test", "test")
