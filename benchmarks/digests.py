@@ -61,8 +61,16 @@ SINGLE: tuple[dict[str, Any], ...] = (
 )
 VIT_SIZE = (32, 40)
 VIT: dict[str, Any] = {
-    **{"img_size": VIT_SIZE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "reg_tokens": 1},
-    **{"num_classes": 7, "init_values": 0.1, "drop_path_rate": 0.2, "proj_drop_rate": 0.1},
+    "img_size": VIT_SIZE,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "reg_tokens": 1,
+    "num_classes": 7,
+    "init_values": 0.1,
+    "drop_path_rate": 0.2,
+    "proj_drop_rate": 0.1,
 }
 # Architecture -> model and `model.args` for images of 32 x 32.
 TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -83,7 +91,7 @@ arms:
 scales:
   tiny: {recipe: digits}
 """
-STUDY = ("model.args.embed_dim=8", "model.args.num_heads=2", "epochs=2", "batch_size=8")
+STUDY: tuple[str, ...] = ("model.args.embed_dim=8", "model.args.num_heads=2", "epochs=2", "batch_size=8")
 STUDY += ("schedule.warmup_epochs=1", "device=cpu")
 
 
