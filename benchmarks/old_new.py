@@ -81,31 +81,36 @@ def work_of(kind: str, batch: int, local: bool) -> Work:
     return train
 
 
-def kept_for_backward(designs: bool) -> dict[str, float]:
-    """Return the memory that a training step keeps, as a share of DeiT-T's, for B16."""
+def kept_bytes(model: Any, batch: int = 16) -> float:
+    """Return what the forward pass of a training step keeps, in bytes."""
     import torch
 
-    import localvit
     from localvit.training.memory import measure_step
 
-    images = torch.randn(16, 3, 224, 224)
-    base = measure_step(model_of("", False), images).kept
-    found = {"default": measure_step(model_of("", True), images).kept / base}
-    if not designs or not hasattr(localvit, "set_selective_checkpointing"):
+    step = measure_step(model, torch.optim.SGD(model.parameters(), lr=0.0), (3, 224, 224))
+    return float(step.activations * batch + step.activations_fixed)
+
+
+def kept_for_backward(designs: bool) -> dict[str, float]:
+    """Return what a training step keeps as a share of DeiT-T's, by default and with selective
+    checkpointing."""
+    import localvit
+
+    base = kept_bytes(model_of("", False))
+    found = {"LocalViT-T, default": kept_bytes(model_of("", True)) / base}
+    if not designs:
         return found
-    for name, config in DESIGNS().items():
+    os.environ["LOCALVIT_KERNELS"] = "plain"
+    for name, config in all_designs().items():
         model = model_of("", False)
         localvit.localize(model, config, count_macs=False)
         for selective in (False, True):
-            os.environ["LOCALVIT_KERNELS"] = "plain"
             localvit.set_selective_checkpointing(model, selective)
-            found[f"{name}, {'selective' if selective else 'plain'}"] = (
-                measure_step(model, images).kept / base
-            )
+            found[f"{name}, {'selective' if selective else 'plain'}"] = kept_bytes(model) / base
     return found
 
 
-def DESIGNS() -> dict[str, Any]:
+def all_designs() -> dict[str, Any]:
     """Return 17 designs: the published ones, and one for each further branch of the block."""
     import localvit
     from localvit import LocalityConfig
@@ -218,24 +223,39 @@ def main() -> None:
         return serve()
     old, new = (Side(path) for path in arguments.checkouts)
     rows = measure(old, new, arguments.rounds, arguments.only)
-    text = "# Old and new in turns\n\n" + table(rows) + "\n"
-    kept = {}
+    kept: dict[str, dict[str, float]] = {}
     if not arguments.no_memory:
         kept = {"old": old.ask(kept=False), "new": new.ask(kept=True)}
         found = [
-            {"design": f"{side}: {n}", "kept / DeiT-T": f"{v:.3f}"}
-            for side in kept
-            for n, v in kept[side].items()
+            {"design": f"{s}: {n}", "kept / DeiT-T": f"{v:.3f}"} for s in kept for n, v in kept[s].items()
         ]
-        text += (
-            "\nKept for the backward pass by a model of DeiT-T's size, batch 16.\n\n" + table(found) + "\n"
-        )
-    print(text)
+        print(table(found))
     if arguments.output:
-        from writing import write
+        save(arguments.output, rows, kept)
 
-        write(arguments.output, "old_new", text, {"rows": rows, "kept": kept})
-    return None
+
+def save(folder: Path, rows: list[dict[str, str]], kept: dict[str, dict[str, float]]) -> None:
+    """Write both tables."""
+    import torch
+    from writing import write
+
+    from localvit.bench import Setting
+
+    torch.set_num_threads(1)
+    setting = Setting.here(torch.device("cpu"))
+    memory = [{"design": n, "old": "", "new": f"{v:.3f}"} for n, v in kept.get("new", {}).items()]
+    for line in memory:
+        line["old"] = f"{kept['old'][line['design']]:.3f}" if line["design"] in kept["old"] else ""
+    about = (
+        f"# Old and new in turns\n\n{setting}.\n\nTimes, one thread, medians of ratios [quartiles]. Below:
+        what the " "forward pass of a training step keeps for the backward pass, by DeiT-T's, batch 16.\n"
+    )
+    if memory:
+        about += "\n" + table(memory) + "\n"
+    hardware = setting.machine.removesuffix(", 1 thread")
+    write(
+        folder, "old_new", hardware, about, list(rows[0]), [list(r.values()) for r in rows], rows, kept=kept
+    )  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import localvit
 from localvit import PRESETS, LocalityConfig
 from tests.golden.fill import fill, is_filled, make_input
 
-PLAIN = ("LOCALVIT_PLAIN", "1")  # environment variable that selects the plain modules
+PLAIN = ("LOCALVIT_KERNELS", "plain")
 STORED = Path(__file__).parent / "fixtures" / "numbers.json"
 MODES = ("default", "plain")
 # timm name -> arguments that make it small, for images of 64 x 64 and 5 classes.

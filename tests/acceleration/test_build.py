@@ -290,7 +290,7 @@ def test_what_belongs_to_another_user_is_not_loaded(fake_compiler, monkeypatch, 
 
 
 def test_a_private_folder_goes_with_its_process(tmp_path):
-    code = "from localvit.locality.kernels.native_build import private_folder; print(private_folder())"
+    code = "from localvit.acceleration.native.build import private_folder; print(private_folder())"
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert Path(done.stdout.strip()).parent == tmp_path, done.stderr

@@ -121,8 +121,8 @@ def test_the_graph_is_that_of_the_fast_form(monkeypatch):
     assert (
         convolutions(model) == 1 + 2
     )  # patches; depth-wise ones of all blocks but the last, which is not read
-    monkeypatch.setenv("LOCALVIT_PLAIN", "1")
-    assert convolutions(model) == 1 + 3 * 3
+    monkeypatch.setenv("LOCALVIT_KERNELS", "plain")
+    assert convolutions(model) == 1 + 3  # of all blocks; point-wise layers of this size are linear
 
 
 def test_what_has_no_fast_form_is_exported_as_it_is(tmp_path):

@@ -25,6 +25,7 @@ from localvit.locality import HiddenLocality
 
 from ...locality.test_feed_forward import configurations
 from ...models.test_names import CASES, SAME, images, make
+from ..test_build import needs_compiler
 from .conftest import set_packed
 
 # One name of each structure; the others differ in numbers.
@@ -386,9 +387,10 @@ def test_export_for_any_batch_size(key, changes):
         assert_same(program(images(key, batch)), model(images(key, batch)))
 
 
+@needs_compiler
 @torch.inference_mode()
 def test_compiled():
-    model = local(depth=1)
+    model = local()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         fused = localvit.fuse(model, compile=True)
@@ -490,6 +492,7 @@ def test_models_made_and_copied_in_inference_mode(monkeypatch, packed):
 
 
 @needs_packed
+@needs_compiler  # which takes the gate's two layers
 @torch.no_grad()
 def test_compiled_graphs_pack_weights_by_an_operator(monkeypatch):
     model, x = local(), photos()

@@ -125,11 +125,11 @@ def test_gates_that_it_computes(stages, config, gates):
     assert gates_of(stages) == gates
 
 
-def steeper(gate: fast.FastGate) -> None:
-    gate.clamps, gate.gate = False, nn.Identity()
+def other_gate(gate: fast.FastGate) -> None:
+    gate.clamps, gate.gate = False, nn.Sigmoid()
 
 
-def smooth(gate: fast.FastGate) -> None:
+def other_activation(gate: fast.FastGate) -> None:
     gate.act = nn.SiLU()
 
 
@@ -149,19 +149,22 @@ def test_gates_that_somebody_changed(stages):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", [steeper, smooth])
+@pytest.mark.parametrize("change", [other_gate, other_activation])
 def test_a_changed_gate_is_another_one(stages, monkeypatch, change):
     """And the same one with and without the kernel."""
     model = local()
-    changed = localvit.fuse(model)
-    change(changed.blocks[0].mlp.gate)
-    got = changed(photos())
-    assert len(stages) == 1
-    assert not gates_of(stages)
-    assert not torch.allclose(got, model(photos()), atol=1e-4)
+    for layer in (model.blocks[0].mlp.gate.fc1, model.blocks[0].mlp.gate.fc2):
+        layer.weight.normal_(std=0.2)
+    changed, original = (localvit.fuse(model).blocks[0].mlp for _ in range(2))
+    change(changed.gate)
+    tokens, grid = torch.randn(2, 17, 32), Grid(4, 4, 1)
+    before, after = original(tokens, grid), changed(tokens, grid)
+    assert gates_of(stages) == [(4, 128)]  # of the original
+    assert len(stages) == 2
+    assert (after - before).abs().max() > 1e-3 * before.abs().max()
     monkeypatch.setattr(fast, "library", lambda: None)
-    assert_same(changed(photos()), got)
-    assert len(stages) == 1
+    assert_same(changed(tokens, grid), after)
+    assert len(stages) == 2
 
 
 @torch.no_grad()
@@ -184,9 +187,9 @@ def test_gates_that_somebody_changed_before(stages, monkeypatch, layers, compute
     random_weights(model).eval()
     if not kernel:
         monkeypatch.setattr(fast, "library", lambda: None)
-    assert_same(localvit.fuse(model)(photos()), model(photos()))
-    assert len(stages) == kernel
-    assert gates_of(stages) == [(8, 128)] * (kernel and computed)
+    assert_same(localvit.fuse(model).forward_features(photos()), model.forward_features(photos()))
+    assert len(stages) == 2 * kernel
+    assert gates_of(stages) == [(8, 128)] * 2 * (kernel and computed)
 
 
 @torch.no_grad()
@@ -217,20 +220,23 @@ def test_gradients_of_the_input(stages):
     ("layer", "shape"),
     [
         ("fc1", (16, 128)),
-        ("act1", (16, 128)),
+        ("act1", (128, 1, 16)),
         ("conv", (128, 4, 4)),
         ("act2", (128, 4, 4)),
         ("fc2", (16, 32)),
     ],
 )
-def test_hooks_see_what_they_would_see_without_it(stages, layer, shape):
+def test_hooks_see_what_they_would_see_without_it(stages, monkeypatch, layer, shape):
     model = local()
     fused, seen = localvit.fuse(model), []
     hooked = getattr(fused.blocks[0].mlp, layer)
-    hooked.register_forward_hook(lambda *arguments: seen.append(tuple(arguments[2].shape[1:])))
+    hooked.register_forward_hook(lambda *arguments: seen.append(arguments[2].clone()))
     assert_same(fused(photos()), model(photos()))
-    assert seen == [shape]
+    assert [out.shape for out in seen] == [(2, *shape)]
     assert not stages
+    monkeypatch.setattr(fast, "library", lambda: None)
+    fused(photos())
+    assert_same(*seen)
 
 
 @torch.no_grad()
