@@ -9,7 +9,8 @@ def plain_kernels() -> bool:
     """Return whether `LOCALVIT_KERNELS=plain` asks for plain modules: as a reference, or to rule out a fast
     form.
 
-    The variable is read at every call, so a program may set it while it runs.
+    The variable is read at every call, so a program may set it while it runs. A model that is fused already
+    stays as it is.
 
     Raises:
         ValueError: for a value that is neither `auto`, `plain` nor empty.

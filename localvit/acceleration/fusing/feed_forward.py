@@ -155,46 +155,52 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
         return self.project(h)
 
 
-class FastGate(InferenceOnly):
-    """Channel gate of a fused model: `values` from the means of channels, and the gated map in place.
+class Clamp(nn.Module):
+    """What is left of a hard sigmoid, `relu6(x + 3) / 6`, whose sum and quotient are folded."""
 
-    A squeeze-and-excitation gate has linear layers `fc1` and `fc2`; with `clamps`, the sum and the quotient
-    of its hard sigmoid are folded into the second.
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp_(0.0, 1.0)
+
+
+class FastGate(InferenceOnly):
+    """Channel gate of a fused model: its values from the means of channels, and the gated map in place.
+
+    A squeeze-and-excitation gate has linear layers `fc1` and `fc2`.
     """
 
     def __init__(self, gate: Any) -> None:
         super().__init__()
         self.squeezes = isinstance(gate, SqueezeExcite)
-        self.clamps = self.squeezes and type(gate.gate) is HardSigmoid
-        if self.clamps:
-            sixth = torch.full_like(gate.fc2.weight[:, 0, 0, 0], 1 / 6, dtype=torch.float64)
-            rescale(gate.fc2, sixth, 3 * sixth)
+        self.gate = gate.gate
         if self.squeezes:
+            if type(gate.gate) is HardSigmoid:
+                sixth = torch.full_like(gate.fc2.weight[:, 0, 0, 0], 1 / 6, dtype=torch.float64)
+                rescale(gate.fc2, sixth, 3 * sixth)
+                self.gate = Clamp()
             self.fc1, self.act, self.fc2 = _linear(gate.fc1), gate.act, _linear(gate.fc2)
         else:
             self.conv = gate.conv
-        self.gate = gate.gate
         self.eval()
 
     def values(self, mean: Tensor) -> Tensor:
         """``(b, D) -> (b, D)``."""
         if not self.squeezes:
             return self.gate(self.conv(mean.unsqueeze(1))).squeeze(1)
-        values = self.fc2(self.act(self.fc1(mean)))
-        return values.clamp_(0.0, 1.0) if self.clamps else self.gate(values)
+        return self.gate(self.fc2(self.act(self.fc1(mean))))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(b, D, H, W) -> (b, D, H, W)``, in the memory of `x`."""
         return x.mul_(self.values(x.mean((2, 3)))[:, :, None, None])
 
     def weights(self) -> Sequence[Tensor]:
-        """Return weights and biases of the gate that the native kernel computes; nothing if it is another
-        one."""
-        if not self.clamps:
+        """Return weights and biases of a gate that the native kernel computes; nothing for another one."""
+        if not self.squeezes:
             return ()
-        first, act, second = children_of(self, "fc1", "act", "fc2")
-        known = type(act) is nn.ReLU and isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
-        if not known or hooked(first) or hooked(second):
+        first, act, second, clamp = layers = children_of(self, "fc1", "act", "fc2", "gate")
+        known = isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+        if not known or type(act) is not nn.ReLU or type(clamp) is not Clamp or any(map(hooked, layers)):
+            return ()
+        if first.bias is None or second.bias is None:
             return ()
         return first.weight, first.bias, second.weight, second.bias
 
@@ -261,12 +267,17 @@ class FastSwiGLU(_FastHidden, SwiGLU):
 def native_applies(x: Tensor, *layers: nn.Module) -> bool:
     """Whether the native kernel can take these tokens now: it has no derivative, an exported graph is for
     other machines, and hooks on ``layers`` are to see what they would see without it."""
-    if library() is None:  # the model was fused on another machine
+    if not _compiled_kernels():  # the model was fused on another machine
         return False
     traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
     plain = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     differentiated = torch.is_grad_enabled() and x.requires_grad
     return plain and not traced and not differentiated and x.is_contiguous() and not any(map(hooked, layers))
+
+
+@torch.compiler.assume_constant_result
+def _compiled_kernels() -> bool:
+    return library() is not None
 
 
 def patches_of(x: Tensor, lattice: Grid | None) -> Tensor:
@@ -325,7 +336,7 @@ def _natively(conv: Any) -> bool:
     """Return whether the native kernels are there, and know this convolution."""
     weight = conv.weight
     ours = weight.dtype == torch.float32 and weight.device.type == "cpu"
-    return ours and covers_convolution(conv) and library() is not None
+    return ours and covers_convolution(conv) and _compiled_kernels()
 
 
 def _known_gate(gate: Any) -> bool:

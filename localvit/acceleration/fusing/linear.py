@@ -65,7 +65,8 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 def packed_available() -> bool:
     """Return whether this PyTorch has the private operators and they compute what they should."""
     try:
-        x, weight, bias = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
+        x, weight, bias = (torch.arange(float(n)).sin() for n in (15, 20, 4))  # no random numbers are drawn
+        x, weight = x.view(3, 5), weight.view(4, 5)
         y = packed_linear(x, pack(weight), bias)
         return torch.allclose(y, F.linear(x, weight, bias), atol=1e-5)
     except (AttributeError, RuntimeError, TypeError, NotImplementedError):

@@ -126,7 +126,7 @@ def test_gates_that_it_computes(stages, config, gates):
 
 
 def other_gate(gate: fast.FastGate) -> None:
-    gate.clamps, gate.gate = False, nn.Sigmoid()
+    gate.gate = nn.Sigmoid()
 
 
 def other_activation(gate: fast.FastGate) -> None:
@@ -177,6 +177,7 @@ def test_a_changed_gate_is_another_one(stages, monkeypatch, change):
         ({"gate_layer": nn.Hardsigmoid}, False),
         ({"gate_layer": nn.Sigmoid}, False),
         ({"gate_layer": nn.Sigmoid, "bias": False}, False),
+        ({"gate_layer": HardSigmoid, "bias": False}, False),
     ],
     ids=str,
 )
