@@ -1,6 +1,6 @@
 """Locality for vision transformers: a depth-wise convolution inside the feed-forward network."""
 
-__version__ = "0.3.2"
+__version__ = "0.4.0.dev0"
 
 from localvit.acceleration import fuse, set_selective_checkpointing
 from localvit.errors import ConfigError
