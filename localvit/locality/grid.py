@@ -24,9 +24,9 @@ class Grid(NamedTuple):
 
 
 class GridRecord:
-    """Where a model's hook leaves the lattice of the forward pass under way, for its FFNs to read.
+    """Where a model's hook leaves the grid of the forward pass under way, for its FFNs to read.
 
-    All localized FFNs that work on one lattice share one record, and so does the module whose forward is
+    All localized FFNs that work on one grid share one record, and so does the module whose forward is
     hooked: one per model in a plain transformer, one per stage in a pyramid. A record is transient: in a
     copy or a pickle its size is unset, because it may hold symbolic integers of an export or proxies of an
     fx trace. The record of a copied model belongs to the copy: a copy (EMA, say) that wrote to the record
@@ -35,10 +35,10 @@ class GridRecord:
     One forward pass at a time per model instance: two threads that share an instance share its record.
 
     Args:
-        source: Module that knows the lattice for the configured input size. TorchScript cannot run hooks,
+        source: Module that knows the grid for the configured input size. TorchScript cannot run hooks,
             so scripted models use that one.
         attribute: Its attribute (height, width): ``grid_size`` in timm's patch embeddings.
-        constant: The lattice is always the configured one (TNT), so there is no hook.
+        constant: The grid is always the configured one (TNT), so there is no hook.
     """
 
     def __init__(

@@ -30,7 +30,8 @@ class HardSigmoid(nn.Module):
 
 
 # Weights of a point-wise layer up to which `F.linear` computes it: there the call takes longer than the
-# arithmetic (`python benchmarks/tiny.py`), and a convolution's call takes three times as long.
+# arithmetic (`python benchmarks/old_new.py`, the tiny models), and a convolution's call takes three times as
+# long.
 SMALL_POINTWISE = 2**14
 
 

@@ -5,7 +5,7 @@ computes activations in place, adds its branch to the residual stream where that
 apart from the map (so that nothing of hidden width is concatenated), and runs image by image where the hidden
 map exceeds the cache.
 
-A fast form is the copied module with its class changed, so paths, attributes and the lattice stay.
+A fast form is the copied module with its class changed, so paths, attributes and the grid stay.
 """
 
 import copy
@@ -47,11 +47,11 @@ class FastFeedForward(InferenceOnly):
         """Whether what leaves ``fc2`` is the branch of every token, so that it can be scaled there."""
         raise NotImplementedError
 
-    def lattice(self) -> Grid | None:
+    def own_grid(self) -> Grid | None:
         """Of the patch tokens; ``None`` where the FFN treats all tokens alike."""
         raise NotImplementedError
 
-    def on_patches(self, x: Tensor, lattice: Grid | None) -> Tensor:
+    def on_patches(self, x: Tensor, grid: Grid | None) -> Tensor:
         """The branch (b, N, C) of the patch tokens of (b, P + N, C)."""
         raise NotImplementedError
 
@@ -61,7 +61,7 @@ class FastFeedForward(InferenceOnly):
 
     def add_to(self, residual: Tensor, x: Tensor, grid: Grid | None = None) -> Tensor:
         """``residual + branch(x)``, in place. ``x`` may be ``residual`` itself."""
-        grid = self.lattice() if grid is None else grid
+        grid = self.own_grid() if grid is None else grid
         prefix = 0 if grid is None else grid.num_prefix_tokens
         if grid is not None:
             check_grid(x, grid)
@@ -75,7 +75,7 @@ class FastFeedForward(InferenceOnly):
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         """The branch alone: ``(B, P + N, C) -> (B, P + N, C)``."""
-        grid = self.lattice() if grid is None else grid
+        grid = self.own_grid() if grid is None else grid
         if grid is not None:
             return self.add_to(torch.zeros_like(x), x, grid)
         parts = [self.on_patches(x[rows], None) for rows in self._chunks(x)]
@@ -104,7 +104,7 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
     def ends_in_projection(self) -> bool:
         return isinstance(self.norm3, nn.Identity) and self.prefix != "passthrough"
 
-    def lattice(self) -> Grid:
+    def own_grid(self) -> Grid:
         return self.current_grid()
 
     def expand(self, x: Tensor) -> Tensor:
@@ -113,27 +113,27 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
     def project(self, x: Tensor) -> Tensor:
         return _on_tokens(self.norm3, self.fc2(x))
 
-    def on_patches(self, x: Tensor, lattice: Grid | None) -> Tensor:
-        assert lattice is not None
+    def on_patches(self, x: Tensor, grid: Grid | None) -> Tensor:
+        assert grid is not None
         if self.native:
             layers = children_of(self, "fc1", "act1", "conv", "act2", "fc2")
             if native_applies(x, *layers):
-                return self._natively(x, lattice, layers)
-        return self.transform(patches_of(x, lattice), Grid(lattice.height, lattice.width))
+                return self._natively(x, grid, layers)
+        return self.transform(patches_of(x, grid), Grid(grid.height, grid.width))
 
-    def _natively(self, x: Tensor, lattice: Grid, layers: list[Any]) -> Tensor:
+    def _natively(self, x: Tensor, grid: Grid, layers: list[Any]) -> Tensor:
         """Few prefix tokens go through the linear layers too, and what becomes of them is dropped: that costs
         less than to copy all others away from them."""
-        tokens = lattice.height * lattice.width
-        if lattice.num_prefix_tokens * RIDERS > tokens:
-            x = patches_of(x, lattice)
+        tokens = grid.height * grid.width
+        if grid.num_prefix_tokens * RIDERS > tokens:
+            x = patches_of(x, grid)
         fc1, act1, conv, act2, fc2 = layers
         before, after = (ACTIVATIONS.get(type(act)) for act in (act1, act2))
         h, shift = (act1(fc1(x)), None) if before is None else without_bias(fc1, x)
         h = h.contiguous()  # a layer that somebody put there may give anything
         gate: Any = self.gate
         squeeze = gate.weights() if gate is not None and after is not None else ()
-        height, width, _ = lattice
+        height, width, _ = grid
         mean = mix_(h, shift, conv.weight, conv.bias, squeeze, height, width, before or 0, after or 0)
         if after is None:
             h = act2(h)
@@ -235,13 +235,13 @@ class _FastHidden(FastFeedForward):
         """The hidden state (b, T, D), point-wise."""
         raise NotImplementedError
 
-    def lattice(self) -> Grid | None:
+    def own_grid(self) -> Grid | None:
         return self.drop1.current_grid() if isinstance(self.drop1, FoldedHiddenLocality) else None
 
-    def on_patches(self, x: Tensor, lattice: Grid | None) -> Tensor:
-        h = self.hidden(patches_of(x, lattice))
-        if lattice is not None:
-            h = self.drop1(h, lattice)
+    def on_patches(self, x: Tensor, grid: Grid | None) -> Tensor:
+        h = self.hidden(patches_of(x, grid))
+        if grid is not None:
+            h = self.drop1(h, grid)
         return self.fc2(self.norm(h))
 
     def on_prefix(self, x: Tensor) -> Tensor:
@@ -280,10 +280,10 @@ def _compiled_kernels() -> bool:
     return library() is not None
 
 
-def patches_of(x: Tensor, lattice: Grid | None) -> Tensor:
+def patches_of(x: Tensor, grid: Grid | None) -> Tensor:
     """Tokens without prefix tokens, and without gaps between images: these would keep a linear layer from
     being one product with its bias."""
-    return x if lattice is None else x[:, lattice.num_prefix_tokens :].contiguous()
+    return x if grid is None else x[:, grid.num_prefix_tokens :].contiguous()
 
 
 def children_of(module: nn.Module, *names: str) -> list[Any]:

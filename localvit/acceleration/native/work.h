@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t STRIP = 8;  // tokens that a loop over channels goes along: as many streams are prefetched
 
-// Of maps whose images have `prefix` other tokens before those of the lattice.
+// Of maps whose images have `prefix` other tokens before those of the grid.
 struct Shape {
     int64_t batch, height, width, channels, prefix = 0;
     int64_t tokens() const { return height * width; }
