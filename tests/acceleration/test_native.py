@@ -119,6 +119,16 @@ def test_inference_equals_the_plain_modules(monkeypatch, config, training):
     )
 
 
+@torch.no_grad()
+def test_models_of_real_size_are_evaluated_by_plain_modules(monkeypatch):
+    ffn, tokens = feed_forward(dim=96).eval(), images(dim=96).detach()
+    used = spy(monkeypatch)
+    got = ffn(tokens, GRID)
+    assert not used
+    monkeypatch.setenv(VARIABLE, "plain")
+    assert torch.equal(got, ffn(tokens, GRID))
+
+
 def test_a_variance_far_from_zero_does_not_cancel(monkeypatch):
     ffn, tokens = feed_forward(LocalityConfig(bias=True)), images()
     with torch.no_grad():
