@@ -16,18 +16,13 @@ def accelerated(ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
     if not isinstance(ffn, LocalityFeedForward):
         return None
     form = native_form(ffn)
-    # Without gradients, models of real size stay plain: their published numbers are those of the plain
-    # modules, and who wants speed fuses them. In small ones the calls of the plain modules take most of the
-    # time.
-    asked = (
-        form is not None
-        and grid.num_prefix_tokens == 0
-        and (torch.is_grad_enabled() or getattr(ffn.fc1, "small", False))
-    )
-    if form is not None and asked and applies(form, x) and _fits(form, x):
+    # Without gradients, models of real size stay plain: their published numbers are those of the plain modules,
+    # and who wants speed fuses them. In small ones the calls of the plain modules take most of the time.
+    worth = torch.is_grad_enabled() or getattr(ffn.fc1, "small", False)
+    if form is not None and worth and grid.num_prefix_tokens == 0 and applies(form, x) and _fits(form, x):
         return _natively(form, ffn, x, grid)
-    asked = ffn.selective_checkpointing and torch.is_grad_enabled() and isinstance(x, Tensor)
-    return checkpointed(ffn, x, grid) if asked else None
+    selective = ffn.selective_checkpointing and torch.is_grad_enabled() and isinstance(x, Tensor)
+    return checkpointed(ffn, x, grid) if selective else None
 
 
 def native_form(ffn: LocalityFeedForward) -> Form | None:
