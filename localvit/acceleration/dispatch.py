@@ -16,8 +16,8 @@ def accelerated(ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
     if not isinstance(ffn, LocalityFeedForward):
         return None
     form = native_form(ffn)
-    # Without gradients, models of real size stay plain: their published numbers are those of the plain modules,
-    # and who wants speed fuses them. In small ones the calls of the plain modules take most of the time.
+    # Without gradients, models of real size stay plain: their published numbers are those of plain modules,
+    # and who wants speed fuses them. In small ones, calling the plain modules takes most of the time.
     worth = torch.is_grad_enabled() or getattr(ffn.fc1, "small", False)
     if form is not None and worth and grid.num_prefix_tokens == 0 and applies(form, x) and _fits(form, x):
         return _natively(form, ffn, x, grid)
