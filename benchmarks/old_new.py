@@ -42,7 +42,7 @@ def model_of(kind: str, local: bool) -> Any:
 
     import localvit
 
-    size = {"tiny": TINY | {"num_classes": 10}, "small": SMALL | {"num_classes": 10}}.get(kind.split()[0])
+    size = {"tiny": TINY | {"num_classes": 10}, "small": SMALL | {"num_classes": 10}}.get(kind.partition(" ")[0])
     if size is None:
         return timm.create_model(OURS if local else BASE)
     model = timm.create_model(BASE, **size)
