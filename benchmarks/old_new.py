@@ -8,6 +8,7 @@ training step keeps for its backward pass.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -42,7 +43,8 @@ def model_of(kind: str, local: bool) -> Any:
 
     import localvit
 
-    size = {"tiny": TINY | {"num_classes": 10}, "small": SMALL | {"num_classes": 10}}.get(kind.partition(" ")[0])
+    sizes = {"tiny": TINY | {"num_classes": 10}, "small": SMALL | {"num_classes": 10}}
+    size = sizes.get(kind.partition(" ")[0])
     if size is None:
         return timm.create_model(OURS if local else BASE)
     model = timm.create_model(BASE, **size)
@@ -81,14 +83,29 @@ def work_of(kind: str, batch: int, local: bool) -> Work:
     return train
 
 
-def kept_bytes(model: Any, batch: int = 16) -> float:
-    """Return what the forward pass of a training step keeps, in bytes."""
+def kept_bytes(model: Any, batch: int = 16) -> int:
+    """Return what the forward pass of a training step keeps, in bytes: the distinct storages that autograd
+    saves, and those of tensors that live on (selective checkpointing keeps its own outside of autograd)."""
     import torch
 
-    from localvit.training.memory import measure_step
+    images = torch.randn(batch, 3, 224, 224)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), images)}
+    before = {id(o) for o in gc.get_objects() if isinstance(o, torch.Tensor)}
+    found: dict[int, int] = {}
 
-    step = measure_step(model, torch.optim.SGD(model.parameters(), lr=0.0), (3, 224, 224))
-    return float(step.activations * batch + step.activations_fixed)
+    def note(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model.train()(images).sum()
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and id(thing) not in before:
+            note(thing)
+    loss.backward()
+    return sum(found.values())
 
 
 def kept_for_backward(designs: bool) -> dict[str, float]:
