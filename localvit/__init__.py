@@ -1,9 +1,10 @@
 """Locality for vision transformers: a depth-wise convolution inside the feed-forward network."""
 
-__version__ = "0.3.2"
+__version__ = "0.4.0.dev0"
 
-from localvit.fusing import fuse
-from localvit.locality import PRESETS, ConfigError, Grid, LocalityConfig, LocalityFeedForward, preset
+from localvit.acceleration import fuse, set_selective_checkpointing
+from localvit.errors import ConfigError
+from localvit.locality import PRESETS, Grid, LocalityConfig, LocalityFeedForward, preset
 from localvit.models import CheckpointError, LoadReport, load_official
 from localvit.surgery import (
     Plan,
@@ -39,5 +40,6 @@ __all__ = [
     "predict",
     "preset",
     "restore",
+    "set_selective_checkpointing",
     "train",
 ]

@@ -25,8 +25,8 @@ from localvit.bench.measure import (
 from localvit.bench.peak import Matmul, fastest_matmul
 from localvit.bench.result import Comparison, Setting, Side
 from localvit.cost import count_macs, count_parameters
+from localvit.errors import ConfigError
 from localvit.export import ExportInfo
-from localvit.locality import ConfigError
 from localvit.models import VARIANTS
 from localvit.training.build import check_forward, pick_device
 from localvit.training.checkpoint import Checkpoint, load_checkpoint

@@ -10,10 +10,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from localvit.acceleration import fuse
+from localvit.errors import ConfigError
 from localvit.export import FORMATS, ExportInfo, FormatName, export_model, open_engine
 from localvit.export.engines import check_packages
-from localvit.fusing import fuse
-from localvit.locality import ConfigError
 from localvit.training.config import Precision
 
 EngineName = Literal["eager", "fused", "compile", "onnxruntime", "openvino"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from localvit.locality.kernels.processor import processor
+from localvit.acceleration.processor import processor
 
 _ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 _SETTINGS = re.compile(

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from localvit.acceleration.fusing.linear import pack, packed_available, packed_linear
 from localvit.bench.measure import Work, interleaved, timer_for
-from localvit.fusing.linear import conv_linear
-from localvit.locality.kernels.packed import pack, packed_available, packed_linear
 
 _ROUNDS = 5
 # (rows, in, out): a layer of a small transformer, and larger ones that reuse each number more often.
@@ -54,7 +53,8 @@ def matmuls(rows: int, inside: int, out: int, device: torch.device, dtype: torch
     shape, flops = f"{rows} x {inside} x {out}", 2 * rows * inside * out
     yield Matmul(f"F.linear, {shape}", flops, lambda: F.linear(x, weight, bias))
     if device.type == "cpu":
-        yield Matmul(f"1 x 1 convolution, {shape}", flops, lambda: conv_linear(x, weight, bias))
+        row, kernel = x.t().unsqueeze(1)[None], weight[:, :, None, None]
+        yield Matmul(f"1 x 1 convolution, {shape}", flops, lambda: F.conv2d(row, kernel, bias))
         if dtype == torch.float32 and packed_available():
             packed = pack(weight)
             yield Matmul(f"oneDNN packed, {shape}", flops, lambda: packed_linear(x, packed, bias))

@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from localvit.errors import ConfigError
 from localvit.export.info import KEY, ExportInfo
 from localvit.export.program import first_line
-from localvit.locality import ConfigError
 
 EngineKind = Literal["torch", "onnxruntime", "openvino"]
 """What can run a file."""

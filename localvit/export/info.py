@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from localvit.locality import ConfigError
+from localvit.errors import ConfigError
 
 KEY = "localvit"
 """Under which every format keeps it: ONNX ``metadata_props``, OpenVINO ``rt_info``, a file in a ``.pt2``."""

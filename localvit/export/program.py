@@ -11,9 +11,9 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from localvit.acceleration import fuse
+from localvit.errors import ConfigError
 from localvit.export.info import KEY, ExportInfo
-from localvit.fusing import fuse
-from localvit.locality import ConfigError
 
 
 def size_step(model: nn.Module) -> int:
@@ -85,7 +85,7 @@ def export_program(model: nn.Module, info: ExportInfo) -> ExportedProgram:
 
 def _fast(model: nn.Module) -> nn.Module:
     try:
-        return fuse(model, linear="linear")
+        return fuse(model)
     except ValueError:  # nothing in it has a fast form
         return model
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from localvit.atomic import sync, temporary_prefix
+from localvit.errors import ConfigError
 from localvit.export.engines import EngineKind, check_packages, open_engine
 from localvit.export.info import ExportInfo, Size
 from localvit.export.onnx import check_onnx, write_onnx
@@ -28,7 +29,6 @@ from localvit.export.parity import (
     real_inputs,
 )
 from localvit.export.program import check_sizes, export_program, first_line, size_step, write_program
-from localvit.locality import ConfigError
 
 FormatName = Literal["onnx", "openvino", "torch"]
 

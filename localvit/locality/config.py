@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
+
+from localvit.errors import ConfigError, suggestion
 
 Init = Literal["paper", "preserve"]
 Position = Literal["mid", "first"]
@@ -53,10 +54,6 @@ _DECIDED: dict[Init, dict[str, Any]] = {
 DEFAULT_GATE_WIDTH = 4
 # Hidden width over `dim` where there is no FFN to take it from: DeiT's and the paper's.
 DEFAULT_EXPANSION = 4.0
-
-
-class ConfigError(ValueError):
-    """A value that is not accepted; the message names the field, the value and what is accepted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,9 +216,7 @@ class LocalityConfig:
         names = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in names:
-                near = difflib.get_close_matches(str(key), names, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f" (accepted: {', '.join(names)})"
-                raise ConfigError(f"LocalityConfig has no field {key!r}{hint}")
+                raise ConfigError(f"LocalityConfig has no field {key!r} ({suggestion(key, names)})")
         return cls(**values)
 
 

@@ -1,4 +1,4 @@
-"""The mechanism: a depth-wise convolution over the token lattice, inside a feed-forward network (FFN).
+"""The mechanism: a depth-wise convolution over the token grid, inside a feed-forward network (FFN).
 
 Two forms, both built on the two views in :mod:`localvit.locality.grid`:
 
@@ -6,7 +6,7 @@ Two forms, both built on the two views in :mod:`localvit.locality.grid`:
 * :class:`HiddenLocality` *adds* to the FFN that is there, at first as an exact no-op
   (``init="preserve"``).
 
-Shapes: B batch, P prefix tokens, N patch tokens on a lattice of H rows and W columns, C = ``dim``,
+Shapes: B batch, P prefix tokens, N patch tokens on a grid of H rows and W columns, C = ``dim``,
 D = hidden width. A "row" is a map (B, C, 1, T): point-wise layers run on it over all T tokens at once.
 """
 
@@ -17,70 +17,28 @@ import torch.nn.functional as F
 from timm.layers import SqueezeExcite, trunc_normal_
 from torch import Tensor, nn
 
-from localvit.locality.config import DEFAULT_EXPANSION, ConfigError, LocalityConfig
+from localvit.errors import ConfigError
+from localvit.locality.config import DEFAULT_EXPANSION, LocalityConfig
 from localvit.locality.grid import (
     Grid,
+    GridModule,
     GridRecord,
     after_prefix,
+    check_grid,
     map_to_tokens,
     tokens_to_map,
     tokens_to_row,
 )
-from localvit.locality.kernels import lean_applies, lean_feed_forward
-from localvit.locality.layers import ACTIVATIONS, channel_gate, depthwise, norm
+from localvit.locality.layers import ACTIVATIONS, Pointwise, channel_gate, depthwise, norm
 
 
-class LatticeModule(nn.Module):
-    """A module that needs the lattice of the tokens that it is given.
-
-    The lattice comes with the call, or from the model's :class:`GridRecord`. It is never guessed from
-    the number of tokens.
-    """
-
-    # TorchScript evaluates a property listed in both when it scripts the module, and keeps it as a
-    # constant; so a script made after `set_input_size` has the new lattice.
-    __constants__: tuple[str, ...] = ("num_prefix_tokens", "static_size")
-    __jit_unused_properties__ = ("static_size",)
-    __jit_ignored_attributes__ = ("config", "grid_record")
-
-    def __init__(
-        self, config: LocalityConfig, num_prefix_tokens: int, grid_record: GridRecord | None
-    ) -> None:
-        super().__init__()
-        self.config = config.resolve()
-        self.num_prefix_tokens = num_prefix_tokens
-        self.grid_record = grid_record
-
-    @property
-    def static_size(self) -> tuple[int, int]:
-        return self.grid_record.static_size if self.grid_record is not None else (0, 0)
-
-    def current_grid(self) -> Grid:
-        """Lattice of the forward pass under way."""
-        if torch.jit.is_scripting():
-            height, width = self.static_size
-        else:
-            height, width = self._recorded_size()
-        return Grid(height, width, self.num_prefix_tokens)
-
-    @torch.jit.unused
-    def _recorded_size(self) -> tuple[int, int]:
-        size = self.grid_record.size if self.grid_record is not None else None
-        if size is None:
-            raise RuntimeError(
-                f"{type(self).__name__} does not know the lattice of its tokens: run it inside the model "
-                "that was localized, or pass grid=Grid(height, width, num_prefix_tokens)"
-            )
-        return size
-
-
-class LocalityFeedForward(LatticeModule):
+class LocalityFeedForward(GridModule):
     """Feed-forward network with locality (LocalViT, arXiv 2104.05707, figure 3 and equation 9).
 
-    Point-wise expansion, depth-wise k x k convolution over the lattice, channel gate, point-wise
-    projection, in the order and with the norms and activations that ``config`` names. This is the
-    *branch*: the residual belongs to the transformer block, as with timm's MLPs. (The authors' module
-    adds its input itself, and their block adds nothing; the sum is the same.)
+    Three stages: :meth:`expand`, a point-wise layer; :meth:`mix`, the depth-wise k x k convolution over the
+    grid with norms, activations and channel gate; :meth:`project`, a point-wise layer. This is the *branch*:
+    the residual belongs to the transformer block, as with timm's MLPs. (The authors' module adds its input
+    itself, and their block adds nothing; the sum is the same.)
 
     Other published designs are :data:`localvit.PRESETS`.
 
@@ -92,15 +50,15 @@ class LocalityFeedForward(LatticeModule):
         config: Design; ``init`` must be ``"paper"``.
         hidden_dim: Hidden width D of the FFN in place, for where ``config.expansion`` leaves it open (with
             a gated linear unit two thirds of it are taken); default: 4 C.
-        num_prefix_tokens: P, used when the lattice is looked up rather than passed.
-        grid_record: Where to look the lattice up; without it, ``grid`` must be passed.
+        num_prefix_tokens: P, used when the grid is looked up rather than passed.
+        grid_record: Where to look the grid up; without it, ``grid`` must be passed.
 
     Raises:
         ConfigError: if a width that follows from ``dim`` is impossible, or ``init`` is ``"preserve"``.
     """
 
     # So that TorchScript leaves out the branch whose layers are not there.
-    __constants__ = (*LatticeModule.__constants__, "conv_first", "conv_mid")
+    __constants__ = (*GridModule.__constants__, "conv_first", "conv_mid")
 
     def __init__(
         self,
@@ -133,7 +91,7 @@ class LocalityFeedForward(LatticeModule):
         norms, (bias1, bias2, bias3) = _each(cfg.norm, 3), _each(cfg.bias, 3)
         # With a gated linear unit the one activation is on the gate, and the two stages have none.
         act1, act2 = _each(cfg.activation if cfg.glu == "none" else "none", 2)
-        self.fc1 = nn.Conv2d(dim, expanded, 1, bias=bias1)
+        self.fc1 = Pointwise(dim, expanded, bias1)
         self.norm1 = norm(norms[0], expanded, cfg)
         self.act1 = ACTIVATIONS[act1]()
         if cfg.depthwise:
@@ -145,11 +103,11 @@ class LocalityFeedForward(LatticeModule):
             self.act_prefix = ACTIVATIONS[act2 if self.conv_mid and act1 == "none" else "none"]()
         self.act_glu = ACTIVATIONS["none" if cfg.glu == "none" else str(cfg.activation)]()
         self.gate = channel_gate(dim, hidden, cfg)
-        self.fc2 = nn.Conv2d(hidden, dim, 1, bias=bias3)
+        self.fc2 = Pointwise(hidden, dim, bias3)
         self.norm3 = norm(norms[2], dim, cfg)
 
     def init_weights(self) -> None:
-        """Initial values of the reference: PyTorch's own for convolutions, the linear layers of the
+        """Set the initial values of the reference: PyTorch's own for convolutions, the linear layers of the
         squeeze-and-excitation gate normal with standard deviation 0.02 and zero bias."""
         if isinstance(self.gate, SqueezeExcite):
             for layer in (self.gate.fc1, self.gate.fc2):
@@ -157,65 +115,63 @@ class LocalityFeedForward(LatticeModule):
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor, grid: Optional[Grid] = None) -> Tensor:  # noqa: UP045 (TorchScript)
-        """``(B, P + N, C) -> (B, P + N, C)``; ``grid`` beats the recorded lattice."""
+        """Compute the branch: ``(B, P + N, C) -> (B, P + N, C)``; ``grid`` beats the recorded grid."""
         if grid is None:
             grid = self.current_grid()
-        check_lattice(tokens, grid)
+        check_grid(tokens, grid)
         prefix = grid.num_prefix_tokens
-        riding = prefix if self.prefix == "mlp" else 0  # prefix tokens that take the point-wise path
-        lattice = Grid(grid.height, grid.width, riding)
-
-        x = tokens if riding == prefix else tokens[:, prefix:]
-        x = self._transform(x, lattice)
-        if riding == prefix:
-            return x
+        if prefix == 0 or self.prefix == "mlp":  # prefix tokens take the point-wise path
+            return self.run(tokens, grid)
+        x = self.run(tokens[:, prefix:], Grid(grid.height, grid.width, 0))
         if self.prefix == "passthrough":
             return torch.cat([tokens[:, :prefix], x], dim=1)
         return F.pad(x, (0, 0, prefix, 0))  # the branch is zero where a token bypasses it
 
-    def _transform(self, x: Tensor, lattice: Grid) -> Tensor:
-        """Patches and the prefix tokens that ride along, through the layers, in the form that applies."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript must see this question alone)
-            if lean_applies(self, x):
-                return lean_feed_forward(self, x, lattice)
-        return self.plain(x, lattice)
-
-    def plain(self, x: Tensor, lattice: Grid) -> Tensor:
-        """The same by the plain modules: what every other form must equal."""
+    def transform(self, x: Tensor, grid: Grid) -> Tensor:
+        """Compute the branch, of the prefix tokens in ``grid`` too: ``(B, P + N, C) -> (B, P + N, C)``."""
         if self.conv_first:
-            x = self._convolve(x, lattice)
-        x = self._hide(map_to_tokens(self._expand(tokens_to_row(x))), lattice)
-        if self.gate is not None:
-            x = after_prefix(x, lattice.num_prefix_tokens, self.gate(tokens_to_map(x, lattice)))
-        return map_to_tokens(self.norm3(self.fc2(tokens_to_row(x))))
+            x = self._convolve(x, grid)
+        return self.project(self.mix(self.expand(x), grid))
 
-    def _expand(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        return self.act1(self.norm1(x)) if self.norm_before_act else self.norm1(self.act1(x))
+    def expand(self, x: Tensor) -> Tensor:
+        """Expand the tokens, to two maps with a gated linear unit: ``(B, T, C) -> (B, T, D or 2 D)``."""
+        return map_to_tokens(self.fc1(tokens_to_row(x)))
 
-    def _hide(self, x: Tensor, lattice: Grid) -> Tensor:
-        """The hidden state (B, T, D) from the expanded tokens, which are (B, T, 2 D) with ``glu``."""
+    def mix(self, x: Tensor, grid: Grid) -> Tensor:
+        """Compute all that stands between the point-wise layers: ``(B, P + N, D or 2 D) -> (B, P + N,
+        D)``."""
+        row = tokens_to_row(x)
+        row = self.act1(self.norm1(row)) if self.norm_before_act else self.norm1(self.act1(row))
+        x = map_to_tokens(row)
         value = x
         if self.glu == "gate":
             x, value = x.chunk(2, dim=-1)
         if self.conv_mid:
-            x = self._convolve(x, lattice)
+            x = self._convolve(x, grid)
         if self.glu == "both":
             x, value = x.chunk(2, dim=-1)
-        return x if self.glu == "none" else self.act_glu(x) * value
+        if self.glu != "none":
+            x = self.act_glu(x) * value
+        if self.gate is not None:
+            x = after_prefix(x, grid.num_prefix_tokens, self.gate(tokens_to_map(x, grid)))
+        return x
 
-    def _convolve(self, x: Tensor, lattice: Grid) -> Tensor:
-        """The depth-wise stage; prefix tokens go past it."""
-        patches = tokens_to_map(x, lattice)
+    def project(self, x: Tensor) -> Tensor:
+        """Project the hidden state: ``(B, T, D) -> (B, T, C)``."""
+        return map_to_tokens(self.norm3(self.fc2(tokens_to_row(x))))
+
+    def _convolve(self, x: Tensor, grid: Grid) -> Tensor:
+        """Apply the depth-wise convolution with its norm and activation; prefix tokens go past it."""
+        patches = tokens_to_map(x, grid)
         y = self.conv(patches)
         if self.inner_skip:
             y = y + patches
         y = map_to_tokens(self.act2(self.norm2(y)) if self.norm_before_act else self.norm2(self.act2(y)))
-        prefix = lattice.num_prefix_tokens
+        prefix = grid.num_prefix_tokens
         return y if prefix == 0 else torch.cat([self.act_prefix(x[:, :prefix]), y], dim=1)
 
 
-class HiddenLocality(LatticeModule):
+class HiddenLocality(GridModule):
     """Depth-wise convolution added to the hidden state of an existing FFN: ``h + conv(h)`` on the patch
     tokens, then the layer it stands in front of.
 
@@ -246,30 +202,24 @@ class HiddenLocality(LatticeModule):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Zero, so that the FFN starts as it was."""
+        """Set the kernel to zero, so that the FFN starts as it was."""
         nn.init.zeros_(self.conv.weight)
 
     def forward(self, hidden: Tensor, grid: Optional[Grid] = None) -> Tensor:  # noqa: UP045 (TorchScript)
-        """``(B, P + N, D) -> (B, P + N, D)``; ``grid`` beats the recorded lattice."""
+        """Add locality: ``(B, P + N, D) -> (B, P + N, D)``; ``grid`` beats the recorded grid."""
         if grid is None:
             grid = self.current_grid()
-        check_lattice(hidden, grid)
+        check_grid(hidden, grid)
+        return self.then(self.transform(hidden, grid))
+
+    def transform(self, hidden: Tensor, grid: Grid) -> Tensor:
+        """Add the convolution to the patch tokens: ``(B, P + N, D) -> (B, P + N, D)``."""
         patches = tokens_to_map(hidden, grid)
-        return self.then(after_prefix(hidden, grid.num_prefix_tokens, patches + self.conv(patches)))
-
-
-def check_lattice(tokens: Tensor, grid: Grid) -> None:
-    """Refuse tokens that are not those of ``grid`` (RuntimeError or AssertionError, as ``torch._assert``)."""
-    patches = tokens.shape[1] - grid.num_prefix_tokens
-    torch._assert(
-        patches == grid.height * grid.width,
-        f"{tokens.shape[1]} tokens, {grid.num_prefix_tokens} of them prefix tokens, leave {patches} patch "
-        f"tokens, but the lattice has {grid.height} x {grid.width} = {grid.height * grid.width}",
-    )
+        return after_prefix(hidden, grid.num_prefix_tokens, patches + self.conv(patches))
 
 
 def _hidden_width(dim: int, of_base: int | None, config: LocalityConfig) -> int:
-    """Hidden width D that ``config`` gives, or leaves to the FFN in place."""
+    """Return the hidden width D that ``config`` gives, or leaves to the FFN in place."""
     if config.expansion is not None:
         hidden = int(dim * config.expansion)
     else:

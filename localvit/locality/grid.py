@@ -1,13 +1,18 @@
-"""The lattice that tokens come from, and the two views between tokens and feature map.
+"""The grid that tokens come from, the two views between tokens and feature map, and the module that needs a
+grid.
 
-Shapes: B batch, P prefix tokens (class, distillation, registers), N = height * width patch tokens,
-C channels. Patch token ``i`` is row ``i // width``, column ``i % width`` (raster order).
+Shapes: B batch, P prefix tokens (class, distillation, registers), N = H * W patch tokens, C channels. Patch
+token ``i`` is in row ``i // W`` and column ``i % W`` (raster order).
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+
+from localvit.locality.config import LocalityConfig
 
 
 class Grid(NamedTuple):
@@ -19,9 +24,9 @@ class Grid(NamedTuple):
 
 
 class GridRecord:
-    """Where a model's hook leaves the lattice of the forward pass under way, for its FFNs to read.
+    """Where a model's hook leaves the grid of the forward pass under way, for its FFNs to read.
 
-    All localized FFNs that work on one lattice share one record, and so does the module whose forward is
+    All localized FFNs that work on one grid share one record, and so does the module whose forward is
     hooked: one per model in a plain transformer, one per stage in a pyramid. A record is transient: in a
     copy or a pickle its size is unset, because it may hold symbolic integers of an export or proxies of an
     fx trace. The record of a copied model belongs to the copy: a copy (EMA, say) that wrote to the record
@@ -30,10 +35,10 @@ class GridRecord:
     One forward pass at a time per model instance: two threads that share an instance share its record.
 
     Args:
-        source: Module that knows the lattice for the configured input size. TorchScript cannot run hooks,
+        source: Module that knows the grid for the configured input size. TorchScript cannot run hooks,
             so scripted models use that one.
         attribute: Its attribute (height, width): ``grid_size`` in timm's patch embeddings.
-        constant: The lattice is always the configured one (TNT), so there is no hook.
+        constant: The grid is always the configured one (TNT), so there is no hook.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class GridRecord:
 
 
 def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
-    """Patch tokens as a feature map: ``(B, P + N, C) -> (B, C, height, width)``.
+    """View patch tokens as a feature map: ``(B, P + N, C) -> (B, C, H, W)``.
 
     A view: tokens in memory order *are* a channels-last map, so nothing is copied. Rows are split before
     channels move: the other way round gives the batch axis of a single image a stride that PyTorch does not
@@ -75,7 +80,7 @@ def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
 
 
 def map_to_tokens(feature_map: Tensor) -> Tensor:
-    """Inverse of :func:`tokens_to_map` without prefix tokens: ``(B, C, height, width) -> (B, N, C)``.
+    """Invert :func:`tokens_to_map` without prefix tokens: ``(B, C, H, W) -> (B, H * W, C)``.
 
     A view if the map is channels-last. Channels move before rows are joined: the other way round, the
     backward pass gives a single image's gradient a batch stride that PyTorch's batch norm misreads on a CPU
@@ -85,7 +90,7 @@ def map_to_tokens(feature_map: Tensor) -> Tensor:
 
 
 def tokens_to_row(tokens: Tensor) -> Tensor:
-    """``(B, T, C) -> (B, C, 1, T)``, a channels-last view for point-wise layers.
+    """View tokens as a channels-last map for point-wise layers: ``(B, T, C) -> (B, C, 1, T)``.
 
     A row, not a column: oneDNN's point-wise convolution works along rows and is two to three times
     slower on a map of width 1.
@@ -94,6 +99,129 @@ def tokens_to_row(tokens: Tensor) -> Tensor:
 
 
 def after_prefix(tokens: Tensor, prefix: int, patches: Tensor) -> Tensor:
-    """The first ``prefix`` of ``tokens``, followed by the tokens of the map ``patches``."""
+    """Put the first ``prefix`` tokens before those of the map ``patches``: ``(B, T, C), (B, C, H, W) ->
+    (B, T, C)``."""
     rest = map_to_tokens(patches)
     return rest if prefix == 0 else torch.cat([tokens[:, :prefix], rest], dim=1)
+
+
+def check_grid(tokens: Tensor, grid: Grid) -> None:
+    """Refuse tokens that are not those of `grid` (RuntimeError or AssertionError, as `torch._assert`)."""
+    patches = tokens.shape[1] - grid.num_prefix_tokens
+    torch._assert(
+        patches == grid.height * grid.width,
+        f"{tokens.shape[1]} tokens, {grid.num_prefix_tokens} of them prefix tokens, leave {patches} patch "
+        f"tokens, but the grid has {grid.height} x {grid.width} = {grid.height * grid.width}",
+    )
+
+
+# Computes what `module.transform(x, grid)` computes, faster or with less memory; `None` where it does not
+# apply.
+Accelerator = Callable[[Any, Tensor, Grid], Tensor | None]
+_accelerators: list[Accelerator] = []
+
+
+def set_accelerator(accelerator: Accelerator | None) -> None:
+    """Let `accelerator` compute the branch of all modules where it applies; `None` for plain modules."""
+    _accelerators[:] = [] if accelerator is None else [accelerator]
+
+
+class GridModule(nn.Module):
+    """A module that needs the grid of the tokens that it is given. All that TorchScript asks for is here.
+
+    The grid comes with the call, or from the model's :class:`GridRecord`. It is never guessed from the number
+    of tokens. Subclasses define `transform(x, grid)`, and call `run(x, grid)`.
+    """
+
+    # TorchScript evaluates a property listed in both when it scripts the module, and keeps it as a
+    # constant; so a script made after `set_input_size` has the new grid.
+    __constants__: tuple[str, ...] = ("num_prefix_tokens", "static_size")
+    __jit_unused_properties__ = ("static_size",)
+    __jit_ignored_attributes__ = ("config", "grid_record", "noted")
+
+    noted: Any = None
+    """What an accelerator found out about the module. Forgotten when the mode, device or type changes."""
+    selective_checkpointing: bool = False
+    """Whether `localvit.set_selective_checkpointing` is on."""
+    transform: Any
+
+    def __init__(
+        self, config: LocalityConfig, num_prefix_tokens: int, grid_record: GridRecord | None
+    ) -> None:
+        super().__init__()
+        self.config = config.resolve()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.grid_record = grid_record
+
+    def train(self, mode: bool = True) -> Self:
+        self.noted = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.noted = None
+        return super()._apply(*args, **kwargs)
+
+    @property
+    def static_size(self) -> tuple[int, int]:
+        return self.grid_record.static_size if self.grid_record is not None else (0, 0)
+
+    def current_grid(self) -> Grid:
+        """Return the grid of the forward pass under way."""
+        if torch.jit.is_scripting():
+            height, width = self.static_size
+        else:
+            height, width = self._recorded_size()
+        return Grid(height, width, self.num_prefix_tokens)
+
+    @torch.jit.unused
+    def _recorded_size(self) -> tuple[int, int]:
+        size = self.grid_record.size if self.grid_record is not None else None
+        if size is None:
+            raise RuntimeError(
+                f"{type(self).__name__} does not know the grid of its tokens: run it inside the model "
+                "that was localized, or pass grid=Grid(height, width, num_prefix_tokens)"
+            )
+        return size
+
+    def run(self, x: Tensor, grid: Grid) -> Tensor:
+        """Compute `transform(x, grid)`, by the accelerator where it applies."""
+        if torch.jit.is_scripting():
+            return self.transform(x, grid)
+        return self._accelerated(x, grid)
+
+    @torch.jit.unused
+    def _accelerated(self, x: Tensor, grid: Grid) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.transform(x, grid)
+        if recomputing():
+            with frozen_statistics(self):
+                return self._by_any_form(x, grid)
+        return self._by_any_form(x, grid)
+
+    @torch.jit.unused
+    def _by_any_form(self, x: Tensor, grid: Grid) -> Tensor:
+        for accelerator in _accelerators:
+            y = accelerator(self, x, grid)
+            if y is not None:
+                return y
+        return self.transform(x, grid)
+
+
+def recomputing() -> bool:
+    """Return whether a backward pass is under way, as when activation checkpointing runs a forward pass
+    again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of batch norms, which were moved when the forward pass ran first."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from timm.layers import EcaModule, LayerNorm2d, SqueezeExcite
 from torch import Tensor, nn
 
-from localvit.locality.config import DEFAULT_GATE_WIDTH, ConfigError, LocalityConfig
+from localvit.errors import ConfigError
+from localvit.locality.config import DEFAULT_GATE_WIDTH, LocalityConfig
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "none": nn.Identity,
@@ -26,6 +27,26 @@ class HardSigmoid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu6(x + 3.0) / 6.0
+
+
+# Weights of a point-wise layer up to which `F.linear` computes it: there the call takes longer than the
+# arithmetic (`python benchmarks/old_new.py`, the tiny models), and a convolution's call takes three times as
+# long.
+SMALL_POINTWISE = 2**14
+
+
+class Pointwise(nn.Conv2d):
+    """1 x 1 convolution of a map `(B, C, H, W)`; a small one is computed by `F.linear`."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+        self.small = in_channels * out_channels <= SMALL_POINTWISE
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.small:
+            return self._conv_forward(x, self.weight, self.bias)
+        y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+        return y.permute(0, 3, 1, 2)
 
 
 def depthwise(channels: int, kernel_size: int, bias: bool) -> nn.Conv2d:

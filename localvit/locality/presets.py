@@ -5,12 +5,12 @@ so do the weights' initial values, which are the block's own. ``docs/decisions.m
 published code and what is not.
 """
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from localvit.locality.config import ConfigError, LocalityConfig
+from localvit.errors import ConfigError, suggestion
+from localvit.locality.config import LocalityConfig
 
 # What stands around the FFN is the baseline's, and a prefix token has the path it had there, less the
 # convolution: most of these designs come from models without one.
@@ -63,7 +63,5 @@ def preset(name: str, **changes: Any) -> LocalityConfig:
         ConfigError: for an unknown name or field, or a value that is not accepted.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(PRESETS)}"
-        raise ConfigError(f"no preset is called {name!r} ({hint})")
+        raise ConfigError(f"no preset is called {name!r} ({suggestion(name, PRESETS)})")
     return LocalityConfig.from_dict({**PRESETS[name].to_dict(), **changes})

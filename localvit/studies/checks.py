@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from localvit.cost import count_macs, count_parameters, on_meta
-from localvit.locality import ConfigError, LocalityConfig
+from localvit.errors import ConfigError
+from localvit.locality import LocalityConfig
 from localvit.studies.study import Arm, Study
 from localvit.surgery import confounders
 from localvit.surgery.plan import plan_changes

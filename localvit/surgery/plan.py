@@ -9,7 +9,8 @@ from timm.models._input import get_model_input_config
 from torch import nn
 
 from localvit.cost import count_macs, count_parameters, macs_of, on_meta
-from localvit.locality import ConfigError, GridRecord, HiddenLocality, LocalityConfig, LocalityFeedForward
+from localvit.errors import ConfigError
+from localvit.locality import GridRecord, HiddenLocality, LocalityConfig, LocalityFeedForward
 from localvit.surgery.layouts import MAIN_GROUP, Site, UnsupportedModelError, layout_of
 from localvit.surgery.placement import BlockSpec, select_blocks
 

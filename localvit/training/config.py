@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from localvit.data import AugmentConfig, DataConfig
-from localvit.locality.config import ConfigError, LocalityConfig
+from localvit.errors import ConfigError
+from localvit.locality.config import LocalityConfig
 
 __all__ = [
     "AugmentConfig",
@@ -171,6 +172,8 @@ class EngineConfig:
         channels_last: Store images and maps channels last, which GPUs with tensor cores prefer.
         compile: ``torch.compile`` the model.
         grad_checkpointing: Recompute activations in the backward pass to save memory.
+        selective_checkpointing: Recompute only norms, activations and gates of feed-forward networks with
+            locality, where the native kernels do not apply (``localvit.set_selective_checkpointing``).
         batch_norm: What batch norm does where several processes train, each on its share of a batch.
             ``"local"``: every process normalises by its share; the running statistics of the first are
             evaluated and saved. ``"average"``: the same, with the running statistics averaged over the
@@ -188,6 +191,7 @@ class EngineConfig:
     channels_last: bool = False
     compile: bool = False
     grad_checkpointing: bool = False
+    selective_checkpointing: bool = False
     batch_norm: Literal["local", "sync", "average", "frozen"] = "average"
     deterministic: bool = False
 

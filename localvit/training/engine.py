@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from localvit.acceleration import set_selective_checkpointing
 from localvit.training.build import build_optimizer, build_scheduler
 from localvit.training.config import ConfigError, EngineConfig, TrainConfig
 from localvit.training.distributed import World
@@ -198,6 +199,8 @@ def _prepare(model: nn.Module, config: EngineConfig, world: World) -> nn.Module:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         except (AttributeError, TypeError, AssertionError) as error:
             raise ConfigError("engine.grad_checkpointing: this model does not offer it") from error
+    if config.selective_checkpointing and not set_selective_checkpointing(model):
+        raise ConfigError("engine.selective_checkpointing: this model has no locality; leave the option out")
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     return model.to(world.device)

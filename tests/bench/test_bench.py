@@ -10,7 +10,7 @@ from localvit.bench.comparison import BenchConfig, compare, fraction, fraction_f
 from localvit.bench.measure import Quartiles, interleaved, ratio
 from localvit.bench.peak import Matmul, fastest_matmul
 from localvit.cli import main
-from localvit.locality import ConfigError
+from localvit.errors import ConfigError
 
 CPU = torch.device("cpu")
 NAME = "localvit_tiny_patch16_224"

@@ -11,6 +11,7 @@ import timm
 import torch
 
 import localvit
+from localvit.errors import ConfigError
 from localvit.export import (
     FORMATS,
     READS,
@@ -24,7 +25,6 @@ from localvit.export import (
     write,
 )
 from localvit.export.parity import Inputs
-from localvit.locality import ConfigError
 
 SIZE = 16
 VIT = {"img_size": SIZE, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 5}
@@ -121,8 +121,8 @@ def test_the_graph_is_that_of_the_fast_form(monkeypatch):
     assert (
         convolutions(model) == 1 + 2
     )  # patches; depth-wise ones of all blocks but the last, which is not read
-    monkeypatch.setenv("LOCALVIT_PLAIN", "1")
-    assert convolutions(model) == 1 + 3 * 3
+    monkeypatch.setenv("LOCALVIT_KERNELS", "plain")
+    assert convolutions(model) == 1 + 3  # of all blocks; point-wise layers of this size are linear
 
 
 def test_what_has_no_fast_form_is_exported_as_it_is(tmp_path):

@@ -227,8 +227,8 @@ def test_a_wrong_number_of_tokens_is_an_error_that_says_both():
         LocalityFeedForward(8)(torch.randn(1, 13, 8), Grid(2, 5, 1))
 
 
-def test_without_a_lattice_it_does_not_guess():
-    with pytest.raises(RuntimeError, match="does not know the lattice"):
+def test_without_a_grid_it_does_not_guess():
+    with pytest.raises(RuntimeError, match="does not know the grid"):
         LocalityFeedForward(8)(torch.randn(1, 16, 8))
 
 

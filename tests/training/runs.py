@@ -88,8 +88,14 @@ def stop_after(monkeypatch, config, updates):
 
 
 def start(config):
-    """A process that trains; forked, so that it need not import torch again."""
-    process = multiprocessing.get_context("fork").Process(target=train, args=(config,))
+    """Start a process that trains.
+
+    It is forked from a server that has imported torch and done nothing else: a fork of this process cannot
+    run a backward pass if compilation here has started threads of autograd.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["localvit"])
+    process = context.Process(target=train, args=(config,))
     process.start()
     return process
 

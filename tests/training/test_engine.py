@@ -110,7 +110,9 @@ def test_the_average_has_the_statistics_of_batch_norm_too(tiny):
             assert torch.allclose(value.double(), expected[name], rtol=1e-5, atol=1e-7), name
 
 
-@pytest.mark.parametrize("option", ["channels_last", "grad_checkpointing", "deterministic"])
+@pytest.mark.parametrize(
+    "option", ["channels_last", "grad_checkpointing", "selective_checkpointing", "deterministic"]
+)
 def test_options_for_speed_and_memory_do_not_change_the_gradient(tiny, option):
     config = tiny("model.locality={}", f"engine.{option}=true")
     calls = []
@@ -156,6 +158,8 @@ def test_what_the_model_or_the_machine_lacks_is_refused(tiny, monkeypatch):
     plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     with pytest.raises(ConfigError, match="this model does not offer it"):
         Engine(plain, tiny("engine.grad_checkpointing=true"), ALONE, 10, {}, ())
+    with pytest.raises(ConfigError, match="this model has no locality"):
+        Engine(plain, tiny("engine.selective_checkpointing=true"), ALONE, 10, {}, ())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,62 @@
+"""Which form computes the branch of a feed-forward network."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localvit.acceleration.memory import checkpointed
+from localvit.acceleration.native.form import Form, applies, form_of, is_dense
+from localvit.acceleration.native.mix import BATCH, mixed, norm_now, not_kept
+from localvit.locality import Grid, LocalityFeedForward
+
+
+def accelerated(ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
+    """Compute `ffn.transform(x, grid)` by the form that applies; `None`: by the plain modules."""
+    if not isinstance(ffn, LocalityFeedForward):
+        return None
+    form = native_form(ffn)
+    # Without gradients, models of real size stay plain: their published numbers are those of plain modules,
+    # and who wants speed fuses them. In small ones, calling the plain modules takes most of the time.
+    worth = torch.is_grad_enabled() or getattr(ffn.fc1, "small", False)
+    if form is not None and worth and grid.num_prefix_tokens == 0 and applies(form, x) and _fits(form, x):
+        return _natively(form, ffn, x, grid)
+    selective = ffn.selective_checkpointing and torch.is_grad_enabled() and isinstance(x, Tensor)
+    return checkpointed(ffn, x, grid) if selective else None
+
+
+def native_form(ffn: LocalityFeedForward) -> Form | None:
+    """Return what the native kernels know of `ffn` until its mode or device changes; `None`: they do not
+    cover it."""
+    known = ffn.noted
+    if known is None:
+        known = ffn.noted = Noted(form_of(ffn))
+    return known.form
+
+
+class Noted:
+    """What was found out about a module; a copy or a pickle of the module finds out for itself."""
+
+    def __init__(self, form: Form | None) -> None:
+        self.form = form
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def _fits(form: Form, x: Tensor) -> bool:
+    """Return whether statistics can be had: of one value per channel PyTorch's own norm says that they
+    cannot."""
+    return x.shape[0] * x.shape[1] > 1 or not any(norm_now(norm).mode == BATCH for norm in form.norms)
+
+
+def _natively(form: Form, ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:
+    hidden = ffn.expand(x)
+    if not is_dense(hidden):
+        hidden = hidden.contiguous()
+    y = mixed(form, ffn, hidden, grid)
+    hooks: Any = torch._C._autograd
+    if y.grad_fn is None or not hooks._saved_tensors_hooks_is_enabled():
+        return ffn.project(y)
+    with not_kept(y):
+        return ffn.project(y)

@@ -1,0 +1,5 @@
+"""A model in its fast inference form: same logits, other code."""
+
+from localvit.acceleration.fusing.fuse import fuse
+
+__all__ = ["fuse"]

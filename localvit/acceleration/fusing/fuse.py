@@ -1,0 +1,160 @@
+"""``localvit.fuse``: a model in its fast inference form."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import DropPath, GluMlp, Mlp, PatchDropout, SwiGLU
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from localvit.acceleration.fusing import blocks
+from localvit.acceleration.fusing.feed_forward import fuse_locality, fuse_mlp, hooked
+from localvit.acceleration.fusing.linear import PackedLinear, prefers_packed
+from localvit.acceleration.kernels import plain_kernels
+from localvit.baselines.pvt_stage import Block as PvtBlock
+from localvit.baselines.t2t_vit import T2TViT
+from localvit.locality import LocalityFeedForward
+from localvit.surgery.plan import refuse_wrapped
+
+# Changes a module to its fast form, or says why it stays plain.
+Fuser = Callable[[Any], str | None]
+
+# They do nothing in evaluation.
+_DROPOUTS = (nn.Dropout, DropPath, PatchDropout)
+
+
+def _to(fast: type[nn.Module]) -> Fuser:
+    def change(module: nn.Module) -> None:
+        module.__class__ = fast
+
+    return change
+
+
+# Class -> how it becomes fast, inner ones first. A subclass is another class: it may compute something else.
+FAST_FORMS: dict[type[nn.Module], Fuser] = {
+    LocalityFeedForward: fuse_locality,
+    Mlp: fuse_mlp,
+    GluMlp: fuse_mlp,
+    SwiGLU: fuse_mlp,
+    Block: blocks.fuse_block,
+    SwinTransformerBlock: _to(blocks.FastSwinBlock),
+    PvtBlock: _to(blocks.FastPvtBlock),
+    VisionTransformer: _to(blocks.FastVisionTransformer),
+    VisionTransformerDistilled: _to(blocks.FastVisionTransformerDistilled),
+    T2TViT: _to(blocks.FastT2TViT),
+}
+
+
+def fuse(model: nn.Module, *, compile: bool = False) -> nn.Module:
+    """Copy a model into its fast inference form.
+
+    Batch norms, LayerScale and added inputs are folded into the layers before them, activations and residual
+    sums are in place, a feed-forward network (FFN) whose hidden map exceeds the cache runs image by image,
+    and where the head reads prefix tokens only, the last block computes no others (in ``forward``; features
+    are complete). Outputs are the same to rounding: logits to 1e-5 in float32, 1e-10 in float64.
+
+    The result is a model of the same kind (a subclass: ``forward_features``, ``forward_intermediates``,
+    ``reset_classifier`` and ``set_input_size`` work) with these differences:
+
+    * It is in evaluation mode, cannot be trained, and its parameters require no gradients.
+    * Its state dict is its own: what was folded is missing, and ``fc1`` and ``fc2`` are linear layers. Save
+      the model it was made from.
+    * It can be copied, pickled, moved, converted (``half()``) and exported (``torch.export`` with
+      ``strict=False``), but not scripted. Folding is in the type that the model has: convert afterwards from
+      float32, not before.
+
+    Layers whose class has no fast form stay as they are; so does an FFN with forward hooks on its layers.
+
+    With the environment variable ``LOCALVIT_KERNELS=plain`` the result is a plain copy in evaluation mode.
+
+    Args:
+        model: A model with at least one of timm's or localvit's transformer blocks or FFNs, localized or not.
+        compile: Compile ``forward`` with ``torch.compile`` (Inductor with frozen weights, which apply where
+            gradients are off, as under ``torch.inference_mode()``). The first call of each input shape takes
+            minutes.
+
+    Returns:
+        A new model; ``model`` is left as it was.
+
+    Raises:
+        UnsupportedModelError: for a model that is compiled, scripted or wrapped.
+        ValueError: if nothing in it has a fast form, or a module that would change stands in two places.
+    """
+    refuse_wrapped(model, "fuse")
+    if not plain_kernels():
+        _check_fusable(model)
+    with torch.inference_mode(False):  # tensors made in it could not be packed
+        fused = _evaluation_copy(model)
+        if not plain_kernels():
+            _remove_dropouts(fused)
+            _change_forms(fused)
+            _pack_linears(fused)
+    if compile:
+        _compile(fused)
+    return fused
+
+
+def _check_fusable(model: nn.Module) -> None:
+    seen: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) in (*FAST_FORMS, nn.Linear):
+            if id(module) in seen:
+                raise ValueError(
+                    f"{name} and {seen[id(module)]} are the same module, so what is around one of them "
+                    "cannot be folded into it (accepted: a model whose layers stand in one place)"
+                )
+            seen[id(module)] = name
+    if not any(type(module) in FAST_FORMS for module in model.modules()):
+        known = ", ".join(kind.__name__ for kind in FAST_FORMS)
+        raise ValueError(f"{type(model).__name__} has nothing with a fast form (which have: {known})")
+
+
+def _evaluation_copy(model: nn.Module) -> nn.Module:
+    """Without the layers that `localize` kept for `restore`."""
+    report = getattr(model, "localization", None)
+    fused = copy.deepcopy(model, {id(report): None} if report is not None else {})
+    if report is not None:
+        del fused.localization
+    switch: Any = getattr(fused, "set_grad_checkpointing", None)
+    if switch is not None:
+        switch(False)
+    return fused.eval().requires_grad_(False)
+
+
+def _remove_dropouts(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) in _DROPOUTS and not hooked(child):
+                setattr(module, name, nn.Identity().eval())
+
+
+def _change_forms(model: nn.Module) -> None:
+    reasons: dict[str, list[str]] = {}
+    for kind, change in FAST_FORMS.items():
+        for name, module in list(model.named_modules()):
+            if type(module) is kind:
+                reason = change(module)
+                if reason is not None:
+                    reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        warnings.warn(f"{len(names)} FFN(s) keep their plain form: {reason} ({names[0]} ...)", stacklevel=3)
+
+
+def _pack_linears(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        if type(module) is nn.Linear and prefers_packed(module.weight):
+            module.__class__ = PackedLinear
+
+
+def _compile(model: nn.Module) -> None:
+    """``torch.compile`` with frozen weights where this PyTorch has that option."""
+    options: dict[str, Any] = {"freezing": True}
+    if not set(options) <= set(torch._inductor.list_options()):
+        warnings.warn("this PyTorch cannot freeze weights in compiled models; compiled without", stacklevel=3)
+        options = {}
+    model.compile(options=options)

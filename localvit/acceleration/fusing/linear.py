@@ -1,0 +1,108 @@
+"""Linear layers of fused models.
+
+PyTorch's BLAS on x86 is Intel's MKL. On other makers' processors oneDNN is faster, with weights that are put
+into its own order first. A rule decides, not a timing, so that the same command gives the same digits twice.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from localvit.acceleration.fusing.inference import InferenceOnly
+from localvit.acceleration.processor import processor
+
+# Smaller layers (those of a channel gate) take no time.
+_SMALLEST = 2**13
+
+
+class PackedLinear(InferenceOnly, nn.Linear):
+    """A linear layer by oneDNN with packed weights; parameters as in :class:`torch.nn.Linear`.
+
+    The operators are private to PyTorch, so wherever they do not apply (another type or device, autocast,
+    export) it is `F.linear`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._packable(x):
+            return F.linear(x, self.weight, self.bias)
+        linear = frozen_linear if torch.compiler.is_compiling() else _frozen_linear
+        return linear(x, self.weight, self.bias)
+
+    def _packable(self, x: Tensor) -> bool:
+        traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        return (
+            not traced
+            and x.dtype == self.weight.dtype == torch.float32
+            and x.device.type == self.weight.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")
+            and not (torch.is_grad_enabled() and x.requires_grad)
+            # Of these nobody knows when they change; compilation holds them for constant anyway.
+            and (torch.compiler.is_compiling() or not self.weight.is_inference())
+        )
+
+
+def prefers_packed(weight: Tensor) -> bool:
+    """Return whether a layer with this weight should be a :class:`PackedLinear`."""
+    ours = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= _SMALLEST
+    return ours and processor("vendor_id") not in (None, "GenuineIntel") and packed_available()
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Return weights in oneDNN's own order."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    return packed
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute `F.linear` with weights from :func:`pack`."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+
+
+@lru_cache(maxsize=1)
+def packed_available() -> bool:
+    """Return whether this PyTorch has the private operators and they compute what they should."""
+    try:
+        x, weight, bias = (torch.arange(float(n)).sin() for n in (15, 20, 4))  # no random numbers are drawn
+        x, weight = x.view(3, 5), weight.view(4, 5)
+        y = packed_linear(x, pack(weight), bias)
+        return torch.allclose(y, F.linear(x, weight, bias), atol=1e-5)
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return False
+
+
+_packs = WeakTensorKeyDictionary()  # of weights: what tells that they were moved or changed, packed weights
+
+
+def _packed_weight(weight: Tensor) -> Tensor:
+    state = (weight.data_ptr(), None if weight.is_inference() else weight._version)
+    found = _packs.get(weight)
+    if found is None or found[0] != state:
+        found = _packs[weight] = (state, pack(weight))
+    packed: Tensor = found[1]
+    return packed
+
+
+def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return packed_linear(x, _packed_weight(weight), bias)
+
+
+# A compiled graph takes no packed weights, only an operator that packs them when it first meets them.
+torch.library.define("localvit::frozen_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.impl("localvit::frozen_linear", "cpu", _frozen_linear)
+frozen_linear = torch.ops.localvit.frozen_linear.default
+
+
+@torch.library.register_fake("localvit::frozen_linear")
+def _(x, weight, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], len(weight)))
+
+
+def without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return `layer(x)` without its bias, and the bias, for a caller who can add it at no cost: to
+    `F.linear` it is one more pass over the result. All of it and `None` where that is not so."""
+    if type(layer) is nn.Linear:
+        return F.linear(x, layer.weight), layer.bias
+    return layer(x), None

@@ -1,0 +1,21 @@
+"""Which kernels compute: the fast ones where they apply, or the plain modules everywhere."""
+
+import os
+
+VARIABLE = "LOCALVIT_KERNELS"
+
+
+def plain_kernels() -> bool:
+    """Return whether `LOCALVIT_KERNELS=plain` asks for plain modules: as a reference, or to rule out a fast
+    form.
+
+    The variable is read at every call, so a program may set it while it runs. A model that is fused already
+    stays as it is.
+
+    Raises:
+        ValueError: for a value that is neither `auto`, `plain` nor empty.
+    """
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", "auto", "plain"):
+        raise ValueError(f"{VARIABLE}={value!r} is not accepted (accepted: auto, plain)")
+    return value == "plain"

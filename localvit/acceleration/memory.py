@@ -1,0 +1,63 @@
+"""Selective activation checkpointing of feed-forward networks with locality, for every design.
+
+The outputs of linear layers and convolutions of maps are kept for the backward pass, and everything else is
+computed again: norms, activations and gates move memory and compute little. Outputs and gradients are those
+of the plain modules, bit for bit.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from localvit.locality import Grid, LocalityFeedForward
+from localvit.locality.grid import frozen_statistics, recomputing
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default}
+
+
+def set_selective_checkpointing(model: nn.Module, enable: bool = True) -> int:
+    """Keep only the outputs of linear layers and convolutions of each `LocalityFeedForward` for the backward
+    pass.
+
+    It changes no number. It costs the time of the other layers once more, and applies where the native
+    kernels, which keep as little by themselves, do not: designs that they do not cover, CUDA, no C++
+    compiler. Off by default, because time is measured there and memory is not always short
+    (`docs/performance.md`).
+
+    Args:
+        model: A localized model; it may hold other modules too.
+        enable: Whether to switch it on or off.
+
+    Returns:
+        The number of feed-forward networks that were switched.
+    """
+    networks = [module for module in model.modules() if isinstance(module, LocalityFeedForward)]
+    for ffn in networks:
+        ffn.selective_checkpointing = enable
+    return len(networks)
+
+
+def checkpointed(ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:
+    """Compute `ffn.transform(x, grid)`, keeping little for the backward pass."""
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    result: Tensor = checkpoint(
+        _transform, ffn, x, grid, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
+    )
+    return result
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep maps, but not the gate's layers, which are small and whose activation works in place."""
+    kept = operator in _PRODUCTS or (operator is _aten.convolution.default and args[0].shape[2:].numel() > 1)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _transform(ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:
+    if not recomputing():
+        return ffn.transform(x, grid)
+    with frozen_statistics(ffn):
+        return ffn.transform(x, grid)

@@ -1,0 +1,171 @@
+"""The kernels of ``native.cpp``, compiled for this machine when they are first needed.
+
+A C++ compiler takes some three seconds, once: the library is kept in the user's cache folder, under a name
+that tells source, compiler and kind of processor apart. Loading a library runs it, so one that another user
+could have put there or changed is not loaded: this process then compiles its own.
+"""
+
+import atexit
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+import warnings
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("native.cpp")
+_COMPILERS = ("c++", "g++", "clang++")
+_FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-Wno-psabi")
+# Tried in this order: not every compiler has OpenMP, or the first spelling of "this machine".
+_VARIANTS = tuple(product((("-march=native",), ("-mcpu=native",)), (("-fopenmp",), ())))
+
+
+class Unavailable(Exception):
+    """Why there are no native kernels."""
+
+
+class Untrusted(Exception):
+    """Folder or library that another user could have changed."""
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; ``None``, after a warning that says why, where they cannot be had."""
+    try:
+        return load(cache_folder())
+    except (Unavailable, OSError) as error:
+        warnings.warn(
+            f"localvit's native kernels are not used, PyTorch's operators take their place: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+
+
+def cache_folder() -> Path:
+    """``localvit`` in ``XDG_CACHE_HOME``, by default ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "localvit"
+
+
+def load(folder: Path) -> ctypes.CDLL:
+    """Load the library in `folder`; compile it if it is not there.
+
+    Where others can change the folder or the library, or the folder cannot be written, a warning says so and
+    the library is compiled in a private folder.
+
+    Raises:
+        Unavailable: if there is no compiler, or none of its variants compiles the source.
+        OSError: if no folder can be written, or the library not be loaded.
+    """
+    compiler = _compiler()
+    sources = b"".join(file.read_bytes() for file in [SOURCE, *sorted(SOURCE.parent.glob("*.h"))])
+    name = hashlib.sha256(sources + repr(_FLAGS).encode() + _identity(compiler)).hexdigest()[:24]
+    file = f"native-{name}.so"
+    try:
+        path = _trusted(compiler, folder / file)
+    except (Untrusted, OSError) as error:
+        warnings.warn(
+            f"localvit's native kernels are compiled for this process only: {error}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        path = _trusted(compiler, private_folder() / file)
+    return ctypes.CDLL(str(path))
+
+
+@lru_cache(maxsize=1)
+def private_folder() -> Path:
+    """Make a folder for this process and its owner only; it is removed at the end."""
+    folder, owner = Path(tempfile.mkdtemp(prefix="localvit-")), os.getpid()  # mode 700
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not at the end of a fork
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
+
+
+def _trusted(compiler: list[str], path: Path) -> Path:
+    """Compile the library to `path` unless it is there, and return `path`.
+
+    Raises:
+        Untrusted: if another user can change the folder or the library.
+        OSError: if the folder cannot be written.
+    """
+    if not os.path.lexists(path.parent):
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)  # another process may be at the same
+    _check_owner(path.parent, "folder")
+    if not os.path.lexists(path):
+        _compile(compiler, path)
+    _check_owner(path, "file")
+    return path
+
+
+def _check_owner(path: Path, kind: str) -> None:
+    """Refuse what is not of this user alone."""
+    status = os.lstat(path)
+    mode = status.st_mode
+    user = os.geteuid() if hasattr(os, "geteuid") else status.st_uid  # Windows has no such numbers
+    if stat.S_ISLNK(mode):
+        raise Untrusted(f"{kind} {str(path)!r} is a link; replace it by a {kind}")
+    if not (stat.S_ISDIR(mode) if kind == "folder" else stat.S_ISREG(mode)):
+        raise Untrusted(f"{kind} {str(path)!r} is no {kind}; remove it")
+    if status.st_uid != user:
+        raise Untrusted(f"{kind} {str(path)!r} belongs to user {status.st_uid}, not {user}; remove it")
+    if os.name == "posix" and mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise Untrusted(
+            f"{kind} {str(path)!r} can be changed by other users (mode {mode & 0o777:o}); remove it, or run "
+            "chmod go-w on it if you know what is in it"
+        )
+
+
+def _compiler() -> list[str]:
+    """``CXX`` of the environment, or the first that is installed."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    found = [path for name in (asked[:1] or _COMPILERS) if (path := shutil.which(name))]
+    if not found:
+        raise Unavailable(f"no C++ compiler is installed (looked for {', '.join(asked[:1] or _COMPILERS)})")
+    return [found[0], *asked[1:]]
+
+
+def _identity(compiler: list[str]) -> bytes:
+    """What tells this compiler, and the processor that it compiles for, from others."""
+    version = _run([*compiler, "--version"]).stdout
+    for arch, _ in _VARIANTS:
+        macros = _run([*compiler, *arch, "-dM", "-E", "-x", "c++", os.devnull])
+        if macros.returncode == 0:
+            return repr((compiler, version, macros.stdout)).encode()
+    raise Unavailable(f"{compiler[0]} does not take {_VARIANTS[0][0][0]}")
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    """Under another name first: another process may be at the same."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so")
+    os.close(handle)
+    message = ""
+    try:
+        for arch, openmp in _VARIANTS:
+            done = _run([*compiler, *_FLAGS, *arch, *openmp, str(SOURCE), "-o", temporary])
+            if done.returncode == 0:
+                os.chmod(temporary, 0o700)  # the linker goes by the umask
+                os.replace(temporary, path)
+                return
+            message = message or done.stderr.strip().partition("\n")[0]
+        raise Unavailable(f"{compiler[0]} does not compile {SOURCE.name}: {message}")
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]} does not run: {error}") from error

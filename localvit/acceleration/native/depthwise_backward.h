@@ -1,0 +1,99 @@
+// The depth-wise stage, backward.
+#pragma once
+
+#include <cstdint>
+
+#include "rows.h"
+
+namespace {
+
+// Back from the gated map to the normalised expanded one; everything in between is computed again.
+template <int K> struct DepthwiseBackward {
+    Shape s;
+    const float *grad;
+    float *out;
+    const float *x, *below, *weight, *factor, *term;
+    Affine second;
+    const float *by_grad, *by_x, *rest;
+    Affine first;
+    const float *mean, *deviation;
+    float *total, *moment, *taps;
+    int64_t act, act2;
+
+    // Gradient of the convolved map.
+    void stage(const Ring<K>& ring, float* to, const float* g, const float* in, int64_t image, int64_t c) const {
+        const float *f = factor + image * s.channels + c, *t = term + image * s.channels + c;
+        for_strips(s.width, ring.channels, [&](int64_t j, int64_t end, int64_t v) {
+            const Vec by_g = load(by_grad + c + v), by = load(by_x + c + v), constant = load(rest + c + v);
+            const Vec scale = load(f + v) * by_g, shift = load(t + v) * by_g;
+            for (; j < end; ++j) {
+                const Vec value = load(in + j * s.channels + v);
+                const Vec a = slope(second(value, c + v), act2);
+                const Vec above = load(g + j * s.channels + v) * scale + shift;
+                store(to + ring.at(j, v), a * above + value * by + constant);
+            }
+        });
+    }
+
+    // `w` is flipped, and so is `sum`, where the gradient of the weight is summed.
+    void row(const Ring<K>& ring, int64_t i, const float* w, int64_t image, int64_t c, float* sum) const {
+        const int64_t n = ring.channels, start = s.start(image) + i * s.width * s.channels + c;
+        const float* in[K];
+        for (int d = 0; d < K; ++d) in[d] = ring.row(i + d - K / 2);
+        for (int64_t v = 0; v < n; v += LANES) {
+            const Vec middle = load(mean + c + v), dev = load(deviation + c + v);
+            Vec of_taps[K * K] = {}, of_bias{}, of_scale{};
+            for (int64_t j = 0; j < s.width; ++j) {
+                const int64_t at = start + j * s.channels + v;
+                const Vec under = load(below + at), normal = first(under, c + v);
+                const Vec hidden = activate(normal, act);
+                Vec back{};
+#pragma GCC unroll 8
+                for (int dy = 0; dy < K; ++dy)
+#pragma GCC unroll 8
+                    for (int dx = 0; dx < K; ++dx) {
+                        const Vec value = load(in[dy] + ring.at(j + dx, v));
+                        back += value * load(w + tap<K>(dy * K + dx, v));
+                        of_taps[dy * K + dx] += value * hidden;
+                    }
+                back *= slope(normal, act);
+                store(out + at, back);
+                of_bias += back;
+                of_scale += back * (under - middle) * dev;
+            }
+            const int64_t channel = image * s.channels + c + v;
+            add(total + channel, of_bias);
+            add(moment + channel, of_scale);
+            for (int t = 0; t < K * K; ++t) add(sum + tap<K>(t, v), of_taps[t]);
+        }
+    }
+
+    void unit(int64_t image, int64_t c, int64_t n, float* scratch) const {
+        const Ring<K> ring{scratch, span<K>(s), n, s.height};
+        float *w = scratch + ring.ROWS * ring.span * n, *sum = w + K * K * n;
+        const int64_t start = s.start(image) + c;
+        const float *g = grad + start, *in = x + start;
+        ring.reset(s.width);
+        for (int64_t i = 1; i <= K / 2; ++i) ring.leave_out(-i), ring.leave_out(s.height - 1 + i);
+        taps_of<K>(weight, c, n, true, w);
+        clear(sum, K * K * n);
+        clear(total + image * s.channels + c, n);
+        clear(moment + image * s.channels + c, n);
+        for (int64_t i = -(K / 2); i < s.height; ++i) {
+            const int64_t entering = i + K / 2, at = entering * s.width * s.channels;
+            if (entering < s.height) stage(ring, ring.inside(entering), g + at, in + at, image, c);
+            if (i >= 0) row(ring, i, w, image, c, sum);
+        }
+        for (int t = 0; t < K * K; ++t)  // (B, D, K * K)
+            for (int64_t v = 0; v < n; ++v)
+                taps[(image * s.channels + c + v) * K * K + K * K - 1 - t] = sum[tap<K>(t, v)];
+    }
+
+    void run(int64_t threads) const {
+        const int64_t block = staged_block_of<K>(s, threads), floats = (Ring<K>::ROWS * span<K>(s) + 2 * K * K) * block;
+        for_units(s, block, floats, threads,
+                  [this](int64_t image, int64_t c, int64_t n, float* p) { unit(image, c, n, p); });
+    }
+};
+
+}  // namespace

@@ -1,0 +1,21 @@
+"""Tests of fused models depend neither on this machine's processor nor on what the environment asks for."""
+
+import importlib
+from collections.abc import Callable
+
+import pytest
+from torch import Tensor
+
+# The function has the name of its module.
+fuse_module = importlib.import_module("localvit.acceleration.fusing.fuse")
+
+
+@pytest.fixture(autouse=True)
+def _one_form(monkeypatch):
+    set_packed(monkeypatch, False)
+    monkeypatch.delenv("LOCALVIT_KERNELS", raising=False)
+
+
+def set_packed(monkeypatch, rule: bool | Callable[[Tensor], bool]) -> None:
+    """Give all linear layers packed weights from now on, or none, or those that a rule chooses."""
+    monkeypatch.setattr(fuse_module, "prefers_packed", rule if callable(rule) else lambda weight: rule)

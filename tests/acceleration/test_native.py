@@ -1,0 +1,503 @@
+"""The native kernels against the plain modules in float64, and when they stand back."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from localvit import Grid, LocalityConfig, LocalityFeedForward
+from localvit.acceleration.dispatch import native_form
+from localvit.acceleration.kernels import VARIABLE
+from localvit.acceleration.native.form import applies
+from localvit.acceleration.native.mix import mix_, mixed
+
+from .steps import GRID, assert_close, feed_forward, images, plain_step, spy, step
+from .test_build import needs_compiler
+
+pytestmark = needs_compiler
+
+COVERED = [
+    LocalityConfig(),
+    LocalityConfig(gate_reduction=4),
+    LocalityConfig(gate="eca", kernel_size=5),
+    LocalityConfig(gate="eca_hard", prefix="passthrough", activation="relu6"),
+    LocalityConfig(gate="none", activation=("none", "relu"), kernel_size=7),
+    LocalityConfig(norm="none", bias=True, activation=("relu", "none")),
+    LocalityConfig(norm=("none", "batch", "none"), bias=(True, True, False)),
+    LocalityConfig(norm=("batch", "none", "batch"), gate="eca"),
+]
+OTHERS = [
+    LocalityConfig(kernel_size=1),
+    LocalityConfig(activation="silu"),
+    LocalityConfig(norm="layer"),
+    LocalityConfig(norm_order="act-norm"),
+    LocalityConfig(position="first"),
+    LocalityConfig(glu="gate"),
+    LocalityConfig(inner_skip=True),
+    LocalityConfig(depthwise=False),
+    LocalityConfig(prefix="mlp"),
+]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("config", COVERED, ids=str)
+def test_a_step_equals_the_plain_modules(monkeypatch, config, training):
+    ffn, tokens = feed_forward(config).train(training), images()
+    used = spy(monkeypatch)
+    got = step(ffn, tokens)
+    assert used == ["native"]
+    assert_close(got, plain_step(monkeypatch, ffn, tokens))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    config=st.sampled_from(COVERED),
+    batch=st.integers(1, 5),
+    height=st.integers(1, 9),
+    width=st.integers(1, 23),
+    hidden=st.sampled_from([16, 48, 144, 272]),
+    threads=st.sampled_from([1, 2, 3, 11]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_and_number_of_threads(config, batch, height, width, hidden, threads, seed):
+    """One thread and several give equal bits."""
+    torch.manual_seed(seed)
+    grid = Grid(height, width, 1)
+    if batch * height * width < 2:
+        return
+    ffn, tokens = feed_forward(config, 8, hidden), images(batch, 8, grid)
+    with pytest.MonkeyPatch.context() as patch:
+        # Of two values per channel a batch norm makes 1 and -1: derivatives are differences of near numbers.
+        few = batch * height * width < 16
+        want = plain_step(patch, ffn, tokens, grid=grid)
+        assert_close(step(ffn, tokens, grid=grid), want, 1e-2 if few else 2e-4)
+    got = stage(ffn, tokens[:, 1:], grid)
+    try:
+        torch.set_num_threads(threads)
+        torch.testing.assert_close(stage(ffn, tokens[:, 1:], grid), got, rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(1)
+
+
+def stage(ffn: LocalityFeedForward, tokens: Tensor, grid: Grid) -> tuple[Tensor, ...]:
+    """Return the middle stage's output and gradients, and its output in evaluation mode."""
+    ffn = copy.deepcopy(ffn)
+    hidden = tokens.detach().repeat(1, 1, ffn.fc1.out_channels // tokens.shape[2]).requires_grad_()
+    grid = Grid(grid.height, grid.width)
+    form = native_form(ffn)
+    out = mixed(form, ffn, hidden, grid)
+    wanted = [
+        hidden,
+        *(p for n, p in ffn.named_parameters() if n.startswith(("norm1", "norm2", "conv", "gate"))),
+    ]
+    gradients = torch.autograd.grad(out, wanted, out.detach().cos())
+    ffn.eval()
+    return out.detach(), *gradients, mixed(native_form(ffn), ffn, hidden.detach(), grid).detach()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("config", COVERED, ids=str)
+@torch.no_grad()
+def test_inference_equals_the_plain_modules(monkeypatch, config, training):
+    ffn, tokens = feed_forward(config).train(training), images().detach()
+    used = spy(monkeypatch)
+    got = copy.deepcopy(ffn)(tokens, GRID)
+    assert used == ["native"]
+    monkeypatch.setenv(VARIABLE, "plain")
+    torch.testing.assert_close(
+        got, copy.deepcopy(ffn).double()(tokens.double(), GRID).float(), rtol=1e-4, atol=1e-4
+    )
+
+
+@torch.no_grad()
+def test_models_of_real_size_are_evaluated_by_plain_modules(monkeypatch):
+    ffn, tokens = feed_forward(dim=96).eval(), images(dim=96).detach()
+    used = spy(monkeypatch)
+    got = ffn(tokens, GRID)
+    assert not used
+    monkeypatch.setenv(VARIABLE, "plain")
+    assert torch.equal(got, ffn(tokens, GRID))
+
+
+def test_a_variance_far_from_zero_does_not_cancel(monkeypatch):
+    ffn, tokens = feed_forward(LocalityConfig(bias=True)), images()
+    with torch.no_grad():
+        ffn.fc1.bias.fill_(1000.0)
+    assert_close(step(ffn, tokens), plain_step(monkeypatch, ffn, tokens), 1e-2)
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=str)
+def test_other_designs_stay_plain(monkeypatch, config):
+    ffn, tokens = feed_forward(config), images()
+    used = spy(monkeypatch)
+    got = step(ffn, tokens)
+    assert not used
+    monkeypatch.setenv(VARIABLE, "plain")
+    torch.testing.assert_close(got, step(ffn, tokens), rtol=0, atol=0)
+
+
+class _Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def changes() -> dict[str, Callable[[LocalityFeedForward], object]]:
+    """Return what may happen to a network after its form was chosen."""
+
+    def replace(name: str, layer: nn.Module) -> Callable:
+        return lambda ffn: setattr(ffn, name, layer)
+
+    def patched(ffn: LocalityFeedForward) -> None:
+        ffn.act2.forward = lambda x: 2 * x  # type: ignore[method-assign]
+
+    return {
+        "a hook": lambda ffn: ffn.act2.register_forward_hook(lambda *_: None),
+        "a hook that changes": lambda ffn: ffn.norm1.register_forward_hook(lambda _m, _i, out: 2 * out),
+        "a pre-hook in the gate": lambda ffn: ffn.gate.fc1.register_forward_pre_hook(lambda *_: None),
+        "a hook on the gate": lambda ffn: ffn.gate.register_forward_hook(lambda _m, _i, out: 2 * out),
+        "a backward hook": lambda ffn: ffn.norm2.register_full_backward_hook(lambda *_: None),
+        "a backward pre-hook": lambda ffn: ffn.conv.register_full_backward_pre_hook(lambda *_: None),
+        "a patched forward": patched,
+        "another norm": replace("norm2", nn.GroupNorm(1, 64)),
+        "another activation": replace("act1", nn.Tanh()),
+        "another gate function": lambda ffn: setattr(ffn.gate, "gate", nn.Sigmoid()),
+        "no gate": lambda ffn: setattr(ffn, "gate", None),
+        "dilation": replace("conv", nn.Conv2d(64, 64, 3, padding=2, dilation=2, groups=64)),
+        "a parametrization": lambda ffn: nn.utils.parametrize.register_parametrization(
+            ffn.conv, "weight", _Twice()
+        ),
+        "float64": lambda ffn: ffn.double(),
+        "bfloat16": lambda ffn: ffn.bfloat16(),
+        "another device": lambda ffn: ffn.conv.weight.__setattr__("data", ffn.conv.weight.data.double()),
+    }
+
+
+@pytest.mark.parametrize("change", changes().values(), ids=changes())
+def test_it_stands_back_after_a_change(monkeypatch, change):
+    ffn, tokens = feed_forward(), images()
+    used = spy(monkeypatch)
+    step(ffn, tokens)
+    ffn(tokens.detach(), GRID)
+    assert used == ["native", "native"]
+    used.clear()
+    change(ffn)
+    dtype = ffn.fc1.weight.dtype
+    tokens = tokens.detach().to(dtype).requires_grad_()
+
+    def outcome(net: LocalityFeedForward) -> Tensor | str:
+        try:
+            return net(tokens, GRID)
+        except RuntimeError as error:
+            return str(error)
+
+    got = outcome(ffn)
+    assert not used
+    monkeypatch.setenv(VARIABLE, "plain")
+    want = outcome(ffn)
+    assert torch.equal(got, want) if isinstance(got, Tensor) else got == want
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ffn: ffn.norm1.eval(),
+        lambda ffn: setattr(ffn.norm2, "momentum", None),
+        lambda ffn: setattr(ffn.norm2, "eps", 0.1),
+        lambda ffn: setattr(ffn.norm1, "running_mean", torch.ones(64)),
+        lambda ffn: ffn.conv.requires_grad_(False),
+        lambda ffn: setattr(ffn.norm1, "weight", nn.Parameter(torch.ones(64))),
+        lambda ffn: ffn.to(memory_format=torch.channels_last),
+        lambda ffn: ffn.eval(),
+        lambda ffn: setattr(ffn, "fc1", nn.Sequential(nn.Conv2d(16, 64, 1), nn.Tanh())),
+        lambda ffn: ffn.fc2.register_forward_hook(lambda _m, _i, out: 2 * out),
+        lambda ffn: setattr(ffn, "norm3", nn.BatchNorm2d(16, affine=False)),
+    ],
+)
+def test_changes_that_it_follows(monkeypatch, change):
+    ffn, tokens = feed_forward(), images()
+    used = spy(monkeypatch)
+    ffn(tokens, GRID)
+    change(ffn)
+    got = step(ffn, tokens)
+    assert used == ["native", "native"]
+    assert_close(got, plain_step(monkeypatch, ffn, tokens))
+
+
+def contexts() -> dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], object]]:
+    """Return ways to call a network in which something wants to see single operations."""
+
+    def autocast(f, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return f(x)
+
+    def dual(f, x):
+        with forward_ad.dual_level():
+            return f(forward_ad.make_dual(x, torch.ones_like(x)))
+
+    def dispatch_mode(f, x):
+        with FlopCounterMode(display=False):
+            return f(x)
+
+    def trace(f, x):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.jit.trace(f, x, check_trace=False)(x)
+
+    def tensor_subclass(f, x):
+        class Own(Tensor):
+            pass
+
+        return f(x.as_subclass(Own)).as_subclass(Tensor)
+
+    return {
+        "autocast": autocast,
+        "forward AD": dual,
+        "a dispatch mode": dispatch_mode,
+        "vmap": lambda f, x: torch.vmap(lambda one: f(one[None])[0])(x),
+        "grad": lambda f, x: torch.func.grad(lambda t: f(t).sum())(x),
+        "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+        "a tensor subclass": tensor_subclass,
+        "trace": trace,
+        "compile": lambda f, x: torch.compile(f, backend="eager", fullgraph=True)(x),
+        "make_fx": lambda f, x: torch.fx.experimental.proxy_tensor.make_fx(f)(x)(x),
+    }
+
+
+@pytest.mark.parametrize("way", contexts().values(), ids=contexts())
+def test_it_stands_back_for_what_wants_single_operations(monkeypatch, way):
+    ffn, tokens = feed_forward().eval().requires_grad_(False), images().detach()
+    ffn(tokens, GRID)
+    used = spy(monkeypatch)
+    got = way(lambda x: ffn(x, GRID), tokens)
+    assert not used
+    monkeypatch.setenv(VARIABLE, "plain")
+    want = way(lambda x: ffn(x, GRID), tokens)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_global_hooks_see_every_layer(monkeypatch):
+    ffn, seen = feed_forward(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        ffn(images(), GRID)
+    finally:
+        handle.remove()
+    assert nn.Hardswish in seen
+
+
+def test_second_derivatives_are_those_of_the_plain_modules(monkeypatch):
+    ffn, tokens = feed_forward(LocalityConfig(activation="relu6")), images()
+
+    def twice(ffn: nn.Module, tokens: Tensor) -> list[Tensor]:
+        ffn = copy.deepcopy(ffn)
+        inputs = [tokens, *ffn.parameters()]
+        first = torch.autograd.grad(ffn(tokens, GRID).square().sum(), inputs, create_graph=True)
+        assert all(g.requires_grad for g in first)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), inputs, allow_unused=True))
+
+    got = twice(ffn, tokens)
+    monkeypatch.setenv(VARIABLE, "plain")
+    want = twice(ffn.double(), tokens.detach().double().requires_grad_())
+    for g, w in zip(got, want, strict=True):
+        scale = float(w.abs().max()) + 1e-2 * max(float(t.abs().max()) for t in want)
+        assert float((g.double() - w).abs().max()) <= 1e-3 * scale
+
+
+def test_a_second_derivative_after_a_change_of_mode_is_an_error():
+    ffn, tokens = feed_forward(), images()
+    out = ffn(tokens, GRID)
+    ffn.eval()
+    with pytest.raises(RuntimeError, match="mode was changed"):
+        torch.autograd.grad(out.sum(), tokens, create_graph=True)
+
+
+def test_a_graph_that_is_kept_gives_the_same_twice():
+    ffn, tokens = feed_forward(), images()
+    out = ffn(tokens, GRID).sum()
+    first = torch.autograd.grad(out, [tokens, ffn.fc2.weight], retain_graph=True)
+    again = torch.autograd.grad(out, [tokens, ffn.fc2.weight])
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out, ffn.fc2.weight)
+
+
+def test_parameters_from_elsewhere(monkeypatch):
+    """As `torch.func.functional_call` gives them."""
+    ffn, tokens = feed_forward(), images()
+    other = {n: (p * 1.5).detach().requires_grad_() for n, p in ffn.named_parameters()}
+    used = spy(monkeypatch)
+    out = torch.func.functional_call(ffn, other, (tokens, GRID))
+    got = torch.autograd.grad(out.square().sum(), list(other.values()))
+    assert used == ["native"]
+    monkeypatch.setenv(VARIABLE, "plain")
+    out = torch.func.functional_call(ffn, other, (tokens, GRID))
+    torch.testing.assert_close(
+        got, torch.autograd.grad(out.square().sum(), list(other.values())), rtol=1e-3, atol=1e-2
+    )
+
+
+def test_a_parameter_changed_before_the_backward_pass_is_an_error():
+    ffn, tokens = feed_forward(), images()
+    out = ffn(tokens, GRID)
+    with torch.no_grad():
+        ffn.norm2.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def kept(ffn: nn.Module, tokens: Tensor) -> int:
+    """Return the elements of what the graph of a forward pass holds, parameters and buffers apart."""
+    ffn = copy.deepcopy(ffn)
+    own = {t.untyped_storage().data_ptr() for t in (*ffn.parameters(), *ffn.buffers())}
+    out, found, seen = ffn(tokens, GRID), {}, set()
+    nodes = [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [next_node for next_node, _ in node.next_functions]
+        raw = [getattr(node, name) for name in dir(node) if name.startswith("_raw_saved_")]
+        raw = [saved for each in raw for saved in (each if isinstance(each, (tuple, list)) else [each])]
+        tensors = list(getattr(node, "saved_tensors", ()))
+        tensors += [saved.data for saved in raw if isinstance(getattr(saved, "data", None), Tensor)]
+        for tensor in tensors:
+            if tensor is not None and tensor.untyped_storage().data_ptr() not in own:
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+    return sum(found.values())
+
+
+def test_it_keeps_the_input_and_three_maps(monkeypatch):
+    """The input is padded by prefix tokens, for B = 3, N = 12, C = 16, D = 64."""
+    ffn, tokens = feed_forward(), images()
+    maps = 3 * (14 * 16 + 2 * 12 * 64 + 12 * 16)
+    assert maps <= kept(ffn, tokens) <= 1.2 * maps
+    monkeypatch.setenv(VARIABLE, "plain")
+    assert kept(ffn, tokens) > 1.8 * maps
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+@pytest.mark.parametrize(
+    "config", [LocalityConfig(), LocalityConfig(norm_order="act-norm"), LocalityConfig(prefix="mlp")]
+)
+def test_checkpointing_moves_statistics_once(monkeypatch, config, kernels, reentrant):
+    """As timm's and Hugging Face's own checkpointing call it."""
+
+    def call(ffn, tokens, grid):
+        return checkpoint(ffn, tokens, grid, use_reentrant=reentrant)
+
+    monkeypatch.setenv(VARIABLE, kernels)
+    ffn, tokens = feed_forward(config), images()
+    ffn.norm3.momentum = None
+    got = step(ffn, tokens, call)
+    assert got["buffer norm1.num_batches_tracked"] == 1
+    torch.testing.assert_close(got, step(ffn, tokens), rtol=0, atol=0)
+
+
+def test_hooks_on_saved_tensors_see_what_is_kept():
+    """As offloading has them. The projection's input is not kept, and so is none of theirs."""
+    ffn, tokens, saved = feed_forward(), images(), []
+    want = step(ffn, tokens)
+
+    def call(ffn, tokens, grid):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or [t], lambda box: box[0]):
+            return ffn(tokens, grid)
+
+    torch.testing.assert_close(step(ffn, tokens, call), want, rtol=0, atol=0)
+    maps = [t for t in saved if t.numel() == 3 * 12 * 64]
+    assert len({t.untyped_storage().data_ptr() for t in maps}) == 2
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        ffn(tokens, GRID).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
+def test_a_copy_finds_its_own_form(clone):
+    ffn, tokens = feed_forward().eval(), images().detach()
+    ffn(tokens, GRID)
+    other = clone(ffn)
+    assert other.noted is None
+    with torch.no_grad():
+        other.conv.weight.zero_()
+        assert not torch.equal(other(tokens, GRID), ffn(tokens, GRID))
+
+
+def test_the_environment_chooses(monkeypatch):
+    ffn, x = feed_forward(), images()
+    for value, native in {"": True, "auto": True, "plain": False}.items():
+        monkeypatch.setenv(VARIABLE, value)
+        assert applies(native_form(ffn), x) is native
+    monkeypatch.setenv(VARIABLE, "cuda")
+    with pytest.raises(
+        ValueError, match=r"LOCALVIT_KERNELS='cuda' is not accepted \(accepted: auto, plain\)"
+    ):
+        ffn(x, GRID)
+
+
+def test_one_value_per_channel_is_still_an_error():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        feed_forward()(images(1)[:, :1], Grid(1, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "channels", "reduced", "prefix"),
+    [(1, 1, 1, 16, 1, 0), (3, 3, 11, 48, 4, 1), (2, 10, 7, 16, 37, 2), (1, 40, 33, 80, 4, 0)],
+)
+def test_the_operator_of_fused_models(batch, height, width, channels, reduced, prefix):
+    """In place, between two activations, with and without the gate; prefix tokens stay what they were."""
+    x, weight = torch.randn(batch, prefix + height * width, channels), torch.randn(channels, 1, 3, 3)
+    shift, bias = torch.randn(2, channels).unbind()
+    shapes = (reduced, channels), (reduced,), (channels, reduced), (channels,)
+    layers = [torch.randn(shape) / shape[-1] ** 0.5 for shape in shapes]
+    y, z = x.clone(), x.clone()
+    means = mix_(y, shift, weight, bias, [], height, width, 1, 3)
+    patches = F.relu(x[:, prefix:].double() + shift).transpose(1, 2).unflatten(2, (height, width))
+    want = (
+        F.hardswish(F.conv2d(patches, weight.double(), bias.double(), padding=1, groups=channels))
+        .flatten(2)
+        .mT
+    )
+    torch.testing.assert_close(y[:, prefix:].double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(means.double(), want.mean(1), rtol=1e-5, atol=1e-5)
+    first, first_bias, second, second_bias = (layer.double() for layer in layers)
+    gate = (F.relu(means.double() @ first.t() + first_bias) @ second.t() + second_bias).clamp(0, 1)
+    torch.testing.assert_close(
+        mix_(z, shift, weight, bias, layers, height, width, 1, 3), means, rtol=0, atol=0
+    )
+    torch.testing.assert_close(z[:, prefix:].double(), want * gate[:, None], rtol=1e-5, atol=1e-5)
+    assert torch.equal(y[:, :prefix], x[:, :prefix])
+    assert torch.equal(z[:, :prefix], x[:, :prefix])
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "relu6", "hardswish"])
+def test_slopes_at_corners_are_those_of_pytorch(monkeypatch, act):
+    """All hidden values are corners of the activation: 0, 3, -3, 6."""
+    config = LocalityConfig(activation=act, norm="none", gate="none", prefix="bypass")
+    ffn, tokens = feed_forward(config), images()
+    with torch.no_grad():
+        ffn.fc1.weight.zero_()
+        ffn.fc1.weight[:, 0].fill_(1.0)
+        tokens[..., 0] = torch.tensor([0.0, 3.0, -3.0, 6.0, -0.0]).repeat(9)[: 3 * 14].view(3, 14)
+        ffn.conv.weight.zero_()
+        ffn.conv.weight[:, :, 1, 1] = 1.0
+    assert_close(step(ffn, tokens), plain_step(monkeypatch, ffn, tokens))
+
+
+def test_not_a_number_stays_one():
+    ffn, tokens = feed_forward().eval(), images().detach()
+    tokens[0, 5, 0] = float("nan")
+    out = ffn(tokens, GRID)
+    assert out[0, 2:].isnan().all()  # the gate takes the mean of the whole image
+    assert not out[1:].isnan().any()
