@@ -24,9 +24,9 @@ def set_selective_checkpointing(model: nn.Module, enable: bool = True) -> int:
     pass.
 
     It changes no number. It costs the time of the other layers once more, and applies where the native
-    kernels, which keep as little by themselves, do not: designs that they do not cover, CUDA, no C++
-    compiler. Off by default, because time is measured there and memory is not always short
-    (`docs/performance.md`).
+    kernels, which keep as little by themselves, do not: designs that they do not cover, CUDA, no C++ compiler.
+    Off by default, because time is measured there and memory is not always short (`docs/performance.md`).
+    PyTorch computes no second derivatives (`create_graph=True`) with it, and it stands back for `torch.func`.
 
     Args:
         model: A localized model; it may hold other modules too.
@@ -44,10 +44,19 @@ def set_selective_checkpointing(model: nn.Module, enable: bool = True) -> int:
 def checkpointed(ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:
     """Compute `ffn.transform(x, grid)`, keeping little for the backward pass."""
     contexts = partial(create_selective_checkpoint_contexts, _policy)
-    result: Tensor = checkpoint(
-        _transform, ffn, x, grid, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
-    )
+    result: Tensor = checkpoint(_transform, ffn, x, grid, use_reentrant=False, context_fn=contexts)
     return result
+
+
+def can_checkpoint(x: Tensor) -> bool:
+    """Return whether a backward pass may follow that `checkpoint` supports."""
+    hooks: Any = torch._C._autograd
+    return (
+        torch.is_grad_enabled()
+        and isinstance(x, Tensor)
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and hooks._saved_tensors_hooks_is_enabled()
+    )
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from localvit import Grid, LocalityConfig, LocalityFeedForward
 from localvit.acceleration.dispatch import native_form
 from localvit.acceleration.kernels import VARIABLE
-from localvit.acceleration.native.form import applies
 from localvit.acceleration.native.mix import mix_, mixed
 
 from .steps import GRID, assert_close, feed_forward, images, plain_step, spy, step
@@ -436,14 +435,159 @@ def test_a_copy_finds_its_own_form(clone):
 
 def test_the_environment_chooses(monkeypatch):
     ffn, x = feed_forward(), images()
+    used = spy(monkeypatch)
     for value, native in {"": True, "auto": True, "plain": False}.items():
         monkeypatch.setenv(VARIABLE, value)
-        assert applies(native_form(ffn), x) is native
-    monkeypatch.setenv(VARIABLE, "cuda")
-    with pytest.raises(
-        ValueError, match=r"LOCALVIT_KERNELS='cuda' is not accepted \(accepted: auto, plain\)"
-    ):
+        used.clear()
         ffn(x, GRID)
+        assert bool(used) is native
+    monkeypatch.setenv(VARIABLE, "cuda")
+    for other in (ffn, feed_forward(LocalityConfig(glu="gate")), feed_forward().double()):
+        with pytest.raises(
+            ValueError, match=r"LOCALVIT_KERNELS='cuda' is not accepted \(accepted: auto, plain\)"
+        ):
+            other(images().to(other.fc1.weight.dtype), GRID)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_type_is_not_that_of_the_kernels(monkeypatch, dtype):
+    ffn, tokens = feed_forward(), images()
+    want = step(ffn, tokens)
+    try:
+        torch.set_default_dtype(dtype)
+        got = step(ffn, tokens)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    del want["out"], got["out"]  # the cotangent is drawn in the default type
+    assert got.keys() == want.keys()
+    assert all(g.dtype == want[n].dtype and g.isfinite().all() for n, g in got.items())
+
+
+def test_an_expansion_of_another_width_or_type_is_that_of_the_plain_modules(monkeypatch):
+    config = LocalityConfig(norm="none", bias=True, gate="none")
+    ffn, tokens = feed_forward(config), images()
+    ffn(tokens, GRID)
+    ffn.fc1 = nn.Conv2d(16, 128, 1)
+    with pytest.raises(RuntimeError, match="channels"):
+        ffn(tokens, GRID)
+    ffn.fc1 = nn.Sequential(nn.Conv2d(16, 64, 1), Cast(torch.float64))
+    with pytest.raises(RuntimeError, match=r"dtype|type"):
+        ffn(tokens, GRID)
+
+
+class Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("running_mean", lambda t: t.repeat_interleave(2)[::2]),
+        ("num_batches_tracked", lambda t: t.to(torch.int32)),
+    ],
+)
+def test_buffers_of_another_kind(monkeypatch, name, change):
+    """As `load_state_dict(assign=True)` may bring them."""
+    ffn, tokens = feed_forward(), images()
+    ffn.norm1._buffers[name] = change(ffn.norm1._buffers[name])
+    used = spy(monkeypatch)
+    step(ffn, tokens)
+    assert not used
+
+
+def test_layers_in_front_of_the_projection_that_work_in_place(monkeypatch):
+    ffn, tokens = feed_forward(), images()
+    ffn.fc2 = nn.Sequential(nn.Hardswish(inplace=True), ffn.fc2)
+    used = spy(monkeypatch)
+    got = step(ffn, tokens)
+    assert used == ["native"]
+    assert_close(got, plain_step(monkeypatch, ffn, tokens))
+
+
+def test_a_gate_that_comes_later_and_settings_that_change(monkeypatch):
+    for change in (
+        lambda ffn: setattr(ffn, "gate", feed_forward().gate),
+        lambda ffn: setattr(ffn.conv, "padding_mode", "circular"),
+        lambda ffn: (setattr(ffn.conv, "dilation", (2, 2)), setattr(ffn.conv, "padding", (2, 2))),
+    ):
+        ffn, tokens = feed_forward(LocalityConfig(gate="none")), images()
+        before = ffn(tokens, GRID)
+        change(ffn)
+        if ffn.conv.padding_mode == "circular":
+            ffn.conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
+        used = spy(monkeypatch)
+        got = ffn(tokens, GRID)
+        assert not used
+        assert not torch.equal(got, before)
+
+
+def test_a_subclass_computes_what_it_says():
+    class Doubled(LocalityFeedForward):
+        def mix(self, x: Tensor, grid: Grid) -> Tensor:
+            return 2 * super().mix(x, grid)
+
+    ffn = feed_forward(LocalityConfig(norm="none", bias=True)).eval()
+    tokens, before = images(), ffn(images(), GRID)
+    before = ffn(tokens, GRID)
+    ffn.noted, ffn.__class__ = None, Doubled
+    assert not torch.allclose(ffn(tokens, GRID), before)
+
+
+def test_a_shallow_copy_has_layers_of_its_own():
+    ffn, tokens = feed_forward().eval(), images()
+    ffn(tokens, GRID)
+    other = copy.copy(ffn)
+    other._modules = dict(ffn._modules)
+    other._modules["conv"] = copy.deepcopy(ffn.conv)
+    with torch.no_grad():
+        other._modules["conv"].weight.zero_()
+    assert not torch.equal(other(tokens, GRID), ffn(tokens, GRID))
+
+
+def test_a_plain_average_without_a_count(monkeypatch):
+    ffn, tokens = feed_forward(), images()
+    ffn.norm1.momentum = ffn.norm1.num_batches_tracked = None
+    assert_close(step(ffn, tokens), plain_step(monkeypatch, ffn, tokens))
+
+
+def test_plain_and_native_before_one_backward_pass(monkeypatch):
+    ffn, tokens = feed_forward(), images()
+    first = ffn(tokens, GRID)
+    monkeypatch.setenv(VARIABLE, "plain")
+    second = ffn(tokens, GRID)
+    monkeypatch.delenv(VARIABLE)
+    (first + second + ffn(tokens, GRID)).sum().backward()
+
+
+def test_many_cotangents_at_once():
+    ffn, tokens = feed_forward(), images(2)
+    out = ffn(tokens, GRID)[:, 2:, 0].sum(1)
+    (got,) = torch.autograd.grad(out, tokens, torch.eye(2), is_grads_batched=True, retain_graph=True)
+    for i in range(2):
+        (want,) = torch.autograd.grad(out[i], tokens, retain_graph=True)
+        torch.testing.assert_close(got[i], want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_weight_that_is_no_parameter_any_more(monkeypatch):
+    ffn, tokens = feed_forward(), images()
+    ffn(tokens, GRID)
+    weight = ffn.conv.weight.detach() * 2
+    del ffn.conv.weight
+    ffn.conv.weight = weight
+    used = spy(monkeypatch)
+    ffn(tokens, GRID)
+    assert not used
+
+
+@pytest.mark.parametrize("shape", [(32, 1, 3, 3), (64, 1, 4, 4), (64, 1, 9, 9)])
+def test_the_operator_refuses_other_kernels(shape):
+    with pytest.raises(ValueError, match="is not accepted"):
+        mix_(torch.randn(1, 12, 64), None, torch.randn(shape), None, [], 3, 4, 0, 0)
 
 
 def test_one_value_per_channel_is_still_an_error():

@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels; ``None``, after a warning that says why, where they cannot be had."""
     try:
         return load(cache_folder())
-    except (Unavailable, OSError) as error:
+    except (Unavailable, Untrusted, OSError, RuntimeError) as error:  # RuntimeError: no home directory
         warnings.warn(
             f"localvit's native kernels are not used, PyTorch's operators take their place: {error}",
             RuntimeWarning,
@@ -166,6 +166,8 @@ def _compile(compiler: list[str], path: Path) -> None:
 
 def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=300, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} does not run: {error}") from error

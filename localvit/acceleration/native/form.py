@@ -2,6 +2,7 @@
 call."""
 
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from localvit.acceleration.kernels import plain_kernels
 from localvit.acceleration.native.build import library
+from localvit.locality import LocalityFeedForward
 from localvit.locality.layers import HardSigmoid
 
 KERNEL_SIZES = (3, 5, 7)
@@ -23,6 +24,10 @@ NO_GATE, SQUEEZE, CLAMP, ECA, ECA_HARD = range(5)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ORDINARY = (Tensor, nn.Parameter)
+_settings = itemgetter(
+    "kernel_size", "padding", "stride", "dilation", "groups", "in_channels", "padding_mode"
+)
+_STAGES = ("transform", "mix", "_convolve")
 _NONE: dict[str, Any] = {"weight": None, "bias": None}
 
 
@@ -36,6 +41,8 @@ class Form:
         norms: The batch norms after the expansion and after the convolution.
         act, act2, gate: Activations and gate, as the kernels number them.
         parameters: Where the weights and biases of norm 1, the convolution, norm 2 and the gate's layers are.
+        channels: Width D of the hidden state.
+        conv, settings: The convolution, and its settings as they were.
     """
 
     layers: tuple[tuple[dict[str, Any], str, nn.Module, type], ...]
@@ -45,6 +52,9 @@ class Form:
     act2: int
     gate: int
     parameters: tuple[tuple[dict[str, Any], str], ...]
+    channels: int
+    conv: nn.Conv2d
+    settings: tuple[Any, ...]
 
 
 def form_of(ffn: Any) -> Form | None:
@@ -52,13 +62,15 @@ def form_of(ffn: Any) -> Form | None:
     covered."""
     if not (ffn.conv_mid and ffn.norm_before_act and not ffn.inner_skip and ffn.glu == "none"):
         return None
+    if any(getattr(type(ffn), name) is not getattr(LocalityFeedForward, name) for name in _STAGES):
+        return None
     stage = [ffn.norm1, ffn.norm2, ffn.act1, ffn.act2]
     if any(type(norm) not in (nn.BatchNorm2d, nn.Identity) for norm in stage[:2]):
         return None
     if any(type(act) not in ACTIVATIONS for act in stage[2:]) or not covers_convolution(ffn.conv):
         return None
     kind = _gate_kind(ffn.gate)
-    if kind is None or library() is None:
+    if kind is None or not is_dense(ffn.conv.weight) or library() is None:
         return None
     gate = ffn.gate
     places = [(ffn._modules, name) for name in ("norm1", "act1", "conv", "norm2", "act2", "gate")]
@@ -75,6 +87,9 @@ def form_of(ffn: Any) -> Form | None:
         act2=ACTIVATIONS[type(ffn.act2)],
         gate=kind,
         parameters=tuple((owner._parameters or _NONE, n) for owner in owners for n in ("weight", "bias")),
+        channels=ffn.conv.out_channels,
+        conv=ffn.conv,
+        settings=_settings(ffn.conv.__dict__),
     )
 
 
@@ -84,8 +99,7 @@ def covers_convolution(conv: Any) -> bool:
         return False
     k, channels = conv.kernel_size[0], conv.out_channels
     like_ours = nn.Conv2d(channels, channels, k, padding=k // 2, groups=channels, device="meta")
-    settings = ("kernel_size", "padding", "stride", "dilation", "groups", "in_channels", "padding_mode")
-    if any(getattr(conv, name) != getattr(like_ours, name) for name in settings):
+    if _settings(conv.__dict__) != _settings(like_ours.__dict__):
         return False
     return k in KERNEL_SIZES and channels % LANES == 0
 
@@ -121,29 +135,24 @@ def applies(form: Form, x: Tensor) -> bool:
         or forward_ad._current_level >= 0
         or _has_any_global_hook()
         or any(form.hooks)
-        or plain_kernels()
     ):
         return False
     for where, name, layer, kind in form.layers:
-        if where[name] is not layer or layer.__class__ is not kind or "forward" in layer.__dict__:
+        if where.get(name) is not layer or layer.__class__ is not kind or "forward" in layer.__dict__:
             return False
+    if _settings(form.conv.__dict__) != form.settings:
+        return False
     for where, name in form.parameters:
-        t = where[name]
-        if t is not None and not (
-            (type(t) is nn.Parameter or type(t) is Tensor)
-            and t.dtype is torch.float32
-            and t.is_cpu
-            and t.is_contiguous()
-        ):
+        if name not in where or not (where[name] is None or is_dense(where[name])):
             return False
+    for norm in form.norms:
+        for name, buffer in {} if norm is None else norm._buffers.items():
+            dtype = torch.int64 if name == "num_batches_tracked" else torch.float32
+            if buffer is not None and not is_dense(buffer, dtype):
+                return False
     return True
 
 
-def is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     """Return whether `tensor` is an ordinary dense one that the kernels can read."""
-    return (
-        type(tensor) in _ORDINARY
-        and tensor.dtype is torch.float32
-        and tensor.is_cpu
-        and tensor.is_contiguous()
-    )
+    return type(tensor) in _ORDINARY and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()

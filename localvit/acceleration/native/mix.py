@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from localvit.acceleration.native.build import library
-from localvit.acceleration.native.form import CLAMP, NO_GATE, Form, is_dense
+from localvit.acceleration.native.form import CLAMP, KERNEL_SIZES, LANES, NO_GATE, Form, is_dense
 from localvit.locality import Grid
 
 # How a norm normalises, as the kernels number it. AFFINE: by its weight and bias alone, each where it is
@@ -125,15 +125,13 @@ def _forward(mix: Mix, x: Tensor, parameters: Any) -> tuple[Tensor, Tensor, Kept
     """Return the convolved map, the output and what is kept; move the running statistics."""
     batch, _, channels = x.shape
     # As a map: activation checkpointing compares shapes, and so notices that it runs again on another grid.
-    convolved = torch.empty((batch, mix.grid.height, mix.grid.width, channels))
+    convolved = x.new_empty((batch, mix.grid.height, mix.grid.width, channels))
     gated = torch.empty_like(x)
     pooled = values = None
     if mix.gate != NO_GATE:
-        pooled, values = torch.empty((2, batch, channels)).unbind(0)
-    kept = Kept(torch.empty((4, channels)), pooled, values)
+        pooled, values = x.new_empty((2, batch, channels)).unbind(0)
+    kept = Kept(x.new_empty((4, channels)), pooled, values)
     mix.call("forward", x, parameters, kept, x, convolved, gated, pooled, values)
-    moved = [t for norm in mix.norms if norm.mode == BATCH for t in norm[1:4] if isinstance(t, Tensor)]
-    torch.autograd.graph.increment_version(moved)
     return convolved, gated, kept
 
 
@@ -147,7 +145,8 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled():  # recorded only under create_graph=True
+        # Recorded under create_graph=True; without storage under is_grads_batched=True and vmap.
+        if torch.is_grad_enabled() or not torch._C._has_storage(grads[0]):
             return _differentiable(ctx, grads[0])
         x, convolved, *kept, parameters = _saved(ctx)
         channels = x.shape[2]
@@ -155,7 +154,7 @@ class _Mix(torch.autograd.Function):
         for i in (0, 1, 3, 4, 5):  # the kernels write these whether the layers have them or not
             shapes[i] = (channels,)
         sizes = [torch.Size(shape).numel() for shape in shapes]
-        found = [g.view(shape) for g, shape in zip(torch.zeros(sum(sizes)).split(sizes), shapes, strict=True)]
+        found = [g.view(shape) for g, shape in zip(x.new_zeros(sum(sizes)).split(sizes), shapes, strict=True)]
         of_x = torch.empty_like(x)
         statistics = Kept(*kept)
         ctx.mix.call("backward", x, parameters, statistics, grads[0].contiguous(), x, convolved,
@@ -195,10 +194,12 @@ def _differentiable(ctx: Any, grad: Tensor) -> Any:
             )
     state = {f"ffn.{n}": p for n, p in zip(named, parameters, strict=True) if p is not None}
     state |= {f"ffn.{n}": b.clone() for n, b in ctx.ffn.named_buffers()}
-    y = torch.func.functional_call(_Stage(ctx.ffn), state, (x, ctx.mix.grid))
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = torch.func.functional_call(_Stage(ctx.ffn), state, (x, ctx.mix.grid))
     inputs = [x, None, None, *parameters]
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-    gradients = torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=True)
+    gradients = torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=create_graph)
     found = dict(zip(wanted, gradients, strict=True))
     return tuple(found.get(i) for i in range(len(inputs)))
 
@@ -225,13 +226,12 @@ def not_kept(gated: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
     """Return a context in which layers do not keep `gated`, an output of :func:`mixed`: it is computed
     once more when their backward pass asks for it."""
     node: Any = gated.grad_fn
-    where = gated.untyped_storage().data_ptr()
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(
-        False
-    )  # of offloading, checkpointing, counting
+    where, version = gated.untyped_storage().data_ptr(), gated._version
+    # Those of offloading, checkpointing, counting.
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
 
     def pack(tensor: Tensor) -> Any:
-        if tensor.untyped_storage().data_ptr() != where:
+        if tensor.untyped_storage().data_ptr() != where or tensor._version != version:
             return outer[0](tensor) if outer else tensor
         return _Again(tensor.shape, tensor.stride(), tensor.storage_offset())
 
@@ -267,6 +267,12 @@ def _mix_in_place(
     prefix = x.shape[1] - height * width
     if prefix < 0:
         raise ValueError(f"{x.shape[1]} tokens for a grid of {height} x {width}")
+    kernel = (x.shape[2], 1, weight.shape[-1], weight.shape[-1])
+    if weight.shape != kernel or weight.shape[-1] not in KERNEL_SIZES or x.shape[2] % LANES:
+        raise ValueError(
+            f"a kernel {tuple(weight.shape)} for {x.shape[2]} channels is not accepted (accepted: a "
+            f"depth-wise kernel of size {KERNEL_SIZES} and a multiple of {LANES} channels)"
+        )
     layers: list[Any] = gate or [None] * 4
     for tensor in (x, shift, weight, bias, *layers):
         if tensor is not None and not is_dense(tensor):
@@ -274,7 +280,7 @@ def _mix_in_place(
                 f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()} is not accepted "
                 "(accepted: dense float32 on the CPU)"
             )
-    means = torch.empty((x.shape[0], x.shape[2]))
+    means = x.new_empty((x.shape[0], x.shape[2]))
     mix = Mix(Grid(height, width, prefix), (Norm(), Norm()), act, act2, CLAMP if gate else NO_GATE)
     mix.call("inference", x, (None, shift, weight, bias, None, None, *layers), None, x, x, means)
     return means

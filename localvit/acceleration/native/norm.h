@@ -26,7 +26,7 @@ struct Norm {
     void measure(const float* means, const float* squares, int64_t batch, int64_t tokens, int64_t channels) {
         if (mode != BATCH) return;
         const double count = static_cast<double>(batch) * static_cast<double>(tokens);
-        double step = momentum;
+        double step = momentum < 0.0 ? 0.0 : momentum;
         if (tracked) {
             ++*tracked;
             if (momentum < 0.0) step = 1.0 / static_cast<double>(*tracked);
