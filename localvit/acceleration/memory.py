@@ -24,9 +24,9 @@ def set_selective_checkpointing(model: nn.Module, enable: bool = True) -> int:
     pass.
 
     It changes no number. It costs the time of the other layers once more, and applies where the native
-    kernels, which keep as little by themselves, do not: designs that they do not cover, CUDA, no C++ compiler.
-    Off by default, because time is measured there and memory is not always short (`docs/performance.md`).
-    PyTorch computes no second derivatives (`create_graph=True`) with it, and it stands back for `torch.func`.
+    kernels, which keep as little by themselves, do not: other designs, CUDA, no C++ compiler. Off by default,
+    because time is measured there and memory is not always short (`docs/performance.md`). PyTorch computes no
+    second derivatives (`create_graph=True`) with it, and it stands back for `torch.func`.
 
     Args:
         model: A localized model; it may hold other modules too.

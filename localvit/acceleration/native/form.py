@@ -41,6 +41,7 @@ class Form:
         norms: The batch norms after the expansion and after the convolution.
         act, act2, gate: Activations and gate, as the kernels number them.
         parameters: Where the weights and biases of norm 1, the convolution, norm 2 and the gate's layers are.
+        tensors: The same and the norms' buffers, with their types.
         channels: Width D of the hidden state.
         conv, settings: The convolution, and its settings as they were.
     """
@@ -52,6 +53,7 @@ class Form:
     act2: int
     gate: int
     parameters: tuple[tuple[dict[str, Any], str], ...]
+    tensors: tuple[tuple[dict[str, Any], str, torch.dtype], ...]
     channels: int
     conv: nn.Conv2d
     settings: tuple[Any, ...]
@@ -79,6 +81,9 @@ def form_of(ffn: Any) -> Form | None:
     inner = {NO_GATE: (), SQUEEZE: ("fc1", "fc2")}.get(kind, ("conv",))
     owners = [ffn.norm1, ffn.conv, ffn.norm2, *(getattr(gate, name) for name in inner)]
     norm1, norm2 = (norm if isinstance(norm, nn.BatchNorm2d) else None for norm in stage[:2])
+    parameters = tuple((owner._parameters or _NONE, n) for owner in owners for n in ("weight", "bias"))
+    buffers = [(norm._buffers, n) for norm in (norm1, norm2) if norm is not None for n in norm._buffers]
+    counts = "num_batches_tracked"
     return Form(
         layers=tuple((where, name, layer, type(layer)) for where, name, layer in layers),
         hooks=tuple(getattr(layer, hooks) for _, _, layer in layers for hooks in _HOOKS),
@@ -86,7 +91,10 @@ def form_of(ffn: Any) -> Form | None:
         act=ACTIVATIONS[type(ffn.act1)],
         act2=ACTIVATIONS[type(ffn.act2)],
         gate=kind,
-        parameters=tuple((owner._parameters or _NONE, n) for owner in owners for n in ("weight", "bias")),
+        parameters=parameters,
+        tensors=tuple(
+            (d, n, torch.int64 if n == counts else torch.float32) for d, n in (*parameters, *buffers)
+        ),
         channels=ffn.conv.out_channels,
         conv=ffn.conv,
         settings=_settings(ffn.conv.__dict__),
@@ -142,17 +150,23 @@ def applies(form: Form, x: Tensor) -> bool:
             return False
     if _settings(form.conv.__dict__) != form.settings:
         return False
-    for where, name in form.parameters:
-        if name not in where or not (where[name] is None or is_dense(where[name])):
+    for where, name, dtype in form.tensors:  # as `is_dense` asks, whose calls would take a third of the time
+        t = where.get(name, _NONE)
+        if t is not None and not (
+            (type(t) is nn.Parameter or type(t) is Tensor)
+            and t.dtype is dtype
+            and t.is_cpu
+            and t.is_contiguous()
+        ):
             return False
-    for norm in form.norms:
-        for name, buffer in {} if norm is None else norm._buffers.items():
-            dtype = torch.int64 if name == "num_batches_tracked" else torch.float32
-            if buffer is not None and not is_dense(buffer, dtype):
-                return False
     return True
 
 
-def is_dense(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Return whether `tensor` is an ordinary dense one that the kernels can read."""
-    return type(tensor) in _ORDINARY and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()
+    return (
+        type(tensor) in _ORDINARY
+        and tensor.dtype is torch.float32
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+    )
