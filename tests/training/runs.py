@@ -88,16 +88,24 @@ def stop_after(monkeypatch, config, updates):
 
 
 def start(config):
-    """Start a process that trains.
-
-    It is forked from a server that has imported torch and done nothing else: a fork of this process cannot
-    run a backward pass if compilation here has started threads of autograd.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["localvit"])
-    process = context.Process(target=train, args=(config,))
+    """Start a process that trains; forked where that works, so that it need not import torch again."""
+    process = multiprocessing.get_context("fork" if _forks_can_train() else "spawn").Process(
+        target=train, args=(config,)
+    )
     process.start()
     return process
+
+
+def _forks_can_train():
+    """Return whether a fork of this process can run a backward pass, which compilation here prevents."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.ones(1, requires_grad=True).sum().backward()
+            os._exit(0)
+        except RuntimeError:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def kill_after(config, folder, updates):
