@@ -1,4 +1,4 @@
-"""Which form computes the branch of a feed-forward network."""
+"""Choice of the form that computes the branch of a feed-forward network."""
 
 from typing import Any
 
@@ -31,14 +31,13 @@ def native_form(ffn: LocalityFeedForward) -> Form | None:
     known = ffn.noted
     if known is None:
         known = ffn.noted = Noted(ffn)
-    same = known.modules is ffn._modules and known.gate is ffn._modules.get(
-        "gate"
-    )  # no shallow copy, no new gate
+    # Neither a shallow copy, which shares the notes, nor a gate that was added later.
+    same = known.modules is ffn._modules and known.gate is ffn._modules.get("gate")
     return known.form if same else None
 
 
 class Noted:
-    """What was found out about a module; a copy or a pickle of the module finds out for itself."""
+    """Notes about a module. A copy or a pickle of the module starts without them."""
 
     def __init__(self, ffn: LocalityFeedForward) -> None:
         self.modules, self.gate, self.form = ffn._modules, ffn._modules.get("gate"), form_of(ffn)

@@ -1,4 +1,4 @@
-"""Which kernels compute: the fast ones where they apply, or the plain modules everywhere."""
+"""Choice between the fast kernels and the plain modules."""
 
 import os
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from localvit.locality import Grid, LocalityFeedForward
-from localvit.locality.grid import frozen_statistics, recomputing
+from localvit.locality.grid import statistics_once
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default}
@@ -66,7 +66,5 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 def _transform(ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:
-    if not recomputing():
-        return ffn.transform(x, grid)
-    with frozen_statistics(ffn):
+    with statistics_once(ffn):
         return ffn.transform(x, grid)

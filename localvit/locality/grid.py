@@ -6,7 +6,7 @@ token ``i`` is in row ``i // W`` and column ``i % W`` (raster order).
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -118,12 +118,13 @@ def check_grid(tokens: Tensor, grid: Grid) -> None:
 # Computes what `module.transform(x, grid)` computes, faster or with less memory; `None` where it does not
 # apply.
 Accelerator = Callable[[Any, Tensor, Grid], Tensor | None]
-_accelerators: list[Accelerator] = []
+_accelerator: Accelerator | None = None
 
 
 def set_accelerator(accelerator: Accelerator | None) -> None:
     """Let `accelerator` compute the branch of all modules where it applies; `None` for plain modules."""
-    _accelerators[:] = [] if accelerator is None else [accelerator]
+    global _accelerator
+    _accelerator = accelerator
 
 
 class GridModule(nn.Module):
@@ -193,18 +194,9 @@ class GridModule(nn.Module):
     def _accelerated(self, x: Tensor, grid: Grid) -> Tensor:
         if torch.compiler.is_compiling():
             return self.transform(x, grid)
-        if recomputing():
-            with frozen_statistics(self):
-                return self._by_any_form(x, grid)
-        return self._by_any_form(x, grid)
-
-    @torch.jit.unused
-    def _by_any_form(self, x: Tensor, grid: Grid) -> Tensor:
-        for accelerator in _accelerators:
-            y = accelerator(self, x, grid)
-            if y is not None:
-                return y
-        return self.transform(x, grid)
+        with statistics_once(self):
+            y = None if _accelerator is None else _accelerator(self, x, grid)
+            return self.transform(x, grid) if y is None else y
 
 
 def recomputing() -> bool:
@@ -213,9 +205,14 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def statistics_once(module: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which running statistics move, unless they did when the forward pass ran first."""
+    return _frozen_statistics(module) if recomputing() else nullcontext()
+
+
 @contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of batch norms, which were moved when the forward pass ran first."""
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of batch norms."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

@@ -1,5 +1,4 @@
-"""Which modules the native kernels can stand in for: what is known beforehand, and what is asked at every
-call."""
+"""Applicability of the native kernels: facts known beforehand, and checks at every call."""
 
 from dataclasses import dataclass
 from operator import itemgetter
@@ -33,7 +32,7 @@ _NONE: dict[str, Any] = {"weight": None, "bias": None}
 
 @dataclass(frozen=True)
 class Form:
-    """What is known of a feed-forward network's middle stage between two changes of its structure.
+    """Structure of a feed-forward network's middle stage, valid until it changes.
 
     Attributes:
         layers: Every module that the kernels stand in for: where it was found, under which name, its class.
@@ -130,7 +129,7 @@ def applies(form: Form, x: Tensor) -> bool:
 
     This is asked at every call, so it must be quick: it notices hooks, replaced, patched and parametrized
     layers, autocast, transforms of `torch.func`, forward-mode differentiation, tracing, dispatch modes (which
-    want to see single operations), tensors of another kind, and `LOCALVIT_KERNELS=plain`.
+    want to see single operations) and tensors of another kind.
     """
     if (
         type(x) not in _ORDINARY
