@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from localvit.bench.machine import machine
-from localvit.training.output import versions
+from localvit.bench.host import machine
+from localvit.runtime.versions import versions
 
 SETTINGS = [
     *("model.args.embed_dim=24", "model.args.depth=2", "model.args.num_heads=2", "model.locality={}"),

@@ -30,9 +30,12 @@ from torchvision.datasets import ImageFolder
 from writing import write
 
 import localvit
-from localvit.bench.machine import machine
+from localvit.bench.host import machine
 from localvit.bench.measure import Quartiles, Work, cpu_time, interleaved, ratio
-from localvit.data import AugmentConfig, DataConfig, Part, open_reported, train_loader
+from localvit.data.config import AugmentConfig, DataConfig
+from localvit.data.images import Part
+from localvit.data.loading import train_loader
+from localvit.data.splits import open_reported
 
 MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 BATCH = 32

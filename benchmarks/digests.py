@@ -219,7 +219,10 @@ def train_numbers(config: Any, folder: Path, interrupt: bool) -> dict[str, str]:
     """Train, if asked with an interruption inside the second epoch, and digest weights and metrics."""
     from safetensors.torch import load_file
 
-    from localvit.training import Callback, TrainingInterrupted, stop_on_signals, train
+    from localvit.errors import TrainingInterrupted
+    from localvit.runtime.signals import stop_on_signals
+    from localvit.training.callbacks import Callback
+    from localvit.training.loop import train
 
     class Stop(Callback):
         def on_epoch(self, metrics: dict[str, Any]) -> None:
@@ -251,7 +254,7 @@ def untimed(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def trainings() -> Numbers:
     """Train three small architectures with locality, straight and interrupted."""
-    from localvit.training import resolve
+    from localvit.config.files import resolve
 
     found: Numbers = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -19,12 +19,15 @@ import torch
 from torch import nn
 
 import localvit
-from localvit.data import DataConfig
-from localvit.export import FORMATS, TOLERANCE, ExportInfo, Parity, check_parity, open_engine
-from localvit.export.parity import Inputs, random_inputs, real_inputs
-from localvit.export.program import export_program, first_line
-from localvit.training.build import preprocessing
-from localvit.training.exported import pictures
+from localvit.data.config import DataConfig
+from localvit.engines.info import ExportInfo
+from localvit.engines.open import open_engine
+from localvit.errors import first_line
+from localvit.export.checkpoint import pictures
+from localvit.export.parity import TOLERANCE, Inputs, Parity, check_parity, random_inputs, real_inputs
+from localvit.export.program import export_program
+from localvit.export.write import FORMATS
+from localvit.models.build import preprocessing
 
 MODELS = {
     "DeiT": "localvit_tiny_patch16_224",

@@ -9,8 +9,8 @@ a loss that is not finite, through the same code.
 import argparse
 import math
 
-from localvit.training import train
-from localvit.training.files import from_dict, load_recipe, merge
+from localvit.config.files import from_dict, load_recipe, merge
+from localvit.training.loop import train
 
 # Made small, for pictures of 64 x 64: name -> (plain, with locality, arguments).
 PAIRS = {

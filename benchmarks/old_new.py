@@ -256,7 +256,7 @@ def save(folder: Path, rows: list[dict[str, str]], kept: dict[str, dict[str, flo
     import torch
     from writing import write
 
-    from localvit.bench import Setting
+    from localvit.bench.result import Setting
 
     torch.set_num_threads(1)
     setting = Setting.here(torch.device("cpu"))

@@ -19,9 +19,9 @@ from speed import BASE, CPU, OURS, PYRAMID, WARM_UP, as_nchw, fused_ffn, in_a_fr
 from torch.profiler import ProfilerActivity, profile
 from writing import write
 
-from localvit.bench import Quartiles, Setting
 from localvit.bench.comparison import training_step
-from localvit.bench.measure import Work, using_threads
+from localvit.bench.measure import Quartiles, Work, using_threads
+from localvit.bench.result import Setting
 
 SHOWN = 14
 COLUMNS = ("LocalViT-T", "DeiT-T", "DeiT-T eager", "NCHW modules")

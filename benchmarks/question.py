@@ -11,7 +11,7 @@ from localvit import LocalityConfig, LocalityFeedForward
 from localvit.acceleration.dispatch import native_form
 from localvit.acceleration.kernels import plain_kernels
 from localvit.acceleration.native.form import applies
-from localvit.bench import Quartiles
+from localvit.bench.measure import Quartiles
 
 CALLS, ROUNDS = 2000, 21
 

@@ -1,12 +1,11 @@
 """Models under a machine's roof: operations per second against operations per byte that is moved."""
 
-from torch import Tensor, zeros
-from torch import strided as dense
+from torch import Tensor, strided as dense, zeros
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from localvit.bench import Quartiles, fastest_matmul, interleaved
-from localvit.bench.measure import Work, without_gradients
+from localvit.bench.measure import Quartiles, Work, interleaved, without_gradients
+from localvit.bench.peak import fastest_matmul
 
 
 class Traffic(TorchDispatchMode):

@@ -104,7 +104,7 @@ echo "== the study in local processes"
 read -ra keys < <("$python" - "$work/here" <<'KEYS'
 import sys
 from pathlib import Path
-from localvit.studies.folder import read_study
+from localvit.studies.execution.folder import read_study
 runs = read_study(Path(sys.argv[1])).runs()
 print(*(run.key for arm in ("plain", "local") for run in runs if run.arm == arm))
 KEYS
@@ -157,7 +157,7 @@ echo "the third one submitted the run whose job was cancelled, and wrote the rep
 "$python" - "$work" "${keys[@]}" <<'COMPARE'
 import dataclasses, sys
 from pathlib import Path
-from localvit.studies.folder import StudyFolder, read_study
+from localvit.studies.execution.folder import StudyFolder, read_study
 
 TIMES = ("seconds", "images_per_second", "data_wait")
 work = Path(sys.argv[1])

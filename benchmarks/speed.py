@@ -32,21 +32,24 @@ from writing import write
 import localvit
 from localvit import Grid, LocalityFeedForward
 from localvit.acceleration.kernels import VARIABLE
-from localvit.bench import Quartiles, Setting, fastest_matmul, interleaved, ratio
-from localvit.bench.comparison import (
-    SHORTEST,
-    fraction,
-    fraction_flops,
-    training_step,
-)
+from localvit.bench.comparison import SHORTEST, fraction, fraction_flops, training_step
 from localvit.bench.engines import EngineName, check_engine, open_on
-from localvit.bench.machine import memory_growth
-from localvit.bench.measure import Work, timer_for, using_threads, without_gradients
-from localvit.bench.peak import matmuls
+from localvit.bench.host import memory_growth
+from localvit.bench.measure import (
+    Quartiles,
+    Work,
+    interleaved,
+    ratio,
+    timer_for,
+    using_threads,
+    without_gradients,
+)
+from localvit.bench.peak import fastest_matmul, matmuls
+from localvit.bench.result import Setting
 from localvit.cost import count_macs
-from localvit.export import ExportInfo
-from localvit.export.program import first_line
-from localvit.training.memory import measure_step
+from localvit.engines.info import ExportInfo
+from localvit.errors import first_line
+from localvit.planning.memory import measure_step
 
 OURS, BASE = "localvit_tiny_patch16_224", "deit_tiny_patch16_224"
 CPU = torch.device("cpu")

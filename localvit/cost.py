@@ -59,3 +59,10 @@ class _WithoutInit(TorchFunctionMode):
         if func in self._METHODS and args[0].is_meta:
             return args[0]
         return func(*args, **(kwargs or {}))
+
+
+def giga(macs: float) -> str:
+    """``"1.25 G"``, in units of 1e6, 1e9 or 1e12 as it suits the number."""
+    if macs >= 1e12:
+        return f"{macs / 1e12:,.3g} T"
+    return f"{macs / 1e9:.3g} G" if macs >= 1e8 else f"{macs / 1e6:.3g} M"

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -13,3 +14,64 @@ def suggestion(value: object, accepted: Iterable[str]) -> str:
     names = list(accepted)
     near = difflib.get_close_matches(str(value), names, n=1)
     return f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(names)}"
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
+    """An error for a name that does not exist, with the nearest ones that do.
+
+    Args:
+        what: What was looked for.
+        name: The name, which may be the last part of a dotted one.
+        known: What exists; dotted names are compared by their last part too.
+    """
+    whole = list(known)
+    tails = {k.rpartition(".")[2]: k for k in reversed(whole)}
+    near = difflib.get_close_matches(name, whole, n=3, cutoff=0.5)
+    near = near or [tails[tail] for tail in difflib.get_close_matches(name, tails, n=3, cutoff=0.7)]
+    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return ConfigError(f"{what}: there is no {name!r}{hint}")
+
+
+def at_least(config: Any, prefix: str, low: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not low <= value < float("inf"):
+            where = f"{prefix}.{name}" if prefix else name
+            raise ConfigError(f"{where}={value!r} must be at least {low:g}")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, or its kind, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The gist of a message that may be pages long."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the message says where it stopped and why.
+
+    Attributes:
+        pictures: Names of the pictures of the batch that it stopped at, if they may be the reason.
+    """
+
+    def __init__(self, message: str, pictures: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.pictures = pictures
+
+
+class TrainingInterrupted(Exception):
+    """A signal asked for the end, and the state is saved; the message says how to go on."""
+
+
+def check_at_least(least: int, **values: int) -> None:
+    """Refuse numbers that are too small.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for name, value in values.items():
+        if value < least:
+            raise ConfigError(f"{name}={value!r} must be at least {least}")

@@ -1,10 +1,18 @@
-"""The same mathematics, faster or with less memory. Importing it registers it with `localvit.locality`."""
+"""The same mathematics, faster: inference of fused models, native kernels, selective checkpointing."""
 
-from localvit.acceleration.dispatch import accelerated
-from localvit.acceleration.fusing import fuse
-from localvit.acceleration.memory import set_selective_checkpointing
-from localvit.locality import set_accelerator
+from typing import TYPE_CHECKING
 
-set_accelerator(accelerated)
+from localvit.imports import door
 
-__all__ = ["fuse", "set_selective_checkpointing"]
+if TYPE_CHECKING:
+    from localvit.acceleration.cpu import processor as processor
+    from localvit.acceleration.dispatch import accelerated as accelerated
+    from localvit.acceleration.fusing.fuse import fuse as fuse
+    from localvit.acceleration.fusing.linear import (
+        pack as pack,
+        packed_available as packed_available,
+        packed_linear as packed_linear,
+    )
+    from localvit.acceleration.memory import set_selective_checkpointing as set_selective_checkpointing
+else:
+    __getattr__, __dir__, __all__ = door(__name__)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from localvit.locality import Grid, LocalityFeedForward
-from localvit.locality.grid import statistics_once
+from localvit.locality import Grid, LocalityFeedForward, statistics_once
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localvit.bench.engines import EngineName, check_engine, keeps_memory, open_on
-from localvit.bench.machine import memory_growth
+from localvit.bench.host import memory_growth
 from localvit.bench.measure import (
     Quartiles,
     Work,
@@ -24,15 +24,13 @@ from localvit.bench.measure import (
 )
 from localvit.bench.peak import Matmul, fastest_matmul
 from localvit.bench.result import Comparison, Setting, Side
+from localvit.config import Precision
 from localvit.cost import count_macs, count_parameters
+from localvit.engines import ExportInfo
 from localvit.errors import ConfigError
-from localvit.export import ExportInfo
-from localvit.models import VARIANTS
-from localvit.training.build import check_forward, pick_device
-from localvit.training.checkpoint import Checkpoint, load_checkpoint
-from localvit.training.config import Precision
-from localvit.training.exported import untrained
-from localvit.training.precision import DTYPES, autocast
+from localvit.inference import Checkpoint, load_checkpoint, untrained
+from localvit.models import VARIANTS, check_forward
+from localvit.runtime import DTYPES, autocast, pick_device
 
 SHORTEST = 0.02
 """Seconds of a turn: shorter calls are repeated within it."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from localvit.acceleration import fuse
+from localvit.config import Precision
+from localvit.engines import ExportInfo, check_packages, open_engine
 from localvit.errors import ConfigError
-from localvit.export import FORMATS, ExportInfo, FormatName, export_model, open_engine
-from localvit.export.engines import check_packages
-from localvit.training.config import Precision
+from localvit.export import FORMATS, FormatName, export_model
 
 EngineName = Literal["eager", "fused", "compile", "onnxruntime", "openvino"]
 """``eager``: the model as it is built; ``fused``: `localvit.fuse`; ``compile``: that (in training the model

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from localvit.acceleration.fusing.linear import pack, packed_available, packed_linear
+from localvit.acceleration import pack, packed_available, packed_linear
 from localvit.bench.measure import Work, interleaved, timer_for
 
 _ROUNDS = 5

@@ -9,10 +9,11 @@ from typing import Any
 import timm
 import torch
 
-from localvit.bench.machine import allocator, cpus, environment, machine
+from localvit.bench.host import allocator, cpus, environment, machine
 from localvit.bench.measure import Quartiles
-from localvit.training.config import Precision
-from localvit.training.precision import DTYPES
+from localvit.config import Precision
+from localvit.runtime import DTYPES
+from localvit.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,5 @@ class Comparison:
 
 
 def _versions() -> dict[str, str]:
-    from localvit import __version__
 
     return {"localvit": __version__, "torch": torch.__version__, "timm": timm.__version__}

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    from localvit.data.images import disable_ghostscript
+    from localvit.data import disable_ghostscript
 
     disable_ghostscript()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -90,6 +90,6 @@ def _help() -> str:
 
 
 def _version() -> str:
-    import localvit
+    from localvit.version import __version__
 
-    return f"localvit {localvit.__version__}"
+    return f"localvit {__version__}"

@@ -73,7 +73,7 @@ def model_arguments(settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: for a word that is not such.
     """
-    from localvit.training.files import merge, parse_setting
+    from localvit.config import merge, parse_setting
 
     arguments: dict[str, Any] = {}
     for setting in settings:
@@ -97,8 +97,8 @@ def one_line_errors() -> Iterator[None]:
     """Turn the library's errors that a user can cause into those of the command line."""
     from localvit.atomic import WriteFailed
     from localvit.data import DataError, UnreadableImage
+    from localvit.errors import ConfigError, TrainingFailed
     from localvit.export import ExportFailed, ParityError
-    from localvit.training import ConfigError, TrainingFailed
 
     try:
         yield

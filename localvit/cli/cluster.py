@@ -11,7 +11,7 @@ import tyro
 from localvit.cli.arguments import UsageError
 
 if TYPE_CHECKING:
-    from localvit.studies.cluster import Cluster
+    from localvit.studies.execution import Cluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,8 @@ def cluster_of(options: OnCluster, parallel: int | None) -> Cluster | None:
         UsageError: if no cluster was asked for, only something of it.
         ConfigError: as `Resources`.
     """
-    from localvit.studies.cluster import Cluster
-    from localvit.studies.resources import Resources
+    from localvit.studies.design import Resources
+    from localvit.studies.execution import Cluster
 
     asked = {field.name: getattr(options, field.name) for field in dataclasses.fields(Resources)}
     resources = Resources(**asked)

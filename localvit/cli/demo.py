@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from localvit.studies.tuning import Tuning
-    from localvit.training import TrainConfig
+    from localvit.config import TrainConfig
+    from localvit.studies.execution import Tuning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def run(options: Options) -> int:
     _check(options)
     console = Console()
     with one_line_errors():
-        from localvit.studies.run import StudyFailed
+        from localvit.studies.execution import StudyFailed
 
         base = _base(options)
         folder = Path(options.output or _default_output(options.data))
@@ -93,10 +93,10 @@ def _check(options: Options) -> None:
 
 
 def _base(options: Options) -> TrainConfig:
-    from localvit import training
+    from localvit.config import resolve
 
     data = {"train": options.data} | ({"test": options.val_data} if options.val_data is not None else {})
-    return training.resolve(_recipe(options), options.set, {"data": data})
+    return resolve(_recipe(options), options.set, {"data": data})
 
 
 def _recipe(options: Options) -> str:
@@ -113,7 +113,8 @@ def _default_output(data: str) -> str:
 
 
 def _tune(options: Options, base: TrainConfig, folder: Path, console: Console) -> None:
-    from localvit.studies import demo, tuning
+    from localvit.studies import demo
+    from localvit.studies.execution import tuning
 
     found = tuning.tune(
         base,
@@ -136,7 +137,7 @@ def _compare(options: Options, base: TrainConfig, folder: Path, console: Console
 
     tuning = _tuning(options, folder)
     study = demo.demo_study(base, options.seeds, tuning)
-    made = answer.answer(
+    made = answer(
         study,
         folder,
         tuning=tuning,
@@ -149,7 +150,7 @@ def _compare(options: Options, base: TrainConfig, folder: Path, console: Console
 
 def _tuning(options: Options, folder: Path) -> Tuning | None:
     """The user's own for this folder, or else the one that comes with the recipe."""
-    from localvit.studies.tuning import load_tuning, shipped_tuning
+    from localvit.studies.execution import load_tuning, shipped_tuning
 
     own = folder / "tuning" / "tuning.json"
     return load_tuning(own) if own.exists() else shipped_tuning(_recipe(options))

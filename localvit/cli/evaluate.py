@@ -11,7 +11,7 @@ import tyro
 from localvit.cli.arguments import UsageError, one_line_errors
 
 if TYPE_CHECKING:
-    from localvit.training import Evaluation
+    from localvit.evaluation import Evaluation
 
 _WEAKEST = 10
 
@@ -56,8 +56,7 @@ class Options:
 def run(options: Options) -> int:
     """Evaluate; 0 when done."""
     from localvit.data import DataConfig
-    from localvit.training import evaluate
-    from localvit.training.evaluation_files import check_drawing
+    from localvit.evaluation import check_drawing, evaluate
 
     with one_line_errors():
         _check_files(options)
@@ -102,7 +101,7 @@ def _write(options: Options, result: Evaluation) -> None:
     from pathlib import Path
 
     from localvit.atomic import write_atomically, writing
-    from localvit.training.evaluation_files import as_csv, as_json, draw_confusion
+    from localvit.evaluation import as_csv, as_json, draw_confusion
 
     if options.output is not None:
         form = as_json if options.output.endswith(".json") else as_csv

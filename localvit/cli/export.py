@@ -51,7 +51,7 @@ def run(options: Options) -> int:
     from localvit.data import DataConfig
 
     with one_line_errors():
-        from localvit.training.exported import export_checkpoint
+        from localvit.export import export_checkpoint
 
         if options.output is None:
             raise UsageError("--output FILE is missing: where the exported model goes")

@@ -29,8 +29,7 @@ def run(options: Options) -> int:
     import dataclasses
     import json
 
-    from localvit.models import card, catalogue
-    from localvit.models.listing import names
+    from localvit.models import card, catalogue, names
 
     if options.name is not None:
         chosen = card(_known(options.name))
@@ -51,7 +50,7 @@ def run(options: Options) -> int:
 def _known(name: str) -> str:
     import difflib
 
-    from localvit.models.listing import names
+    from localvit.models import names
 
     if name in names():
         return name

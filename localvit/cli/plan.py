@@ -34,17 +34,17 @@ class Options(ConfigOptions):
 
 def run(options: Options) -> int:
     """Print the plan."""
-    from localvit import training
+    from localvit.planning import Machine, plan_run
 
     with one_line_errors():
         nodes, gpus = _gpus(options.gpus)
-        machine = training.Machine(
+        machine = Machine(
             nodes=nodes,
             gpus=gpus,
             images_per_second=options.images_per_second,
             memory_gb=options.memory_gb,
         )
-        figures = training.plan_run(configuration(options), machine, options.images)
+        figures = plan_run(configuration(options), machine, options.images)
     if options.json:
         print(json.dumps([figure.to_dict() for figure in figures], indent=1))
     else:

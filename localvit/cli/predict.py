@@ -13,9 +13,7 @@ import tyro
 from localvit.cli.arguments import UsageError, one_line_errors
 
 if TYPE_CHECKING:
-    from localvit.training import Prediction
-    from localvit.training.predict import Shard
-    from localvit.training.prediction_files import Progress
+    from localvit.inference import Prediction, Progress, Shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,7 @@ class Options:
 
 def run(options: Options) -> int:
     """Predict; 0 if any picture could be read or it was interrupted, else 1."""
-    from localvit.training.predict import process_share
+    from localvit.inference import process_share
 
     if not options.paths:
         raise UsageError("PATHS is missing: files or folders to classify")
@@ -77,7 +75,7 @@ def run(options: Options) -> int:
 
 
 def _shard(text: str) -> Shard:
-    from localvit.training.predict import Shard
+    from localvit.inference import Shard
 
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal()):
@@ -104,7 +102,7 @@ def _check_format(form: str, output: str) -> None:
 
 def _print(options: Options, arguments: dict[str, Any]) -> int:
     """Predictions to the console, each batch as soon as it is there."""
-    from localvit.training import predict
+    from localvit.inference import predict
 
     predictions = predict(options.checkpoint, options.paths, **arguments)
     count = failed = 0
@@ -124,9 +122,8 @@ def _print(options: Options, arguments: dict[str, Any]) -> int:
 
 def _write(options: Options, output: str, arguments: dict[str, Any]) -> int:
     """Predictions to a file."""
-    from localvit.training import stop_on_signals
-    from localvit.training.prediction_files import write_predictions
-    from localvit.training.signals import stop_requested
+    from localvit.inference import write_predictions
+    from localvit.runtime import stop_on_signals, stop_requested
 
     last: list[Progress] = []
     with stop_on_signals(), _bar() as show:
@@ -186,7 +183,7 @@ def _table(predictions: Iterator[Prediction]) -> Iterator[str]:
 
 
 def _json(predictions: Iterator[Prediction]) -> Iterator[str]:
-    from localvit.training.prediction_formats import JsonLines
+    from localvit.inference import JsonLines
 
     separator = "[\n"
     for one in predictions:
@@ -196,13 +193,13 @@ def _json(predictions: Iterator[Prediction]) -> Iterator[str]:
 
 
 def _jsonl(predictions: Iterator[Prediction]) -> Iterator[str]:
-    from localvit.training.prediction_formats import JsonLines
+    from localvit.inference import JsonLines
 
     return map(JsonLines.encode, predictions)
 
 
 def _csv(predictions: Iterator[Prediction]) -> Iterator[str]:
-    from localvit.training.prediction_formats import Csv
+    from localvit.inference import Csv
 
     yield Csv.header
     yield from map(Csv.encode, predictions)

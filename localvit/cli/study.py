@@ -15,10 +15,9 @@ from localvit.cli.cluster import OnCluster, cluster_of
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from localvit.studies.checks import Facts
-    from localvit.studies.cluster import Cluster
-    from localvit.studies.report import Report
-    from localvit.studies.study import Study
+    from localvit.studies.design import Facts, Study
+    from localvit.studies.execution import Cluster
+    from localvit.studies.reporting import Report
 
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FILE")]
 Folder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -134,11 +133,11 @@ def run(options: List | Show | Run | ReportOptions | Compare | Export) -> int:
             case ReportOptions(folder=folder):
                 _report(folder, console)
             case Compare(first=first, second=second):
-                from localvit.studies.export import compare_studies
+                from localvit.studies.reporting import compare_studies
 
                 _print(console, compare_studies(Path(first), Path(second)))
             case Export(folder=folder, format=form):
-                from localvit.studies import export
+                from localvit.studies.reporting import export
 
                 print(export.export(Path(folder), form), end="")
     return 0
@@ -146,9 +145,7 @@ def run(options: List | Show | Run | ReportOptions | Compare | Export) -> int:
 
 def print_report(report: Report, console: Console) -> None:
     """The main table and the verdicts."""
-    from localvit.studies import page
-    from localvit.studies.sections import verdicts
-    from localvit.studies.tables import result_notes, result_table
+    from localvit.studies.reporting import page, result_notes, result_table, verdicts
 
     console.print(page.as_rich(report.study.question, result_table(report)))
     warnings = [f"warning: {warning}" for warning in report.warnings]
@@ -157,7 +154,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _list(console: Console) -> None:
-    from localvit.studies.question import list_questions, load_question
+    from localvit.studies.design import list_questions, load_question
 
     for name in list_questions():
         question = load_question(name)
@@ -165,8 +162,7 @@ def _list(console: Console) -> None:
 
 
 def _study(options: Asked, seeds: int) -> Study:
-    from localvit.studies.checks import matched
-    from localvit.studies.question import load_question
+    from localvit.studies.design import load_question, matched
 
     question = load_question(options.name)
     study = question.study(
@@ -178,7 +174,7 @@ def _study(options: Asked, seeds: int) -> Study:
 
 
 def _show(options: Show, console: Console) -> None:
-    from localvit.studies.checks import check_study
+    from localvit.studies.design import check_study
 
     study = _study(options, 1)
     _print(console, describe(study, check_study(study)))
@@ -186,7 +182,7 @@ def _show(options: Show, console: Console) -> None:
 
 def describe(study: Study, facts: Facts) -> str:
     """A study before it runs, for people."""
-    from localvit.studies.tables import giga
+    from localvit.cost import giga
 
     lines = [
         study.question,
@@ -205,8 +201,8 @@ def describe(study: Study, facts: Facts) -> str:
 
 
 def _run(options: Run, console: Console) -> int:
-    from localvit.studies.answer import answer
-    from localvit.studies.run import StudyFailed
+    from localvit.studies import answer
+    from localvit.studies.execution import StudyFailed
 
     for flag, value, least in (
         ("seeds", options.seeds, 2),
@@ -247,9 +243,8 @@ def _run(options: Run, console: Console) -> int:
 
 
 def _dry_run(study: Study, options: Run, cluster: Cluster | None, console: Console) -> None:
-    from localvit.studies.checks import check_study
-    from localvit.studies.folder import StudyFolder
-    from localvit.studies.forecast import forecast
+    from localvit.studies.design import check_study
+    from localvit.studies.execution import StudyFolder, forecast
 
     assert options.output is not None
     if cluster is not None:
@@ -266,8 +261,7 @@ def _dry_run(study: Study, options: Run, cluster: Cluster | None, console: Conso
 
 
 def _report(folder: str, console: Console) -> None:
-    from localvit.studies.report import read_report
-    from localvit.studies.sections import write_report
+    from localvit.studies.reporting import read_report, write_report
 
     report = read_report(Path(folder))
     write_report(report)

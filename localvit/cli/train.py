@@ -74,21 +74,25 @@ def run(options: Options) -> int:
     """Train; 0 when done, and when a signal asked for the end and the state is saved."""
     from rich.console import Console
 
-    from localvit import training
+    from localvit.config import dump
+    from localvit.errors import TrainingInterrupted
+    from localvit.planning import effective
+    from localvit.runtime import stop_on_signals
+    from localvit.training import TensorBoard, train
 
-    with one_line_errors(), training.stop_on_signals():
+    with one_line_errors(), stop_on_signals():
         config = configuration(options)
         if options.print_config:
-            effective = training.effective(config)  # before anything is printed: it finds what cannot work
-            print(training.dump(config), end="")
-            print("# effective", *effective, sep="\n#   ")
+            figures = effective(config)  # before anything is printed: it finds what cannot work
+            print(dump(config), end="")
+            print("# effective", *figures, sep="\n#   ")
             return 0
         if config.output is None:
             raise UsageError("--output FOLDER is missing: where the results go")
-        callbacks = [training.TensorBoard()] if options.tensorboard else []
+        callbacks = [TensorBoard()] if options.tensorboard else []
         try:
-            training.train(config, console=Console(), allow_change=options.allow_change, callbacks=callbacks)
-        except training.TrainingInterrupted as end:
+            train(config, console=Console(), allow_change=options.allow_change, callbacks=callbacks)
+        except TrainingInterrupted as end:
             if os.environ.get("RANK", "0") == "0":
                 print(f"localvit: {end}", file=sys.stderr)
     return 0
@@ -102,7 +106,7 @@ def configuration(options: ConfigOptions) -> Any:
     """
     import yaml
 
-    from localvit import training
+    from localvit.config import resolve
 
     if options.recipe is None and options.data is None and not options.set:
         raise UsageError("--data SRC or --recipe NAME is missing: what to train on")
@@ -125,7 +129,7 @@ def configuration(options: ConfigOptions) -> Any:
         "optim": {"lr": options.lr},
         **{name: getattr(options, name) for name in _TOP},
     }
-    return training.resolve(options.recipe, settings, _drop_missing(given))
+    return resolve(options.recipe, settings, _drop_missing(given))
 
 
 def _drop_missing(values: dict[str, Any]) -> dict[str, Any]:

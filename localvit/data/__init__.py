@@ -1,26 +1,41 @@
 """Data sets as three honest splits, and batches that a seed decides."""
 
-from localvit.data.config import AugmentConfig, DataConfig, DataError
-from localvit.data.identity import fingerprint, picture_name
-from localvit.data.images import Images, Part, UnreadableImage
-from localvit.data.loading import Batch, eval_loader, train_loader
-from localvit.data.splits import Splits, open_reported, open_splits
-from localvit.data.tar import TarReader
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AugmentConfig",
-    "Batch",
-    "DataConfig",
-    "DataError",
-    "Images",
-    "Part",
-    "Splits",
-    "TarReader",
-    "UnreadableImage",
-    "eval_loader",
-    "fingerprint",
-    "open_reported",
-    "open_splits",
-    "picture_name",
-    "train_loader",
-]
+from localvit.imports import door
+
+if TYPE_CHECKING:
+    from localvit.data.config import (
+        AugmentConfig as AugmentConfig,
+        DataConfig as DataConfig,
+        DataError as DataError,
+    )
+    from localvit.data.identity import fingerprint as fingerprint, picture_name as picture_name
+    from localvit.data.images import (
+        Images as Images,
+        Part as Part,
+        Sample as Sample,
+        UnreadableImage as UnreadableImage,
+        decode as decode,
+        disable_ghostscript as disable_ghostscript,
+    )
+    from localvit.data.loading import (
+        Batch as Batch,
+        derive_seed as derive_seed,
+        eval_loader as eval_loader,
+        random_scope as random_scope,
+        readable as readable,
+        seed_all as seed_all,
+        share as share,
+        train_loader as train_loader,
+    )
+    from localvit.data.order import name_order as name_order
+    from localvit.data.sources import find_splits as find_splits, same_source as same_source
+    from localvit.data.splits import (
+        Splits as Splits,
+        open_reported as open_reported,
+        open_splits as open_splits,
+    )
+    from localvit.data.tar import TarReader as TarReader
+else:
+    __getattr__, __dir__, __all__ = door(__name__)

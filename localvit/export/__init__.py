@@ -1,25 +1,25 @@
 """Models for other engines: written, compared with the original, and opened again."""
 
-from localvit.export.engines import READS, SAFE, Engine, EngineKind, open_engine
-from localvit.export.info import ExportInfo
-from localvit.export.parity import TOLERANCE, Parity, ParityCase, ParityError, check_parity
-from localvit.export.write import FORMATS, ExportFailed, FormatName, check_export, export_model
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "FORMATS",
-    "READS",
-    "SAFE",
-    "TOLERANCE",
-    "Engine",
-    "EngineKind",
-    "ExportFailed",
-    "ExportInfo",
-    "FormatName",
-    "Parity",
-    "ParityCase",
-    "ParityError",
-    "check_export",
-    "check_parity",
-    "export_model",
-    "open_engine",
-]
+from localvit.imports import door
+
+if TYPE_CHECKING:
+    from localvit.export.checkpoint import export_checkpoint as export_checkpoint
+    from localvit.export.parity import (
+        BATCHES as BATCHES,
+        TOLERANCE as TOLERANCE,
+        Parity as Parity,
+        ParityCase as ParityCase,
+        ParityError as ParityError,
+        check_parity as check_parity,
+    )
+    from localvit.export.write import (
+        FORMATS as FORMATS,
+        ExportFailed as ExportFailed,
+        FormatName as FormatName,
+        check_export as check_export,
+        export_model as export_model,
+    )
+else:
+    __getattr__, __dir__, __all__ = door(__name__)

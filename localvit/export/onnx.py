@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch.export import ExportedProgram
 
+from localvit.engines import KEY, ExportInfo
 from localvit.errors import ConfigError
-from localvit.export.info import KEY, ExportInfo
 
 OPSET = 20
 """The opset that torch's exporter writes without converting: the first with GELU. ONNX Runtime reads it since

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.export import ExportedProgram
 
-from localvit.export.info import KEY, ExportInfo
+from localvit.engines import KEY, ExportInfo
 from localvit.export.onnx import write_onnx
 
 

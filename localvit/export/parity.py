@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from localvit.export.info import Size
+from localvit.engines import Size
 
 TOLERANCE = 1e-4
 """Accepted difference, as a share of the largest logit.

@@ -12,8 +12,8 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from localvit.acceleration import fuse
-from localvit.errors import ConfigError
-from localvit.export.info import KEY, ExportInfo
+from localvit.engines import KEY, ExportInfo
+from localvit.errors import ConfigError, first_line
 
 
 def size_step(model: nn.Module) -> int:
@@ -99,8 +99,3 @@ def write_program(program: ExportedProgram, path: Path, info: ExportInfo) -> Non
     content = io.BytesIO()  # torch ends the process where it cannot write a file itself
     torch.export.save(program, content, extra_files={KEY: info.to_json()})
     path.write_bytes(content.getbuffer())
-
-
-def first_line(error: BaseException) -> str:
-    """The gist of a message that may be pages long."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

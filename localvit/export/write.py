@@ -15,20 +15,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from localvit.atomic import sync, temporary_prefix
-from localvit.errors import ConfigError
-from localvit.export.engines import EngineKind, check_packages, open_engine
-from localvit.export.info import ExportInfo, Size
+from localvit.engines import EngineKind, ExportInfo, Size, check_packages, open_engine
+from localvit.errors import ConfigError, first_line
 from localvit.export.onnx import check_onnx, write_onnx
 from localvit.export.openvino import write_openvino
-from localvit.export.parity import (
-    TOLERANCE,
-    Parity,
-    ParityError,
-    check_parity,
-    random_inputs,
-    real_inputs,
-)
-from localvit.export.program import check_sizes, export_program, first_line, size_step, write_program
+from localvit.export.parity import TOLERANCE, Parity, ParityError, check_parity, random_inputs, real_inputs
+from localvit.export.program import check_sizes, export_program, size_step, write_program
 
 FormatName = Literal["onnx", "openvino", "torch"]
 

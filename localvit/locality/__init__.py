@@ -1,19 +1,26 @@
 """The idea: locality in a feed-forward network. Imports torch, timm.layers and localvit.errors only."""
 
-from localvit.locality.config import LocalityConfig
-from localvit.locality.feed_forward import HiddenLocality, LocalityFeedForward
-from localvit.locality.grid import Grid, GridRecord, map_to_tokens, set_accelerator, tokens_to_map
-from localvit.locality.presets import PRESETS, preset
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "PRESETS",
-    "Grid",
-    "GridRecord",
-    "HiddenLocality",
-    "LocalityConfig",
-    "LocalityFeedForward",
-    "map_to_tokens",
-    "preset",
-    "set_accelerator",
-    "tokens_to_map",
-]
+from localvit.imports import door
+
+if TYPE_CHECKING:
+    from localvit.locality.config import LocalityConfig as LocalityConfig
+    from localvit.locality.feed_forward import (
+        HiddenLocality as HiddenLocality,
+        LocalityFeedForward as LocalityFeedForward,
+    )
+    from localvit.locality.grid import (
+        Grid as Grid,
+        GridRecord as GridRecord,
+        check_grid as check_grid,
+        map_to_tokens as map_to_tokens,
+        set_accelerator as set_accelerator,
+        statistics_once as statistics_once,
+        tokens_to_map as tokens_to_map,
+        tokens_to_row as tokens_to_row,
+    )
+    from localvit.locality.layers import HardSigmoid as HardSigmoid, Pointwise as Pointwise
+    from localvit.locality.presets import PRESETS as PRESETS, preset as preset
+else:
+    __getattr__, __dir__, __all__ = door(__name__)

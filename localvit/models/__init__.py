@@ -1,20 +1,33 @@
 """Names of models, and the authors' weights."""
 
-from localvit.models import variants  # noqa: F401 (registers the names with timm)
-from localvit.models.listing import Card, Entry, card, catalogue
-from localvit.models.published import CheckpointError, LoadReport, load_official
-from localvit.models.table import BASELINES, VARIANTS, Published, Variant
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "BASELINES",
-    "VARIANTS",
-    "Card",
-    "CheckpointError",
-    "Entry",
-    "LoadReport",
-    "Published",
-    "Variant",
-    "card",
-    "catalogue",
-    "load_official",
-]
+from localvit.imports import door
+
+if TYPE_CHECKING:
+    from localvit.models.build import (
+        build_model as build_model,
+        check_forward as check_forward,
+        preprocessing as preprocessing,
+    )
+    from localvit.models.config import ModelConfig as ModelConfig
+    from localvit.models.listing import (
+        Card as Card,
+        Entry as Entry,
+        card as card,
+        catalogue as catalogue,
+        names as names,
+    )
+    from localvit.models.published import (
+        CheckpointError as CheckpointError,
+        LoadReport as LoadReport,
+        load_official as load_official,
+    )
+    from localvit.models.table import (
+        BASELINES as BASELINES,
+        VARIANTS as VARIANTS,
+        Published as Published,
+        Variant as Variant,
+    )
+else:
+    __getattr__, __dir__, __all__ = door(__name__)

@@ -1,1 +1,10 @@
 """Controlled comparisons: a study as a value, its runs, and what they show. Needs the extra `study`."""
+
+from typing import TYPE_CHECKING
+
+from localvit.imports import door
+
+if TYPE_CHECKING:
+    from localvit.studies.running import answer as answer
+else:
+    __getattr__, __dir__, __all__ = door(__name__)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from localvit.locality.config import LocalityConfig
-from localvit.studies.study import Arm, Study
-from localvit.studies.tuning import Tuning
-from localvit.training import ConfigError, TrainConfig
+from localvit.config import TrainConfig
+from localvit.errors import ConfigError
+from localvit.locality import LocalityConfig
+from localvit.studies.design.study import Arm, Study
+from localvit.studies.execution import Tuning
 
 QUESTION = "Does locality in the feed-forward networks help this vision transformer?"
 ARMS = (

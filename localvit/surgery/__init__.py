@@ -1,24 +1,27 @@
 """The idea put into a model: plan, apply, report, restore."""
 
-from localvit.surgery.confounders import confounders
-from localvit.surgery.layouts import UnsupportedModelError
-from localvit.surgery.localize import LOCALIZED, Report, RestoreError, localize, restore
-from localvit.surgery.parameters import locality_parameters
-from localvit.surgery.placement import BlockSpec, select_blocks
-from localvit.surgery.plan import Plan, SitePlan, plan
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "LOCALIZED",
-    "BlockSpec",
-    "Plan",
-    "Report",
-    "RestoreError",
-    "SitePlan",
-    "UnsupportedModelError",
-    "confounders",
-    "locality_parameters",
-    "localize",
-    "plan",
-    "restore",
-    "select_blocks",
-]
+from localvit.imports import door
+
+if TYPE_CHECKING:
+    from localvit.surgery.confounding import confounders as confounders
+    from localvit.surgery.layouts import UnsupportedModelError as UnsupportedModelError
+    from localvit.surgery.operation import (
+        LOCALIZED as LOCALIZED,
+        Report as Report,
+        RestoreError as RestoreError,
+        localize as localize,
+        restore as restore,
+    )
+    from localvit.surgery.parameters import locality_parameters as locality_parameters
+    from localvit.surgery.placement import BlockSpec as BlockSpec, select_blocks as select_blocks
+    from localvit.surgery.preview import (
+        Plan as Plan,
+        SitePlan as SitePlan,
+        plan as plan,
+        plan_changes as plan_changes,
+        refuse_wrapped as refuse_wrapped,
+    )
+else:
+    __getattr__, __dir__, __all__ = door(__name__)

@@ -24,9 +24,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from localvit.baselines.pvt import PyramidVisionTransformer
-from localvit.baselines.pvt_stage import Block as PvtBlock
-from localvit.baselines.t2t_vit import T2TViT
+from localvit.baselines import Block as PvtBlock, PyramidVisionTransformer, T2TViT
 from localvit.locality import Grid
 
 # FFNs whose hidden state passes through `drop1` on its way to `fc2`.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from localvit.training.config import ConfigError, TrainConfig
-from localvit.training.files import dump
+from localvit.config import TrainConfig, dump
+from localvit.errors import ConfigError
 from localvit.training.result import RunResult
 
 

@@ -19,10 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from localvit.acceleration import set_selective_checkpointing
-from localvit.training.build import build_optimizer, build_scheduler
-from localvit.training.config import ConfigError, EngineConfig, TrainConfig
-from localvit.training.distributed import World
-from localvit.training.precision import autocast
+from localvit.config import EngineConfig, TrainConfig
+from localvit.errors import ConfigError
+from localvit.runtime import World, autocast
+from localvit.training.optim import build_optimizer, build_scheduler
 from localvit.training.task import build_task
 
 

@@ -9,9 +9,9 @@ from contextlib import ExitStack, suppress
 from typing import Any, Literal
 
 from localvit.data import fingerprint
-from localvit.training.output import RunFolder, open_folder
+from localvit.errors import TrainingFailed, TrainingInterrupted
+from localvit.runs import RunFolder, open_folder
 from localvit.training.progress import Progress
-from localvit.training.result import TrainingFailed, TrainingInterrupted
 from localvit.training.run import Run, best_model
 
 

@@ -14,25 +14,23 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import distributed as dist
-from torch import nn
+from torch import distributed as dist, nn
 from torch.utils.data import DataLoader
 
+from localvit.config import TrainConfig, check_allowed
 from localvit.cost import count_parameters
 from localvit.data import Batch
+from localvit.errors import TrainingFailed
+from localvit.evaluation import Metrics, measure
+from localvit.inference import load_checkpoint
+from localvit.runs import check_output, read_status
+from localvit.runtime import World, open_world, stop_requested
 from localvit.training.callbacks import Callback
-from localvit.training.checkpoint import load_checkpoint
-from localvit.training.config import TrainConfig
-from localvit.training.distributed import World, open_world
 from localvit.training.engine import LossWatch, deterministic
-from localvit.training.evaluate import Metrics, measure
-from localvit.training.identity import check_allowed
 from localvit.training.keeper import Keeper
-from localvit.training.output import check_output, read_status
 from localvit.training.progress import Progress
-from localvit.training.result import RunResult, TrainingFailed
+from localvit.training.result import RunResult
 from localvit.training.run import Reached, Run, best_model, prepare
-from localvit.training.signals import stop_requested
 
 
 def train(

@@ -10,9 +10,9 @@ from typing import Any, Self
 from rich import progress
 from rich.console import Console
 
+from localvit.config import TrainConfig
 from localvit.data import Splits
-from localvit.training.config import TrainConfig
-from localvit.training.evaluate import Metrics
+from localvit.evaluation import Metrics
 
 WAIT = 0.2
 """Share of the time spent waiting for pictures from which on a person is told."""

@@ -7,23 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from localvit.training.evaluate import Metrics
-
-
-class TrainingFailed(RuntimeError):
-    """Training cannot go on; the message says where it stopped and why.
-
-    Attributes:
-        pictures: Names of the pictures of the batch that it stopped at, if they may be the reason.
-    """
-
-    def __init__(self, message: str, pictures: tuple[str, ...] = ()) -> None:
-        super().__init__(message)
-        self.pictures = pictures
-
-
-class TrainingInterrupted(Exception):
-    """A signal asked for the end, and the state is saved; the message says how to go on."""
+from localvit.evaluation import Metrics
 
 
 @dataclass(frozen=True, kw_only=True)

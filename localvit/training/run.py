@@ -12,16 +12,26 @@ from timm.data import Mixup
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from localvit.data import Batch, Splits, eval_loader, open_splits, picture_name, train_loader
-from localvit.data.loading import derive_seed, random_scope, seed_all, share
-from localvit.training.build import build_model, check_forward, freeze, preprocessing
-from localvit.training.config import ConfigError, TrainConfig
-from localvit.training.distributed import World
+from localvit.config import Changes, TrainConfig
+from localvit.data import (
+    Batch,
+    Splits,
+    derive_seed,
+    eval_loader,
+    open_splits,
+    picture_name,
+    random_scope,
+    seed_all,
+    share,
+    train_loader,
+)
+from localvit.errors import ConfigError, TrainingFailed
+from localvit.evaluation import Metrics
+from localvit.models import build_model, check_forward, preprocessing
+from localvit.runs import State, random_states, set_random_states
+from localvit.runtime import World
 from localvit.training.engine import Engine
-from localvit.training.evaluate import Metrics
-from localvit.training.identity import Changes
-from localvit.training.result import TrainingFailed
-from localvit.training.state import State, random_states, set_random_states
+from localvit.training.optim import freeze
 
 
 @dataclass(kw_only=True)

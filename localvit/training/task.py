@@ -11,10 +11,11 @@ from timm.task import ClassificationTask, LogitDistillationTask, TokenDistillati
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from localvit.data.loading import random_scope
-from localvit.training.build import check_forward
-from localvit.training.checkpoint import Checkpoint, load_checkpoint
-from localvit.training.config import ConfigError, DistillConfig, TrainConfig
+from localvit.config import DistillConfig, TrainConfig
+from localvit.data import random_scope
+from localvit.errors import ConfigError
+from localvit.inference import Checkpoint, load_checkpoint
+from localvit.models import check_forward
 
 
 def build_task(

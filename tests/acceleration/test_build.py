@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from localvit import LocalityConfig
-from localvit.acceleration.native import build as native_build
-from localvit.acceleration.native import mix
+from localvit.acceleration.native import build as native_build, mix
 
 from .steps import GRID, assert_close, feed_forward, images, plain_step, spy, step
 

@@ -239,7 +239,7 @@ def test_wrong_use_is_one_line(arguments, message, short, capsys):
 
 def test_an_engine_that_is_missing_names_the_extra_before_any_work(monkeypatch, capsys):
     monkeypatch.setattr(comparison, "load", lambda *args: pytest.fail("a model was built"))
-    monkeypatch.setattr("localvit.export.engines.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("localvit.engines.open.importlib.util.find_spec", lambda name: None)
     assert main([*COMMAND, "--engine", "openvino"]) == 2
     assert "pip install 'localvit[export]'" in capsys.readouterr().err
 

@@ -13,8 +13,7 @@ import pytest
 from localvit.cli import main
 from localvit.cli.arguments import command_line, parse
 from localvit.cli.demo import Options, _default_output
-from localvit.studies import run as run_module
-from localvit.studies import tuning as tuning_module
+from localvit.studies.execution import run as run_module, tuning as tuning_module
 from tests.studies.tiny import SETTINGS, make_pictures, worker_here
 
 FLAGS = [word for setting in SETTINGS for word in ("--set", setting)]

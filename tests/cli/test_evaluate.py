@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from localvit.cli import main
-from tests.training.pictures import export_model, make_pictures
+from tests.pictures import export_model, make_pictures
 
 CLASSES = {"ant": 3, "[bee]": 4}  # brackets are markup for rich
 
@@ -83,7 +83,7 @@ def test_without_matplotlib_it_says_what_to_install_before_work(exported, capsys
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name)
     )
-    monkeypatch.setattr("localvit.training.evaluate", lambda *_, **__: pytest.fail("it began to work"))
+    monkeypatch.setattr("localvit.evaluation.evaluate", lambda *_, **__: pytest.fail("it began to work"))
     assert main([*exported, "--confusion", str(tmp_path / "x.png")]) == 2
     assert "pip install 'localvit[study]'" in capsys.readouterr().err
 

@@ -4,8 +4,8 @@ import pytest
 import timm
 
 from localvit.cli import main
-from localvit.models import VARIANTS
 from localvit.models.listing import names
+from localvit.models.table import VARIANTS
 
 FEW = [
     "deit_tiny_patch16_224",

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from localvit.cli import main
-from localvit.training import from_dict, resolve
+from localvit.config.files import from_dict, resolve
 
 SMALL = ["--set", "model.args={img_size: 32, patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2}"]
 

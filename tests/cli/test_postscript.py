@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 from localvit.cli import main
 from localvit.data.images import Part, TorchvisionImages, UnreadableImage, decode, decode_pixels
 from localvit.data.loading import eval_loader, train_loader
-from tests.training.pictures import export_model, make_pictures
+from tests.pictures import export_model, make_pictures
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
 PREPROCESSING = {
@@ -113,7 +113,7 @@ def test_export_does_not_start_it(started, pictures, tmp_path):
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.parametrize("training", [True, False])
 def test_readers_that_are_not_ours_do_not_start_it_in_a_data_worker(started, pictures, method, training):
-    from localvit.data import AugmentConfig
+    from localvit.data.config import AugmentConfig
 
     images = TorchvisionImages(ImageFolder(str(pictures)), "torch/folder")
     part = Part(images, np.arange(len(images)), images.class_names)
@@ -136,7 +136,7 @@ def test_readers_that_are_not_ours_do_not_start_it_in_the_command_line(started, 
 
 
 def test_workers_and_jobs_of_a_study_do_not_start_it(started, monkeypatch, tmp_path):
-    from localvit.studies import cluster, run
+    from localvit.studies.execution import cluster, run
 
     monkeypatch.setattr(run.threading.Thread, "start", lambda self: None)  # it would wait for a parent
     monkeypatch.setattr(run.signal, "signal", lambda *_: None)

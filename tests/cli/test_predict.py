@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from localvit.cli import main
-from tests.training.pictures import export_model, make_pictures
+from tests.pictures import export_model, make_pictures
 
 SLOWLY = """
 import importlib, sys, time
 from localvit.cli import main
-module = importlib.import_module("localvit.training.predict")
+module = importlib.import_module("localvit.inference.prediction")
 decode = module.decode
 module.decode = lambda *a: (time.sleep(0.03), decode(*a))[1]
 sys.exit(main(sys.argv[1:]))
@@ -72,7 +72,7 @@ def test_an_interruption_on_the_console_is_one(job, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("localvit.training.predict", stop)
+    monkeypatch.setattr("localvit.inference.predict", stop)
     assert main(job) == 130
 
 

@@ -13,8 +13,8 @@ import pytest
 from localvit.cli import main
 from localvit.cli.arguments import command_line, parse
 from localvit.cli.study import Options
-from localvit.studies import run as run_module
-from localvit.training import TrainingFailed
+from localvit.errors import TrainingFailed
+from localvit.studies.execution import run as run_module
 from tests.studies.tiny import SETTINGS, make_pictures, worker_here
 
 QUESTION = """

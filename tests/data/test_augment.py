@@ -12,10 +12,12 @@ from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from localvit.data import AugmentConfig, DataConfig, UnreadableImage, images, open_splits, train_loader
+from localvit.data import images
 from localvit.data.augment import TensorCrop, TrainTransform
-from localvit.data.images import decode, decode_pixels
-from localvit.data.loading import random_scope, seed_all
+from localvit.data.config import AugmentConfig, DataConfig
+from localvit.data.images import UnreadableImage, decode, decode_pixels
+from localvit.data.loading import random_scope, seed_all, train_loader
+from localvit.data.splits import open_splits
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -9,10 +9,11 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
-from localvit.data import DataConfig, DataError, Part, UnreadableImage, open_reported, open_splits
-from localvit.data.images import MAX_ASPECT, decode, plain
+from localvit.data.config import DataConfig, DataError
+from localvit.data.images import MAX_ASPECT, Part, UnreadableImage, decode, plain
 from localvit.data.loading import eval_loader
 from localvit.data.sources import find_splits
+from localvit.data.splits import open_reported, open_splits
 from localvit.data.tar import open_tar
 from tests.data.conftest import picture
 

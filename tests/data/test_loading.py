@@ -7,8 +7,10 @@ import pytest
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from localvit.data import AugmentConfig, DataConfig, DataError, UnreadableImage, open_splits, train_loader
-from localvit.data.loading import EpochOrder, eval_loader, random_scope, readable, seed_all
+from localvit.data.config import AugmentConfig, DataConfig, DataError
+from localvit.data.images import UnreadableImage
+from localvit.data.loading import EpochOrder, eval_loader, random_scope, readable, seed_all, train_loader
+from localvit.data.splits import open_splits
 
 PREPROCESSING = {
     "input_size": (1, 8, 8),

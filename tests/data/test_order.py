@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from timm.utils.misc import natural_key
 
-from localvit.data import DataConfig, open_reported, open_splits
+from localvit.data.config import DataConfig
 from localvit.data.order import name_order
+from localvit.data.splits import open_reported, open_splits
 from localvit.data.tar import open_tar
-from localvit.training.predict import find_files
+from localvit.inference.prediction import find_files
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("b", "A", "a", "B", "01", "1", "10", "2", "①", "x²", "٣")

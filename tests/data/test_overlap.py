@@ -6,7 +6,9 @@ import os
 import pytest
 
 from localvit.cli import main
-from localvit.data import DataConfig, DataError, open_reported, open_splits, picture_name
+from localvit.data.config import DataConfig, DataError
+from localvit.data.identity import picture_name
+from localvit.data.splits import open_reported, open_splits
 
 CLASSES = {"a": 10, "b": 10}
 TINY = [

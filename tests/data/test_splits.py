@@ -2,11 +2,11 @@ import builtins
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from localvit.data import DataConfig, DataError, open_splits
+from localvit.data.config import DataConfig, DataError
 from localvit.data.sources import stratified_holdout
+from localvit.data.splits import open_splits
 
 
 @given(

@@ -11,9 +11,10 @@ import timm
 import torch
 
 from localvit.cli import main
-from localvit.export import FORMATS, write
+from localvit.export import write
 from localvit.export.program import export_program
-from tests.training.pictures import export_model, make_pictures
+from localvit.export.write import FORMATS
+from tests.pictures import export_model, make_pictures
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -65,8 +66,8 @@ def test_predictions_are_those_of_the_model(place, file, engine, capsys):
 
 def test_a_file_of_predictions_is_bound_to_its_model(place, tmp_path, capsys):
     """An interrupted file is not gone on with by another export under the same name."""
-    from localvit.training.exported import open_checkpoint
-    from localvit.training.prediction_files import fingerprint
+    from localvit.inference.exported import open_checkpoint
+    from localvit.inference.prediction_files import fingerprint
 
     first = fingerprint(open_checkpoint(str(place / "model.pt2"), "auto", "torch"))
     assert first == fingerprint(open_checkpoint(str(place / "model.pt2"), "cpu", "torch"))

@@ -11,20 +11,12 @@ import timm
 import torch
 
 import localvit
+from localvit.engines.info import ExportInfo
+from localvit.engines.open import READS, open_engine
 from localvit.errors import ConfigError
-from localvit.export import (
-    FORMATS,
-    READS,
-    ExportFailed,
-    ExportInfo,
-    ParityError,
-    check_export,
-    check_parity,
-    export_model,
-    open_engine,
-    write,
-)
-from localvit.export.parity import Inputs
+from localvit.export import write
+from localvit.export.parity import Inputs, ParityError, check_parity
+from localvit.export.write import FORMATS, ExportFailed, check_export, export_model
 
 SIZE = 16
 VIT = {"img_size": SIZE, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 5}

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from localvit import Grid, LocalityConfig, LocalityFeedForward
-from localvit.locality import HiddenLocality, feed_forward, grid
+from localvit.locality import feed_forward, grid
+from localvit.locality.feed_forward import HiddenLocality
 
 PACKAGE = Path(__file__).parents[2] / "localvit"
 CODE = """
@@ -30,7 +30,8 @@ print(sorted(name for name in sys.modules if name.startswith("localvit")))
 def test_it_trains_with_all_other_rooms_deleted(tmp_path):
     (tmp_path / "localvit").mkdir()
     (tmp_path / "localvit" / "__init__.py").touch()
-    shutil.copy(PACKAGE / "errors.py", tmp_path / "localvit")
+    for name in ("errors.py", "imports.py"):
+        shutil.copy(PACKAGE / name, tmp_path / "localvit")
     shutil.copytree(PACKAGE / "locality", tmp_path / "localvit" / "locality")
     done = subprocess.run(
         [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{CODE}"],
@@ -41,12 +42,12 @@ def test_it_trains_with_all_other_rooms_deleted(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     rooms = {name.split(".")[1] for name in ast.literal_eval(done.stdout) if "." in name}
-    assert rooms == {"errors", "locality"}
+    assert rooms == {"errors", "imports", "locality"}
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "locality").glob("*.py")), ids=lambda path: path.name)
 def test_what_it_imports(path):
-    allowed = ("torch", "timm.layers", "localvit.errors", "localvit.locality")
+    allowed = ("torch", "timm.layers", "localvit.errors", "localvit.imports", "localvit.locality")
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []

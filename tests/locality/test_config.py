@@ -2,8 +2,7 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from localvit import ConfigError, LocalityConfig
 

@@ -1,13 +1,11 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from timm.models._efficientnet_blocks import InvertedResidual
-from timm.models._efficientnet_blocks import SqueezeExcite as TimmSqueezeExcite
+from hypothesis import given, settings, strategies as st
+from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite as TimmSqueezeExcite
 from torch import nn
 
 from localvit import ConfigError, Grid, LocalityConfig, LocalityFeedForward
-from localvit.locality import HiddenLocality
+from localvit.locality.feed_forward import HiddenLocality
 from localvit.models.published import reference_layers
 
 from .. import golden

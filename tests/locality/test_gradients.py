@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from localvit import PRESETS, Grid, LocalityConfig, LocalityFeedForward
-from localvit.locality import map_to_tokens, tokens_to_map
-from localvit.locality.grid import tokens_to_row
+from localvit.locality.grid import map_to_tokens, tokens_to_map, tokens_to_row
 
 from .test_feed_forward import random_weights
 

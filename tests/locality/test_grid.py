@@ -2,11 +2,10 @@ import copy
 import pickle
 
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 
-from localvit.locality import Grid, GridRecord, map_to_tokens, tokens_to_map
+from localvit.locality.grid import Grid, GridRecord, map_to_tokens, tokens_to_map
 
 _SMALL = st.integers(1, 5)
 

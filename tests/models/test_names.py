@@ -15,8 +15,8 @@ from timm.models._features_fx import create_feature_extractor
 from torch import nn
 
 import localvit
-from localvit.locality import HiddenLocality, LocalityFeedForward
-from localvit.models import BASELINES, VARIANTS
+from localvit.locality.feed_forward import HiddenLocality, LocalityFeedForward
+from localvit.models.table import BASELINES, VARIANTS
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from localvit.locality import LocalityConfig
+from localvit.locality.config import LocalityConfig
 
 _ACTIVATIONS = {
     "none": lambda x: x,

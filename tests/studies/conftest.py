@@ -1,9 +1,9 @@
 import pytest
 
-from localvit.studies import run as run_module
+from localvit.config.files import resolve
 from localvit.studies.demo import demo_study
-from localvit.studies.folder import StudyFolder
-from localvit.training import resolve
+from localvit.studies.execution import run as run_module
+from localvit.studies.execution.folder import StudyFolder
 from tests.studies.tiny import SETTINGS, make_pictures, worker_here
 
 

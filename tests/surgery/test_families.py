@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import localvit
 from localvit import ConfigError, LocalityConfig
 from localvit.cost import count_macs, count_parameters
-from localvit.locality import LocalityFeedForward
+from localvit.locality.feed_forward import LocalityFeedForward
 from localvit.surgery.drop_path import BlockWithOwnDropPath
 
 PRESERVE = LocalityConfig(init="preserve")

@@ -11,7 +11,7 @@ from torch import nn
 
 import localvit
 from localvit import ConfigError, LocalityConfig, RestoreError, UnsupportedModelError
-from localvit.locality import HiddenLocality, LocalityFeedForward
+from localvit.locality.feed_forward import HiddenLocality, LocalityFeedForward
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 3, "num_classes": 5}
 PRESERVE = LocalityConfig(init="preserve")

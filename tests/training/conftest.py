@@ -2,7 +2,7 @@
 
 import pytest
 
-from localvit.training import resolve
+from localvit.config.files import resolve
 
 TINY = [
     "model.args.embed_dim=16",

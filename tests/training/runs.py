@@ -9,8 +9,10 @@ from contextlib import contextmanager
 
 import torch
 
-from localvit.training import TrainingInterrupted, loop, run, train
+from localvit.errors import TrainingInterrupted
+from localvit.training import loop, run
 from localvit.training.engine import Engine
+from localvit.training.loop import train
 
 # Mixup and cutmix draw from NumPy, drop-path and dropout from torch; batch norm and the average have states.
 TOUGH = [

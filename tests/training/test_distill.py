@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from localvit.training import ConfigError, train
-from localvit.training.build import build_model, preprocessing
-from localvit.training.checkpoint import load_checkpoint
+from localvit.errors import ConfigError
+from localvit.inference.checkpoint import load_checkpoint
+from localvit.models.build import build_model, preprocessing
+from localvit.training.loop import train
 from localvit.training.task import build_task
 
 DISTILLED = "model.name=deit_tiny_distilled_patch16_224"
@@ -17,7 +18,7 @@ NAMES = [str(digit) for digit in range(10)]
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """The folder of a run on digits, whose pictures are normalised by the recipe's mean and deviation."""
-    from localvit.training import resolve
+    from localvit.config.files import resolve
     from tests.training.conftest import TINY
 
     folder = str(tmp_path_factory.mktemp("teacher") / "run")

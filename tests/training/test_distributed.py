@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed as dist
 
+from localvit.config.files import dump, resolve
 from localvit.data.loading import Draw, EpochOrder, share
-from localvit.training import ConfigError, dump, resolve, train
-from localvit.training.distributed import World, name_of_start, open_world
+from localvit.errors import ConfigError
+from localvit.runtime.distributed import World, name_of_start, open_world
+from localvit.training.loop import train
 from localvit.training.run import prepare
 from tests.training.runs import CASES, double_precision, status, story
 

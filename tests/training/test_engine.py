@@ -10,9 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from localvit.training import Callback, ConfigError, TensorBoard, resolve, train
-from localvit.training.distributed import World
+from localvit.config.files import resolve
+from localvit.errors import ConfigError
+from localvit.runtime.distributed import World
+from localvit.training.callbacks import Callback, TensorBoard
 from localvit.training.engine import Engine, LossWatch, deterministic
+from localvit.training.loop import train
 from localvit.training.run import prepare
 from tests.training.runs import CASES, status, stop_after
 

@@ -7,9 +7,13 @@ import timm
 import torch
 from torch import nn
 
-from localvit.surgery import locality_parameters
-from localvit.training import ConfigError, OptimConfig, resolve, train
-from localvit.training.build import build_model, build_optimizer, freeze
+from localvit.config.files import resolve
+from localvit.config.schema import OptimConfig
+from localvit.errors import ConfigError
+from localvit.models.build import build_model
+from localvit.surgery.parameters import locality_parameters
+from localvit.training.loop import train
+from localvit.training.optim import build_optimizer, freeze
 from tests.training.families import FAMILIES
 
 

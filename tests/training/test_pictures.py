@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from localvit.data import UnreadableImage, loading, open_splits, picture_name, train_loader
-from localvit.training import ConfigError, TrainingFailed, resolve, train
-from localvit.training.lock import locked
+from localvit.config.files import resolve
+from localvit.data import loading
+from localvit.data.identity import picture_name
+from localvit.data.images import UnreadableImage
+from localvit.data.loading import train_loader
+from localvit.data.splits import open_splits
+from localvit.errors import ConfigError, TrainingFailed
+from localvit.runs.lock import locked
+from localvit.training.loop import train
 from localvit.training.run import Run
 from tests.training.runs import TOUGH, start, status, story, updates_saved
 

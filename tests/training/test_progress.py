@@ -7,10 +7,11 @@ import json
 import pytest
 from rich.console import Console
 
-from localvit.data import open_splits
-from localvit.training import loop, train
+from localvit.data.splits import open_splits
+from localvit.runs.state import read_newest
+from localvit.training import loop
+from localvit.training.loop import train
 from localvit.training.progress import Progress, slow_data
-from localvit.training.state import read_newest
 from tests.training.runs import stop_after
 
 

@@ -10,24 +10,17 @@ import time
 import pytest
 import torch
 
-from localvit.training import (
-    Callback,
-    ConfigError,
-    DamagedState,
-    TrainingFailed,
-    TrainingInterrupted,
-    dump,
-    keeper,
-    loop,
-    output,
-    resolve,
-    state,
-    stop_on_signals,
-    train,
-)
+from localvit.config.comparison import check_allowed
+from localvit.config.files import dump, resolve
+from localvit.errors import ConfigError, TrainingFailed, TrainingInterrupted
+from localvit.runs import folder as output, state
+from localvit.runs.folder import RunFolder
+from localvit.runs.state import DamagedState
+from localvit.runtime.signals import stop_on_signals
+from localvit.training import keeper, loop
+from localvit.training.callbacks import Callback
 from localvit.training.engine import Engine
-from localvit.training.identity import check_allowed
-from localvit.training.output import RunFolder
+from localvit.training.loop import train
 from localvit.training.run import Run
 from tests.training.conftest import TINY
 from tests.training.runs import TOUGH, kill_after, states, status, stop_after, story, updates_saved

@@ -7,9 +7,11 @@ import torch
 import yaml
 from timm.task import ClassificationTask
 
-from localvit.data import UnreadableImage
-from localvit.training import ConfigError, TrainingFailed, from_dict, loop, train
-from localvit.training import resolve as resolve_config
+from localvit.config.files import from_dict, resolve as resolve_config
+from localvit.data.images import UnreadableImage
+from localvit.errors import ConfigError, TrainingFailed
+from localvit.training import loop
+from localvit.training.loop import train
 
 
 def weights(result):
@@ -90,7 +92,7 @@ def test_two_models_see_the_same_batches(tiny, monkeypatch):
     ],
 )
 def test_what_cannot_work_fails_before_anything_is_written(tiny, tmp_path, setting):
-    from localvit.data import DataError
+    from localvit.data.config import DataError
 
     with pytest.raises((ConfigError, DataError)) as caught:
         train(tiny(setting, f"output={tmp_path / 'run'}"))
@@ -106,8 +108,8 @@ def test_blocks_that_do_not_exist_are_refused(tiny):
 def test_layers_that_are_not_decayed():
     import timm
 
-    from localvit.training import OptimConfig
-    from localvit.training.build import build_optimizer
+    from localvit.config.schema import OptimConfig
+    from localvit.training.optim import build_optimizer
 
     model = timm.create_model("deit_tiny_patch16_224", depth=1, img_size=32)
     optimizer = build_optimizer(model, OptimConfig(weight_decay=0.1))

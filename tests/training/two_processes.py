@@ -14,11 +14,14 @@ import torch
 from torch import distributed as dist
 
 from localvit.cli import main
-from localvit.data import Part, eval_loader
-from localvit.training import distributed, resolve, train
-from localvit.training.distributed import open_world
+from localvit.config.files import resolve
+from localvit.data.images import Part
+from localvit.data.loading import eval_loader
+from localvit.evaluation.evaluation import measure
+from localvit.runtime import distributed
+from localvit.runtime.distributed import open_world
 from localvit.training.engine import Engine
-from localvit.training.evaluate import measure
+from localvit.training.loop import train
 from localvit.training.run import prepare
 from tests.training.runs import CASES, double_precision, stop_after
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from localvit.acceleration.fusing.feed_forward import FastFeedForward, hooked
 from localvit.acceleration.fusing.folding import rescale
 from localvit.acceleration.fusing.inference import InferenceOnly
-from localvit.baselines.pvt_stage import Block as PvtBlock
-from localvit.baselines.t2t_vit import T2TViT
+from localvit.baselines import Block as PvtBlock, T2TViT
 
 
 def _add_branch(ffn: nn.Module, residual: Tensor, x: Tensor) -> Tensor:

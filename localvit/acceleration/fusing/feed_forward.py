@@ -23,9 +23,17 @@ from localvit.acceleration.fusing.linear import without_bias
 from localvit.acceleration.native.build import library
 from localvit.acceleration.native.form import ACTIVATIONS, covers_convolution
 from localvit.acceleration.native.mix import mix_
-from localvit.locality import Grid, HiddenLocality, LocalityFeedForward, map_to_tokens, tokens_to_map
-from localvit.locality.grid import check_grid, tokens_to_row
-from localvit.locality.layers import HardSigmoid, Pointwise
+from localvit.locality import (
+    Grid,
+    HardSigmoid,
+    HiddenLocality,
+    LocalityFeedForward,
+    Pointwise,
+    check_grid,
+    map_to_tokens,
+    tokens_to_map,
+    tokens_to_row,
+)
 
 # Hidden maps of so many bytes, per thread, are worked on at a time: few enough for caches, enough for calls
 # not to count (measured on a Xeon with 2 MiB of second-level cache; 1.3 to 5 MiB differ by the noise).

@@ -16,10 +16,9 @@ from localvit.acceleration.fusing import blocks
 from localvit.acceleration.fusing.feed_forward import fuse_locality, fuse_mlp, hooked
 from localvit.acceleration.fusing.linear import PackedLinear, prefers_packed
 from localvit.acceleration.kernels import plain_kernels
-from localvit.baselines.pvt_stage import Block as PvtBlock
-from localvit.baselines.t2t_vit import T2TViT
+from localvit.baselines import Block as PvtBlock, T2TViT
 from localvit.locality import LocalityFeedForward
-from localvit.surgery.plan import refuse_wrapped
+from localvit.surgery import refuse_wrapped
 
 # Changes a module to its fast form, or says why it stays plain.
 Fuser = Callable[[Any], str | None]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from localvit.acceleration.cpu import processor
 from localvit.acceleration.fusing.inference import InferenceOnly
-from localvit.acceleration.processor import processor
 
 # Smaller layers (those of a channel gate) take no time.
 _SMALLEST = 2**13

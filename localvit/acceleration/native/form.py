@@ -11,8 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from localvit.acceleration.native.build import library
-from localvit.locality import LocalityFeedForward
-from localvit.locality.layers import HardSigmoid
+from localvit.locality import HardSigmoid, LocalityFeedForward
 
 KERNEL_SIZES = (3, 5, 7)
 # Channels come in vectors of so many.

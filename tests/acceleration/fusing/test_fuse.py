@@ -9,19 +9,17 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from timm.layers import DropPath
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
 import localvit
 from localvit import Grid, LocalityConfig, LocalityFeedForward, UnsupportedModelError
-from localvit.acceleration.fusing import feed_forward as fast
-from localvit.acceleration.fusing import linear as packing
+from localvit.acceleration.fusing import feed_forward as fast, linear as packing
 from localvit.acceleration.fusing.blocks import FastBlock
 from localvit.acceleration.fusing.linear import PackedLinear, packed_available, prefers_packed
-from localvit.locality import HiddenLocality
+from localvit.locality.feed_forward import HiddenLocality
 
 from ...locality.test_feed_forward import configurations
 from ...models.test_names import CASES, SAME, images, make
@@ -606,7 +604,7 @@ def test_private_operators_that_are_not_what_they_were(monkeypatch, error):
 
 @torch.no_grad()
 def test_maps_of_one_image_are_channels_last_for_pytorch():
-    from localvit.locality import tokens_to_map
+    from localvit.locality.grid import tokens_to_map
 
     for batch in (1, 2):
         for tokens in (torch.randn(batch, 13, 8), torch.randn(batch, 12, 8)):

@@ -1,0 +1,36 @@
+"""Schema of a run, its recipes, and the comparison of two configurations."""
+
+from typing import TYPE_CHECKING
+
+from localvit.imports import door
+
+if TYPE_CHECKING:
+    from localvit.config.comparison import (
+        UNCOMPARED as UNCOMPARED,
+        Changes as Changes,
+        check_allowed as check_allowed,
+        comparable as comparable,
+        differences as differences,
+        refuse_changes as refuse_changes,
+    )
+    from localvit.config.files import (
+        dump as dump,
+        from_dict as from_dict,
+        list_recipes as list_recipes,
+        load_recipe as load_recipe,
+        load_yaml as load_yaml,
+        merge as merge,
+        parse_setting as parse_setting,
+        resolve as resolve,
+        to_dict as to_dict,
+    )
+    from localvit.config.schema import (
+        DistillConfig as DistillConfig,
+        EngineConfig as EngineConfig,
+        OptimConfig as OptimConfig,
+        Precision as Precision,
+        ScheduleConfig as ScheduleConfig,
+        TrainConfig as TrainConfig,
+    )
+else:
+    __getattr__, __dir__, __all__ = door(__name__)

@@ -1,0 +1,18 @@
+"""Exported files, opened by what runs them."""
+
+from typing import TYPE_CHECKING
+
+from localvit.imports import door
+
+if TYPE_CHECKING:
+    from localvit.engines.info import KEY as KEY, ExportInfo as ExportInfo, Size as Size
+    from localvit.engines.open import (
+        READS as READS,
+        SAFE as SAFE,
+        Engine as Engine,
+        EngineKind as EngineKind,
+        check_packages as check_packages,
+        open_engine as open_engine,
+    )
+else:
+    __getattr__, __dir__, __all__ = door(__name__)

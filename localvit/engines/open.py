@@ -1,0 +1,165 @@
+"""Exported files, opened by what runs them: pictures in, logits out."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from localvit.engines.info import KEY, ExportInfo
+from localvit.errors import ConfigError, first_line
+
+EngineKind = Literal["torch", "onnxruntime", "openvino"]
+"""What can run a file."""
+
+READS: dict[EngineKind, tuple[str, ...]] = {
+    "torch": (".pt2",),
+    "onnxruntime": (".onnx",),
+    "openvino": (".xml", ".onnx"),
+}
+"""The suffixes that an engine reads."""
+
+SAFE: dict[str, EngineKind] = {".onnx": "onnxruntime", ".xml": "openvino"}
+"""Suffix -> the engine that is taken where none is named. ``.pt2`` is not among them: reading one may run
+code of its maker, so its engine must be asked for."""
+
+Shape = tuple[int | None, ...]
+"""``None`` where any number goes."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model behind an engine, on the CPU, in single precision.
+
+    Attributes:
+        kind: What runs it.
+        info: What the file says about it.
+        input_name, output_name: In the file.
+        input_shape: (batch, C, H, W).
+        output_shape: (batch, classes).
+        compute: From float32 pictures to logits.
+    """
+
+    kind: EngineKind
+    info: ExportInfo
+    input_name: str
+    output_name: str
+    input_shape: Shape
+    output_shape: Shape
+    compute: Callable[[Tensor], Tensor]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Pictures (B, C, H, W), float32, normalised, to logits (B, classes)."""
+        return self.compute(images)
+
+
+def open_engine(kind: EngineKind, file: str | Path, threads: int | None = None) -> Engine:
+    """Open an exported file.
+
+    Args:
+        kind: What is to run it. ``"torch"`` only for files that you trust: see `write_program`.
+        file: What `localvit export` wrote.
+        threads: Of the engine; ``None``: its own choice. With ``"torch"`` it is the whole process's.
+
+    Raises:
+        ConfigError: if the engine is not installed, does not read such files, or there is no such file, or
+            it is damaged or not of `localvit export`.
+    """
+    if kind not in READS:
+        raise ConfigError(f"engine={kind!r}: accepted are {', '.join(get_args(EngineKind))}")
+    file = str(file)
+    if Path(file).suffix not in READS[kind]:
+        raise ConfigError(f"engine={kind!r} reads {' and '.join(READS[kind])}, not {file!r}")
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads={threads} must be at least 1")
+    check_packages(f"engine={kind!r}", *([] if kind == "torch" else [kind]))
+    if not Path(file).is_file():
+        raise ConfigError(f"{file!r}: there is no such file")
+    open_kind = {"torch": _open_torch, "onnxruntime": _open_onnxruntime, "openvino": _open_openvino}[kind]
+    try:
+        return open_kind(file, threads)
+    except ConfigError:
+        raise
+    except Exception as error:  # each engine has exceptions of its own for files that it cannot read
+        raise ConfigError(f"{file!r} cannot be opened with {kind}: {first_line(error)}") from error
+
+
+def check_packages(what: str, *modules: str) -> None:
+    """Refuse to begin without packages of the extra.
+
+    Raises:
+        ConfigError: naming them and the command that installs them.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{what} needs {', '.join(missing)}: pip install 'localvit[export]'")
+
+
+def _open_torch(file: str, threads: int | None) -> Engine:
+    extra = {KEY: ""}
+    program = torch.export.load(file, extra_files=extra)
+    info = ExportInfo.from_json(extra[KEY], file)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    module = program.module()
+    nodes = {node.name: node for node in program.graph.nodes}
+    (entry,), (result,) = program.graph_signature.user_inputs, program.graph_signature.user_outputs
+    taken, given = (_numbers(nodes[str(name)].meta["val"].shape) for name in (entry, result))
+
+    def compute(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return module(images)
+
+    return Engine("torch", info, str(entry), str(result), taken, given, compute)
+
+
+def _open_onnxruntime(file: str, threads: int | None) -> Engine:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0  # 0: its own choice
+    options.log_severity_level = 3  # errors; warnings would go to the console
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    info = ExportInfo.from_json(session.get_modelmeta().custom_metadata_map.get(KEY, ""), file)
+    (entry,), (result,) = session.get_inputs(), session.get_outputs()
+
+    def compute(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run([result.name], {entry.name: images.numpy()})[0])
+
+    taken, given = _numbers(entry.shape), _numbers(result.shape)
+    return Engine("onnxruntime", info, entry.name, result.name, taken, given, compute)
+
+
+def _open_openvino(file: str, threads: int | None) -> Engine:
+    import openvino
+
+    # On processors that have bfloat16, OpenVINO would compute in it unless told otherwise.
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    core = openvino.Core()
+    model = core.read_model(file)
+    place = [KEY] if model.has_rt_info(KEY) else ["framework", KEY]  # where the metadata of an ONNX file go
+    text = model.get_rt_info(place).astype(str) if model.has_rt_info(place) else ""
+    info = ExportInfo.from_json(text, file)
+    compiled = core.compile_model(model, "CPU", settings)
+    entry, result = compiled.input(0), compiled.output(0)
+
+    def compute(images: Tensor) -> Tensor:
+        return torch.from_numpy(compiled(images.numpy(), share_inputs=True)[result].copy())
+
+    taken, given = (
+        tuple(side.get_length() if side.is_static else None for side in port.partial_shape)
+        for port in (entry, result)
+    )
+    return Engine("openvino", info, entry.any_name, result.any_name, taken, given, compute)
+
+
+def _numbers(shape: Any) -> Shape:
+    """Sides that are fixed; others are symbols or names."""
+    return tuple(side if isinstance(side, int) else None for side in shape)

@@ -1,0 +1,257 @@
+"""How good a model is on pictures that it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from localvit.data import (
+    Batch,
+    DataConfig,
+    Part,
+    eval_loader,
+    find_splits,
+    open_reported,
+    open_splits,
+    readable,
+    same_source,
+)
+from localvit.errors import ConfigError, check_at_least
+from localvit.evaluation.answers import Answers, ClassResult, Confusion, by_class, confusion_counts
+from localvit.evaluation.calibration import (
+    Bin,
+    Interval,
+    calibration,
+    expected_calibration_error,
+    wilson_interval,
+)
+from localvit.evaluation.labels import label_by_outputs, read_real_labels
+from localvit.evaluation.metrics import Metrics, Tally
+from localvit.inference import Checkpoint, load_checkpoint
+from localvit.models import preprocessing
+from localvit.runtime import World, open_world
+
+
+def measure(
+    model: nn.Module, loader: Iterable[Batch], device: torch.device, *, distributed: bool = False
+) -> Metrics:
+    """Evaluate a model; it is left in the mode (training or not) in which it was.
+
+    Args:
+        model: Returns logits (B, classes).
+        loader: From `eval_loader`.
+        device: Where the model is.
+        distributed: Whether the pictures are spread over processes, whose counts are to be added up.
+
+    Raises:
+        UnreadableImage: if a picture cannot be decoded.
+    """
+    tally = Tally(device)
+    for batch, logits in answer(model, loader, device):
+        tally.add(logits, batch.targets.to(device, non_blocking=True))
+    if distributed:
+        tally.merge()
+    return tally.result()
+
+
+@torch.inference_mode()
+def answer(
+    model: nn.Module, loader: Iterable[Batch], device: torch.device
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Each batch with the model's logits (B, classes); arguments and errors as `measure`."""
+    training = model.training
+    model.eval()
+    try:
+        for batch in map(readable, loader):
+            yield batch, model(batch.images.to(device, non_blocking=True))
+    finally:
+        model.train(training)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealLabels:
+    """Accuracy on reassessed labels (see `read_real_labels`).
+
+    Attributes:
+        top1: Per cent of pictures whose first guess is one of the right classes.
+        top5: Per cent with a right class among the first five.
+        images: Pictures that have a right class.
+    """
+
+    top1: float
+    top5: float
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The result of `evaluate`.
+
+    Attributes:
+        checkpoint: The model.
+        data: The source of the pictures.
+        metrics: What was measured.
+        top1: 95 % interval of top-1 (see `wilson_interval`): chance in which pictures were drawn, not in
+            how the model was trained.
+        top5: The same of top-5.
+        calibration_error: Expected calibration error of the first guess, in points.
+        calibration: What it is made of.
+        classes: One row for each class that has pictures.
+        confusions: Every wrong first guess, the most frequent first; with `classes`, the confusion matrix.
+        real: Accuracy on reassessed labels, if they were asked for.
+        restricted: Whether only the classes that have pictures could be guessed.
+        preprocessing: How pictures were prepared: `input_size`, `crop_pct`, `interpolation`, ...
+    """
+
+    checkpoint: str
+    data: str
+    metrics: Metrics
+    top1: Interval
+    top5: Interval
+    calibration_error: float
+    calibration: tuple[Bin, ...]
+    classes: tuple[ClassResult, ...]
+    confusions: tuple[Confusion, ...]
+    real: RealLabels | None
+    restricted: bool
+    preprocessing: dict[str, Any]
+
+
+def evaluate(
+    checkpoint: str,
+    data: str | None = None,
+    *,
+    config: DataConfig | None = None,
+    batch_size: int = 128,
+    workers: int = 0,
+    device: str = "auto",
+    class_map: str | None = None,
+    restrict: bool = False,
+    real_labels: str | None = None,
+) -> Evaluation:
+    """Measure a checkpoint on the pictures of a source that are there to be reported.
+
+    Under ``torchrun`` the processes share the pictures, and each returns the result of all.
+
+    Args:
+        checkpoint: As `load_checkpoint`.
+        data: A source (see `DataConfig`): its test split, else its validation split, else all of it.
+            ``None`` takes the test split of the run that trained the checkpoint.
+        config: `root` and split names for `data`, and departures from the model's own `mean`, `std`,
+            `interpolation` and `crop_pct`.
+        batch_size: Pictures at a time, in each process.
+        workers: Processes that load pictures, for each process that computes.
+        device: As in `TrainConfig`.
+        class_map: File with the name of the class of each output (see `read_class_map`), where the names
+            that the checkpoint knows are not those of the source.
+        restrict: Let the model guess only classes that have pictures, for sets with some of its classes.
+            Loss and calibration are those of the remaining outputs too.
+        real_labels: Also count against reassessed ImageNet labels: ``"default"``, or a file (see
+            `read_real_labels`).
+
+    Raises:
+        ConfigError: if the checkpoint or a file cannot be used, a number is not positive, or `data` is
+            missing or is what the checkpoint was trained on.
+        DataError: if the source cannot be used or its classes are not the model's.
+        UnreadableImage: if a picture cannot be decoded.
+    """
+    check_at_least(1, batch_size=batch_size)
+    check_at_least(0, workers=workers)
+    config = config or DataConfig()
+    with open_world(device) as world:
+        model = load_checkpoint(checkpoint, world.device)
+        source, images = _reported_images(model, data, config, class_map)
+        real = read_real_labels(real_labels, images, model) if real_labels is not None else None
+        prepared = preprocessing(model.model, config)
+        loader = eval_loader(
+            images,
+            prepared,
+            batch_size=batch_size,
+            workers=workers,
+            pin_memory=world.device.type == "cuda",
+            rank=world.rank,
+            world_size=world.size,
+        )
+        allowed = np.unique(images.labels) if restrict else None
+        metrics, answers = _count(model.model, loader, world, len(images), allowed)
+    return Evaluation(
+        checkpoint=checkpoint,
+        data=source,
+        metrics=metrics,
+        real=_count_real(answers.guesses, real.numpy()) if real is not None else None,
+        restricted=restrict,
+        preprocessing=prepared,
+        **_conclusions(metrics, answers, images, model),
+    )
+
+
+def _conclusions(metrics: Metrics, answers: Answers, images: Part, model: Checkpoint) -> dict[str, Any]:
+    """The fields of `Evaluation` that follow from what was counted."""
+    guesses = answers.guesses[:, 0]
+    right = guesses == images.labels
+    bins = calibration(answers.confidences, right)
+    outputs: int = model.model.num_classes  # type: ignore[assignment]
+    labels = [*images.class_names, *map(str, range(len(images.class_names), outputs))]
+    known = model.descriptions is not None and images.class_names == model.labels
+    descriptions = model.descriptions if known and model.descriptions else labels
+    classes, confusions = by_class(confusion_counts(images.labels, guesses), labels, descriptions)
+    return {
+        "top1": wilson_interval(int(right.sum()), len(images)),
+        "top5": wilson_interval(round(metrics.top5 * len(images) / 100), len(images)),
+        "calibration_error": expected_calibration_error(bins),
+        "calibration": bins,
+        "classes": classes,
+        "confusions": confusions,
+    }
+
+
+def _count(
+    model: nn.Module, loader: Iterable[Batch], world: World, images: int, allowed: np.ndarray | None
+) -> tuple[Metrics, Answers]:
+    """Counts and answers of all processes; outputs that are not `allowed` cannot be guessed."""
+    tally, answers = Tally(world.device), Answers(images, world.device)
+    for batch, logits in answer(model, loader, world.device):
+        if allowed is not None:
+            hidden = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+            hidden[torch.from_numpy(allowed)] = False
+            logits = logits.masked_fill(hidden, float("-inf"))
+        tally.add(logits, batch.targets.to(world.device, non_blocking=True))
+        answers.add(batch.indices, logits)
+    tally.merge()
+    answers.merge()
+    return tally.result(), answers
+
+
+def _count_real(guesses: np.ndarray, right: np.ndarray) -> RealLabels:
+    """Guesses (N, 5) against the right classes (N, most), both filled up with -1."""
+    hits = ((guesses[:, :, None] == right[:, None, :]) & (right >= 0)[:, None, :]).any(-1)[right[:, 0] >= 0]
+    images = max(len(hits), 1)
+    return RealLabels(
+        top1=100 * float(hits[:, 0].sum()) / images,
+        top5=100 * float(hits.any(1).sum()) / images,
+        images=len(hits),
+    )
+
+
+def _reported_images(
+    model: Checkpoint, data: str | None, config: DataConfig, class_map: str | None
+) -> tuple[str, Part]:
+    """The source that is reported on, and its pictures, labelled by the model's outputs."""
+    run = model.run
+    if data is None:
+        if run is None:
+            raise ConfigError(f"data=None: {model.source!r} is not a run's folder, so name a data source")
+        if class_map is not None:
+            raise ConfigError(f"class_map={class_map!r} is for data of another source; name it")
+        return run.data.test or run.data.train, open_splits(run.data, seed=run.seed).test
+    if run is not None and same_source(data, run.data.train) and "all" in find_splits(data, config):
+        raise ConfigError(
+            f"data={data!r} is what {model.source!r} was trained on; "
+            "leave it out to use the test split of that run"
+        )
+    return data, label_by_outputs(open_reported(data, config), data, model, class_map)

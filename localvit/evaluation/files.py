@@ -1,0 +1,113 @@
+"""The result of an evaluation as JSON, as a table of classes, and as a picture of its confusions."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.util
+import io
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from localvit.errors import ConfigError
+from localvit.evaluation.answers import ClassResult
+from localvit.evaluation.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DRAWN_CLASSES = 1000
+"""More rows than this cannot be told apart on a screen."""
+_NAMED_CLASSES = 40
+
+
+def as_json(evaluation: Evaluation) -> str:
+    """All fields of `Evaluation`; what is not a finite number is null."""
+    return json.dumps(_finite(dataclasses.asdict(evaluation)), indent=2, allow_nan=False) + "\n"
+
+
+def as_csv(evaluation: Evaluation) -> str:
+    """One line per class: the fields of `ClassResult`."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in dataclasses.fields(ClassResult)])
+    writer.writerows(dataclasses.astuple(row) for row in evaluation.classes)
+    return text.getvalue()
+
+
+def check_drawing() -> None:
+    """Refuse to draw where matplotlib is missing.
+
+    Raises:
+        ConfigError: with what to install.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("a confusion matrix needs matplotlib: pip install 'localvit[study]'")
+
+
+def confusion_matrix(evaluation: Evaluation) -> tuple[list[str], np.ndarray]:
+    """Classes that have pictures, and the share of each row's pictures that was taken for each column.
+
+    Returns:
+        K labels, and (K, K + 1) per cent; the last column is all other outputs of the model. K is at most
+        `DRAWN_CLASSES`: the first ones.
+    """
+    classes = evaluation.classes[:DRAWN_CLASSES]
+    position = {row.label: i for i, row in enumerate(classes)}
+    matrix = np.zeros((len(classes), len(classes) + 1))
+    for i, row in enumerate(classes):
+        matrix[i, i] = row.right
+    for one in evaluation.confusions:
+        if one.label in position:
+            matrix[position[one.label], position.get(one.guess, len(classes))] += one.images
+    return list(position), 100 * matrix / np.array([[row.images] for row in classes])
+
+
+def draw_confusion(evaluation: Evaluation) -> bytes:
+    """The confusion matrix as a PNG, each row in per cent of the pictures of its class.
+
+    Raises:
+        ConfigError: if matplotlib is missing.
+    """
+    check_drawing()
+    from matplotlib.figure import Figure
+
+    labels, matrix = confusion_matrix(evaluation)
+    if not matrix[:, -1].any():
+        matrix = matrix[:, :-1]
+    side = min(4 + 0.22 * len(labels), 14.0)
+    figure = Figure(figsize=(side + 1, side), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(matrix, vmin=0, vmax=100, cmap="magma_r", interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="% of the class", shrink=0.8)
+    _name_classes(axes, labels, others=matrix.shape[1] > len(labels))
+    drawn, all_classes = len(labels), len(evaluation.classes)
+    part = f", first {drawn:,} of {all_classes:,} classes" if drawn < all_classes else ""
+    axes.set(xlabel="first guess", ylabel="class")
+    axes.set_title(f"top-1 {evaluation.metrics.top1:.2f} %, {evaluation.metrics.images:,} images{part}")
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    return data.getvalue()
+
+
+def _name_classes(axes: Axes, labels: list[str], others: bool) -> None:
+    """Names beside rows and columns where there is room for them."""
+    if len(labels) > _NAMED_CLASSES:
+        return
+    short = [label if len(label) <= 24 else f"{label[:23]}…" for label in labels]
+    short = [label.replace("$", r"\$") for label in short]  # not the start of a formula
+    columns = [*short, "(other)"] if others else short
+    axes.set_xticks(range(len(columns)), columns, rotation=90)
+    axes.set_yticks(range(len(short)), short)
+
+
+def _finite(value: Any) -> Any:
+    """A copy in which infinity and what is no number are ``None``, as JSON knows neither."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,131 @@
+"""Which output of a model a class of pictures is: by name, by a class map, or by number."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from timm.data import ImageNetInfo, RealLabelsImagenet
+from timm.data.readers.class_map import load_class_map
+
+from localvit.data import DataError, Part, picture_name
+from localvit.errors import ConfigError
+from localvit.inference import Checkpoint
+
+_NUMBERED = ("wds/", "hfds/")
+"""Sources whose classes may have no names; ``"3"`` is then the output number 3."""
+
+
+def read_class_map(path: str, outputs: int) -> tuple[str, ...]:
+    """The name of the class of each output, from a file in timm's form: one name per line, in order.
+
+    Args:
+        path: A ``.txt``. timm's other form is a pickle, which is not read.
+        outputs: Outputs of the model; the file may name fewer.
+
+    Raises:
+        ConfigError: if it is no such file, repeats a name, leaves a line empty or has too many lines.
+    """
+    what = f"class_map={path!r}"
+    if not path.endswith(".txt") or not os.path.isfile(path):
+        raise ConfigError(f"{what} is no .txt file with the name of a class in each line")
+    try:
+        found = load_class_map(path)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what} is not text: {error}") from error
+    with open(path, encoding="utf-8") as file:
+        lines = len(file.read().rstrip().splitlines())
+    names = {number: name for name, number in found.items() if number < lines}
+    for number in range(lines):
+        if not names.get(number):  # of a repeated name, timm keeps the last line
+            raise ConfigError(f"{what}: line {number + 1} is empty or its name comes again further down")
+    if not 0 < lines <= outputs:
+        raise ConfigError(f"{what} names {lines} classes; the model has {outputs} outputs")
+    return tuple(names[number] for number in range(lines))
+
+
+def label_by_outputs(images: Part, source: str, model: Checkpoint, class_map: str | None) -> Part:
+    """The same pictures, their labels counted as the model's outputs.
+
+    The source's classes are looked up in the class map, if there is one; else in the model's labels, then in
+    what people call them (see `Checkpoint`). All of them must be found, and the model may have more. A
+    source without names is labelled by numbers of outputs, and so is a model without names, if it has as
+    many outputs as the source has classes.
+
+    Args:
+        images: With the classes of their source.
+        source: Its name, for the message.
+        model: The model.
+        class_map: See `read_class_map`.
+
+    Raises:
+        ConfigError: if the class map cannot be used, or neither side has names and the numbers differ.
+        DataError: if a class is not among the model's.
+    """
+    outputs: int = model.model.num_classes  # type: ignore[assignment]
+    numbers = tuple(map(str, range(outputs)))
+    if class_map is not None:
+        choices = [read_class_map(class_map, outputs)]
+    else:
+        choices = [names for names in (model.labels, model.descriptions) if names is not None]
+        if source.startswith(_NUMBERED):
+            choices.append(numbers)
+        elif not choices and len(images.class_names) == outputs:
+            choices.append(images.class_names)
+    if not choices:
+        raise ConfigError(
+            f"data={source!r} has {len(images.class_names)} classes, {model.source!r} has {outputs} outputs "
+            "without names; class_map can name them"
+        )
+    names = next((names for names in choices if _each_once(images.class_names, names)), choices[0])
+    try:
+        return Part(images.images, images.indices, names)
+    except DataError as error:
+        raise DataError(f"{source!r}: {error}") from error
+
+
+def _each_once(wanted: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether each name means one output; ImageNet has cranes that fly and cranes that lift."""
+    counts = Counter(names)
+    return all(counts[name] == 1 for name in wanted)
+
+
+def read_real_labels(path: str, images: Part, model: Checkpoint) -> torch.Tensor:
+    """The reassessed labels (ReaL) of the ILSVRC-2012 validation pictures.
+
+    Beyer et al., "Are we done with ImageNet?", arXiv 2006.07159: a picture may have several right classes; a
+    few have none and do not count.
+
+    Args:
+        path: ``"default"`` for the labels that timm ships, or a JSON file in the authors' form: a list with
+            the right classes of ``ILSVRC2012_val_00000001.JPEG`` and so on.
+        images: All of these pictures.
+        model: With the outputs of ILSVRC-2012.
+
+    Returns:
+        (N, most) int64: the right classes of each picture, filled up with -1.
+
+    Raises:
+        ConfigError: if the model has other classes, or there is no such file.
+        DataError: if the pictures are not those that the file is about.
+    """
+    what = f"real_labels={path!r}"
+    if model.labels != tuple(ImageNetInfo("imagenet-1k").label_names()):
+        raise ConfigError(f"{what} needs a model with the 1000 classes of ILSVRC-2012 in timm's order")
+    names = [os.path.basename(picture_name(images, i)) for i in range(len(images))]
+    try:
+        known = RealLabelsImagenet(names, None if path == "default" else path).real_labels
+        rows = [known[name] for name in names]
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{what} cannot be read: {error}") from error
+    except AssertionError as error:
+        raise DataError(f"{what} is about another number of pictures than these {len(names)}") from error
+    except KeyError as error:
+        raise DataError(f"{what} says nothing about the picture {error}") from error
+    table = np.full((len(rows), max(map(len, rows), default=1)), -1, dtype=np.int64)
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = row
+    return torch.from_numpy(table)

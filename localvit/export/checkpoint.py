@@ -1,0 +1,92 @@
+"""Export of a trained model, compared with it on real images."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localvit.data import DataConfig, DataError, eval_loader, open_reported, readable
+from localvit.engines import ExportInfo, Size
+from localvit.export.parity import BATCHES, TOLERANCE, Parity
+from localvit.export.write import FormatName, check_export, export_model
+from localvit.inference import load_checkpoint, untrained
+
+
+def export_checkpoint(
+    source: str,
+    file: str | Path,
+    format: FormatName,
+    *,
+    args: Mapping[str, Any] | None = None,
+    random_weights: bool = False,
+    dynamic_size: bool = False,
+    overwrite: bool = False,
+    data: str = "digits",
+    config: DataConfig | None = None,
+    tolerance: float = TOLERANCE,
+    threads: int | None = None,
+) -> Parity:
+    """Write a model for another engine, with what `predict` must know, after comparing the two.
+
+    Args:
+        source: As `load_checkpoint`.
+        file: As `export_model`, and so are `dynamic_size`, `overwrite`, `tolerance` and `threads`.
+        format: ``"onnx"``, ``"openvino"`` or ``"torch"``.
+        args: Constructor arguments in which the model is to differ, e.g. ``{"img_size": 192}``.
+        random_weights: `source` is a timm name and its weights are not wanted: to measure speed.
+        data: Source of the real pictures of the comparison; the first three are taken.
+        config: For `root` and the names of splits.
+
+    Raises:
+        ConfigError, DataError: if the model, the pictures or the file cannot be had.
+        ExportFailed, ParityError: as `localvit.export.export_model`.
+    """
+    check_export(file, format, overwrite=overwrite)
+    args = dict(args or {})
+    if random_weights:
+        checkpoint = untrained(source, args)
+    else:
+        checkpoint = load_checkpoint(source, torch.device("cpu"), args)
+    model, seen = checkpoint.model, checkpoint.data_config
+    info = ExportInfo.of(
+        seen,
+        architecture=str(model.pretrained_cfg.get("architecture", source)),  # type: ignore[union-attr, operator]
+        num_classes=model.num_classes,  # type: ignore[arg-type]
+        labels=checkpoint.labels,
+        descriptions=checkpoint.descriptions,
+    )
+    return export_model(
+        model,
+        file,
+        format,
+        info,
+        pictures(data, config or DataConfig(), seen),
+        dynamic_size=dynamic_size,
+        overwrite=overwrite,
+        tolerance=tolerance,
+        threads=threads,
+    )
+
+
+def pictures(source: str, config: DataConfig, seen: dict[str, Any]) -> Callable[[Size], Tensor]:
+    """The first pictures of a source, prepared for a size."""
+    try:
+        images = open_reported(source, config)
+    except DataError as error:
+        hint = "; --data SRC takes other pictures for the comparison" if source == "digits" else ""
+        raise DataError(f"{error}{hint}") from error
+    count = max(BATCHES)
+    if len(images) < count:
+        raise DataError(f"data source {source!r} has {len(images)} pictures; the comparison takes {count}")
+
+    def load(size: Size) -> Tensor:
+        sized = seen | {"input_size": (seen["input_size"][0], *size)}
+        batches = map(readable, eval_loader(images, sized, batch_size=count))
+        return next(itertools.islice(batches, 1)).images
+
+    return load

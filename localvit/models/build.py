@@ -1,0 +1,98 @@
+"""Models from their configurations; what cannot work fails before training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_input_data_config
+from torch import nn
+
+from localvit.data import DataConfig
+from localvit.errors import ConfigError, one_line, unknown
+from localvit.models.config import ModelConfig
+
+_BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, KeyError, IndexError)
+
+
+def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """The model of `config`.
+
+    Args:
+        config: Which model. Its initial weights come from torch's global random state.
+        num_classes: Classes of the data.
+
+    Raises:
+        ConfigError: for an unknown name, arguments that the model refuses, a locality that does not fit
+            it, or fewer outputs than `num_classes`.
+    """
+    name = config.name
+    if ":" not in name and not timm.is_model(name):
+        raise unknown("model.name", name, timm.list_models())
+    args = {"num_classes": num_classes, **config.args}
+    if args["num_classes"] < num_classes:
+        raise ConfigError(
+            f"model.args.num_classes={args['num_classes']}, but the data has {num_classes} classes"
+        )
+    if config.locality is not None:
+        args |= {"base": name, "locality": config.locality.to_dict(), "blocks": config.blocks}
+        name = "localized"
+    try:
+        return timm.create_model(name, pretrained=config.pretrained, **args)
+    except _BAD_ARGUMENTS as error:
+        raise ConfigError(f"model {config.name!r}: {one_line(error)}") from error
+    except (OSError, RuntimeError) as error:
+        if not config.pretrained and ":" not in config.name:
+            raise
+        what = "model.pretrained: no weights for" if config.pretrained else "model.name: cannot open"
+        raise ConfigError(f"{what} {config.name!r}: {one_line(error)}") from error
+
+
+def preprocessing(model: nn.Module, config: DataConfig) -> dict[str, Any]:
+    """How pictures are prepared for `model`: `input_size` (C, H, W), `mean`, `std`, `interpolation`,
+    `crop_pct`, `crop_mode`; what `config` leaves open is the model's own.
+
+    Raises:
+        ConfigError: if `mean` or `std` do not fit the model's channels.
+    """
+    names = ("mean", "std", "interpolation", "crop_pct")
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    try:
+        return resolve_input_data_config(model, {**given, "img_size": _built_for(model)})
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from error
+
+
+def _built_for(model: nn.Module) -> tuple[int, int] | None:
+    """The size of pictures that the model's patches say. For a model that takes any size
+    (``dynamic_img_size``) timm recommends that of the published one, whatever this one was built for."""
+    patches = (part for name, part in model.named_modules() if name.rpartition(".")[2] == "patch_embed")
+    return getattr(next(patches, None), "img_size", None)
+
+
+def check_forward(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
+    """Run `model` once on zeros of `input_size` (C, H, W), in evaluation mode, where its weights are (on the
+    meta device this costs nothing and finds what shapes alone can tell).
+
+    Raises:
+        ConfigError: if its patches do not tile the image, if it fails, or returns other than class scores.
+    """
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch and any(size % side for size, side in zip(input_size[1:], patch, strict=True)):
+        # timm's patch embedding would drop the remaining pixels without a word.
+        size = "x".join(map(str, input_size[1:]))
+        raise ConfigError(
+            f"model.args.img_size: {size} is not divisible by the patch size {patch[0]}x{patch[1]}"
+        )
+    try:
+        with torch.no_grad():
+            device = next(model.parameters()).device
+            output = model.eval()(torch.zeros(1, *input_size, device=device))
+    except (*_BAD_ARGUMENTS, RuntimeError) as error:
+        at = f"model {name!r} fails on an image of size {input_size}"
+        raise ConfigError(f"{at}: {one_line(error)}") from error
+    finally:
+        model.train()
+    if output.shape != (1, model.num_classes):
+        raise ConfigError(f"model {name!r} does not return (batch, classes) but {tuple(output.shape)}")

@@ -1,0 +1,183 @@
+"""What a configuration comes to: learning rate, updates, size of its model, each with its basis."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from localvit.config import TrainConfig
+from localvit.cost import count_macs, count_parameters
+from localvit.data import DataError, open_splits, random_scope
+from localvit.errors import ConfigError
+from localvit.models import build_model, check_forward, preprocessing
+from localvit.training import build_optimizer, build_scheduler, check_student, freeze
+
+Basis = Literal["measured", "computed", "assumed"]
+IMAGENET = "imagenet"
+"""The folder that recipes for ImageNet-1k name; where it is not there, the published figures stand for it."""
+IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One line of a plan.
+
+    Attributes:
+        name: What it is.
+        value: A number or a word; ``None`` where it cannot be known.
+        how: From what, in words.
+        unit: Of the number.
+        basis: ``"measured"`` here and now, ``"computed"`` from the configuration and what was measured, or
+            ``"assumed"``.
+    """
+
+    name: str
+    value: int | float | str | None
+    how: str
+    unit: str = ""
+    basis: Basis = "computed"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Field -> JSON value."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        text = "unknown" if self.value is None else str(self.value)
+        if isinstance(self.value, (int, float)):
+            whole = isinstance(self.value, int) or self.value >= 1000
+            text = f"{self.value:,.0f}" if whole else f"{self.value:.4g}"
+            text += f" {self.unit}" if self.unit else ""
+        return f"{self.name}: {text} ({self.basis}: {self.how})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenRun:
+    """A configuration with its model and the size of its data, ready to be asked."""
+
+    config: TrainConfig
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    input_size: tuple[int, int, int]
+    images: Figure
+    classes: Figure
+
+    @property
+    def updates_per_epoch(self) -> int | None:
+        images = self.images.value
+        return None if images is None else int(images) // self.config.batch_size
+
+    @property
+    def updates(self) -> int | None:
+        each = self.updates_per_epoch
+        return None if each is None else each * self.config.epochs
+
+
+def effective(config: TrainConfig) -> list[Figure]:
+    """What `config` comes to: learning rate, updates, size of the model.
+
+    Where the data cannot be opened, what depends on its size is unknown, with the reason; nothing fails.
+
+    Raises:
+        ConfigError: if the model or the optimizer cannot be built.
+    """
+    return schedule_figures(run := open_run(config)) + size_figures(run)
+
+
+def open_run(config: TrainConfig, images: int | None = None) -> OpenRun:
+    """Build what `config` asks for, without published weights, and look at its data.
+
+    Args:
+        config: The run.
+        images: Pictures that are learned from, for those who know. ``None``: they are counted.
+
+    Raises:
+        ConfigError: if the model or the optimizer cannot be built, or the pictures do not fill a batch.
+    """
+    counted, classes = count_data(config, images)
+    if counted.value is not None and int(counted.value) < config.batch_size:
+        raise ConfigError(f"batch_size={config.batch_size} does not fit {counted.value} training images")
+    number = int(classes.value or IMAGENET_CLASSES)
+    with random_scope():
+        model = build_model(replace(config.model, pretrained=False), number)
+    input_size = preprocessing(model, config.data)["input_size"]
+    check_forward(model, config.model.name, input_size)
+    freeze(model, config.train_only)
+    if config.distill is not None and config.distill.token:
+        check_student(model)
+        model.set_distilled_training(True)  # type: ignore[operator]
+    return OpenRun(
+        config=config,
+        model=model,
+        optimizer=build_optimizer(model, config.optim, config.batch_size),
+        input_size=input_size,
+        images=counted,
+        classes=classes,
+    )
+
+
+def count_data(config: TrainConfig, images: int | None = None) -> tuple[Figure, Figure]:
+    """Pictures that are learned from, and classes; where the data is not there, what is known without it."""
+
+    def figures(count: int | None, classes: int, basis: Basis, how: str, named: str) -> tuple[Figure, Figure]:
+        return (
+            Figure(name="training pictures", value=count, basis=basis, how=how),
+            Figure(name="classes", value=classes, basis=basis, how=named),
+        )
+
+    classes = int(config.model.args.get("num_classes", IMAGENET_CLASSES))
+    named = "model.args.num_classes" if "num_classes" in config.model.args else "ImageNet-1k's"
+    if images is not None:
+        return figures(images, classes, "assumed", "as given", named)
+    try:
+        splits = open_splits(config.data, seed=config.seed)
+    except DataError as error:
+        if config.data.train != IMAGENET:
+            return figures(None, classes, "assumed", str(error), named)
+        held = round(config.data.holdout * IMAGENET_IMAGES)
+        left = round((IMAGENET_IMAGES - held) * config.data.fraction)
+        how = f"ImageNet-1k's published {IMAGENET_IMAGES:,} less {held:,} held out; no folder {IMAGENET!r}"
+        return figures(left, classes, "assumed", how, named)
+    return figures(len(splits.train), splits.num_classes, "measured", "counted", "counted")
+
+
+def schedule_figures(run: OpenRun) -> list[Figure]:
+    """Learning rate, batch, pictures and updates."""
+    config, each = run.config, run.updates_per_epoch
+    optim, repeats = config.optim, config.augment.repeats
+    scaled = f"optim.lr x {config.batch_size} / {optim.lr_batch}" if optim.lr_batch else "optim.lr"
+    drawn = None if each is None else each * config.batch_size
+    warmup = None
+    if each is not None:
+        warmup = int(getattr(build_scheduler(run.optimizer, config, each), "warmup_t", 0))
+    how = "whole batches" if repeats == 1 else f"whole batches; each of them {repeats} times"
+    return [
+        Figure(name="peak learning rate", value=config.effective_lr, how=scaled),
+        Figure(name="global batch", value=config.batch_size, unit="pictures", how="batch_size"),
+        run.images,
+        Figure(name="epochs", value=config.epochs, how="epochs"),
+        Figure(name="pictures per epoch", value=drawn, how=how),
+        Figure(name="updates per epoch", value=each, how="training pictures // global batch"),
+        Figure(name="updates", value=run.updates, how="updates per epoch x epochs"),
+        Figure(name="warm-up updates", value=warmup, how="schedule.warmup_epochs x updates per epoch"),
+    ]
+
+
+def size_figures(run: OpenRun) -> list[Figure]:
+    """Classes, parameters and multiply-accumulates."""
+    trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    size = "x".join(map(str, run.input_size))
+    return [
+        run.classes,
+        Figure(name="parameters", value=count_parameters(run.model), basis="measured", how="counted"),
+        Figure(name="trainable parameters", value=trainable, basis="measured", how="counted"),
+        Figure(
+            name="forward pass",
+            value=count_macs(run.model, run.input_size) / 1e9,
+            unit="GMACs",
+            basis="measured",
+            how=f"counted, one picture of {size}",
+        ),
+    ]

@@ -1,0 +1,23 @@
+"""Devices by name."""
+
+from __future__ import annotations
+
+import torch
+
+from localvit.errors import ConfigError, one_line
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; ``"auto"`` is the first GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: if there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device={name!r} cannot be used here: {one_line(error)}") from error
+    return device

@@ -1,0 +1,28 @@
+"""Questions, arms and their checks."""
+
+from typing import TYPE_CHECKING
+
+from localvit.imports import door
+
+if TYPE_CHECKING:
+    from localvit.studies.design.checks import (
+        Facts as Facts,
+        check_study as check_study,
+        dead_sites as dead_sites,
+        matched as matched,
+    )
+    from localvit.studies.design.question import (
+        list_questions as list_questions,
+        load_question as load_question,
+    )
+    from localvit.studies.design.resources import Resources as Resources
+    from localvit.studies.design.study import (
+        Arm as Arm,
+        Claim as Claim,
+        Run as Run,
+        Study as Study,
+        key_of as key_of,
+        study_from_dict as study_from_dict,
+    )
+else:
+    __getattr__, __dir__, __all__ = door(__name__)

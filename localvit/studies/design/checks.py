@@ -1,0 +1,284 @@
+"""What a study comes to before anything runs: its models, how arms differ, whether budgets match."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from localvit.config import TrainConfig, differences, to_dict
+from localvit.cost import count_macs, count_parameters, on_meta
+from localvit.errors import ConfigError
+from localvit.locality import LocalityConfig
+from localvit.models import build_model, check_forward, preprocessing
+from localvit.planning import Figure, count_data
+from localvit.studies.design.study import Arm, Study
+from localvit.surgery import confounders, plan_changes
+from localvit.training import build_optimizer
+
+TOLERANCE = 0.01
+"""Within which budgets count as matched: below what seeds make of accuracy."""
+_MOST_STEPS = 4096  # Largest hidden width or number of epochs that is tried.
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmFacts:
+    """What an arm's model is.
+
+    Attributes:
+        arm: Its name.
+        parameters: Number of parameters.
+        macs: Multiply-accumulates for one image.
+        tokens: Patch and prefix tokens at the first block; ``None`` where the model does not tell.
+        differs: Fields in which its configuration differs from its control's: path -> (there, here).
+        confounders: Sentences on what else differs from its control.
+        matched: How its budget was matched, in words; empty where nothing was to be matched.
+    """
+
+    arm: str
+    parameters: int
+    macs: int
+    tokens: int | None
+    differs: dict[str, tuple[Any, ...]]
+    confounders: tuple[str, ...]
+    matched: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a study is, without having run: its arms by name, and the size of its data."""
+
+    arms: dict[str, ArmFacts]
+    images: Figure
+    classes: int
+
+
+def check_study(study: Study, classes: int | None = None) -> Facts:
+    """Build every arm's model without memory, and compare it with its control's.
+
+    Args:
+        study: The study.
+        classes: Of the data; ``None``: looked up there.
+
+    Raises:
+        ConfigError, UnsupportedModelError: for an arm whose model cannot be built, run or optimized.
+    """
+    images, counted = count_data(study.base)
+    number = classes or int(counted.value or 1)
+    models = {arm.name: _checked_model(study.config(arm, study.seeds[0]), number) for arm in study.arms}
+    sizes = {name: _size(model, size) for name, (model, size) in models.items()}
+    facts: dict[str, ArmFacts] = {}
+    for arm in study.arms:
+        control = study.arm(study.control_of(arm))
+        configs = [study.config(each, study.seeds[0]) for each in (control, arm)]
+        parameters, macs = sizes[arm.name]
+        built = models[control.name][0], models[arm.name][0]
+        facts[arm.name] = ArmFacts(
+            arm=arm.name,
+            parameters=parameters,
+            macs=macs,
+            tokens=_tokens(built[1]),
+            differs=_differing(*configs),
+            confounders=_confounders(arm, configs, built, (sizes[control.name], sizes[arm.name]), number),
+            matched=_matched_text(study, arm, sizes[control.name], sizes[arm.name]),
+        )
+    return Facts(arms=facts, images=images, classes=number)
+
+
+def matched(study: Study) -> Study:
+    """The study with its budgets matched as `study.match` and `study.budget` ask.
+
+    Parameters and multiply-accumulates are matched by the hidden width of the feed-forward networks:
+    ``model.locality.expansion`` of an arm with locality, ``model.args.mlp_ratio`` of one without. An arm that
+    names that field itself asks about it, so it is matched by ``model.args.embed_dim`` instead.
+
+    Raises:
+        ConfigError: if an arm cannot come within 1 % of its control, with the nearest that it can.
+    """
+    arms = {arm.name: arm for arm in study.arms}
+    number = int(count_data(study.base)[1].value or 1)
+    for arm, control in study.contrasts():
+        changed = arm
+        if study.match != "none":
+            target = _cost(study, control, number)[study.match]
+            changed = _match_width(study, arm, target, number)
+        if study.budget == "compute":
+            changed = _match_epochs(study, changed, control, number)
+        arms[arm.name] = changed
+    return dataclasses.replace(study, arms=tuple(arms.values()))
+
+
+def dead_sites(config: TrainConfig, classes: int) -> tuple[str, ...]:
+    """Feed-forward networks with locality that no output of a run's model depends on, by their paths."""
+    if config.model.locality is None:
+        return ()
+    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, locality=None, blocks="all"))
+    blocks: Any = config.model.blocks
+    the_plan, _ = plan_changes(_build(plain, classes), config.model.locality, blocks, None, count=False)
+    return tuple(site.name for site in the_plan.sites if site.dead_parameters)
+
+
+def _checked_model(config: TrainConfig, classes: int) -> tuple[nn.Module, tuple[int, int, int]]:
+    model = _build(config, classes)
+    size = preprocessing(model, config.data)["input_size"]
+    check_forward(model, config.model.name, size)
+    build_optimizer(model, config.optim, config.batch_size)
+    return model, size
+
+
+def _build(config: TrainConfig, classes: int) -> nn.Module:
+    return on_meta(partial(build_model, dataclasses.replace(config.model, pretrained=False), classes))
+
+
+def _size(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int]:
+    # In evaluation mode: batch norm refuses to train on one picture of one token.
+    return count_parameters(model), count_macs(model.eval(), input_size)
+
+
+def _cost(study: Study, arm: Arm, classes: int) -> dict[str, int]:
+    model, size = _checked_model(study.config(arm, study.seeds[0]), classes)
+    return dict(zip(("params", "macs"), _size(model, size), strict=True))
+
+
+def _match_width(study: Study, arm: Arm, target: int, classes: int) -> Arm:
+    """The arm with the width whose cost is nearest to `target`, if its own is not within `TOLERANCE`."""
+    if abs(_cost(study, arm, classes)[study.match] / target - 1) <= TOLERANCE:
+        return arm
+    config = study.config(arm, study.seeds[0])
+    path, value = _knob(arm, config, _build(config, classes))
+
+    def with_step(step: int) -> Arm:
+        changes = arm.changes | {path: value(step)}
+        return dataclasses.replace(arm, changes=changes, adjusted=(*arm.adjusted, path))
+
+    nearest = _nearest(lambda step: _cost(study, with_step(step), classes)[study.match], target)
+    found = with_step(nearest)
+    cost = _cost(study, found, classes)[study.match]
+    if abs(cost / target - 1) > TOLERANCE:
+        raise ConfigError(
+            f"arm {arm.name!r} cannot match the {study.match} of its control ({target:,}) within "
+            f"{TOLERANCE:.0%}: the nearest is {cost:,} at {path}={found.changes[path]:g}; use match: none"
+        )
+    return found
+
+
+def _knob(arm: Arm, config: TrainConfig, model: nn.Module) -> tuple[str, Callable[[int], float]]:
+    """The field that changes an arm's width, and its value at each step, ascending."""
+    dim = int(getattr(model, "embed_dim", 0) or 64)
+    path = "model.args.mlp_ratio" if config.model.locality is None else "model.locality.expansion"
+    asked = config.model.locality is not None and config.model.locality.expansion is not None
+    if path in arm.changes or (asked and "model.locality" in arm.changes):
+        heads = next(m.num_heads for m in model.modules() if isinstance(getattr(m, "num_heads", None), int))
+        return "model.args.embed_dim", lambda step: step * heads
+    return path, lambda step: step / dim  # one hidden channel more
+
+
+def _nearest(cost: Callable[[int], int], target: int) -> int:
+    """The step from 1 to `_MOST_STEPS` whose ascending cost is nearest to `target`."""
+    high = 1
+    while high < _MOST_STEPS and cost(high) < target:
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) < target else (low, middle)
+    return min((step for step in (low, high) if step > 0), key=lambda step: abs(cost(step) - target))
+
+
+def _match_epochs(study: Study, arm: Arm, control: Arm, classes: int) -> Arm:
+    """The arm with the epochs that cost what its control's training costs."""
+    own, theirs = (_cost(study, each, classes)["macs"] for each in (arm, control))
+    epochs = max(1, round(study.config(control, study.seeds[0]).epochs * theirs / own))
+    if epochs == study.config(arm, study.seeds[0]).epochs:
+        return arm
+    changes = arm.changes | {"epochs": epochs}
+    return dataclasses.replace(arm, changes=changes, adjusted=(*arm.adjusted, "epochs"))
+
+
+def _matched_text(study: Study, arm: Arm, control: tuple[int, int], own: tuple[int, int]) -> str:
+    parts = [f"{path}={arm.changes[path]:g}" for path in arm.adjusted]
+    if study.match == "none" and not parts:
+        return ""
+    change = [
+        f"{what} {here / there - 1:+.1%}"
+        for what, there, here in zip(("parameters", "MACs"), control, own, strict=True)
+    ]
+    how = f" by {', '.join(parts)}" if parts else " without a change"
+    return f"{arm.name}: matched{how}; {', '.join(change)} against its control"
+
+
+def _tokens(model: nn.Module) -> int | None:
+    """Patches of the (first) patch embedding, and prefix tokens."""
+    for module in (model, *model.modules()):
+        patches = getattr(module, "num_patches", None)
+        if isinstance(patches, int):
+            return patches + int(getattr(model, "num_prefix_tokens", 0) or 0)
+    return None
+
+
+def _confounders(
+    arm: Arm,
+    configs: list[TrainConfig],
+    models: tuple[nn.Module, nn.Module],
+    sizes: tuple[tuple[int, int], tuple[int, int]],
+    classes: int,
+) -> tuple[str, ...]:
+    """What differs between an arm and its control, the second of each pair, beside the fields it names."""
+    if configs[0] == configs[1]:
+        return ()
+    control, own = (config.model for config in configs)
+    found = _heads(arm, models)
+    plain = own.name == control.name and control.locality is None and own.locality is not None
+    if plain:
+        base = dataclasses.replace(configs[1], model=dataclasses.replace(own, locality=None, blocks="all"))
+        blocks: Any = own.blocks  # building the model has checked it
+        the_plan, _ = plan_changes(_build(base, classes), own.locality, blocks, None, count=False)
+        sentences = confounders(the_plan, float(own.args.get("drop_path_rate", 0.0)))
+        found += [
+            s for s in sentences if not s.startswith("Not matched")
+        ]  # counted below, for all arms alike
+    elif control.locality is not None and own.locality is not None:
+        found += _following(arm, control.locality, own.locality)
+    tokens = [_tokens(model) for model in models]
+    if tokens[0] != tokens[1]:
+        found.append(f"Tokens differ: {tokens[0]} in the control, {tokens[1]} here.")
+    for what, there, here in zip(("parameters", "multiply-accumulates"), *sizes, strict=True):
+        if abs(here / there - 1) > TOLERANCE:
+            found.append(
+                f"Not matched in {what}: {there:,} in the control, {here:,} here ({here / there - 1:+.1%})."
+            )
+    return tuple(found)
+
+
+def _heads(arm: Arm, models: tuple[nn.Module, nn.Module]) -> list[str]:
+    heads = [[m.num_heads for m in model.modules() if hasattr(m, "num_heads")] for model in models]
+    if heads[0] == heads[1]:
+        return []
+    there, here = ("/".join(map(str, dict.fromkeys(each))) for each in heads)
+    return [f"Heads differ: {there} in the control, {here} here."]
+
+
+def _differing(control: TrainConfig, own: TrainConfig) -> dict[str, tuple[Any, ...]]:
+    """Fields that differ; those of locality one by one where both have it."""
+    found = differences(to_dict(control), to_dict(own))
+    pair = control.model.locality, own.model.locality
+    if "model.locality" in found and None not in pair:
+        del found["model.locality"]
+        fields = differences(*(dataclasses.asdict(locality) for locality in pair if locality))
+        found |= {f"model.locality.{name}": values for name, values in fields.items()}
+    return found
+
+
+def _following(arm: Arm, control: LocalityConfig, own: LocalityConfig) -> list[str]:
+    """Fields of locality that an arm does not name, and that differ since others decide them."""
+    resolved = [dataclasses.asdict(locality.resolve()) for locality in (control, own)]
+    named = {f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(control, f.name)}
+    return [
+        f"{name} follows from the fields that differ: {there!r} in the control, {here!r} here."
+        for name, (there, here) in differences(*resolved).items()
+        if name not in named
+    ]

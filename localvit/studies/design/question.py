@@ -1,0 +1,172 @@
+"""Questions as files: what is asked, how the arms differ, and what changes from one scale to another.
+
+```yaml
+question: In words.
+control: name of the first arm           # default: base
+base: {model.locality: {gate: none}}     # dotted fields over the scale's recipe, in every arm
+arms:
+  wide: {model.locality.expansion: 6.0}  # dotted fields replaced in the base
+  wider: {against: wide, model.locality.expansion: 8.0}   # compared with another arm than the first
+  long: {epochs: 90, resources: {minutes: 600}}           # asks a cluster for more than the others
+scales:                                  # only where a question needs other values there
+  digits: {base: {model.args.depth: 6}, arms: {wide: {epochs: 20}}}
+  mine: {recipe: mine.yaml}              # further scales begin with a recipe
+metric: top1                             # top1 | top5
+match: none                              # none | params | macs
+budget: epochs                           # epochs | compute
+claim: {text: ..., source: ..., expected: {wide: better}, reported: {wide: 74.8}}
+```
+
+An arm ``against`` itself is there for others to be compared with. The scales ``digits``, ``small`` and
+``paper`` are in ``scales.yaml``, for all questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from localvit.config import from_dict, load_recipe, load_yaml, merge, parse_setting, to_dict
+from localvit.errors import ConfigError, unknown
+from localvit.studies.design.study import Arm, Budget, Claim, Match, Metric, Study, replace_fields
+
+_FILES = (".yaml", ".yml")
+_AGAINST, _RESOURCES = "against", "resources"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What a question is asked with.
+
+    Attributes:
+        recipe: Name or file; ``None`` where the shared scale of that name has one.
+        base: Dotted fields over the recipe.
+        arms: Arm -> dotted fields over those it has at every scale.
+    """
+
+    recipe: str | None = None
+    base: dict[str, Any] = field(default_factory=dict)
+    arms: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question file; see the module for the format.
+
+    Attributes:
+        question: In words.
+        arms: Name -> dotted fields, and perhaps ``against`` and ``resources``.
+        control: Name of the arm without changes.
+        base: Dotted fields of all arms.
+        scales: Name -> what differs there.
+        metric, match, budget, claim: As in `Study`.
+        name: Of the file.
+    """
+
+    question: str
+    arms: dict[str, Any]
+    control: str = "base"
+    base: dict[str, Any] = field(default_factory=dict)
+    scales: dict[str, Any] = field(default_factory=dict)
+    metric: Metric = "top1"
+    match: Match = "none"
+    budget: Budget = "epochs"
+    claim: Claim | None = None
+    name: str | None = None
+
+    def scale_names(self) -> list[str]:
+        """Those that it can be asked at."""
+        return list(dict.fromkeys([*_shared_scales(), *self.scales]))
+
+    def study(self, scale: str, seeds: int, settings: Sequence[str] = (), **data: str | None) -> Study:
+        """The study at a scale, with seeds 0, 1, ...
+
+        Args:
+            scale: Its name.
+            seeds: How many.
+            settings: ``key=value`` over the base.
+            data: Fields of the data section over everything, where not ``None``.
+
+        Raises:
+            ConfigError: for an unknown scale, field or value, and as `Study`.
+        """
+        own, recipe = self._scale(scale), self._recipe(scale)
+        base = replace_fields(recipe, self.base)
+        for changes in (_shared_scales().get(scale, Scale()).base, own.base):
+            base = replace_fields(base, changes)
+        for setting in settings:
+            base = merge(base, parse_setting(setting))
+        given = {name: value for name, value in data.items() if value is not None}
+        return Study(
+            question=self.question,
+            base=from_dict(merge(base, {"data": given} if given else {})),  # an empty mapping is a value
+            arms=(Arm(name=self.control), *(self._arm(name, own) for name in self.arms)),
+            seeds=tuple(range(seeds)),
+            metric=self.metric,
+            match=self.match,
+            budget=self.budget,
+            name=self.name,
+            scale=scale,
+            claim=self.claim,
+        )
+
+    def _scale(self, scale: str) -> Scale:
+        if scale not in self.scale_names():
+            raise unknown(f"question {self.name!r}, scale", scale, self.scale_names())
+        found: Scale = from_dict(self.scales.get(scale, {}), Scale, f"scales.{scale}")
+        for name in found.arms:
+            if name not in self.arms:
+                raise unknown(f"question {self.name!r}, scales.{scale}.arms", name, self.arms)
+        return found
+
+    def _recipe(self, scale: str) -> dict[str, Any]:
+        recipe = self._scale(scale).recipe or _shared_scales().get(scale, Scale()).recipe
+        if recipe is None:
+            raise ConfigError(f"question {self.name!r}: scales.{scale}.recipe is missing")
+        return to_dict(from_dict(load_recipe(recipe)))
+
+    def _arm(self, name: str, scale: Scale) -> Arm:
+        for where in (self.arms[name], scale.arms.get(name, {})):
+            if not isinstance(where, Mapping):
+                raise ConfigError(f"arm {name!r}: {where!r} is not a mapping of dotted field to value")
+        changes = {**self.arms[name], **scale.arms.get(name, {})}
+        control, resources = changes.pop(_AGAINST, None), changes.pop(_RESOURCES, {})
+        return Arm(name=name, control=control, changes=changes, resources=resources)
+
+
+def list_questions() -> list[str]:
+    """Names of the questions that come with the package."""
+    return sorted(f.name.removesuffix(".yaml") for f in _folder().iterdir() if f.name.endswith(".yaml"))
+
+
+def load_question(question: str) -> Question:
+    """A question that comes with the package, or a YAML file.
+
+    Raises:
+        ConfigError: if there is no such question, or a field of it is unknown or wrong.
+    """
+    if question.endswith(_FILES):
+        values, name = load_yaml(question), Path(question).stem
+    elif question in list_questions():
+        with resources.as_file(_folder() / f"{question}.yaml") as path:
+            values, name = load_yaml(path), question
+    else:
+        error = unknown("study", question, list_questions())
+        raise ConfigError(f"{error} (questions: {', '.join(list_questions())}; or a .yaml file)")
+    try:
+        found: Question = from_dict({"name": name, **values}, Question)
+    except ConfigError as error:
+        raise ConfigError(f"question {question!r}: {error}") from error
+    return found
+
+
+def _shared_scales() -> dict[str, Scale]:
+    with resources.as_file(resources.files("localvit.studies.design") / "scales.yaml") as path:
+        return {name: from_dict(values, Scale, name) for name, values in load_yaml(path).items()}
+
+
+def _folder() -> Any:
+    return resources.files("localvit.studies.design") / "questions"

@@ -1,0 +1,67 @@
+"""What one run asks a cluster for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from localvit.config import from_dict
+from localvit.errors import ConfigError
+
+_LEAST = {"minutes": 1, "gpus": 0, "cpus": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """For one run, which is one process; ``None`` leaves a choice to the cluster.
+
+    Attributes:
+        minutes: After which the cluster stops the job. The run saves its state 90 seconds before, its job
+            goes back into the queue, and it goes on from there, so this need not last for the whole run.
+        gpus: 0 or 1.
+        cpus: For the run's threads and data workers.
+        memory: In GB.
+        partition, account, qos, constraint: As SLURM's ``sbatch`` names them.
+        setup: Lines of shell before the run, e.g. ``module load cuda``.
+
+    Raises:
+        ConfigError: for a number that is not accepted.
+    """
+
+    minutes: int = 60
+    gpus: int = 0
+    cpus: int = 1
+    memory: float | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    setup: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)}: at least {least}")
+        if self.gpus > 1:
+            raise ConfigError(f"gpus={self.gpus}: a run of a study is one process and uses one GPU at most")
+        if self.memory is not None and self.memory <= 0:
+            raise ConfigError(f"memory={self.memory}: more than 0 GB")
+
+    def replaced(self, own: Mapping[str, Any]) -> Resources:
+        """These with some fields replaced (`Arm.resources`).
+
+        Raises:
+            ConfigError: for an unknown field or a value that is not accepted.
+        """
+        if not isinstance(own, Mapping):
+            raise ConfigError(f"resources: {own!r} is not a mapping of field to value")
+        return from_dict({**dataclasses.asdict(self), **own}, Resources, "resources")
+
+    def __str__(self) -> str:
+        words = [f"{self.minutes} minutes", f"{self.cpus} CPU{'s' if self.cpus > 1 else ''}"]
+        words += [f"{self.gpus} GPU"] if self.gpus else []
+        words += [f"{self.memory:g} GB"] if self.memory else []
+        names = ("partition", "account", "qos", "constraint")
+        return ", ".join([*words, *(f"{n} {getattr(self, n)}" for n in names if getattr(self, n))])

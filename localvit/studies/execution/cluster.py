@@ -1,0 +1,250 @@
+"""A study's runs as jobs of a cluster, through submitit: one job is one run.
+
+What became of a run is what its folder says, never how its job ended. A job that is preempted, requeued,
+out of time or killed only has to start the same run again, which then goes on from its last state. All
+machines must see the study's folder, and the pictures, under the same paths.
+
+```
+jobs/jobs.json          run -> its last job
+jobs/ID_0_log.err, ...  what submitit keeps: scripts, logs, pickles (only its own process loads these)
+```
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import signal
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import torch
+
+from localvit.config import TrainConfig
+from localvit.data import disable_ghostscript
+from localvit.errors import ConfigError, TrainingInterrupted, one_line
+from localvit.runs import FolderInUse
+from localvit.runtime import stop_on_signals
+from localvit.studies.design import Resources, Run, Study
+from localvit.studies.execution.display import Display
+from localvit.studies.execution.folder import StudyFolder, note_failure
+from localvit.studies.execution.jobs import Job, Kind, alive_of, jobs_path, living, write_jobs
+from localvit.studies.execution.records import RECORD, perform
+
+POLL = {"slurm": 15.0, "local": 0.5}
+"""Seconds between two looks at the jobs."""
+TIMEOUTS = 50
+"""How often a job that is out of time goes back into the queue; a run that never gets anywhere must end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Where the runs of a study go.
+
+    Attributes:
+        kind: ``"slurm"``, or ``"local"``: jobs on this machine, all at once, to try things out.
+        resources: For each run, where its arm (`Arm.resources`) says nothing else.
+        parallel: Most jobs of one array at a time; ``None``: as many as it likes. Not for ``"local"``.
+    """
+
+    kind: Kind = "slurm"
+    resources: Resources = field(default_factory=Resources)
+    parallel: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.parallel is not None and self.parallel < 1:
+            raise ConfigError(f"parallel={self.parallel}: at least 1")
+        if self.parallel is not None and self.kind == "local":
+            raise ConfigError(f"at most {self.parallel} jobs at a time: local jobs all start at once")
+
+    def check(self, study: Study, threads: int = 1) -> None:
+        """Refuse what cannot be submitted from here.
+
+        Args:
+            study: Its arms may ask for resources of their own.
+            threads: Of each run.
+
+        Raises:
+            ConfigError: saying what is missing.
+        """
+        if importlib.util.find_spec("submitit") is None:
+            raise ConfigError("running on a cluster needs submitit: pip install 'localvit[cluster]'")
+        missing = [name for name in ("sbatch", "squeue", "srun") if shutil.which(name) is None]
+        if self.kind == "slurm" and missing:
+            raise ConfigError(f"this is no machine of a SLURM cluster: there is no {missing[0]!r}")
+        for arm in study.arms:
+            if threads > (cpus := self.resources.replaced(arm.resources).cpus):
+                raise ConfigError(f"arm {arm.name!r}: threads={threads} do not fit cpus={cpus}")
+
+    def arrays(self, study: Study, runs: Iterable[Run]) -> dict[Resources, list[Run]]:
+        """The runs by what they ask for: each class is one array of jobs."""
+        found: dict[Resources, list[Run]] = {}
+        for run in runs:
+            own = study.arm(run.arm).resources
+            found.setdefault(self.resources.replaced(own), []).append(run)
+        return found
+
+    def submit(self, folder: StudyFolder, runs: Iterable[Run], threads: int) -> dict[Run, Job]:
+        """Hand runs to the cluster and write down which job does which.
+
+        Raises:
+            ConfigError: if the cluster refuses, with its reason.
+        """
+        jobs: dict[Run, Job] = {}
+        for resources, members in self.arrays(folder.study, runs).items():
+            tasks = [Task(run.config, folder.of(run).absolute(), threads) for run in members]
+            try:
+                submitted = self._executor(folder, resources).submit_array(tasks)
+            except (RuntimeError, OSError) as error:
+                refused = f"{self.kind} refuses {len(tasks)} jobs ({resources})"
+                raise ConfigError(f"{refused}: {one_line(error)}") from error
+            jobs |= {run: Job(self.kind, job.job_id) for run, job in zip(members, submitted, strict=True)}
+            write_jobs(folder, jobs)
+        return jobs
+
+    def describe(self, folder: StudyFolder, runs: Collection[Run]) -> list[str]:
+        """What `work` would do with runs that are not done, in words."""
+        there = living(folder)
+        known = [run for run in runs if run in there]
+        lines = [f"{run.arm} seed {run.seed}: queued or running as job {there[run].id}" for run in known]
+        limit = f", at most {self.parallel} at a time" if self.parallel else ""
+        new = [run for run in runs if run not in there]
+        for resources, members in self.arrays(folder.study, new).items():
+            names = ", ".join(f"{run.arm} seed {run.seed}" for run in members)
+            lines.append(f"{self.kind}: an array of {len(members)} jobs{limit}, each {resources}: {names}")
+        return lines
+
+    def _executor(self, folder: StudyFolder, resources: Resources) -> Any:
+        import submitit
+
+        limit = {f"{self.kind}_max_num_timeout": TIMEOUTS}
+        executor = submitit.AutoExecutor(jobs_path(folder).absolute(), cluster=self.kind, **limit)
+        executor.update_parameters(
+            name=f"localvit-{folder.study.name or 'study'}",
+            timeout_min=resources.minutes,
+            gpus_per_node=resources.gpus or None,
+            cpus_per_task=resources.cpus,
+            mem_gb=resources.memory,
+            slurm_partition=resources.partition,
+            slurm_account=resources.account,
+            slurm_qos=resources.qos,
+            slurm_constraint=resources.constraint,
+            slurm_array_parallelism=self.parallel,
+            slurm_additional_parameters={"requeue": True},
+            # From SLURM 22.05 on, srun does not take this over from the job.
+            slurm_srun_args=[f"--cpus-per-task={resources.cpus}"],
+            **({f"{self.kind}_setup": list(resources.setup)} if resources.setup else {}),
+        )
+        return executor
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a job does: one run, or the rest of it. submitit calls it, and `checkpoint` to requeue it.
+
+    SLURM announces the end of a job by SIGTERM, and submitit asks it for SIGUSR2 before a time limit or a
+    preemption. Both save the state. After SIGUSR2 submitit puts the job back into the queue; after SIGTERM
+    the run goes on, because what follows is SLURM's to decide: the end, a requeue, or nothing.
+    """
+
+    config: TrainConfig
+    folder: Path
+    threads: int
+
+    def __call__(self) -> None:
+        from submitit import JobEnvironment
+
+        disable_ghostscript()
+        requeue = signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
+        torch.set_num_threads(self.threads)
+        print(f"localvit: run {self.folder.name}", flush=True)  # so that a log says whose it is
+        while not (self.folder / RECORD).exists():
+            if self._train(requeue) and not (self.folder / RECORD).exists():
+                signal.raise_signal(requeue)  # now submitit's: it requeues the job and ends this process
+
+    def checkpoint(self) -> Any:
+        """The same again."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def _train(self, requeue: int) -> bool:
+        """Train until the end or a signal; whether the job has to make room."""
+        with stop_on_signals(requeue) as received:
+            try:
+                perform(self.config, self.folder)
+            except TrainingInterrupted:
+                if signal.SIGINT in received:
+                    raise
+            except FolderInUse:
+                raise  # says nothing about the run, which another job or process does
+            except Exception as error:
+                note_failure(self.folder, one_line(error))
+                raise
+        return requeue in received
+
+
+def work(
+    cluster: Cluster,
+    missing: Iterable[Run],
+    folder: StudyFolder,
+    threads: int,
+    failures: dict[Run, str],
+    display: Display,
+) -> None:
+    """Submit the missing runs that have no job, and follow all of them to their end.
+
+    An interrupt leaves the jobs where they are; the next call finds them.
+
+    Args:
+        cluster: Where to.
+        missing: Runs that are not done.
+        folder: Of the study.
+        threads: Of each run.
+        failures: Gets the runs that did not finish, with the reason.
+        display: Told about them.
+
+    Raises:
+        ConfigError: as `Cluster.submit` and `living`.
+    """
+    there, missing = living(folder), list(missing)
+    jobs = {run: there[run] for run in missing if run in there}
+    jobs |= cluster.submit(folder, [run for run in missing if run not in there], threads)
+    ended: set[Run] = set()
+    while jobs:
+        alive = alive_of(jobs.values())  # before the outcomes: a run may finish between the two
+        gone = set() if alive is None else {run for run, job in jobs.items() if job not in alive}
+        # Missing twice, because files may be seen later than the queue.
+        for run in _settled(jobs, gone & ended, folder, failures, display):
+            del jobs[run]
+        ended = gone
+        display.refresh(list(jobs))
+        if jobs:
+            sleep(POLL[cluster.kind])
+
+
+def _settled(
+    jobs: Mapping[Run, Job],
+    ended: Collection[Run],
+    folder: StudyFolder,
+    failures: dict[Run, str],
+    display: Display,
+) -> list[Run]:
+    """The runs that need not be waited for any more: finished, failed, or without a job."""
+    settled = []
+    for run, job in jobs.items():
+        outcome = folder.outcome(run)
+        if outcome.record is not None:
+            display.finished(run, outcome.record)
+        elif outcome.state == "failed" or run in ended:
+            log = jobs_path(folder) / f"{job.id}_0_log.err"
+            short = f"its job {job.id} ended before it did (see {log}); it goes on next time"
+            failures[run] = outcome.reason or short
+            display.failed(run, failures[run])
+        else:
+            continue
+        settled.append(run)
+    return settled

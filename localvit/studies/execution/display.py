@@ -1,0 +1,109 @@
+"""What is to be seen while a study runs: a line per finished run, and a table of the arms."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from localvit.runs import read_status
+from localvit.studies.design import Facts, Run
+from localvit.studies.execution.folder import StudyFolder
+from localvit.studies.execution.records import Record
+
+
+class Display:
+    """A context in which the table is shown.
+
+    Args:
+        console: Where; ``None`` shows nothing.
+        folder: Of the study.
+        facts: For the cost of each arm.
+        done: Runs that are done already.
+        failures: Runs that failed before and are not tried again.
+        jobs: Runs at a time.
+    """
+
+    def __init__(
+        self,
+        console: Console | None,
+        folder: StudyFolder,
+        facts: Facts,
+        done: Mapping[Run, Record],
+        failures: Mapping[Run, str],
+        jobs: int,
+    ) -> None:
+        self.console = console or Console(quiet=True)
+        self.folder, self.facts, self.jobs = folder, facts, jobs
+        self.runs = folder.study.runs()
+        self.records, self.failures = dict(done), set(failures)
+        self.pending: dict[Run, int | None] = {}
+        self.live = Live(console=self.console, transient=True, auto_refresh=False)
+
+    def __enter__(self) -> Display:
+        if self.records:
+            self._print(
+                f"{len(self.records)} of {len(self.runs)} runs are there already, in {self.folder.path}"
+            )
+        self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def refresh(self, pending: Sequence[Run]) -> None:
+        """Draw the table with the pending runs where they are."""
+        self.pending = {run: _epochs_done(self.folder, run) for run in pending}
+        self.live.update(self._table(), refresh=True)
+
+    def finished(self, run: Run, record: Record) -> None:
+        """Say that a run is done, and what came out."""
+        self.records[run] = record
+        self._print(
+            f"{len(self.records):>3}/{len(self.runs)}  {run.arm} seed {run.seed}: validation top-1 "
+            f"{record.validation.top1:.2f} % (best epoch {record.best_epoch}), {record.seconds:.0f} s"
+        )
+
+    def failed(self, run: Run, reason: str) -> None:
+        """Say that a run failed, and why."""
+        self.failures.add(run)
+        self._print(f"failed   {run.arm} seed {run.seed}: {reason}")
+
+    def _table(self) -> Table:
+        metric = self.folder.study.metric
+        left = self.seconds_left()
+        table = Table(title=None if left is None else f"about {timedelta(seconds=round(left))} left")
+        for name in ("arm", "done", "running (epoch)", "failed", f"test {metric}, %"):
+            table.add_column(name, justify="left" if name == "arm" else "right")
+        for arm in self.folder.study.arms:
+            scores = [getattr(r.test, metric) for run, r in self.records.items() if run.arm == arm.name]
+            epochs = [f"{done or 0}" for run, done in self.pending.items() if run.arm == arm.name]
+            failed = sum(run.arm == arm.name for run in self.failures)
+            mean = f"{statistics.fmean(scores):.2f}" if scores else ""
+            table.add_row(arm.name, str(len(scores)), ", ".join(epochs), str(failed or ""), mean)
+        return table
+
+    def seconds_left(self) -> float | None:
+        """By the time that finished runs took for their multiply-accumulates; ``None`` without any."""
+        spent = sum(self._work(run, run.config.epochs) for run in self.records)
+        if not spent:
+            return None
+        open_runs = [run for run in self.runs if run not in self.records and run not in self.failures]
+        left = sum(self._work(run, run.config.epochs - (self.pending.get(run) or 0)) for run in open_runs)
+        return left * sum(record.seconds for record in self.records.values()) / spent / self.jobs
+
+    def _work(self, run: Run, epochs: int) -> float:
+        return self.facts.arms[run.arm].macs * epochs * run.config.data.fraction
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _epochs_done(folder: StudyFolder, run: Run) -> int | None:
+    """Epochs that a run under way has behind it; ``None`` if it has not begun."""
+    done = read_status(folder.of(run)).get("epochs_done")
+    return None if done is None else int(done)

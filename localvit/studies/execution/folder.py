@@ -1,0 +1,250 @@
+"""The folder that keeps a study, so that no result is lost, doubled or mixed up.
+
+```
+study.json         the study (without results), the command that made it, the number of classes
+jobs/              of a cluster (`cluster`)
+runs/KEY/          the run of that configuration: as `training.train` writes it, and, last of all, record.json
+results.jsonl      one line per finished run of the study, for programs; a report needs no other results
+speed.json         inference throughput of the arms, measured in turns
+report.html, report.md, summary.json
+```
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+
+from localvit.atomic import write_atomically
+from localvit.config import differences
+from localvit.errors import ConfigError
+from localvit.runs import read_status
+from localvit.studies.design import Run, Study, study_from_dict
+from localvit.studies.execution.records import Record, parse_record, read_record
+
+_OWN = ("runs", "results.jsonl", "report.html", "report.md", "summary.json", "speed.json")
+_FAILURE = "failure.json"
+_BESIDES = ("command", "classes")  # what study.json has beside the study
+
+State = Literal["new", "begun", "failed", "done"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far a run is.
+
+    Attributes:
+        state: ``"new"``, ``"begun"`` (under way or interrupted), ``"failed"`` or ``"done"``.
+        record: Of a run that is done.
+        reason: Why it failed.
+    """
+
+    state: State
+    record: Record | None = None
+    reason: str = ""
+
+
+class StudyFolder:
+    """Where a study keeps its runs.
+
+    Args:
+        path: The folder; made when something is written.
+        study: The study.
+
+    Raises:
+        ConfigError: if the folder holds another study or files of something else. Seeds may differ, and
+            arms may be more or fewer: those that are there already keep their runs. What they ask a cluster
+            for may differ too. Nothing is written.
+    """
+
+    def __init__(self, path: Path, study: Study) -> None:
+        self.path, self.study = path, study
+        if not (path / "study.json").exists():
+            held = [name for name in _OWN if (path / name).exists()]
+            if held:
+                raise ConfigError(f"{str(path)!r} holds {held[0]} but no study.json; choose another folder")
+            return
+        there, here = read_study(path).to_dict(), study.to_dict()
+        shared = there["arms"].keys() & here["arms"].keys()
+        old, new = (
+            {"base": s["base"], "arms": {n: _asked(s["arms"][n]) for n in shared}} for s in (there, here)
+        )
+        for field, values in differences(old, new).items():
+            raise ConfigError(
+                f"{str(path)!r} holds another study: {field} is {values[0]!r} there and {values[1]!r} here; "
+                "choose another folder"
+            )
+
+    @contextmanager
+    def claim(self, command: str = "", classes: int | None = None) -> Iterator[None]:
+        """Make the folder, write the study, and keep other processes out of it.
+
+        Args:
+            command: That it was made by.
+            classes: Of its data, for reports where the data is not.
+
+        Raises:
+            ConfigError: if another process works in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with filelock.FileLock(self.path / ".lock", timeout=0):
+                values = {"command": command, "classes": classes, **self.study.to_dict()}
+                write_atomically(self.path / "study.json", json.dumps(values, indent=1) + "\n")
+                yield
+        except filelock.Timeout as error:
+            raise ConfigError(f"another process works in {str(self.path)!r}; wait for it") from error
+
+    def of(self, run: Run) -> Path:
+        """The folder of one run."""
+        return self.path / "runs" / run.key
+
+    def outcome(self, run: Run) -> Outcome:
+        """How far a run is, by what its folder says; a run without a folder may be in ``results.jsonl``.
+
+        Raises:
+            ConfigError: if its record or status cannot be used.
+        """
+        folder = self.of(run)
+        record = read_record(folder, run) or (None if folder.exists() else self._kept(run))
+        if record is not None:
+            return Outcome("done", record)
+        if (folder / _FAILURE).exists():
+            return Outcome("failed", reason=_read(folder / _FAILURE)["reason"])
+        status = read_status(folder)
+        if status.get("state") == "failed":
+            return Outcome("failed", reason=str(status.get("error", "unknown")))
+        return Outcome("begun" if status else "new")
+
+    def finished(self) -> dict[Run, Record]:
+        """The records of the study's runs that are done, in the study's order.
+
+        Raises:
+            ConfigError: as `outcome`.
+        """
+        found = {run: self.outcome(run).record for run in self.study.runs()}
+        return {run: record for run, record in found.items() if record is not None}
+
+    def readable(self) -> tuple[dict[Run, Record], list[str]]:
+        """As `finished`, without the records that cannot be used; and what is wrong with these."""
+        records, wrong = {}, self._garbled()
+        for run in self.study.runs():
+            try:
+                record = self.outcome(run).record
+            except ConfigError as error:
+                wrong.append(f"{run.arm} seed {run.seed} is left out: {error}")
+                continue
+            if record is not None:
+                records[run] = record
+        return records, wrong
+
+    def note_failure(self, run: Run, reason: str) -> None:
+        """Write down a failure, whether or not the run got as far as to do that itself."""
+        note_failure(self.of(run), reason)
+
+    def forget(self, run: Run) -> None:
+        """Remove a failed try, all of it."""
+        shutil.rmtree(self.of(run), ignore_errors=True)
+
+    def borrow(self, run: Run, other: Path) -> bool:
+        """Take a finished run of the same configuration over from another study's folder, if it has one.
+
+        Raises:
+            ConfigError: if the record there cannot be used.
+        """
+        source = other / "runs" / run.key
+        if self.of(run).exists() or read_record(source, run) is None:
+            return False
+        partial = self.path / "runs" / f".{run.key}"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+        partial.rename(self.of(run))
+        return True
+
+    def write_results(self) -> None:
+        """Write `results.jsonl`: each record with its arm and seed."""
+        rows = [
+            json.dumps({"arm": run.arm, "seed": run.seed, **record.to_dict()})
+            for run, record in self.readable()[0].items()
+        ]
+        write_atomically(self.path / "results.jsonl", "".join(f"{row}\n" for row in rows))
+
+    def _garbled(self) -> list[str]:
+        path, wrong = self.path / "results.jsonl", []
+        if not path.exists() or (self.path / "runs").exists():  # then it is made anew from these
+            return []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                json.loads(line)
+            except ValueError:
+                wrong.append(f"line {number} of {str(path)!r} is no record")
+        return wrong
+
+    def _kept(self, run: Run) -> Record | None:
+        path = self.path / "results.jsonl"
+        if not path.exists():
+            return None
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            where = f"line {number} of {str(path)!r}"
+            if f'"{run.key}"' not in line:
+                continue
+            try:
+                row = json.loads(line)
+                arm, seed = row.pop("arm"), row.pop("seed")
+            except (ValueError, KeyError, AttributeError) as error:
+                raise ConfigError(f"{where} is no record ({error})") from error
+            if (arm, seed) == (run.arm, run.seed):
+                return parse_record(row, where, run)
+        return None
+
+
+def note_failure(folder: Path, reason: str) -> None:
+    """Write down in a run's folder why it failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / _FAILURE, json.dumps({"reason": reason}) + "\n")
+
+
+def read_study(path: Path) -> Study:
+    """The study that a folder holds.
+
+    Raises:
+        ConfigError: if it holds none.
+    """
+    values = _read(path / "study.json")
+    for name in _BESIDES:
+        values.pop(name, None)
+    try:
+        return study_from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{str(path / 'study.json')!r} is no study: {error}") from error
+
+
+def read_besides(path: Path) -> tuple[str, int | None]:
+    """The command that made the study in a folder, and the classes of its data, where they are known."""
+    values = _read(path / "study.json")
+    command, classes = (values.get(name) for name in _BESIDES)
+    return str(command or ""), classes if isinstance(classes, int) else None
+
+
+def _asked(arm: dict[str, Any]) -> dict[str, Any]:
+    """What decides the results of an arm, of its JSON."""
+    return {name: value for name, value in arm.items() if name != "resources"}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no {str(path)!r}: no study is there") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{str(path)!r} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{str(path)!r} cannot be read: not a mapping")
+    return values

@@ -1,0 +1,100 @@
+"""Which job of a cluster does which run of a study, and whether it is still there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from localvit.atomic import write_atomically
+from localvit.errors import ConfigError
+from localvit.studies.design import Run
+from localvit.studies.execution.folder import StudyFolder
+
+Kind = Literal["slurm", "local"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job, as its cluster names it."""
+
+    kind: Kind
+    id: str
+
+
+def living(folder: StudyFolder) -> dict[Run, Job]:
+    """The runs that are not done and whose last job is queued or running.
+
+    Raises:
+        ConfigError: if nobody can tell.
+    """
+    known = _read_jobs(folder)
+    open_jobs = {
+        run: known[run.key]
+        for run in folder.study.runs()
+        if run.key in known and folder.outcome(run).state != "done"
+    }
+    alive = alive_of(open_jobs.values())
+    if alive is None:
+        raise ConfigError(
+            f"squeue does not answer, so nobody can tell whether {len(open_jobs)} jobs still run; try again, "
+            f"or delete {str(jobs_path(folder) / 'jobs.json')!r} if that cluster is gone"
+        )
+    return {run: job for run, job in open_jobs.items() if job in alive}
+
+
+def alive_of(jobs: Collection[Job]) -> set[Job] | None:
+    """Those that are queued or running; ``None`` if SLURM does not say.
+
+    submitit would ask sacct, which needs a data base that not every cluster has, is behind the queue, and
+    calls a suspended job finished. The queue itself is what decides whether a run may be submitted.
+    """
+    slurm = {job for job in jobs if job.kind == "slurm"}
+    queued = _queue() if slurm else set()
+    if queued is None:
+        return None
+    return {job for job in jobs if (job.id in queued if job.kind == "slurm" else _is_running(job.id))}
+
+
+def _queue() -> set[str] | None:
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return set(done.stdout.split())
+
+
+def _is_running(process: str) -> bool:
+    """Whether this is a process of submitit's local executor; one that has ended has no command line."""
+    try:
+        return b"submitit.local._local" in Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def jobs_path(folder: StudyFolder) -> Path:
+    """The folder for all that belongs to jobs."""
+    return folder.path / "jobs"
+
+
+def _read_jobs(folder: StudyFolder) -> dict[str, Job]:
+    path = jobs_path(folder) / "jobs.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {key: Job(**job) for key, job in values.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{str(path)!r} cannot be read: {error}") from error
+
+
+def write_jobs(folder: StudyFolder, jobs: Mapping[Run, Job]) -> None:
+    """Note the jobs of some runs, in the place of their former ones."""
+    jobs_path(folder).mkdir(exist_ok=True)
+    values = _read_jobs(folder) | {run.key: job for run, job in jobs.items()}
+    text = json.dumps({key: asdict(job) for key, job in values.items()}, indent=1)
+    write_atomically(jobs_path(folder) / "jobs.json", text + "\n")

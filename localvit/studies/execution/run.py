@@ -1,0 +1,203 @@
+"""The missing runs of a study, in worker processes, with a table for whoever watches."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import connection
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from localvit.data import disable_ghostscript, open_splits
+from localvit.errors import ConfigError, one_line
+from localvit.runtime import pick_device
+from localvit.studies.design import Facts, Run, Study, check_study
+from localvit.studies.execution import cluster as clusters
+from localvit.studies.execution.display import Display
+from localvit.studies.execution.folder import Outcome, StudyFolder
+from localvit.studies.execution.jobs import living
+from localvit.studies.execution.records import Record, perform
+
+
+class StudyFailed(RuntimeError):
+    """A study cannot be completed; the message says which runs failed and why."""
+
+
+Failures = dict[Run, str]
+"""Runs that did not finish, each with the reason."""
+
+
+def run_missing(
+    folder: StudyFolder,
+    *,
+    jobs: int = 2,
+    threads: int = 1,
+    cluster: clusters.Cluster | None = None,
+    retry: bool = True,
+    reuse: Sequence[Path] = (),
+    command: str = "",
+    console: Console | None = None,
+) -> Failures:
+    """Do every run of the study that has no record yet, one seed of every arm first.
+
+    A run that was interrupted goes on from its last state; one that fails does not stop the others. On an
+    interrupt the workers end at once, finished runs stay, and a later call goes on.
+
+    Args:
+        folder: Of the study.
+        jobs: Worker processes. Each has one GPU, where there are any, in turns: with more jobs than GPUs
+            several runs share one. Not for a cluster.
+        threads: Of each worker; small models gain nothing from more than one.
+        cluster: Where the runs become jobs; ``None``: they run here. Jobs of an earlier call that are still
+            there are followed, an interrupt leaves them there.
+        retry: Start failed runs anew; otherwise they are left as they are and listed.
+        reuse: Folders of other studies, whose finished runs of the same configuration are taken over.
+        command: Kept beside the study.
+        console: Where progress is shown; ``None`` shows nothing.
+
+    Raises:
+        ConfigError, DataError: if an arm cannot be trained, a record cannot be read, another process works
+            in the folder or nothing can be submitted from here; nothing was written. Or if the cluster
+            refuses the jobs, or some are there and `cluster` is ``None``.
+    """
+    if cluster is not None:
+        cluster.check(folder.study, threads)
+    facts = check_ready(folder.study, here=cluster is None)
+    folder.finished()  # finds records that cannot be used
+    with folder.claim(command, facts.classes):
+        if cluster is None and (there := living(folder)):
+            listed = ", ".join(job.id for job in there.values())
+            raise ConfigError(f"{len(there)} runs are queued or running on a cluster (jobs {listed})")
+        outcomes = _outcomes(folder, retry, reuse)
+        failures = {run: o.reason for run, o in outcomes.items() if o.state == "failed"}
+        missing = deque(run for run, o in outcomes.items() if o.state in ("new", "begun"))
+        done = {run: o.record for run, o in outcomes.items() if o.record is not None}
+        try:
+            if missing:
+                if cluster is not None:
+                    jobs = cluster.parallel or len(missing)
+                with Display(console, folder, facts, done, failures, jobs) as display:
+                    if cluster is None:
+                        _work(missing, folder, min(jobs, len(missing)), threads, failures, display)
+                    else:
+                        clusters.work(cluster, missing, folder, threads, failures, display)
+        finally:
+            folder.write_results()
+    return failures
+
+
+def check_ready(study: Study, here: bool = True) -> Facts:
+    """Build what each arm trains and open its data: what cannot work fails before anything is written.
+
+    Args:
+        study: The study.
+        here: Whether it will run on this machine, which then needs its device.
+
+    Raises:
+        ConfigError, DataError: as `training.train`, for an arm that cannot be trained.
+    """
+    seen = []
+    for arm in study.arms:
+        config = study.config(arm, study.seeds[0])
+        if here:
+            pick_device(config.device)
+        if (config.data, config.batch_size) not in seen:
+            images = len(open_splits(config.data, seed=config.seed).train)
+            if images < config.batch_size:
+                raise ConfigError(
+                    f"arm {arm.name!r}: batch_size={config.batch_size} does not fit {images} training images"
+                )
+            seen.append((config.data, config.batch_size))
+    return check_study(study)
+
+
+def _outcomes(folder: StudyFolder, retry: bool, reuse: Sequence[Path]) -> dict[Run, Outcome]:
+    """How far each run is, with failed ones forgotten (`retry`) and finished ones of others taken over."""
+    found = {run: folder.outcome(run) for run in folder.study.runs()}
+    for run, outcome in found.items():
+        if outcome.state == "failed" and retry:
+            folder.forget(run)
+            found[run] = Outcome("new")
+        if outcome.state == "new" and any(folder.borrow(run, other) for other in reuse):
+            found[run] = folder.outcome(run)
+    return found
+
+
+def _work(
+    missing: deque[Run], folder: StudyFolder, jobs: int, threads: int, failures: Failures, display: Display
+) -> None:
+    """Give each worker one run after the other; one that dies takes no other run with it."""
+    with _workers(jobs, threads) as workers:
+        running: dict[Future[Record], tuple[int, Run]] = {}
+        while missing or running:
+            busy = {slot for slot, _ in running.values()}
+            for slot in set(range(jobs)) - busy:
+                if missing:
+                    run = missing.popleft()
+                    running[workers[slot].submit(perform, run.config, folder.of(run))] = slot, run
+            finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in finished:
+                slot, run = running.pop(future)
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    failures[run] = "its process died, perhaps for want of memory; it will go on next time"
+                    workers[slot] = _worker(slot, threads)
+                elif error is not None:
+                    failures[run] = one_line(error)
+                    folder.note_failure(run, failures[run])
+                if error is None:
+                    display.finished(run, future.result())
+                else:
+                    display.failed(run, failures[run])
+            display.refresh([run for _, run in running.values()])
+
+
+@contextmanager
+def _workers(count: int, threads: int) -> Iterator[list[Executor]]:
+    """Processes that end with this one, however it ends."""
+    before = set(multiprocessing.active_children())
+    workers = [_worker(slot, threads) for slot in range(count)]
+    try:
+        yield workers
+    except BaseException:
+        for child in set(multiprocessing.active_children()) - before:
+            child.terminate()
+        raise
+    finally:
+        for worker in workers:
+            worker.shutdown(cancel_futures=True)
+
+
+def _worker(slot: int, threads: int) -> Executor:
+    """One process: a pool of its own, so that its death breaks no other."""
+    # Spawned, because a fork of a process whose torch has started threads can hang.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker, initargs=(slot, threads))
+
+
+def _start_worker(slot: int, threads: int) -> None:
+    disable_ghostscript()
+    gpus = torch.cuda.device_count()  # does not start CUDA
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot tell its workers; they would train on beside those of the next try."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,236 @@
+"""The learning rate of every arm, found the same way: one grid, the same seeds, the validation split.
+
+A tuning is itself a study, whose arms are the arms of the question at each learning rate. Its outcome is a
+small value that is kept as JSON: a user's in the folder of the study, those of the recipes that come with
+the package in ``localvit/studies/tuned/``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from localvit.atomic import write_atomically
+from localvit.config import TrainConfig, comparable, differences, from_dict, merge
+from localvit.errors import ConfigError
+from localvit.runtime import versions
+from localvit.studies.design import Arm, Study
+from localvit.studies.execution.folder import StudyFolder
+from localvit.studies.execution.run import Failures, StudyFailed, run_missing
+
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""The first grid, as multiples of the base's learning rate; 2 apart, nearer ones differ less than seeds."""
+MOST_EXTENSIONS = 4
+"""Times that the grid grows by a factor of 2 at a border where a best value lies."""
+FIRST_SEED = 1000
+"""Of a tuning. The seeds that are reported count from 0, so nothing is tuned on their validation splits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Learning rates that were tried, and those that were chosen.
+
+    Attributes:
+        base: The configuration that was tuned, without its learning rate and seed.
+        changes: Arm -> what it changes in the base.
+        grid: Learning rates that every arm tried, ascending.
+        seeds: With each of which every arm tried each of them.
+        validation_top1: Arm -> for each rate of the grid, the best epoch's validation top-1 of each seed,
+            in per cent; a run that failed has ``None``.
+        chosen: Arm -> the rate with the highest mean; the lower one of equals. Rates with a failed run
+            are out.
+        at_border: Arms whose chosen rate is the grid's first or last after all extensions.
+        command: That repeats it.
+        versions: Package -> version.
+    """
+
+    base: dict[str, Any]
+    changes: dict[str, dict[str, Any]]
+    grid: list[float]
+    seeds: list[int]
+    validation_top1: dict[str, list[list[float | None]]]
+    chosen: dict[str, float]
+    at_border: list[str]
+    command: str
+    versions: dict[str, str]
+
+    def departures(self, base: TrainConfig) -> dict[str, tuple[Any, ...]]:
+        """Fields of `base` that differ from what was tuned: path -> (tuned, here)."""
+        # Read as a configuration: a field that is newer than the tuning has its default there.
+        tuned: TrainConfig = from_dict(merge(self.base, {"optim": {"lr": base.optim.lr}}))
+        return differences(_tuned_part(tuned), _tuned_part(base))
+
+
+def tune(
+    base: TrainConfig,
+    arms: Sequence[Arm],
+    folder: Path,
+    *,
+    factors: Sequence[float] = FACTORS,
+    seeds: int = 3,
+    jobs: int = 2,
+    command: str,
+    console: Console | None = None,
+) -> Tuning:
+    """Try the grid with every arm, extend it for all arms while a best value lies at its border.
+
+    Args:
+        base: Shared by the arms; its learning rate is the centre of the grid.
+        arms: What they change in it; none changes the learning rate.
+        folder: Keeps the runs; repeating a tuning does what is missing.
+        factors: The first grid as multiples of the base's learning rate.
+        seeds: How many; three average out most of the luck of one.
+        jobs: Worker processes.
+        command: Noted in the result.
+        console: Where progress is shown.
+
+    Raises:
+        ConfigError, DataError: as `run.run_missing`.
+        StudyFailed: if no rate of an arm finished with all seeds.
+    """
+    rates = sorted(base.optim.lr * factor for factor in factors)
+    for extension in range(MOST_EXTENSIONS + 1):
+        study = _grid_study(base, arms, rates, seeds)
+        store = StudyFolder(folder, study)
+        failures = run_missing(store, jobs=jobs, console=console)
+        top1 = {(run.arm, run.seed): record.validation.top1 for run, record in store.finished().items()}
+        scores = {
+            arm.name: [[top1.get((_name(arm, rate), seed)) for seed in study.seeds] for rate in rates]
+            for arm in arms
+        }
+        chosen = _choose(rates, scores, failures)
+        wider = _extended(rates, list(chosen.values()))
+        if wider == rates or extension == MOST_EXTENSIONS:
+            break
+        rates = wider
+    return Tuning(
+        base=_tuned_part(base),
+        changes={arm.name: arm.changes for arm in arms},
+        grid=rates,
+        seeds=list(study.seeds),
+        validation_top1=scores,
+        chosen=chosen,
+        at_border=[name for name, rate in chosen.items() if _extended(rates, [rate]) != rates],
+        command=command,
+        versions=versions(),
+    )
+
+
+def save_tuning(tuning: Tuning, folder: Path) -> None:
+    """Write `tuning.json` and `tuning.md` into a folder."""
+    write_atomically(folder / "tuning.json", json.dumps(dataclasses.asdict(tuning), indent=1) + "\n")
+    write_atomically(folder / "tuning.md", as_markdown(tuning))
+
+
+def load_tuning(path: Path) -> Tuning:
+    """Read a `tuning.json`.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    try:
+        return Tuning(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{str(path)!r} is no tuning: {error}") from error
+
+
+def shipped_tuning(recipe: str) -> Tuning | None:
+    """The tuning of a recipe that comes with the package, if there is one."""
+    with resources.as_file(
+        resources.files("localvit.studies.execution") / "tuned" / f"{recipe}.json"
+    ) as path:
+        return load_tuning(path) if path.exists() else None
+
+
+def tuning_table(tuning: Tuning) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table: mean validation top-1 (each seed's) by learning rate and arm."""
+    head = ["learning rate", *tuning.validation_top1]
+    rows = []
+    for i, rate in enumerate(tuning.grid):
+        cells = []
+        for name, by_rate in tuning.validation_top1.items():
+            mark = " *" if tuning.chosen[name] == rate else ""
+            cells.append(_cell(by_rate[i]) + mark)
+        rows.append([f"{rate:g}", *cells])
+    return head, rows
+
+
+def as_markdown(tuning: Tuning) -> str:
+    """A page with the table and how it came about."""
+    head, rows = tuning_table(tuning)
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    border = f"At the border of the grid: {', '.join(tuning.at_border)}.\n\n" if tuning.at_border else ""
+    made_with = ", ".join(f"{name} {version}" for name, version in tuning.versions.items())
+    return (
+        "# Learning rates\n\n"
+        "Validation top-1 in per cent: mean over the seeds (each seed's), of the best epoch. The test split "
+        "was not used. `*` marks the rate that is chosen for the arm.\n\n"
+        + "\n".join(lines)
+        + f"\n\n{border}Seeds {', '.join(map(str, tuning.seeds))}; {made_with}.\n\n    {tuning.command}\n"
+    )
+
+
+def _grid_study(base: TrainConfig, arms: Sequence[Arm], rates: Sequence[float], seeds: int) -> Study:
+    return Study(
+        question="Which learning rate suits each arm?",
+        base=base,
+        arms=tuple(
+            Arm(name=_name(arm, rate), changes=arm.changes | {"optim.lr": rate})
+            for rate in rates
+            for arm in arms
+        ),
+        seeds=tuple(range(FIRST_SEED, FIRST_SEED + seeds)),
+    )
+
+
+def _name(arm: Arm, rate: float) -> str:
+    return f"{arm.name}-lr-{rate:g}"
+
+
+def _choose(
+    rates: Sequence[float], scores: Mapping[str, Sequence[Sequence[float | None]]], failures: Failures
+) -> dict[str, float]:
+    chosen = {name: _best(rates, by_rate) for name, by_rate in scores.items()}
+    found = {name: rate for name, rate in chosen.items() if rate is not None}
+    if len(found) < len(chosen):
+        raise StudyFailed(f"an arm finished with no learning rate ({'; '.join(failures.values())})")
+    return found
+
+
+def _best(rates: Sequence[float], by_rate: Sequence[Sequence[float | None]]) -> float | None:
+    """The rate with the highest mean, the lower one of equals; ``None`` if each has a failed run."""
+    means = {
+        rate: statistics.fmean(score for score in scores if score is not None)
+        for rate, scores in zip(rates, by_rate, strict=True)
+        if None not in scores
+    }
+    return max(means, key=lambda rate: (means[rate], -rate), default=None)
+
+
+def _extended(rates: Sequence[float], chosen: Sequence[float]) -> list[float]:
+    """The grid, longer by a factor of 2 at each end where a chosen rate lies."""
+    below = [rates[0] / 2] if rates[0] in chosen else []
+    above = [rates[-1] * 2] if rates[-1] in chosen else []
+    return [*below, *rates, *above]
+
+
+def _tuned_part(base: TrainConfig) -> dict[str, Any]:
+    values = comparable(dataclasses.replace(base, seed=0))
+    del values["optim"]["lr"]
+    return values
+
+
+def _cell(scores: Sequence[float | None]) -> str:
+    if None in scores:
+        return "failed"
+    numbers = [score for score in scores if score is not None]
+    each = ", ".join(f"{score:.1f}" for score in numbers)
+    return f"{statistics.fmean(numbers):.2f} ({each})"

@@ -1,0 +1,103 @@
+"""A study from its runs to its report, in one call."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from localvit.atomic import write_atomically
+from localvit.bench import machine
+from localvit.errors import ConfigError
+from localvit.inference import load_checkpoint
+from localvit.models import preprocessing
+from localvit.runtime import pick_device
+from localvit.studies.design import Study
+from localvit.studies.execution import (
+    THREADS,
+    Cluster,
+    StudyFailed,
+    StudyFolder,
+    Tuning,
+    images_per_second,
+    run_missing,
+)
+from localvit.studies.reporting import SPEED, TUNING, Report, read_report, read_speed, write_report
+
+
+def answer(
+    study: Study,
+    folder: Path,
+    *,
+    tuning: Tuning | None = None,
+    command: str = "",
+    jobs: int = 2,
+    threads: int = 1,
+    cluster: Cluster | None = None,
+    retry: bool = True,
+    reuse: Sequence[Path] = (),
+    console: Console | None = None,
+) -> Report:
+    """Do the runs that are missing, time the arms, compare them, and write the report.
+
+    Args:
+        study: With budgets matched (`checks.matched`).
+        folder: For runs and report (`folder.StudyFolder`).
+        tuning: Of the learning rates, kept beside the runs and cited by the report.
+        command, jobs, threads, cluster, retry, reuse, console: As in `run.run_missing`. With a cluster the
+            arms are not timed, because this may be no machine to time them on; a call without it does.
+
+    Raises:
+        ConfigError, DataError: if the study cannot work or the folder holds something else; nothing was
+            written.
+        StudyFailed: if runs failed; the others are kept and reported.
+    """
+    if len(study.seeds) < 2:
+        raise ConfigError(f"seeds={len(study.seeds)}: at least 2 are needed to compare")
+    store = StudyFolder(folder, study)
+    failures = run_missing(
+        store,
+        jobs=jobs,
+        threads=threads,
+        cluster=cluster,
+        retry=retry,
+        reuse=reuse,
+        command=command,
+        console=console,
+    )
+    if tuning is not None:
+        write_atomically(folder / TUNING, json.dumps(dataclasses.asdict(tuning), indent=1) + "\n")
+    if not failures and cluster is None:
+        time_arms(store)
+    report = read_report(folder)
+    write_report(report)
+    if failures:
+        reasons = "; ".join(f"{run.arm} seed {run.seed}: {reason}" for run, reason in failures.items())
+        waits = not retry and any(store.outcome(run).state == "failed" for run in failures)
+        advice = "--retry starts them anew" if waits else "the same command goes on with them"
+        raise StudyFailed(f"{len(failures)} of {len(study.runs())} runs failed ({reasons}); {advice}")
+    return report
+
+
+def time_arms(store: StudyFolder) -> None:
+    """Time the arms in turns, with the first seed's models, unless that was done or they are gone."""
+    study = store.study
+    first = {run.arm: run for run in study.runs() if run.seed == study.seeds[0]}
+    if not all((store.of(run) / "best").exists() for run in first.values()):
+        return
+    path, keys = store.path / SPEED, [run.key for run in first.values()]
+    if path.exists() and read_speed(store.path).get("keys") == keys:
+        return
+    device = pick_device(study.base.device)
+    models = {name: load_checkpoint(str(store.of(run)), device).model for name, run in first.items()}
+    sizes = {
+        name: preprocessing(model, first[name].config.data)["input_size"] for name, model in models.items()
+    }
+    found = images_per_second(models, sizes, device=device)
+    words = machine(THREADS if device.type == "cpu" else torch.get_num_threads())
+    values = {"images_per_second": found, "machine": words, "keys": keys}
+    write_atomically(path, json.dumps(values, indent=1) + "\n")

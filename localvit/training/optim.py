@@ -1,0 +1,129 @@
+"""Models, optimizers and schedules from their configurations; what cannot work fails before training."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from timm.optim import (
+    create_optimizer_v2,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from localvit.config import OptimConfig, TrainConfig
+from localvit.errors import ConfigError, one_line, unknown
+from localvit.surgery import locality_parameters
+
+_BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, KeyError, IndexError)
+# Arguments of create_optimizer_v2 that timm ignores when it is given groups of parameters.
+_GROUPING = (
+    "fallback_list",
+    "fallback_no_weight_decay",
+    "filter_bias_and_bn",
+    "layer_decay_min_scale",
+    "layer_decay_no_opt_scale",
+    "param_group_fn",
+)
+
+
+def freeze(model: nn.Module, train_only: Literal["all", "locality"]) -> None:
+    """Leave only what `train_only` says trainable: ``"locality"`` is its parameters and the classifier.
+
+    Raises:
+        ConfigError: if the model has no locality.
+    """
+    if train_only == "all":
+        return
+    kept = {id(parameter) for _, parameter in locality_parameters(model)}
+    if not kept:
+        raise ConfigError("train_only='locality': the model has none (model.locality=null)")
+    classifier = model.get_classifier()  # type: ignore[operator]
+    for head in classifier if isinstance(classifier, tuple) else (classifier,):
+        kept |= {id(parameter) for parameter in head.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, batch_size: int | None = None
+) -> torch.optim.Optimizer:
+    """timm's optimizer over the trainable parameters; see `OptimConfig` for what is decayed.
+
+    Args:
+        model: Where the parameters are.
+        config: Which optimizer.
+        batch_size: Pictures per update; it scales the rate where `config.lr_batch` is set.
+
+    Raises:
+        ConfigError: for an unknown name, arguments that the optimizer refuses, or what the model does not
+            support.
+    """
+    known = [str(name) for name in list_optimizers()]
+    if config.name not in known:
+        raise unknown("optim.name", config.name, known)
+    if config.lr_batch is not None and batch_size is None:
+        raise ConfigError(f"optim.lr_batch={config.lr_batch}: the learning rate needs the batch size")
+    if config.layer_decay is not None and not hasattr(model, "group_matcher"):
+        raise ConfigError(
+            f"optim.layer_decay={config.layer_decay:g}: {type(model).__name__} does not say which parameter "
+            "is in which layer (it has no group_matcher)"
+        )
+    args = config.args
+    if config.no_decay is not None:
+        args = {**args, "param_group_fn": _own_groups(config, config.no_decay)}
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=config.name,
+            lr=config.lr if batch_size is None else config.effective_lr(batch_size),
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            layer_decay=config.layer_decay,
+            **args,
+        )
+    except _BAD_ARGUMENTS as error:
+        raise ConfigError(f"optim.args={config.args}: {one_line(error)}") from error
+
+
+def _own_groups(config: OptimConfig, no_decay: tuple[str, ...]) -> Any:
+    """timm's grouping of parameters, with `no_decay` in the place of the model's list."""
+    ignored = sorted(set(config.args) & set(_GROUPING))
+    if ignored:
+        raise ConfigError(f"optim.args.{ignored[0]} has no effect with optim.no_decay")
+    if config.layer_decay is None:
+        return partial(
+            param_groups_weight_decay,
+            weight_decay=config.weight_decay,
+            no_weight_decay_list=no_decay,
+        )
+    return partial(
+        param_groups_layer_decay,
+        weight_decay=config.weight_decay,
+        no_weight_decay_list=no_decay,
+        layer_decay=config.layer_decay,
+    )
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int
+) -> Scheduler:
+    """timm's schedule over `config.epochs`, moved with ``step_update(number of updates done)``."""
+    schedule = config.schedule
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=schedule.name,
+        num_epochs=config.epochs,
+        warmup_epochs=schedule.warmup_epochs,  # type: ignore[arg-type]  # a fraction works: it counts updates
+        warmup_lr=schedule.warmup_lr,
+        min_lr=schedule.min_lr,
+        decay_rate=1.0,  # the exponent of "poly"
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return scheduler

@@ -1,0 +1,116 @@
+"""Questions as files: every one that is shipped can be asked at every scale, and what is wrong is named."""
+
+import json
+
+import pytest
+import torch
+
+from localvit.config.comparison import differences
+from localvit.errors import ConfigError
+from localvit.models.build import build_model
+from localvit.studies.design.checks import check_study
+from localvit.studies.design.question import list_questions, load_question
+from localvit.studies.design.study import study_from_dict
+
+SHRUNK = {"paper": ["model.args.depth=3"]}  # DeiT-T's arms of 12 blocks take seconds each to count
+
+
+@pytest.mark.parametrize("scale", ["digits", "small", "paper"])
+@pytest.mark.parametrize("name", list_questions())
+def test_every_question_can_be_asked_at_every_scale(name, scale):
+    study = load_question(name).study(scale, 2, SHRUNK.get(scale, []))
+    assert study_from_dict(json.loads(json.dumps(study.to_dict()))) == study
+    assert len(study.contrasts()) >= 2
+    if name == "architectures" and scale == "paper":
+        return  # the models of the publications: counted in tests/models
+    facts = check_study(study)
+    for arm, control in study.contrasts():
+        differs = facts.arms[arm.name].differs
+        assert differs, f"{arm.name} against {control.name}"
+        assert {path.split(".")[0] for path in differs} <= {"model", "data"}
+
+
+def test_the_questions_of_the_issue_are_there():
+    assert set(list_questions()) >= {"depthwise", "gate", "placement", "expansion", "architectures"}
+
+
+def test_a_seed_pairs_the_initial_weights_that_all_arms_share():
+    study = load_question("kernel").study("digits", 2)
+
+    def weights(name, seed):
+        config = study.config(study.arm(name), seed)
+        torch.manual_seed(config.seed)
+        return build_model(config.model, 10).state_dict()
+
+    base, other = weights("mid-3", 1), weights("mid-7", 1)
+    for key in base:
+        if ".mlp." not in key:
+            assert torch.equal(base[key], other[key]), key
+    random = "blocks.1.attn.qkv.weight"
+    assert not torch.equal(base[random], weights("mid-3", 0)[random])
+
+
+def write(folder, text):
+    (folder / "mine.yaml").write_text(text)
+    return str(folder / "mine.yaml")
+
+
+MINE = """
+question: Does it train longer?
+control: short
+arms:
+  long: {epochs: 60}
+  longer: {against: long, epochs: 80}
+scales:
+  mine: {recipe: digits, base: {optim.lr: 1.0e-3}, arms: {longer: {epochs: 90}}}
+match: none
+"""
+
+
+def test_a_question_of_ones_own(tmp_path):
+    study = load_question(write(tmp_path, MINE)).study("mine", 3, ["batch_size=16"], train="pictures")
+    assert [arm.name for arm in study.arms] == ["short", "long", "longer"]
+    assert [(a.name, c.name) for a, c in study.contrasts()] == [("long", "short"), ("longer", "long")]
+    assert [study.config(arm, 0).epochs for arm in study.arms] == [40, 60, 90]
+    assert (study.base.optim.lr, study.base.batch_size, study.base.data.train) == (1e-3, 16, "pictures")
+    assert (study.seeds, study.name, study.scale) == ((0, 1, 2), "mine", "mine")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("question:", "questoin:", "questoin"),
+        ("{epochs: 60}", "{epoch: 60}", "arm 'long': .*epoch.*did you mean 'epochs'"),
+        ("{epochs: 60}", "{}", "arms 'short' and 'long' are the same configuration"),
+        ("{epochs: 60}", "60", "arm 'long': 60 is not a mapping"),
+        ("against: long", "against: logn", "control: there is no arm 'logn'"),
+        ("longer: {epochs: 90}", "longest: {epochs: 90}", "scales.mine.arms: there is no 'longest'"),
+        ("recipe: digits", "recipe: digit", "did you mean 'digits'"),
+        ("recipe: digits, ", "", "scales.mine.recipe is missing"),
+        ("match: none", "match: time", "match='time'; accepted: 'none', 'params', 'macs'"),
+        (
+            "match: none",
+            "claim: {text: t, source: s, expected: {lon: better}}",
+            "claim: there is no arm 'lon'",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, old, new, message):
+    with pytest.raises(ConfigError, match=message):
+        load_question(write(tmp_path, MINE.replace(old, new, 1))).study("mine", 2)
+
+
+def test_unknown_names_come_with_those_that_exist():
+    with pytest.raises(ConfigError, match=r"did you mean 'placement'.*questions: architectures, "):
+        load_question("plaecment")
+    with pytest.raises(ConfigError, match="there is no 'smal'; did you mean 'small'"):
+        load_question("gate").study("smal", 2)
+
+
+def test_scales_differ_in_the_recipe_and_arms_in_what_the_question_names():
+    study = load_question("placement").study("paper", 1)
+    control, upper = (study.config(study.arm(name), 0) for name in ("deit", "upper-third"))
+    assert (control.data.train, control.epochs) == ("imagenet", 300)
+    from localvit.config.files import to_dict
+
+    assert set(differences(to_dict(control), to_dict(upper))) == {"model.locality", "model.blocks"}

@@ -1,0 +1,180 @@
+"""Numbers computed by hand or from another distribution, and properties."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings, strategies as st
+from scipy import stats
+
+from localvit.studies.reporting.statistics import (
+    estimate,
+    holm,
+    paired_difference,
+    seeds_needed,
+    sign_flip_p,
+    smallest_detectable,
+    unpaired_difference,
+)
+
+scores = st.floats(0, 100).map(lambda x: round(x, 1))
+
+
+def test_mean_and_interval_by_hand():
+    # 1, 2, 3: sd 1, standard error 1/sqrt(3); t(2) at 97.5 % is 4.30265.
+    found = estimate([1.0, 2.0, 3.0])
+    assert (found.mean, found.sd, found.n) == (2.0, 1.0, 3)
+    half = 4.302652729911275 / math.sqrt(3)
+    assert found.low == pytest.approx(2 - half)
+    assert found.high == pytest.approx(2 + half)
+
+
+def test_paired_difference_by_hand():
+    # Differences 1, 2, 3: t = 2 sqrt(3) with 2 degrees; its two-sided p is 1 - t / sqrt(t^2 + 2).
+    found = paired_difference([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
+    t = 2 * math.sqrt(3)
+    assert found.estimate == estimate([1.0, 2.0, 3.0])
+    assert found.p_value == pytest.approx(1 - t / math.sqrt(t**2 + 2))
+
+
+def test_two_pairs():
+    # Differences 1 and 3: t = 2 with 1 degree (Cauchy): p = 1 - 2 atan(2) / pi.
+    found = paired_difference([2.0, 5.0], [1.0, 2.0])
+    assert found.p_value == pytest.approx(1 - 2 * math.atan(2) / math.pi)
+    assert found.estimate.low < 0 < found.estimate.high
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.4])
+def test_differences_without_spread_have_no_test(shift):
+    control = [99.1, 33.3, 65.9]
+    treatment = [score + shift for score in control]
+    assert shift == 0 or np.ptp(np.subtract(treatment, control)) > 0  # floats round
+    found = paired_difference(treatment, control)
+    assert found.estimate.mean == pytest.approx(shift)
+    assert (found.estimate.low, found.estimate.high) == (None, None)
+    assert (found.p_value, found.detectable) == (None, None)
+
+
+@pytest.mark.parametrize(("n", "sd"), [(3, 1.0), (5, 0.7), (12, 2.0)])
+def test_smallest_detectable_has_that_power(n, sd):
+    difference = smallest_detectable(sd, n)
+    critical = stats.t.ppf(0.975, n - 1)
+    shift = difference / sd * math.sqrt(n)
+    power = stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift)
+    assert power == pytest.approx(0.8, abs=1e-6)
+
+
+def test_smallest_detectable_is_found_in_simulated_experiments():
+    rng = np.random.default_rng(0)
+    experiments = rng.normal(smallest_detectable(1.5, 5), 1.5, (20_000, 5))
+    found = stats.ttest_1samp(experiments, 0.0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.01)
+
+
+def test_smallest_detectable_of_two_pairs_is_finite():
+    assert 10 < smallest_detectable(1.0, 2) < 13
+
+
+@pytest.mark.parametrize(("sd", "n"), [(0.0, 5), (-1.0, 5), (float("nan"), 5), (float("inf"), 5), (1.0, 1)])
+def test_smallest_detectable_refuses(sd, n):
+    with pytest.raises(ValueError, match="needs sd > 0 and n >= 2"):
+        smallest_detectable(sd, n)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, float("nan")], [1.0, float("inf")]])
+def test_too_few_or_no_numbers(values):
+    with pytest.raises(ValueError, match="at least two finite numbers"):
+        estimate(values)
+
+
+def test_pairs_of_different_length():
+    with pytest.raises(ValueError, match="3 values of the treatment, 2 of the control"):
+        paired_difference([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
+@given(st.lists(st.tuples(scores, scores), min_size=2, max_size=12))
+def test_agrees_with_scipys_paired_test_and_is_antisymmetric(pairs):
+    treatment, control = map(list, zip(*pairs, strict=True))
+    differences = np.subtract(treatment, control)
+    assume(np.ptp(differences) > 0.05)
+    found, turned = paired_difference(treatment, control), paired_difference(control, treatment)
+    expected = stats.ttest_rel(treatment, control)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert (found.estimate.low, found.estimate.high) == pytest.approx(tuple(expected.confidence_interval()))
+    assert turned.estimate.mean == pytest.approx(-found.estimate.mean)
+    assert turned.p_value == pytest.approx(found.p_value)
+    assert turned.detectable == pytest.approx(found.detectable)
+    significant = found.estimate.low > 0 or found.estimate.high < 0
+    assume(abs(found.p_value - 0.05) > 1e-9)
+    assert significant == (found.p_value < 0.05)
+
+
+@given(st.floats(0.01, 50), st.integers(2, 60))
+def test_more_pairs_or_less_spread_show_smaller_differences(sd, n):
+    here = smallest_detectable(sd, n)
+    assert smallest_detectable(sd, n + 1) < here
+    assert smallest_detectable(2 * sd, n) == pytest.approx(2 * here)
+
+
+# Eighths, whose sums are exact: where the mean is 0, scipy would sort ties by their rounding errors.
+differences = st.lists(st.integers(-40, 40).map(lambda x: x / 8), min_size=2, max_size=8)
+p_values = st.lists(st.floats(0, 1), min_size=1, max_size=8)
+
+
+@given(differences)
+def test_sign_flips_agree_with_scipys_exact_permutation_test(values):
+    expected = stats.permutation_test(
+        (np.array(values),), np.mean, permutation_type="samples", n_resamples=np.inf, rng=0
+    ).pvalue
+    # scipy doubles the smaller tail, which is the same for flips: their distribution is symmetric.
+    assert sign_flip_p(values) == pytest.approx(expected)
+
+
+def test_sign_flips_by_hand():
+    assert sign_flip_p([1.0, 2.0, 3.0]) == 2 / 8  # only all plus and all minus are as far from 0
+    assert sign_flip_p([1.0] * 5) == 2 / 32
+    assert sign_flip_p([1.0, -1.0]) == 1.0
+    assert sign_flip_p([1.0] * 20) == pytest.approx(1 / 10_001)  # 10,000 draws and the observed one
+
+
+@given(p_values)
+def test_holm_agrees_with_its_definition(values):
+    # Reject in ascending order while p <= level / (number left): the adjusted p is the least such level.
+    adjusted = holm(values)
+    for level in (0.01, 0.05, 0.2, 0.9):
+        order = sorted(range(len(values)), key=lambda i: values[i])
+        rejected = set()
+        for rank, i in enumerate(order):
+            if values[i] * (len(values) - rank) > level:
+                break
+            rejected.add(i)
+        assert rejected == {i for i, p in enumerate(adjusted) if p <= level}
+    assert all(a >= p for a, p in zip(adjusted, values, strict=True))
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([None, 0.02]) == [None, 0.04]  # a test without an outcome is a test
+
+
+@settings(max_examples=15)
+@given(st.floats(0.1, 2), st.floats(0.3, 3))
+def test_seeds_needed_is_the_least_number_that_suffices(sd, difference):
+    number = seeds_needed(sd, difference)
+    assert smallest_detectable(sd, number) <= difference
+    assert number == 2 or smallest_detectable(sd, number - 1) > difference
+
+
+def test_seeds_needed_ends_somewhere():
+    assert seeds_needed(100.0, 0.01) is None
+    with pytest.raises(ValueError, match="difference=0"):
+        seeds_needed(1.0, 0)
+
+
+def test_unpaired_difference_is_welchs():
+    found = unpaired_difference([1.0, 2.0, 3.0], [2.0, 4.0, 9.0])
+    expected = stats.ttest_ind([2.0, 4.0, 9.0], [1.0, 2.0, 3.0], equal_var=False).confidence_interval()
+    assert (found.mean, found.low, found.high) == pytest.approx((3.0, *expected))
+    assert unpaired_difference([1.0, 1.0], [2.0, 2.0]) is None
+    assert unpaired_difference([1.0, 1.0], [2.0, 3.0]).mean == 1.5
