@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from localvit.bench.host import machine
-from localvit.runtime.versions import versions
+from localvit.runtime.software import versions
 
 SETTINGS = [
     *("model.args.embed_dim=24", "model.args.depth=2", "model.args.num_heads=2", "model.locality={}"),

@@ -27,7 +27,7 @@ from localvit.export.checkpoint import pictures
 from localvit.export.parity import TOLERANCE, Inputs, Parity, check_parity, random_inputs, real_inputs
 from localvit.export.program import export_program
 from localvit.export.write import FORMATS
-from localvit.models.build import preprocessing
+from localvit.models.build import preprocessing_for
 
 MODELS = {
     "DeiT": "localvit_tiny_patch16_224",
@@ -53,7 +53,7 @@ def stirred(name: str) -> nn.Module:
 def measure(name: str) -> list[dict[str, Any]]:
     """A row for each format."""
     model = stirred(name)
-    seen = preprocessing(model, DataConfig())
+    seen = preprocessing_for(model, DataConfig())
     info = ExportInfo.of(seen, architecture=name, num_classes=model.num_classes)
     load = pictures("digits", DataConfig(), seen)
     inputs = [*random_inputs(info.input_size[0], info.sizes), *real_inputs(load, info.sizes)]

@@ -47,8 +47,10 @@ from localvit.bench.measure import (
 from localvit.bench.peak import fastest_matmul, matmuls
 from localvit.bench.result import Setting
 from localvit.cost import count_macs
+from localvit.data.config import DataConfig
 from localvit.engines.info import ExportInfo
 from localvit.errors import first_line
+from localvit.models.build import preprocessing_for
 from localvit.planning.memory import measure_step
 
 OURS, BASE = "localvit_tiny_patch16_224", "deit_tiny_patch16_224"
@@ -108,7 +110,7 @@ def opened(name: str, engine: EngineName, images: Tensor) -> Work:
     """A model on an engine, called once."""
     check_engine(engine, CPU)
     model = timm.create_model(name).eval()
-    seen = timm.data.resolve_model_data_config(model)
+    seen = preprocessing_for(model, DataConfig())
     info = ExportInfo.of(seen, architecture=name, num_classes=model.num_classes)
     computes = open_on(engine, model, info, CPU)
     work = without_gradients(lambda: computes(images))

@@ -1,10 +1,9 @@
 """Locality for vision transformers: a depth-wise convolution inside the feed-forward network."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from wrapt import when_imported
-
-from localvit.imports import door
+from localvit.imports import door, once_imported
 from localvit.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -40,16 +39,14 @@ else:
     __getattr__, __dir__, __all__ = door(__name__)
 
 
-@when_imported("timm")
-def _register_names(timm: object) -> None:
-    """Make `timm.create_model` know our models, whichever of the two is imported first."""
-    import localvit.models.variants  # noqa: F401
-
-
-@when_imported("localvit.locality.feed_forward")
-def _accelerate(feed_forward: object) -> None:
+def _accelerate() -> None:
     """Let every feed-forward network with locality use the faster forms, in a plain PyTorch loop too."""
     from localvit.acceleration import accelerated
     from localvit.locality import set_accelerator
 
     set_accelerator(accelerated)
+
+
+# So `timm.create_model` knows our models, whichever of the two packages is imported first.
+once_imported("timm", lambda: import_module("localvit.models.variants"))
+once_imported("localvit.locality.feed_forward", _accelerate)

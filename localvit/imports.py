@@ -1,10 +1,14 @@
-"""Imports that wait until they are needed: doors of rooms, and work to do once a module is there."""
+"""Imports that wait until they are needed: doors of rooms, and actions that follow an import."""
 
 import ast
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
+
+from wrapt import when_imported
+
+_waiting: list[Callable[[], object]] = []
 
 
 def door(room: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
@@ -33,6 +37,30 @@ def door(room: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list
             raise AttributeError(f"module {room!r} has no attribute {name!r}")
         value = getattr(import_module(homes[name]), name)
         setattr(module, name, value)
+        _do_what_waits()
         return value
 
     return get, lambda: sorted({*vars(module), *homes}), sorted(homes)
+
+
+def once_imported(module: str, action: Callable[[], object]) -> None:
+    """Call `action` once `module` is imported, at once if it already is.
+
+    Where one of our own modules imports it, `action` waits until that one is whole, because it may need it.
+    """
+
+    @when_imported(module)
+    def _later(_module: object) -> None:
+        _waiting.append(action)
+        _do_what_waits()
+
+
+def _do_what_waits() -> None:
+    while _waiting and not _half_imported():
+        _waiting.pop(0)()
+
+
+def _half_imported() -> bool:
+    """Return whether the import of a module of this package is under way."""
+    ours = [module for name, module in sys.modules.items() if name.startswith("localvit.")]
+    return any(getattr(module.__spec__, "_initializing", False) for module in ours)

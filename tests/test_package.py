@@ -1,6 +1,9 @@
 """What is shipped: the wheel works outside the checkout, the README's code runs, imports point one way."""
 
+import importlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -58,3 +61,34 @@ def test_files_that_torchscript_reads_keep_their_annotations():
     baselines = [f"baselines/{name}.py" for name in ("pvt", "pvt_stage", "t2t_vit", "tokens_to_token")]
     for name in ("locality/feed_forward.py", "locality/grid.py", "locality/layers.py", *surgery, *baselines):
         assert "from __future__ import annotations" not in (ROOT / "localvit" / name).read_text()
+
+
+def doors():
+    return [path for path in (ROOT / "localvit").rglob("__init__.py") if "door(__name__)" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", doors(), ids=lambda path: path.parent.name)
+def test_a_door_opens_to_every_name_and_hides_no_module(path):
+    """Importing a submodule sets its name on the package, so a function of that name would be lost."""
+    room = importlib.import_module(".".join(path.relative_to(ROOT).parent.parts))
+    assert all(getattr(room, name) is not None for name in room.__all__)
+    modules = {file.stem for file in path.parent.iterdir()}
+    assert not modules & set(room.__all__)
+    with pytest.raises(AttributeError, match=r"has no attribute 'nothing'"):
+        room.nothing  # noqa: B018
+
+
+def test_the_linter_sees_a_forbidden_import(tmp_path):
+    """A copy of the package in which the idea imports from a room above it is refused."""
+    shutil.copytree(ROOT / "localvit", tmp_path / "localvit")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    linter = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for planted, code in (("", 0), ("from localvit.training import train as train\n", 1)):
+        with open(tmp_path / "localvit" / "locality" / "config.py", "a") as file:
+            file.write(planted)
+        done = subprocess.run(
+            linter, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, done.stdout
+    assert "localvit.locality is not allowed to import localvit.training" in done.stdout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import timm
@@ -116,7 +116,7 @@ def compare(config: BenchConfig, progress: Callable[[range], Iterable[int]] = it
             side: Side(
                 model=names[side],
                 engine=engines[side],
-                input_size=tuple(loaded[side].data_config["input_size"]),
+                input_size=loaded[side].preprocessing.input_size,
                 **counted[side],
                 **figures(config, counted[side]["gmacs"], seconds[side], seconds["peak"], peak),
                 peak_memory=memory[side],
@@ -172,24 +172,26 @@ def load(name: str, config: BenchConfig) -> Checkpoint:
         args["img_size"] = config.size  # models of any size have no such argument
     found = untrained(name, args) if known else load_checkpoint(name, torch.device("cpu"), args)
     if config.size is not None:
-        found.data_config["input_size"] = (found.data_config["input_size"][0], config.size, config.size)
-    check_forward(found.model, name, tuple(found.data_config["input_size"]))
+        channels = found.preprocessing.input_size[0]
+        sized = replace(found.preprocessing, input_size=(channels, config.size, config.size))
+        found = replace(found, preprocessing=sized)
+    check_forward(found.model, name, found.preprocessing.input_size)
     return found
 
 
 def _costs(loaded: Checkpoint) -> dict[str, Any]:
-    macs = count_macs(loaded.model.eval(), tuple(loaded.data_config["input_size"]))
+    macs = count_macs(loaded.model.eval(), loaded.preprocessing.input_size)
     return {"parameters": count_parameters(loaded.model), "gmacs": macs / 1e9}
 
 
 def _work(loaded: Checkpoint, engine: EngineName, config: BenchConfig, device: torch.device) -> Work:
-    images = torch.randn(config.batch_size, *loaded.data_config["input_size"], device=device)
+    images = torch.randn(config.batch_size, *loaded.preprocessing.input_size, device=device)
     if config.train:
         model: Any = loaded.model.to(device)
         model = torch.compile(model) if engine == "compile" else model
         return training_step(model, images, config.precision)
     info = ExportInfo.of(
-        loaded.data_config,
+        loaded.preprocessing,
         architecture=loaded.source,
         num_classes=loaded.model.num_classes,  # type: ignore[arg-type]
     )

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         AugmentConfig as AugmentConfig,
         DataConfig as DataConfig,
         DataError as DataError,
+        Preprocessing as Preprocessing,
     )
     from localvit.data.identity import fingerprint as fingerprint, picture_name as picture_name
     from localvit.data.images import (

@@ -23,7 +23,7 @@ from torchvision.transforms import (
 from torchvision.transforms.functional import to_pil_image
 from torchvision.transforms.v2.functional import resized_crop
 
-from localvit.data.config import AugmentConfig
+from localvit.data.config import AugmentConfig, Preprocessing
 
 _FLIPS = (RandomHorizontalFlip, RandomVerticalFlip)
 _ON_TENSORS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
@@ -38,10 +38,10 @@ class TrainTransform:
 
     Args:
         augment: What is done to them.
-        preprocessing: `input_size` (C, H, W), `mean`, `std`, `interpolation`, as timm resolves them.
+        preprocessing: Of the model.
     """
 
-    def __init__(self, augment: AugmentConfig, preprocessing: dict[str, Any]) -> None:
+    def __init__(self, augment: AugmentConfig, preprocessing: Preprocessing) -> None:
         steps = _timms_steps(augment, preprocessing)
         _keep_a_bit(steps)
         end = next(i for i, step in enumerate(steps) if isinstance(step, Normalize))
@@ -60,9 +60,9 @@ class TrainTransform:
             step(out)  # random erasing, in place
 
 
-def _timms_steps(augment: AugmentConfig, preprocessing: dict[str, Any]) -> list[Any]:
+def _timms_steps(augment: AugmentConfig, preprocessing: Preprocessing) -> list[Any]:
     transform = create_transform(
-        preprocessing["input_size"],
+        preprocessing.input_size,
         is_training=True,
         no_aug=augment.crop == "none",
         train_crop_mode=None if augment.crop == "none" else augment.crop,
@@ -74,9 +74,9 @@ def _timms_steps(augment: AugmentConfig, preprocessing: dict[str, Any]) -> list[
         auto_augment=augment.auto_augment,
         re_prob=augment.erase,
         re_mode="pixel",
-        interpolation=preprocessing["interpolation"],
-        mean=preprocessing["mean"],
-        std=preprocessing["std"],
+        interpolation=preprocessing.interpolation,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
     )
     steps: list[Any] = transform.transforms
     return steps

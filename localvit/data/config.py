@@ -8,6 +8,27 @@ from typing import Literal
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Preparation of an image for a model, from the loader to the exported file; timm's terms.
+
+    Attributes:
+        input_size: (C, H, W) that the model takes.
+        mean: Per channel, of pixels in 0..1; subtracted.
+        std: Per channel; what is left is divided by it.
+        interpolation: `"nearest"`, `"bilinear"`, `"bicubic"`, ... of the resizing.
+        crop_pct: Share of the resized image that the evaluation crop keeps.
+        crop_mode: `"center"`, `"squash"` or `"border"`, as timm means them.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+
+
 class DataError(ValueError):
     """Data that cannot be used as asked; the message names the source and what is accepted."""
 

@@ -22,7 +22,7 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from localvit.data.augment import TrainTransform
-from localvit.data.config import AugmentConfig, DataError
+from localvit.data.config import AugmentConfig, DataError, Preprocessing
 from localvit.data.images import Mode, Part, Sample, UnreadableImage, disable_ghostscript
 
 _MODES: dict[int, Mode] = {1: "L", 3: "RGB"}
@@ -239,7 +239,7 @@ class Prepared(Dataset[Any]):
 def train_loader(
     images: Part,
     augment: AugmentConfig,
-    preprocessing: dict[str, Any],
+    preprocessing: Preprocessing,
     *,
     batch_size: int,
     seed: int,
@@ -253,7 +253,7 @@ def train_loader(
     Args:
         images: Labelled pictures.
         augment: What is done to them.
-        preprocessing: `input_size` (C, H, W), `mean`, `std`, `interpolation`, as timm resolves them.
+        preprocessing: Of the model.
         batch_size: Pictures in a batch, over all processes.
         seed: Decides order and augmentation.
         workers: Processes that load; the batches do not depend on it.
@@ -263,14 +263,14 @@ def train_loader(
     """
     read = partial(images.read_pixels, mode=_mode(preprocessing))
     transform = TrainTransform(augment, preprocessing)
-    prepared = Prepared(read, len(images), transform, preprocessing["input_size"])
+    prepared = Prepared(read, len(images), transform, preprocessing.input_size)
     order = EpochOrder(len(prepared), batch_size, seed, augment.repeats, rank=rank, world_size=world_size)
     return _loader(prepared, workers, pin_memory, batch_sampler=order)
 
 
 def eval_loader(
     images: Dataset[Sample],
-    preprocessing: dict[str, Any],
+    preprocessing: Preprocessing,
     *,
     batch_size: int,
     workers: int = 0,
@@ -284,23 +284,23 @@ def eval_loader(
     no picture is in two of them.
     """
     transform = create_transform(
-        preprocessing["input_size"],
+        preprocessing.input_size,
         is_training=False,
-        interpolation=preprocessing["interpolation"],
-        mean=preprocessing["mean"],
-        std=preprocessing["std"],
-        crop_pct=preprocessing["crop_pct"],
-        crop_mode=preprocessing["crop_mode"],
+        interpolation=preprocessing.interpolation,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
     )
     read = partial(_converted, images, mode=_mode(preprocessing))
     length: int = len(images)  # type: ignore[arg-type]
-    prepared = Prepared(read, length, partial(_into, transform), preprocessing["input_size"])
+    prepared = Prepared(read, length, partial(_into, transform), preprocessing.input_size)
     own = range(rank, len(prepared), world_size)
     return _loader(prepared, workers, pin_memory, batch_size=batch_size, sampler=own)
 
 
-def _mode(preprocessing: dict[str, Any]) -> Mode:
-    channels = preprocessing["input_size"][0]
+def _mode(preprocessing: Preprocessing) -> Mode:
+    channels = preprocessing.input_size[0]
     if channels not in _MODES:
         raise DataError(f"in_chans={channels}; pictures are loaded with 1 or 3 channels")
     return _MODES[channels]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from localvit.data import Preprocessing
 from localvit.errors import ConfigError
 from localvit.version import __version__
 
@@ -20,16 +20,11 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportInfo:
+class ExportInfo(Preprocessing):
     """What goes into the file besides the model, as JSON, so that a user needs nothing else.
 
     Attributes:
         architecture: Name for ``timm.create_model``, for people.
-        input_size: (C, H, W) of one picture.
-        mean, std: Per channel, of pixels in 0..1: the file takes normalised pictures.
-        interpolation: How pictures are resized.
-        crop_pct: Share of the resized picture that the crop keeps.
-        crop_mode: ``"center"``, ``"squash"`` or ``"border"``, as timm means them.
         num_classes: Number of outputs.
         labels: Label of each output as the training data named it, if known.
         descriptions: What a person calls each, if known.
@@ -38,12 +33,6 @@ class ExportInfo:
     """
 
     architecture: str
-    input_size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-    crop_mode: str
     num_classes: int
     labels: tuple[str, ...] | None = None
     descriptions: tuple[str, ...] | None = None
@@ -53,35 +42,24 @@ class ExportInfo:
     @classmethod
     def of(
         cls,
-        data_config: Mapping[str, Any],
+        preprocessing: Preprocessing,
         *,
         architecture: str,
         num_classes: int,
         labels: tuple[str, ...] | None = None,
         descriptions: tuple[str, ...] | None = None,
     ) -> ExportInfo:
-        """From timm's `data_config` (``timm.data.resolve_model_data_config``)."""
+        """Describe a model that takes images prepared by `preprocessing`."""
         import torch
 
         return cls(
             architecture=architecture,
-            input_size=tuple(data_config["input_size"]),
-            mean=tuple(data_config["mean"]),
-            std=tuple(data_config["std"]),
-            interpolation=data_config["interpolation"],
-            crop_pct=data_config["crop_pct"],
-            crop_mode=data_config["crop_mode"],
+            **{field.name: getattr(preprocessing, field.name) for field in dataclasses.fields(Preprocessing)},
             num_classes=num_classes,
             labels=labels,
             descriptions=descriptions,
             made_with=f"localvit {__version__}, torch {torch.__version__.partition('+')[0]}",
         )
-
-    @property
-    def data_config(self) -> dict[str, Any]:
-        """How pictures are prepared, as timm has it."""
-        names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-        return {name: getattr(self, name) for name in names}
 
     @property
     def sizes(self) -> tuple[Size, ...]:

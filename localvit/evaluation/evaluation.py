@@ -14,6 +14,7 @@ from localvit.data import (
     Batch,
     DataConfig,
     Part,
+    Preprocessing,
     eval_loader,
     find_splits,
     open_reported,
@@ -33,7 +34,7 @@ from localvit.evaluation.calibration import (
 from localvit.evaluation.labels import label_by_outputs, read_real_labels
 from localvit.evaluation.metrics import Metrics, Tally
 from localvit.inference import Checkpoint, load_checkpoint
-from localvit.models import preprocessing
+from localvit.models import preprocessing_for
 from localvit.runtime import World, open_world
 
 
@@ -105,7 +106,7 @@ class Evaluation:
         confusions: Every wrong first guess, the most frequent first; with `classes`, the confusion matrix.
         real: Accuracy on reassessed labels, if they were asked for.
         restricted: Whether only the classes that have pictures could be guessed.
-        preprocessing: How pictures were prepared: `input_size`, `crop_pct`, `interpolation`, ...
+        preprocessing: Preparation of the images.
     """
 
     checkpoint: str
@@ -119,7 +120,7 @@ class Evaluation:
     confusions: tuple[Confusion, ...]
     real: RealLabels | None
     restricted: bool
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
 
 
 def evaluate(
@@ -167,7 +168,7 @@ def evaluate(
         model = load_checkpoint(checkpoint, world.device)
         source, images = _reported_images(model, data, config, class_map)
         real = read_real_labels(real_labels, images, model) if real_labels is not None else None
-        prepared = preprocessing(model.model, config)
+        prepared = preprocessing_for(model.model, config)
         loader = eval_loader(
             images,
             prepared,

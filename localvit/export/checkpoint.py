@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from localvit.data import DataConfig, DataError, eval_loader, open_reported, readable
+from localvit.data import DataConfig, DataError, Preprocessing, eval_loader, open_reported, readable
 from localvit.engines import ExportInfo, Size
 from localvit.export.parity import BATCHES, TOLERANCE, Parity
 from localvit.export.write import FormatName, check_export, export_model
@@ -52,9 +53,9 @@ def export_checkpoint(
         checkpoint = untrained(source, args)
     else:
         checkpoint = load_checkpoint(source, torch.device("cpu"), args)
-    model, seen = checkpoint.model, checkpoint.data_config
+    model, preprocessing = checkpoint.model, checkpoint.preprocessing
     info = ExportInfo.of(
-        seen,
+        preprocessing,
         architecture=str(model.pretrained_cfg.get("architecture", source)),  # type: ignore[union-attr, operator]
         num_classes=model.num_classes,  # type: ignore[arg-type]
         labels=checkpoint.labels,
@@ -65,7 +66,7 @@ def export_checkpoint(
         file,
         format,
         info,
-        pictures(data, config or DataConfig(), seen),
+        pictures(data, config or DataConfig(), preprocessing),
         dynamic_size=dynamic_size,
         overwrite=overwrite,
         tolerance=tolerance,
@@ -73,7 +74,7 @@ def export_checkpoint(
     )
 
 
-def pictures(source: str, config: DataConfig, seen: dict[str, Any]) -> Callable[[Size], Tensor]:
+def pictures(source: str, config: DataConfig, preprocessing: Preprocessing) -> Callable[[Size], Tensor]:
     """The first pictures of a source, prepared for a size."""
     try:
         images = open_reported(source, config)
@@ -85,7 +86,7 @@ def pictures(source: str, config: DataConfig, seen: dict[str, Any]) -> Callable[
         raise DataError(f"data source {source!r} has {len(images)} pictures; the comparison takes {count}")
 
     def load(size: Size) -> Tensor:
-        sized = seen | {"input_size": (seen["input_size"][0], *size)}
+        sized = replace(preprocessing, input_size=(preprocessing.input_size[0], *size))
         batches = map(readable, eval_loader(images, sized, batch_size=count))
         return next(itertools.islice(batches, 1)).images
 

@@ -14,9 +14,9 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from localvit.config import TrainConfig, from_dict, load_yaml
-from localvit.data import DataConfig
+from localvit.data import DataConfig, Preprocessing
 from localvit.errors import ConfigError, one_line, unknown
-from localvit.models import preprocessing
+from localvit.models import preprocessing_for
 
 _PREFIXES = ("local-dir:", "hf-hub:", "hf_hub:")
 
@@ -28,7 +28,7 @@ class Checkpoint:
     Attributes:
         source: What was asked for.
         model: In evaluation mode.
-        data_config: How it wants its pictures prepared (see `preprocessing`).
+        preprocessing: Preparation of its images.
         labels: The label of each output as its training data named it (a folder's name), if known.
         descriptions: What a person calls each label, if known; otherwise as `labels`.
         run: The configuration that trained it, if it stands in a run's folder.
@@ -36,7 +36,7 @@ class Checkpoint:
 
     source: str
     model: nn.Module
-    data_config: dict[str, Any]
+    preprocessing: Preprocessing
     labels: tuple[str, ...] | None
     descriptions: tuple[str, ...] | None
     run: TrainConfig | None
@@ -63,7 +63,7 @@ def load_checkpoint(source: str, device: torch.device, args: Mapping[str, Any] |
     return Checkpoint(
         source=source,
         model=model.eval().to(device),
-        data_config=preprocessing(model, DataConfig()),
+        preprocessing=preprocessing_for(model, DataConfig()),
         labels=labels,
         descriptions=descriptions,
         run=run,

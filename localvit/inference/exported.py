@@ -15,7 +15,7 @@ from localvit.data import DataConfig
 from localvit.engines import SAFE, Engine, EngineKind, open_engine
 from localvit.errors import ConfigError
 from localvit.inference.checkpoint import Checkpoint, load_checkpoint
-from localvit.models import preprocessing
+from localvit.models import preprocessing_for
 from localvit.runtime import pick_device
 
 
@@ -31,8 +31,14 @@ def untrained(name: str, args: Mapping[str, Any]) -> Checkpoint:
         model = timm.create_model(name, **args).eval()
     except (TypeError, ValueError, AssertionError, KeyError) as error:
         raise ConfigError(f"model {name!r} with {args}: {error}") from error
-    seen = preprocessing(model, DataConfig())
-    return Checkpoint(source=name, model=model, data_config=seen, labels=None, descriptions=None, run=None)
+    return Checkpoint(
+        source=name,
+        model=model,
+        preprocessing=preprocessing_for(model, DataConfig()),
+        labels=None,
+        descriptions=None,
+        run=None,
+    )
 
 
 def open_checkpoint(source: str, device: str, engine: EngineKind | None = None) -> Checkpoint:
@@ -62,7 +68,7 @@ def open_checkpoint(source: str, device: str, engine: EngineKind | None = None) 
     return Checkpoint(
         source=source,
         model=EngineModel(opened, Path(source)).eval(),
-        data_config=info.data_config,
+        preprocessing=info,
         labels=info.labels,
         descriptions=info.descriptions,
         run=None,

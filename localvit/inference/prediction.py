@@ -153,7 +153,7 @@ def classify(
     device = next(iter(model.model.state_dict().values())).device
     loader = eval_loader(
         _Files(files),
-        model.data_config,
+        model.preprocessing,
         batch_size=batch_size,
         workers=workers,
         pin_memory=device.type == "cuda",

@@ -132,7 +132,7 @@ def write_predictions(
 
 def fingerprint(model: Checkpoint) -> str:
     """A short value that tells two models apart: of weights, preprocessing and names of classes."""
-    digest = hashlib.sha256(repr((model.data_config, model.descriptions)).encode())
+    digest = hashlib.sha256(repr((model.preprocessing, model.descriptions)).encode())
     for name, value in model.model.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

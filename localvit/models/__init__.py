@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from localvit.models.build import (
         build_model as build_model,
         check_forward as check_forward,
-        preprocessing as preprocessing,
+        preprocessing_for as preprocessing_for,
     )
     from localvit.models.config import ModelConfig as ModelConfig
     from localvit.models.listing import (

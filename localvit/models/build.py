@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import timm
@@ -9,7 +10,7 @@ import torch
 from timm.data import resolve_input_data_config
 from torch import nn
 
-from localvit.data import DataConfig
+from localvit.data import DataConfig, Preprocessing
 from localvit.errors import ConfigError, one_line, unknown
 from localvit.models.config import ModelConfig
 
@@ -49,9 +50,8 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         raise ConfigError(f"{what} {config.name!r}: {one_line(error)}") from error
 
 
-def preprocessing(model: nn.Module, config: DataConfig) -> dict[str, Any]:
-    """How pictures are prepared for `model`: `input_size` (C, H, W), `mean`, `std`, `interpolation`,
-    `crop_pct`, `crop_mode`; what `config` leaves open is the model's own.
+def preprocessing_for(model: nn.Module, config: DataConfig) -> Preprocessing:
+    """Return the preparation of images for `model`; what `config` leaves open is the model's own.
 
     Raises:
         ConfigError: if `mean` or `std` do not fit the model's channels.
@@ -59,9 +59,11 @@ def preprocessing(model: nn.Module, config: DataConfig) -> dict[str, Any]:
     names = ("mean", "std", "interpolation", "crop_pct")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     try:
-        return resolve_input_data_config(model, {**given, "img_size": _built_for(model)})
+        found = resolve_input_data_config(model, {**given, "img_size": _built_for(model)})
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
+    values: dict[str, Any] = {field.name: found[field.name] for field in dataclasses.fields(Preprocessing)}
+    return Preprocessing(**values | {name: tuple(values[name]) for name in ("input_size", "mean", "std")})
 
 
 def _built_for(model: nn.Module) -> tuple[int, int] | None:

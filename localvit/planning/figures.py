@@ -12,7 +12,7 @@ from localvit.config import TrainConfig
 from localvit.cost import count_macs, count_parameters
 from localvit.data import DataError, open_splits, random_scope
 from localvit.errors import ConfigError
-from localvit.models import build_model, check_forward, preprocessing
+from localvit.models import build_model, check_forward, preprocessing_for
 from localvit.training import build_optimizer, build_scheduler, check_student, freeze
 
 Basis = Literal["measured", "computed", "assumed"]
@@ -102,7 +102,7 @@ def open_run(config: TrainConfig, images: int | None = None) -> OpenRun:
     number = int(classes.value or IMAGENET_CLASSES)
     with random_scope():
         model = build_model(replace(config.model, pretrained=False), number)
-    input_size = preprocessing(model, config.data)["input_size"]
+    input_size = preprocessing_for(model, config.data).input_size
     check_forward(model, config.model.name, input_size)
     freeze(model, config.train_only)
     if config.distill is not None and config.distill.token:

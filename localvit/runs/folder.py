@@ -11,6 +11,7 @@ state/           what a run that has not finished goes on from
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -35,6 +36,7 @@ from localvit.config import (
     load_yaml,
     refuse_changes,
 )
+from localvit.data import Preprocessing
 from localvit.errors import ConfigError, TrainingFailed
 from localvit.runs.lock import has_lock_file, locked
 from localvit.runs.state import State, drop_damaged, newest_name, read_newest, read_state, write_state
@@ -189,7 +191,7 @@ class RunFolder:
         self,
         name: Literal["last", "best"],
         model: nn.Module,
-        data_config: dict[str, Any],
+        preprocessing: Preprocessing,
         class_names: list[str],
     ) -> None:
         """Save weights and everything needed to use them, in the place of what was there.
@@ -197,7 +199,7 @@ class RunFolder:
         Args:
             name: Which of the two folders.
             model: Its current weights are saved.
-            data_config: As `preprocessing` returns it.
+            preprocessing: How it wants its images.
             class_names: Name of each label.
         """
         with self._writing():
@@ -208,7 +210,7 @@ class RunFolder:
                     str(temporary),
                     model_config={"label_names": class_names},
                     safe_serialization=True,
-                    data_config=data_config,
+                    data_config=dataclasses.asdict(preprocessing),
                 )
                 # What is made under a temporary name is for its owner alone.
                 os.chmod(temporary, 0o777 & ~umask())

@@ -14,7 +14,7 @@ from localvit.atomic import write_atomically
 from localvit.bench import machine
 from localvit.errors import ConfigError
 from localvit.inference import load_checkpoint
-from localvit.models import preprocessing
+from localvit.models import preprocessing_for
 from localvit.runtime import pick_device
 from localvit.studies.design import Study
 from localvit.studies.execution import (
@@ -95,7 +95,7 @@ def time_arms(store: StudyFolder) -> None:
     device = pick_device(study.base.device)
     models = {name: load_checkpoint(str(store.of(run)), device).model for name, run in first.items()}
     sizes = {
-        name: preprocessing(model, first[name].config.data)["input_size"] for name, model in models.items()
+        name: preprocessing_for(model, first[name].config.data).input_size for name, model in models.items()
     }
     found = images_per_second(models, sizes, device=device)
     words = machine(THREADS if device.type == "cpu" else torch.get_num_threads())

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from localvit.acceleration import set_selective_checkpointing
 from localvit.config import EngineConfig, TrainConfig
+from localvit.data import Preprocessing
 from localvit.errors import ConfigError
 from localvit.runtime import World, autocast
 from localvit.training.optim import build_optimizer, build_scheduler
@@ -34,7 +35,7 @@ class Engine:
         config: The run.
         world: The processes.
         updates_per_epoch: For the schedule.
-        data_config: How pictures are prepared, for a teacher.
+        preprocessing: Preparation of the images, for a teacher.
         class_names: Name of each label, for a teacher.
 
     Raises:
@@ -47,13 +48,13 @@ class Engine:
         config: TrainConfig,
         world: World,
         updates_per_epoch: int,
-        data_config: dict[str, Any],
+        preprocessing: Preprocessing,
         class_names: Sequence[str],
     ) -> None:
         self.config, self.world = config.engine, world
         self.updates = 0
         model = _prepare(model, self.config, world)
-        self.task = build_task(model, config, data_config, class_names, device=world.device)
+        self.task = build_task(model, config, preprocessing, class_names, device=world.device)
         learner = self.task.get_trainable_module()
         assert learner is not None
         self.optimizer = build_optimizer(learner, config.optim, config.batch_size)

@@ -84,7 +84,7 @@ class Keeper:
         """Save the evaluated model as it is."""
         if self.folder:
             names = list(self.run.splits.class_names)
-            self.folder.save_model(name, self.run.engine.evaluated, self.run.data_config, names)
+            self.folder.save_model(name, self.run.engine.evaluated, self.run.preprocessing, names)
 
     def stop_if_asked(self, stop: bool) -> None:
         """Save the state and end the run, if `stop`; all processes must agree on it.

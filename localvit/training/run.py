@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from localvit.config import Changes, TrainConfig
 from localvit.data import (
     Batch,
+    Preprocessing,
     Splits,
     derive_seed,
     eval_loader,
@@ -27,7 +28,7 @@ from localvit.data import (
 )
 from localvit.errors import ConfigError, TrainingFailed
 from localvit.evaluation import Metrics
-from localvit.models import build_model, check_forward, preprocessing
+from localvit.models import build_model, check_forward, preprocessing_for
 from localvit.runs import State, random_states, set_random_states
 from localvit.runtime import World
 from localvit.training.engine import Engine
@@ -81,7 +82,7 @@ class Run:
     splits: Splits
     engine: Engine
     mixup: Mixup | None
-    data_config: dict[str, Any]
+    preprocessing: Preprocessing
     train: DataLoader[Batch]
     validation: DataLoader[Batch]
     test: DataLoader[Batch]
@@ -228,8 +229,8 @@ def prepare(config: TrainConfig, world: World) -> Run:
     splits = open_splits(config.data, seed=config.seed)
     torch.manual_seed(config.seed)
     model = build_model(config.model, splits.num_classes)
-    data_config = preprocessing(model, config.data)
-    check_forward(model, config.model.name, data_config["input_size"])
+    preprocessing = preprocessing_for(model, config.data)
+    check_forward(model, config.model.name, preprocessing.input_size)
     loading: dict[str, Any] = {
         "workers": config.workers,
         "pin_memory": world.device.type == "cuda",
@@ -237,10 +238,10 @@ def prepare(config: TrainConfig, world: World) -> Run:
         "world_size": world.size,
     }
     train = train_loader(
-        splits.train, config.augment, data_config, batch_size=config.batch_size, seed=config.seed, **loading
+        splits.train, config.augment, preprocessing, batch_size=config.batch_size, seed=config.seed, **loading
     )
     freeze(model, config.train_only)
-    engine = Engine(model, config, world, len(train), data_config, splits.class_names)
+    engine = Engine(model, config, world, len(train), preprocessing, splits.class_names)
     # From here on, random numbers are for drop-path and dropout: each process has its own.
     if world.rank > 0:
         torch.manual_seed(derive_seed(config.seed, "process", world.rank))
@@ -251,10 +252,10 @@ def prepare(config: TrainConfig, world: World) -> Run:
         splits=splits,
         engine=engine,
         mixup=_build_mixup(config, splits.num_classes),
-        data_config=data_config,
+        preprocessing=preprocessing,
         train=train,
-        validation=eval_loader(splits.validation, data_config, batch_size=batch_size, **loading),
-        test=eval_loader(splits.test, data_config, batch_size=batch_size, **loading),
+        validation=eval_loader(splits.validation, preprocessing, batch_size=batch_size, **loading),
+        test=eval_loader(splits.test, preprocessing, batch_size=batch_size, **loading),
         reached=Reached(loss_sum=torch.zeros((), dtype=torch.float64, device=world.device)),
     )
 

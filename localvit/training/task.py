@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from localvit.config import DistillConfig, TrainConfig
-from localvit.data import random_scope
+from localvit.data import Preprocessing, random_scope
 from localvit.errors import ConfigError
 from localvit.inference import Checkpoint, load_checkpoint
 from localvit.models import check_forward
@@ -21,7 +21,7 @@ from localvit.models import check_forward
 def build_task(
     model: nn.Module,
     config: TrainConfig,
-    data_config: dict[str, Any],
+    preprocessing: Preprocessing,
     class_names: Sequence[str],
     *,
     device: torch.device,
@@ -31,7 +31,7 @@ def build_task(
     Args:
         model: What learns, on `device`.
         config: The run.
-        data_config: How its pictures are prepared (`input_size`, `mean`, `std`).
+        preprocessing: Preparation of its images.
         class_names: Name of each label.
         device: Where the model is, and where a teacher goes.
 
@@ -48,11 +48,11 @@ def build_task(
     if distill.token:
         check_student(model)
     with random_scope():  # building a model draws numbers, even if weights are loaded over them
-        teacher = _load_teacher(distill.teacher, model, data_config, class_names, device)
+        teacher = _load_teacher(distill.teacher, model, preprocessing, class_names, device)
     task = _distillation(model, teacher.model, distill, criterion, device)
     # timm takes both from the models' own configuration, which knows nothing of data.mean and data.std.
-    task.student_mean, task.student_std = _per_channel(data_config, device)
-    task.teacher.mean_kd, task.teacher.std_kd = _per_channel(teacher.data_config, device)  # type: ignore
+    task.student_mean, task.student_std = _per_channel(preprocessing, device)
+    task.teacher.mean_kd, task.teacher.std_kd = _per_channel(teacher.preprocessing, device)  # type: ignore
     return task
 
 
@@ -102,7 +102,7 @@ class HardDistillationTask(LogitDistillationTask):
 def _load_teacher(
     source: str,
     student: nn.Module,
-    data_config: dict[str, Any],
+    preprocessing: Preprocessing,
     class_names: Sequence[str],
     device: torch.device,
 ) -> Checkpoint:
@@ -115,14 +115,15 @@ def _load_teacher(
         different = [pair for pair in zip(own or (), class_names, strict=False) if len(set(pair)) > 1]
         if different:
             raise ConfigError("it has class {!r} where the data has {!r}".format(*different[0]))
-        check_forward(teacher.model, source, data_config["input_size"])
+        check_forward(teacher.model, source, preprocessing.input_size)
     except ConfigError as error:
         raise ConfigError(f"distill.teacher={source!r}: {error}") from error
     teacher.model.eval().requires_grad_(False).to(device)
     return teacher
 
 
-def _per_channel(data_config: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+def _per_channel(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation as (1, C, 1, 1)."""
-    mean, std = (torch.tensor(data_config[name], device=device).view(1, -1, 1, 1) for name in ("mean", "std"))
+    values = (preprocessing.mean, preprocessing.std)
+    mean, std = (torch.tensor(value, device=device).view(1, -1, 1, 1) for value in values)
     return mean, std

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from localvit.data import images
 from localvit.data.augment import TensorCrop, TrainTransform
-from localvit.data.config import AugmentConfig, DataConfig
+from localvit.data.config import AugmentConfig, DataConfig, Preprocessing
 from localvit.data.images import UnreadableImage, decode, decode_pixels
 from localvit.data.loading import random_scope, seed_all, train_loader
 from localvit.data.splits import open_splits
@@ -125,7 +125,7 @@ def test_normalised_values_are_timms_to_the_bit(channels):
 
 def transformed(augment, seen):
     """The transform as a function that returns the picture."""
-    transform = TrainTransform(augment, seen)
+    transform = TrainTransform(augment, Preprocessing(**seen, crop_pct=1.0, crop_mode="center"))
 
     def work(image):
         transform(image, out := torch.full(seen["input_size"], torch.nan))
@@ -208,9 +208,25 @@ def test_a_folder_and_a_tar_of_jpegs_give_the_same_batches_with_any_number_of_wo
 
     def batches(source, workers):
         augment = AugmentConfig(erase=0.5)
-        seen = {"input_size": (3, 24, 24), "mean": MEAN, "std": STD, "interpolation": "bicubic"}
+        seen = Preprocessing(
+            input_size=(3, 24, 24),
+            mean=MEAN,
+            std=STD,
+            interpolation="bicubic",
+            crop_pct=1.0,
+            crop_mode="center",
+        )
         train = open_splits(DataConfig(train=str(source))).train
-        return list(train_loader(train, augment, seen, batch_size=6, seed=1, workers=workers))
+        return list(
+            train_loader(
+                train,
+                augment,
+                Preprocessing(**seen, crop_pct=1.0, crop_mode="center"),
+                batch_size=6,
+                seed=1,
+                workers=workers,
+            )
+        )
 
     whole = batches(tmp_path / "pictures", 0)
     for source, workers in (("pictures.tar", 0), ("pictures", 2), ("pictures.tar", 2)):

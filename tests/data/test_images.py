@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
-from localvit.data.config import DataConfig, DataError
+from localvit.data.config import DataConfig, DataError, Preprocessing
 from localvit.data.images import MAX_ASPECT, Part, UnreadableImage, decode, plain
 from localvit.data.loading import eval_loader
 from localvit.data.sources import find_splits
@@ -257,8 +257,15 @@ def test_odd_pictures_go_through_a_loader(tmp_path, channels):
     for name, image in {"pixel": Image.new("P", (1, 1)), "line": Image.new("RGBA", (1, 5000))}.items():
         (tmp_path / name).mkdir()
         image.save(tmp_path / name / "0.png")
-    preprocessing = {"input_size": (channels, 8, 8), "mean": (0.5,) * channels, "std": (0.5,) * channels}
-    preprocessing |= {"interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center"}
+    half = (0.5,) * channels
+    preprocessing = Preprocessing(
+        input_size=(channels, 8, 8),
+        mean=half,
+        std=half,
+        interpolation="bicubic",
+        crop_pct=0.9,
+        crop_mode="center",
+    )
     images = open_reported(str(tmp_path), DataConfig())
     (batch,) = eval_loader(images, preprocessing, batch_size=4)
     assert batch.images.shape == (2, channels, 8, 8)

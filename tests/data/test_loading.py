@@ -1,25 +1,26 @@
 import dataclasses
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from localvit.data.config import AugmentConfig, DataConfig, DataError
+from localvit.data.config import AugmentConfig, DataConfig, DataError, Preprocessing
 from localvit.data.images import UnreadableImage
 from localvit.data.loading import EpochOrder, eval_loader, random_scope, readable, seed_all, train_loader
 from localvit.data.splits import open_splits
 
-PREPROCESSING = {
-    "input_size": (1, 8, 8),
-    "mean": (0.3,),
-    "std": (0.4,),
-    "interpolation": "bilinear",
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
+PREPROCESSING = Preprocessing(
+    input_size=(1, 8, 8),
+    mean=(0.3,),
+    std=(0.4,),
+    interpolation="bilinear",
+    crop_pct=1.0,
+    crop_mode="center",
+)
 HEAVY = AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", erase=0.5, color_jitter=None)
 
 
@@ -147,4 +148,4 @@ def test_an_unreadable_image_comes_back_by_name_from_any_process(make_folder, wo
 def test_only_gray_and_rgb():
     splits = open_splits(DataConfig())
     with pytest.raises(DataError, match="in_chans=2"):
-        eval_loader(splits.test, PREPROCESSING | {"input_size": (2, 8, 8)}, batch_size=4)
+        eval_loader(splits.test, replace(PREPROCESSING, input_size=(2, 8, 8)), batch_size=4)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import statistics
@@ -45,11 +46,15 @@ def thousand(tmp_path_factory):
 def with_timm(checkpoint, data, **loading):
     """Loss, top-1 and top-5 by timm's own data set, loader, transforms and meters."""
     loaded = load_checkpoint(checkpoint, CPU)
-    seen = loaded.data_config
-    names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    seen = loaded.preprocessing
     dataset = create_dataset(name="", root=data, split="validation")
     loader = create_loader(
-        dataset, batch_size=7, num_workers=0, device=CPU, **{name: seen[name] for name in names}, **loading
+        dataset,
+        batch_size=7,
+        num_workers=0,
+        device=CPU,
+        **dataclasses.asdict(seen),
+        **loading,
     )
     meters = [AverageMeter() for _ in range(3)]
     with torch.inference_mode():
@@ -74,13 +79,13 @@ def test_the_numbers_are_those_of_timm(tmp_path, crop, prefetch):
     metrics = found.metrics
     expected = with_timm(checkpoint, data, use_prefetcher=prefetch)
     assert [metrics.loss, metrics.top1, metrics.top5] == pytest.approx(expected, rel=1e-5)
-    assert (found.preprocessing["crop_pct"], found.preprocessing["crop_mode"]) == (share, mode)
+    assert (found.preprocessing.crop_pct, found.preprocessing.crop_mode) == (share, mode)
     assert 0 < metrics.top1 < metrics.top5 < 100
 
 
 def test_departures_from_the_models_own_preprocessing_count(six):
     other = evaluate(*six, device="cpu", config=DataConfig(crop_pct=0.5, interpolation="nearest"))
-    assert other.preprocessing["crop_pct"] == 0.5
+    assert other.preprocessing.crop_pct == 0.5
     assert other.metrics.loss != evaluate(*six, device="cpu").metrics.loss
 
 
@@ -112,7 +117,6 @@ def test_results_as_files(six):
 
 
 def test_what_is_no_number_is_null_in_json(six):
-    import dataclasses
 
     found = evaluate(*six, device="cpu")
     broken = dataclasses.replace(found, metrics=dataclasses.replace(found.metrics, loss=math.nan))
@@ -137,7 +141,9 @@ def test_restricting_is_leaving_the_other_outputs_out(thousand):
     loaded = load_checkpoint(checkpoint, CPU)
     loaded.model.head.weight.data = loaded.model.head.weight.data[PRESENT]
     loaded.model.head.bias.data = loaded.model.head.bias.data[PRESENT]
-    seen = {name: loaded.data_config[name] for name in ("interpolation", "mean", "std", "crop_pct")}
+    seen = {
+        name: getattr(loaded.preprocessing, name) for name in ("interpolation", "mean", "std", "crop_pct")
+    }
     dataset = create_dataset(name="", root=data)
     loader = create_loader(dataset, (3, 16, 16), 12, num_workers=0, use_prefetcher=False, **seen)
     with torch.inference_mode():
@@ -239,7 +245,7 @@ def test_reassessed_labels(tmp_path):
     from localvit.data.loading import eval_loader
     from localvit.data.splits import open_reported
 
-    for batch in eval_loader(open_reported(str(data), DataConfig()), loaded.data_config, batch_size=1):
+    for batch in eval_loader(open_reported(str(data), DataConfig()), loaded.preprocessing, batch_size=1):
         with torch.inference_mode():
             rank.append(loaded.model(batch.images)[0].argsort(descending=True).tolist())
     right = [

@@ -11,12 +11,14 @@ import timm
 import torch
 
 import localvit
+from localvit.data.config import DataConfig
 from localvit.engines.info import ExportInfo
 from localvit.engines.open import READS, open_engine
 from localvit.errors import ConfigError
 from localvit.export import write
 from localvit.export.parity import Inputs, ParityError, check_parity
 from localvit.export.write import FORMATS, ExportFailed, check_export, export_model
+from localvit.models.build import preprocessing_for
 
 SIZE = 16
 VIT = {"img_size": SIZE, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 5}
@@ -52,7 +54,7 @@ def needs(format):
 
 
 def info_of(model, size, **changes):
-    seen = timm.data.resolve_model_data_config(model) | {"input_size": (3, size, size)}
+    seen = dataclasses.replace(preprocessing_for(model, DataConfig()), input_size=(3, size, size))
     info = ExportInfo.of(seen, architecture="a model", num_classes=model.num_classes)
     return dataclasses.replace(info, **changes)
 
@@ -120,8 +122,17 @@ def test_the_graph_is_that_of_the_fast_form(monkeypatch):
 def test_what_has_no_fast_form_is_exported_as_it_is(tmp_path):
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, SIZE), torch.nn.Flatten())
     model.num_classes = 5
-    seen = {"input_size": (3, SIZE, SIZE), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
-    info = ExportInfo.of({**seen, "crop_pct": 1.0, "crop_mode": "center"}, architecture="none", num_classes=5)
+    half = (0.5,) * 3
+    info = ExportInfo(
+        architecture="none",
+        num_classes=5,
+        input_size=(3, SIZE, SIZE),
+        mean=half,
+        std=half,
+        interpolation="bicubic",
+        crop_pct=1.0,
+        crop_mode="center",
+    )
     assert export_model(model, tmp_path / "a.pt2", "torch", info, pictures).passed
 
 

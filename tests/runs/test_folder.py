@@ -7,7 +7,7 @@ import torch
 from localvit.atomic import move_into_place, write_atomically
 from localvit.data.config import DataConfig
 from localvit.errors import ConfigError
-from localvit.models.build import build_model, preprocessing
+from localvit.models.build import build_model, preprocessing_for
 from localvit.runs import folder as output
 from localvit.runs.folder import open_folder
 from localvit.training.loop import train
@@ -105,7 +105,7 @@ def test_killed_between_two_files_all_files_are_whole(tmp_path, monkeypatch):
 def output_of(tiny):
     config = tiny()
     model = build_model(config.model, 10)
-    return model, preprocessing(model, config.data), [str(i) for i in range(10)]
+    return model, preprocessing_for(model, config.data), [str(i) for i in range(10)]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -119,4 +119,4 @@ def output_of(tiny):
 )
 def test_pictures_have_the_size_that_the_model_was_built_for(name, args, dynamic):
     model = timm.create_model(name, img_size=(64, 96), in_chans=1, dynamic_img_size=dynamic, **args)
-    assert preprocessing(model, DataConfig())["input_size"] == (1, 64, 96)
+    assert preprocessing_for(model, DataConfig()).input_size == (1, 64, 96)

@@ -64,11 +64,11 @@ def check_counting():
         shares = {"rank": world.rank, "world_size": world.size}
         counted = measure(
             run.engine.evaluated,
-            eval_loader(few, run.data_config, batch_size=4, **shares),
+            eval_loader(few, run.preprocessing, batch_size=4, **shares),
             world.device,
             distributed=True,
         )
-        alone = measure(run.engine.evaluated, eval_loader(few, run.data_config, batch_size=4), world.device)
+        alone = measure(run.engine.evaluated, eval_loader(few, run.preprocessing, batch_size=4), world.device)
         assert counted.images == alone.images == size
         assert (counted.top1, counted.top5) == (alone.top1, alone.top5)
         assert abs(counted.loss - alone.loss) < 1e-12

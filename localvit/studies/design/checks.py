@@ -14,7 +14,7 @@ from localvit.config import TrainConfig, differences, to_dict
 from localvit.cost import count_macs, count_parameters, on_meta
 from localvit.errors import ConfigError
 from localvit.locality import LocalityConfig
-from localvit.models import build_model, check_forward, preprocessing
+from localvit.models import build_model, check_forward, preprocessing_for
 from localvit.planning import Figure, count_data
 from localvit.studies.design.study import Arm, Study
 from localvit.surgery import confounders, plan_changes
@@ -124,7 +124,7 @@ def dead_sites(config: TrainConfig, classes: int) -> tuple[str, ...]:
 
 def _checked_model(config: TrainConfig, classes: int) -> tuple[nn.Module, tuple[int, int, int]]:
     model = _build(config, classes)
-    size = preprocessing(model, config.data)["input_size"]
+    size = preprocessing_for(model, config.data).input_size
     check_forward(model, config.model.name, size)
     build_optimizer(model, config.optim, config.batch_size)
     return model, size

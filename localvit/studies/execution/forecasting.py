@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from localvit.bench import interleaved, timer_for, using_threads
 from localvit.cost import count_macs, giga
 from localvit.data import random_scope
-from localvit.models import build_model, preprocessing
+from localvit.models import build_model, preprocessing_for
 from localvit.runtime import pick_device
 from localvit.studies.design import Facts, Run
 from localvit.studies.execution.folder import Outcome, StudyFolder
@@ -110,7 +110,7 @@ def measured_speed(folder: StudyFolder, facts: Facts, device_name: str | None = 
         with random_scope():
             plain = dataclasses.replace(config.model, pretrained=False)
             model = build_model(plain, facts.classes).to(device)
-        size = preprocessing(model, config.data)["input_size"]
+        size = preprocessing_for(model, config.data).input_size
         macs = count_macs(model.eval(), size)
         count = min(config.batch_size, _MOST_IMAGES, max(2, int(_MACS_OF_A_MEASUREMENT / macs)))
         images = torch.zeros(count, *size, device=device)

@@ -18,7 +18,7 @@ from localvit.config import TrainConfig, from_dict, to_dict
 from localvit.cost import count_macs
 from localvit.errors import ConfigError
 from localvit.evaluation import Metrics
-from localvit.models import preprocessing
+from localvit.models import preprocessing_for
 from localvit.runtime import commit, versions
 from localvit.studies.design import Run, key_of
 from localvit.training import train
@@ -92,7 +92,7 @@ def perform(config: TrainConfig, folder: Path) -> Record:
         validation=result.validation,
         test=result.test,
         parameters=result.parameters,
-        macs=count_macs(result.model, preprocessing(result.model, config.data)["input_size"]),
+        macs=count_macs(result.model, preprocessing_for(result.model, config.data).input_size),
         seconds=sum(epoch["seconds"] for epoch in result.history),
         images_per_second=result.images_per_second,
         peak_memory=peak_memory(),
