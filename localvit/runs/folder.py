@@ -32,8 +32,6 @@ from localvit.config import (
     comparable,
     differences,
     dump,
-    from_dict,
-    load_yaml,
     refuse_changes,
 )
 from localvit.data import Preprocessing
@@ -41,6 +39,7 @@ from localvit.errors import ConfigError, TrainingFailed
 from localvit.runs.lock import has_lock_file, locked
 from localvit.runs.state import State, drop_damaged, newest_name, read_newest, read_state, write_state
 from localvit.runtime import commit, versions
+from localvit.structure import build, read_yaml
 
 Progress = Literal["new", "begun", "finished"]
 _FILES = ("config.yaml", "status.json", "metrics.jsonl", "last", "best", "state")
@@ -274,5 +273,5 @@ def open_folder(
 
 
 def _config_changes(path: Path, config: TrainConfig) -> Changes:
-    there: TrainConfig = from_dict(load_yaml(path / "config.yaml"))
+    there = build(TrainConfig, read_yaml(path / "config.yaml"))
     return differences(comparable(there), comparable(config))

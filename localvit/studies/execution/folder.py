@@ -12,7 +12,6 @@ report.html, report.md, summary.json
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from localvit.atomic import write_atomically
 from localvit.config import differences
 from localvit.errors import ConfigError
 from localvit.runs import read_status
+from localvit.structure import parse_json, read_json, to_json
 from localvit.studies.design import Run, Study, study_from_dict
 from localvit.studies.execution.records import Record, parse_record, read_record
 
@@ -49,6 +49,13 @@ class Outcome:
     state: State
     record: Record | None = None
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run failed."""
+
+    reason: str
 
 
 class StudyFolder:
@@ -97,7 +104,7 @@ class StudyFolder:
         try:
             with filelock.FileLock(self.path / ".lock", timeout=0):
                 values = {"command": command, "classes": classes, **self.study.to_dict()}
-                write_atomically(self.path / "study.json", json.dumps(values, indent=1) + "\n")
+                write_atomically(self.path / "study.json", to_json(values))
                 yield
         except filelock.Timeout as error:
             raise ConfigError(f"another process works in {str(self.path)!r}; wait for it") from error
@@ -117,7 +124,7 @@ class StudyFolder:
         if record is not None:
             return Outcome("done", record)
         if (folder / _FAILURE).exists():
-            return Outcome("failed", reason=_read(folder / _FAILURE)["reason"])
+            return Outcome("failed", reason=read_json(Failure, folder / _FAILURE).reason)
         status = read_status(folder)
         if status.get("state") == "failed":
             return Outcome("failed", reason=str(status.get("error", "unknown")))
@@ -171,7 +178,7 @@ class StudyFolder:
     def write_results(self) -> None:
         """Write `results.jsonl`: each record with its arm and seed."""
         rows = [
-            json.dumps({"arm": run.arm, "seed": run.seed, **record.to_dict()})
+            to_json({"arm": run.arm, "seed": run.seed, **record.to_dict()}, indent=None)
             for run, record in self.readable()[0].items()
         ]
         write_atomically(self.path / "results.jsonl", "".join(f"{row}\n" for row in rows))
@@ -182,8 +189,8 @@ class StudyFolder:
             return []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
-                json.loads(line)
-            except ValueError:
+                parse_json(line)
+            except ConfigError:
                 wrong.append(f"line {number} of {str(path)!r} is no record")
         return wrong
 
@@ -195,12 +202,10 @@ class StudyFolder:
             where = f"line {number} of {str(path)!r}"
             if f'"{run.key}"' not in line:
                 continue
-            try:
-                row = json.loads(line)
-                arm, seed = row.pop("arm"), row.pop("seed")
-            except (ValueError, KeyError, AttributeError) as error:
-                raise ConfigError(f"{where} is no record ({error})") from error
-            if (arm, seed) == (run.arm, run.seed):
+            row = parse_json(line, where)
+            if not isinstance(row, dict):
+                raise ConfigError(f"{where} is no record")
+            if (row.pop("arm", None), row.pop("seed", None)) == (run.arm, run.seed):
                 return parse_record(row, where, run)
         return None
 
@@ -208,7 +213,7 @@ class StudyFolder:
 def note_failure(folder: Path, reason: str) -> None:
     """Write down in a run's folder why it failed."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / _FAILURE, json.dumps({"reason": reason}) + "\n")
+    write_atomically(folder / _FAILURE, to_json(Failure(reason)))
 
 
 def read_study(path: Path) -> Study:
@@ -239,12 +244,6 @@ def _asked(arm: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"there is no {str(path)!r}: no study is there") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{str(path)!r} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{str(path)!r} cannot be read: not a mapping")
-    return values
+    if not path.exists():
+        raise ConfigError(f"there is no {str(path)!r}: no study is there")
+    return read_json(dict[str, Any], path)

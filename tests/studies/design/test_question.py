@@ -80,18 +80,18 @@ def test_a_question_of_ones_own(tmp_path):
     ("old", "new", "message"),
     [
         ("question:", "questoin:", "questoin"),
-        ("{epochs: 60}", "{epoch: 60}", "arm 'long': .*epoch.*did you mean 'epochs'"),
+        ("{epochs: 60}", "{epoch: 60}", "arms.long.epoch: .*did you mean 'epochs'"),
         ("{epochs: 60}", "{}", "arms 'short' and 'long' are the same configuration"),
-        ("{epochs: 60}", "60", "arm 'long': 60 is not a mapping"),
+        ("{epochs: 60}", "60", "arms.long: 60 is not accepted; use a mapping"),
         ("against: long", "against: logn", "control: there is no arm 'logn'"),
         ("longer: {epochs: 90}", "longest: {epochs: 90}", "scales.mine.arms: there is no 'longest'"),
         ("recipe: digits", "recipe: digit", "did you mean 'digits'"),
         ("recipe: digits, ", "", "scales.mine.recipe is missing"),
-        ("match: none", "match: time", "match='time'; accepted: 'none', 'params', 'macs'"),
+        ("match: none", "match: time", "match: 'time' is not accepted; use 'none', 'params' or 'macs'"),
         (
             "match: none",
             "claim: {text: t, source: s, expected: {lon: better}}",
-            "claim: there is no arm 'lon'",
+            "claim.expected: there is no 'lon'; did you mean 'long'",
         ),
     ],
 )
@@ -111,6 +111,6 @@ def test_scales_differ_in_the_recipe_and_arms_in_what_the_question_names():
     study = load_question("placement").study("paper", 1)
     control, upper = (study.config(study.arm(name), 0) for name in ("deit", "upper-third"))
     assert (control.data.train, control.epochs) == ("imagenet", 300)
-    from localvit.config.files import to_dict
+    from localvit.structure import plain
 
-    assert set(differences(to_dict(control), to_dict(upper))) == {"model.locality", "model.blocks"}
+    assert set(differences(plain(control), plain(upper))) == {"model.locality", "model.blocks"}

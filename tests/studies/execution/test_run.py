@@ -123,7 +123,7 @@ def test_an_unreadable_record_is_named(folder, text):
     path = folder.of(folder.study.runs()[0])
     path.mkdir(parents=True)
     (path / "record.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"record.json' is no record .*; delete"):
+    with pytest.raises(ConfigError, match=r"record.json'.*; delete"):
         folder.finished()
 
 
