@@ -61,7 +61,11 @@ def test_what_decides_the_result_is_in_the_key(tiny, change):
         ((ARMS[0], ARMS[0]), (0,), "arm 'baseline' comes twice"),
         (ARMS, (0, 1, 0), "seed 0 comes twice"),
         ((ARMS[0], Arm(name="same")), (0,), "'baseline' and 'same' are the same configuration"),
-        ((Arm(name="a", changes={"model": {"lokality": {}}}),), (0,), "^arms.a.model.lokality: there is no .*locality"),
+        (
+            (Arm(name="a", changes={"model": {"lokality": {}}}),),
+            (0,),
+            "^arms.a.model.lokality: there is no .*locality",
+        ),
         ((Arm(name="a", changes={"optim": {"lr": -1.0}}),), (0,), "^arms.a: optim.lr=-1.0"),
         ((Arm(name="a", changes={"seed": 3}),), (0,), "arm 'a' changes 'seed'"),
         ((Arm(name="a", changes={"output": "x"}),), (0,), "arm 'a' changes 'output'"),
