@@ -29,10 +29,14 @@ MOST_DEPTH = 40
 """Levels of nesting."""
 MOST_VALUES = 20_000
 """Values in a YAML file, counted wherever an alias repeats them."""
+MOST_CHARACTERS = 2**20
+"""Length of a YAML text."""
 MOST_BYTES = 64 * 2**20
 """Size of a file."""
 
 _YAML = "tag:yaml.org,2002:"
+_CHOICE = "\0"
+"""Stands in pydantic's paths for the member of a union that refused a value."""
 _WORDS = {
     "a valid dictionary": "a mapping of field to value",
     "a dictionary": "a mapping of field to value",
@@ -106,6 +110,14 @@ def to_json(value: Any, indent: int | None = 1) -> str:
     return text if indent is None else f"{text}\n"
 
 
+def to_yaml(value: Any) -> str:
+    """Return `plain(value)` as YAML, with fields in their order."""
+    values = plain(value)
+    # PyYAML loses these characters in keys, unless all that is not ASCII is escaped.
+    wide = not set("\x85\u2028\u2029\ufeff") & set(json.dumps(values, ensure_ascii=False))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=wide, width=100)
+
+
 def parse_json(text: str, name: str = "the text") -> Any:
     """Return what a JSON text holds.
 
@@ -138,6 +150,8 @@ def parse_yaml(text: str, name: str = "the text") -> Any:
         ConfigError: with line and field, if it is no YAML, repeats a key, has a key that is not text, is
             nested too deeply, too large (aliases included), or has a value that JSON has not.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise ConfigError(f"{name} has more than {MOST_CHARACTERS} characters, which YAML here may not")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -145,7 +159,7 @@ def parse_yaml(text: str, name: str = "the text") -> Any:
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{name}{line}: {problem or one_line(error)}") from error
+        raise ConfigError(f"{name}{line}: {' '.join((problem or str(error)).split())}") from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -164,7 +178,8 @@ def join(where: str, part: str | int) -> str:
     """Return the dotted path of a field or item."""
     if isinstance(part, int):
         return f"{where}[{part}]"
-    return f"{where}.{part}" if where else str(part)
+    name = part if part.isprintable() and len(part) <= 100 else _shown(part)
+    return f"{where}.{name}" if where else name
 
 
 def _shown(value: Any) -> str:
@@ -214,9 +229,8 @@ class _Loader(yaml.SafeLoader):
 
     def _refuse_size(self, node: Any, depth: int) -> None:
         deep = f"nested more than {MOST_DEPTH} levels deep"
-        raise _problem(
-            node, "", deep if depth > MOST_DEPTH else f"more than {MOST_VALUES} values, with aliases"
-        )
+        many = f"more than {MOST_VALUES} values, with aliases"
+        raise _problem(node, "", deep if depth > MOST_DEPTH else many)
 
     def value(self, node: yaml.Node, path: str, depth: int) -> Any:
         self.values += 1
@@ -255,10 +269,8 @@ class _Loader(yaml.SafeLoader):
             except (ValueError, OverflowError, LookupError):
                 pass  # `0x_`, or an integer of too many digits
         words = {"timestamp": "a date", "int": "an integer", "float": "a number"}.get(kind, node.tag)
-        shown = node.value if isinstance(node, yaml.ScalarNode) else "this"
-        raise _problem(
-            node, path, f"{shown[:80]} is {words} in YAML, which is not accepted; quote it for text"
-        )
+        shown = node.value[:80] if isinstance(node, yaml.ScalarNode) else "this"
+        raise _problem(node, path, f"{shown} is {words} in YAML, which is not accepted; quote it for text")
 
 
 def _problem(node: Any, path: str, text: str) -> yaml.MarkedYAMLError:
@@ -301,7 +313,7 @@ def _lenient(core: Any) -> Any:
     elif kind == "float":
         return core_schema.no_info_before_validator_function(_number, made)
     elif kind == "union":  # no name of the choice in the path of an error
-        made["choices"] = [(one[0] if isinstance(one, tuple) else one, "") for one in made["choices"]]
+        made["choices"] = [(one[0] if isinstance(one, tuple) else one, _CHOICE) for one in made["choices"]]
     return made
 
 
@@ -315,7 +327,7 @@ def _number(value: Any) -> Any:
 def _refusal(kind: Any, problems: Sequence[Any], where: str) -> ConfigError:
     """Return the error for the first problem, or for the first unknown field, which may explain it."""
     problem = min(problems, key=lambda one: one["type"] != "unexpected_keyword_argument")
-    places = [tuple(part for part in one["loc"] if part != "") for one in problems]
+    places = [tuple(part for part in one["loc"] if part != _CHOICE) for one in problems]
     place = places[problems.index(problem)]
     local = functools.reduce(join, place, "")
     path = f"{where}.{local}" if where and local else where or local
@@ -324,7 +336,8 @@ def _refusal(kind: Any, problems: Sequence[Any], where: str) -> ConfigError:
         before = where if text.startswith((f"{local}.", f"{local}=", f"{local}:")) else path
         return ConfigError(f"{before}: {text}" if before else text)
     if problem["type"] == "unexpected_keyword_argument":
-        return ConfigError(f"{path}: there is no such field; {_suggestion(kind, place)}")
+        suggestion = _suggestion(kind, place, problem["loc"][-1])
+        return ConfigError(f"{path or repr(problem['loc'][-1])}: there is no such field; {suggestion}")
     if problem["type"] == "missing":
         return ConfigError(f"{path} is missing")
     accepted = [_accepted(one["msg"]) for one, other in zip(problems, places, strict=True) if other == place]
@@ -351,19 +364,20 @@ def _at(kind: Any, place: Sequence[str | int]) -> Any:
         for choice in _choices(kind):
             if dataclasses.is_dataclass(choice):
                 kind = typing.get_type_hints(choice)[str(part)]
+                break
             elif typing.get_origin(choice) in (dict, list, tuple):
                 kind = typing.get_args(choice)[1 if isinstance(part, str) else 0]
+                break
     return kind
 
 
-def _suggestion(kind: Any, place: Sequence[Any]) -> str:
+def _suggestion(kind: Any, place: Sequence[Any], name: str) -> str:
     """Return the field that was meant, else those that are there."""
     where, paths = functools.reduce(join, place[:-1], ""), _paths(_at(kind, place[:-1]))
     fields = [path for path in paths if "." not in path]
     tails = {path.rpartition(".")[2]: path for path in sorted(paths, key=lambda path: -path.count("."))}
-    near = difflib.get_close_matches(place[-1], fields, 1) or difflib.get_close_matches(
-        place[-1], tails, 1, 0.7
-    )
+    near = [name] if name in tails else difflib.get_close_matches(name, fields, 1)
+    near = near or difflib.get_close_matches(name, tails, 1, 0.7)
     return f"did you mean {join(where, tails[near[0]])!r}?" if near else f"accepted: {', '.join(fields)}"
 
 

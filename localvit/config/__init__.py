@@ -19,8 +19,10 @@ if TYPE_CHECKING:
         load_recipe as load_recipe,
         merge as merge,
         parse_setting as parse_setting,
+        read_config as read_config,
         resolve as resolve,
     )
+    from localvit.config.older import from_older as from_older
     from localvit.config.schema import (
         DistillConfig as DistillConfig,
         EngineConfig as EngineConfig,

@@ -7,18 +7,30 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from localvit.config.older import from_older
 from localvit.config.schema import TrainConfig
 from localvit.errors import ConfigError, unknown
-from localvit.structure import build, parse_yaml, plain, read_yaml
+from localvit.structure import build, parse_yaml, read_yaml, to_yaml
 
 _FILES = (".yaml", ".yml")
 
 
 def dump(config: TrainConfig) -> str:
     """Return the YAML of a configuration, which `build` reads back as the same one."""
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=100)
+    return to_yaml(config)
+
+
+def read_config(path: str | Path) -> TrainConfig:
+    """Read a configuration that a run wrote, of this version or 0.3.
+
+    Raises:
+        ConfigError: naming the file and the field.
+    """
+    values = from_older(read_yaml(path))
+    try:
+        return build(TrainConfig, values)
+    except ConfigError as error:
+        raise ConfigError(f"{str(path)!r}: {error}") from error
 
 
 def list_recipes() -> list[str]:
@@ -53,7 +65,7 @@ def load_recipe(recipe: str) -> dict[str, Any]:
 
 def _read_recipe(recipe: str) -> dict[str, Any]:
     if recipe.endswith(_FILES):
-        return read_yaml(recipe)
+        return from_older(read_yaml(recipe))
     if recipe not in list_recipes():
         error = unknown("recipe", recipe, list_recipes())
         raise ConfigError(f"{error} (recipes: {', '.join(list_recipes())}; or a .yaml file)")

@@ -18,5 +18,6 @@ if TYPE_CHECKING:
         random_states as random_states,
         set_random_states as set_random_states,
     )
+    from localvit.runs.status import RunStatus as RunStatus
 else:
     __getattr__, __dir__, __all__ = door(__name__)

@@ -32,6 +32,7 @@ from localvit.config import (
     comparable,
     differences,
     dump,
+    read_config,
     refuse_changes,
 )
 from localvit.data import Preprocessing
@@ -39,7 +40,6 @@ from localvit.errors import ConfigError, TrainingFailed
 from localvit.runs.lock import has_lock_file, locked
 from localvit.runs.state import State, drop_damaged, newest_name, read_newest, read_state, write_state
 from localvit.runtime import commit, versions
-from localvit.structure import build, read_yaml
 
 Progress = Literal["new", "begun", "finished"]
 _FILES = ("config.yaml", "status.json", "metrics.jsonl", "last", "best", "state")
@@ -273,5 +273,4 @@ def open_folder(
 
 
 def _config_changes(path: Path, config: TrainConfig) -> Changes:
-    there = build(TrainConfig, read_yaml(path / "config.yaml"))
-    return differences(comparable(there), comparable(config))
+    return differences(comparable(read_config(path / "config.yaml")), comparable(config))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from localvit.config import UNCOMPARED, TrainConfig, differences
+from localvit.config import UNCOMPARED, TrainConfig, differences, from_older
 from localvit.errors import ConfigError
 from localvit.structure import build, plain
 from localvit.studies.design.resources import Resources
@@ -187,7 +187,10 @@ def study_from_dict(values: Mapping[str, Any]) -> Study:
         ConfigError: if it describes none.
     """
     arms = build(dict[str, dict[str, Any]], values.get("arms"), "arms")
-    return build(Study, {**values, "arms": [{"name": name, **arm} for name, arm in arms.items()]})
+    listed = [
+        {"name": name, **arm, "changes": from_older(arm.get("changes", {}))} for name, arm in arms.items()
+    ]
+    return build(Study, {**values, "base": from_older(values.get("base")), "arms": listed})
 
 
 def replace_fields(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from localvit.atomic import write_atomically
 from localvit.bench import forget_peak_memory, machine, peak_memory
-from localvit.config import TrainConfig
+from localvit.config import TrainConfig, from_older
 from localvit.cost import count_macs
 from localvit.errors import ConfigError
 from localvit.evaluation import Metrics
@@ -114,7 +114,7 @@ def parse_record(values: Any, where: str, run: Run) -> Record:
     """
     try:
         record = build(Record, values)
-        config = plain(build(TrainConfig, record.config, "config"))
+        config = plain(build(TrainConfig, from_older(record.config), "config"))
     except ConfigError as error:
         raise ConfigError(f"{where} is no record ({error})") from error
     if not key_of(config) == record.key == run.key:

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from localvit.atomic import write_atomically
-from localvit.config import TrainConfig, comparable, differences, merge
+from localvit.config import TrainConfig, comparable, differences, from_older, merge
 from localvit.errors import ConfigError
 from localvit.runtime import versions
 from localvit.structure import build, read_json, to_json
@@ -65,7 +65,7 @@ class Tuning:
     def departures(self, base: TrainConfig) -> dict[str, tuple[Any, ...]]:
         """Fields of `base` that differ from what was tuned: path -> (tuned, here)."""
         # Read as a configuration: a field that is newer than the tuning has its default there.
-        tuned = build(TrainConfig, merge(self.base, {"optim": {"lr": base.optim.lr}}))
+        tuned = build(TrainConfig, merge(from_older(self.base), {"optim": {"lr": base.optim.lr}}))
         return differences(_tuned_part(tuned), _tuned_part(base))
 
 
