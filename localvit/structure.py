@@ -159,7 +159,8 @@ def parse_yaml(text: str, name: str = "the text") -> Any:
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{name}{line}: {' '.join((problem or str(error)).split())}") from error
+        what = "" if type(error) is yaml.MarkedYAMLError else "not YAML: "  # ours, or PyYAML's
+        raise ConfigError(f"{name}{line}: {what}{' '.join((problem or str(error)).split())}") from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_default_locality_is_not_no_locality():
         ("model.locality.kernl=4", r"model\.locality: .*did you mean 'kernel_size'"),
         ("model.blocks=[0]", r"model\.blocks=\[0\] has no effect without model\.locality"),
         ("epochs", r"'epochs' is not of the form key=value"),
-        ("epochs=[", r"'epochs=\[', line 1: "),
+        ("epochs=[", r"'epochs=\[', line 1: not YAML: "),
     ],
 )
 def test_errors_name_path_value_and_what_is_accepted(setting, message):

@@ -48,13 +48,13 @@ class Resources:
         if self.memory is not None and self.memory <= 0:
             raise ConfigError(f"memory={self.memory}: more than 0 GB")
 
-    def replaced(self, own: Mapping[str, Any]) -> Resources:
-        """These with some fields replaced (`Arm.resources`).
+    def replaced(self, own: Mapping[str, Any], where: str = "resources") -> Resources:
+        """Return these with some fields replaced (`Arm.resources`, at `where` of a question).
 
         Raises:
             ConfigError: for an unknown field or a value that is not accepted.
         """
-        return build(Resources, {**plain(self), **own}, "resources")
+        return build(Resources, {**plain(self), **build(dict[str, Any], own, where)}, where)
 
     def __str__(self) -> str:
         words = [f"{self.minutes} minutes", f"{self.cpus} CPU{'s' if self.cpus > 1 else ''}"]

@@ -48,10 +48,7 @@ class Arm:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.name):
             raise ConfigError(f"arm {self.name!r}: a name has lower-case letters, digits, '-' and '.' only")
-        try:
-            Resources().replaced(self.resources)
-        except ConfigError as error:
-            raise ConfigError(f"arms.{self.name}: {error}") from error
+        Resources().replaced(self.resources, f"arms.{self.name}.resources")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,7 +163,7 @@ def test_a_quoted_name_of_an_arm_is_a_name(tmp_path):
 
 def test_what_an_arm_asks_of_a_cluster_is_checked(tmp_path):
     text = MINE.replace("{epochs: 60}", "{epochs: 60, resources: {minuets: 5}}")
-    with pytest.raises(ConfigError, match=r"arms\.long: resources\.minuets: .*did you mean 'minutes'"):
+    with pytest.raises(ConfigError, match=r"arms\.long\.resources\.minuets: .*did you mean 'minutes'"):
         load_question(write(tmp_path, text)).study("mine", 2)
 
 
