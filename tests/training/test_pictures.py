@@ -99,9 +99,7 @@ def test_a_process_that_loads_and_dies_is_named_in_one_line(tiny, tmp_path, monk
         return real(self, draw, out)
 
     monkeypatch.setattr(loading.Prepared, "_prepare", deadly)
-    with pytest.raises(
-        TrainingFailed, match=r"a process that loads pictures died \(DataLoader worker"
-    ) as caught:
+    with pytest.raises(TrainingFailed, match=r"a data worker died \(DataLoader worker") as caught:
         train(tiny("workers=1", f"output={tmp_path / 'run'}"))
     assert "\n" not in str(caught.value)
     assert status(tmp_path / "run")["state"] == "failed"

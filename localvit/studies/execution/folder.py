@@ -25,7 +25,7 @@ import filelock
 from localvit.atomic import write_atomically
 from localvit.config import differences
 from localvit.errors import ConfigError
-from localvit.runs import read_status
+from localvit.runs import read_run
 from localvit.studies.design import Run, Study, study_from_dict
 from localvit.studies.execution.records import Record, parse_record, read_record
 
@@ -118,10 +118,10 @@ class StudyFolder:
             return Outcome("done", record)
         if (folder / _FAILURE).exists():
             return Outcome("failed", reason=_read(folder / _FAILURE)["reason"])
-        status = read_status(folder)
-        if status.get("state") == "failed":
-            return Outcome("failed", reason=str(status.get("error", "unknown")))
-        return Outcome("begun" if status else "new")
+        status = read_run(folder).status
+        if status is not None and status.state == "failed":
+            return Outcome("failed", reason=status.error or "unknown")
+        return Outcome("new" if status is None else "begun")
 
     def finished(self) -> dict[Run, Record]:
         """The records of the study's runs that are done, in the study's order.

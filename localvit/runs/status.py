@@ -1,0 +1,104 @@
+"""`status.json` of a run: how far it is, what it reports, and with what it was made."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from localvit.config import from_dict, to_dict
+from localvit.errors import ConfigError, one_line
+
+STATUS = "status.json"
+RunState = Literal["running", "interrupted", "failed", "finished"]
+Numbers = dict[str, int | float | None]
+"""Fields of `evaluation.Metrics`; `None` stands for NaN and infinity, which JSON does not have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestEpoch:
+    """Epoch that the validation split chose, and its metrics there."""
+
+    epoch: int
+    validation: Numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Field that somebody allowed to change within a run."""
+
+    field: str
+    old: Any
+    new: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """Status of a run. A file of an older version may lack any field but `state`.
+
+    Attributes:
+        state: How the last process left it.
+        epochs: Planned epochs.
+        epochs_done: Finished epochs.
+        best: Best epoch so far.
+        test: Metrics of the reported split, once the run is finished.
+        notes: Sentences about the splits.
+        data: Fingerprint of the data.
+        versions: Package -> version.
+        world_size: Processes that train.
+        commit: Commit of localvit, where it runs from a checkout.
+        bad_images: Training images that could not be read.
+        changes: Fields that changed within the run.
+        error: Why it ended, if it was interrupted or failed; left out of the file otherwise.
+        pictures: Images of the batch that it failed at; left out of the file if there are none.
+    """
+
+    state: RunState
+    epochs: int = 0
+    epochs_done: int = 0
+    best: BestEpoch | None = None
+    test: Numbers | None = None
+    notes: tuple[str, ...] = ()
+    data: str | None = None
+    versions: dict[str, str] | None = None
+    world_size: int | None = None
+    commit: str | None = None
+    bad_images: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
+    error: str | None = None
+    pictures: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.state == "finished" and (self.best is None or self.test is None):
+            raise ConfigError("state: 'finished' needs best and test, which are missing")
+
+    @classmethod
+    def read(cls, folder: Path) -> RunStatus | None:
+        """Read the status in a run's folder; `None` if the run was killed before it was written.
+
+        Raises:
+            ConfigError: if it is damaged.
+        """
+        path = folder / STATUS
+        try:
+            status: RunStatus = from_dict(json.loads(path.read_text(encoding="utf-8")), cls)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{str(path)!r} is damaged: {one_line(error)}; restore it") from error
+        return status
+
+    def to_json(self) -> str:
+        """Return what `read` reads."""
+        optional = {"error": self.error, "pictures": self.pictures}
+        values = {name: value for name, value in to_dict(self).items() if optional.get(name, True)}
+        return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics as JSON can hold them: `None` for NaN and infinity."""
+    infinite = {name for name, value in metrics.items() if not math.isfinite(value)}
+    return {name: None if name in infinite else value for name, value in metrics.items()}
