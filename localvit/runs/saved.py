@@ -38,6 +38,8 @@ class SavedRun:
         path = self.path / "config.yaml"
         values = load_yaml(path)
         try:
+            if "output" not in values:  # a run has one; a file that was cut off has none
+                raise ConfigError("output is missing")
             config: TrainConfig = from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{str(path)!r} is not the configuration of a run: {error}") from error
@@ -62,7 +64,8 @@ class SavedRun:
         """Folder of the best model, whose files can be opened."""
         path = self.path / "best" / "config.json"
         try:
-            json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+                raise ValueError("not a mapping")
             path = self.path / "best" / "model.safetensors"
             with safe_open(path, "pt"):
                 pass
