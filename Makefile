@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench timm-suite clean
+.PHONY: demo test test-fast check bench timm-suite clean
 
 demo: .venv/.study
 	$(BIN)/localvit demo
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-fast: .venv/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 check: .venv/.dev
 	$(BIN)/ruff check .
@@ -30,7 +33,7 @@ timm-suite: .venv/.dev
 	touch $@
 
 .venv/.dev: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --editable '.[study,cluster,dev]'
+	$(BIN)/python -m pip install --editable '.[all]'
 	touch $@ .venv/.study
 
 .venv/bin/python:

@@ -15,6 +15,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from localvit.cli.arguments import Failure, UsageError, parse
 
@@ -44,9 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    from localvit.data import disable_ghostscript
-
-    disable_ghostscript()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -58,13 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb = _verb(arguments[0])
         module = importlib.import_module(VERBS[verb][0])
         options = parse(module.Options, f"localvit {verb}", arguments[1:])
-        return 0 if options is None else int(module.run(options))
+        return 0 if options is None else _run(module, options)
     except (UsageError, Failure) as error:
         print(f"localvit: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("localvit: interrupted", file=sys.stderr)
         return 130
+
+
+def _run(module: Any, options: Any) -> int:
+    from localvit.data import disable_ghostscript
+
+    disable_ghostscript()
+    return int(module.run(options))
 
 
 def _verb(name: str) -> str:

@@ -114,9 +114,9 @@ def _default_output(data: str) -> str:
 
 def _tune(options: Options, base: TrainConfig, folder: Path, console: Console) -> None:
     from localvit.studies import demo
-    from localvit.studies.execution import tuning
+    from localvit.studies.execution import save_tuning, tune, tuning_markdown
 
-    found = tuning.tune(
+    found = tune(
         base,
         demo.ARMS,
         folder,
@@ -126,8 +126,8 @@ def _tune(options: Options, base: TrainConfig, folder: Path, console: Console) -
         command=command_line(("demo",), options),
         console=console,
     )
-    tuning.save_tuning(found, folder)
-    console.print(tuning.as_markdown(found), markup=False, highlight=False, soft_wrap=True)
+    save_tuning(found, folder)
+    console.print(tuning_markdown(found), markup=False, highlight=False, soft_wrap=True)
     print(f"written: {folder / 'tuning.json'}; the demo with the same data and output will use it")
 
 

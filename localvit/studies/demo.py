@@ -5,7 +5,7 @@ from __future__ import annotations
 from localvit.config import TrainConfig
 from localvit.errors import ConfigError
 from localvit.locality import LocalityConfig
-from localvit.studies.design.study import Arm, Study
+from localvit.studies.design import Arm, Study
 from localvit.studies.execution import Tuning
 
 QUESTION = "Does locality in the feed-forward networks help this vision transformer?"

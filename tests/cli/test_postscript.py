@@ -10,19 +10,20 @@ from PIL import EpsImagePlugin
 from torchvision.datasets import ImageFolder
 
 from localvit.cli import main
+from localvit.data.config import Preprocessing
 from localvit.data.images import Part, TorchvisionImages, UnreadableImage, decode, decode_pixels
 from localvit.data.loading import eval_loader, train_loader
 from tests.pictures import export_model, make_pictures
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
-PREPROCESSING = {
-    "input_size": (3, 16, 16),
-    "mean": (0.5,) * 3,
-    "std": (0.5,) * 3,
-    "interpolation": "bicubic",
-    "crop_pct": 0.9,
-    "crop_mode": "center",
-}
+PREPROCESSING = Preprocessing(
+    input_size=(3, 16, 16),
+    mean=(0.5,) * 3,
+    std=(0.5,) * 3,
+    interpolation="bicubic",
+    crop_pct=0.9,
+    crop_mode="center",
+)
 TINY = [f"--set=model.args.{a}" for a in ("img_size=16", "patch_size=8", "embed_dim=16", "depth=1")]
 TINY += ["--set=schedule.warmup_epochs=0", "--set=augment.crop=none", "--set=model.args.num_heads=2"]
 TINY += ["--model=vit_tiny_patch16_224", "--batch-size=4", "--epochs=1"]
@@ -128,7 +129,7 @@ def test_readers_that_are_not_ours_do_not_start_it_in_a_data_worker(started, pic
 
 
 def test_readers_that_are_not_ours_do_not_start_it_in_the_command_line(started, pictures):
-    assert main(["--version"]) == 0
+    assert main(["models", "nowhere"]) == 2
     images = TorchvisionImages(ImageFolder(str(pictures)), "torch/folder")
     with pytest.raises(UnreadableImage, match="Unable to locate Ghostscript"):
         images[0]

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from localvit.studies.execution.tuning import (
         Tuning as Tuning,
         load_tuning as load_tuning,
+        save_tuning as save_tuning,
         shipped_tuning as shipped_tuning,
+        tune as tune,
+        tuning_markdown as tuning_markdown,
         tuning_table as tuning_table,
     )
 else:

@@ -163,7 +163,7 @@ def tuning_table(tuning: Tuning) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def as_markdown(tuning: Tuning) -> str:
+def tuning_markdown(tuning: Tuning) -> str:
     """A page with the table and how it came about."""
     head, rows = tuning_table(tuning)
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
