@@ -16,6 +16,7 @@ from localvit.data.images import UnreadableImage
 from localvit.data.loading import train_loader
 from localvit.data.splits import open_splits
 from localvit.errors import ConfigError, TrainingFailed
+from localvit.models.build import build_model, preprocessing_for
 from localvit.runs.lock import locked
 from localvit.training.loop import train
 from localvit.training.run import Run
@@ -76,10 +77,10 @@ def test_nothing_readable_is_an_error_whatever_is_allowed(pictures):
 def test_the_replacement_depends_on_the_draw_alone(pictures):
     config, _ = pictures(8)
     part = open_splits(config.data).train
-    prepared = {"input_size": (1, 8, 8), "mean": [0.5], "std": [0.5], "interpolation": "bicubic"}
+    preprocessing = preprocessing_for(build_model(config.model, 2), config.data)
 
     def batches(workers, start):
-        loader = train_loader(part, config.augment, prepared, batch_size=8, seed=1, workers=workers)
+        loader = train_loader(part, config.augment, preprocessing, batch_size=8, seed=1, workers=workers)
         loader.batch_sampler.set_epoch(2, start)
         return [(b.indices, sorted(b.unreadable), b.images.sum().item()) for b in loader]
 
