@@ -127,7 +127,7 @@ def tune(
 def save_tuning(tuning: Tuning, folder: Path) -> None:
     """Write `tuning.json` and `tuning.md` into a folder."""
     write_atomically(folder / "tuning.json", json.dumps(dataclasses.asdict(tuning), indent=1) + "\n")
-    write_atomically(folder / "tuning.md", as_markdown(tuning))
+    write_atomically(folder / "tuning.md", tuning_markdown(tuning))
 
 
 def load_tuning(path: Path) -> Tuning:

@@ -12,11 +12,11 @@ from localvit.studies.execution import tuning as module
 from localvit.studies.execution.run import StudyFailed
 from localvit.studies.execution.tuning import (
     FIRST_SEED,
-    as_markdown,
     load_tuning,
     save_tuning,
     shipped_tuning,
     tune,
+    tuning_markdown,
 )
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -72,7 +72,7 @@ def test_a_grid_that_stays_too_short_is_said_to_be(tiny, tmp_path, scored):
     found = tune(tiny, ARMS, tmp_path, command="c", seeds=1)
     assert found.grid[-1] == 0.016 * 2**4
     assert found.at_border == ["baseline"]
-    assert "At the border of the grid: baseline" in as_markdown(found)
+    assert "At the border of the grid: baseline" in tuning_markdown(found)
 
 
 def test_an_arm_that_never_finishes_fails(tiny, tmp_path, scored):
