@@ -6,7 +6,7 @@ from localvit.imports import door
 
 if TYPE_CHECKING:
     from localvit.runs.directory import Decision as Decision, RunDirectory as RunDirectory
-    from localvit.runs.lock import FolderInUse as FolderInUse
+    from localvit.runs.lock import FolderInUse as FolderInUse, locked as locked
     from localvit.runs.saved import SavedRun as SavedRun, read_run as read_run
     from localvit.runs.state import (
         DamagedState as DamagedState,
