@@ -14,6 +14,11 @@ if TYPE_CHECKING:
         random_states as random_states,
         set_random_states as set_random_states,
     )
-    from localvit.runs.status import BestEpoch as BestEpoch, RunStatus as RunStatus, numbers as numbers
+    from localvit.runs.status import (
+        BestEpoch as BestEpoch,
+        RunStatus as RunStatus,
+        numbers as numbers,
+        whole as whole,
+    )
 else:
     __getattr__, __dir__, __all__ = door(__name__)

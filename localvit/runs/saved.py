@@ -8,18 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from localvit.config import TrainConfig, from_dict, load_yaml
-from localvit.errors import ConfigError, one_line
-from localvit.runs.status import RunStatus
+from localvit.errors import ConfigError
+from localvit.runs.status import RunStatus, whole
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """Files of a run. Each is read when first asked for, and once.
-
-    A damaged file raises a `ConfigError` that names it.
+    """Files of a run. Each is read when first asked for, and once; a damaged one is a `ConfigError`.
 
     Attributes:
         path: The run's folder.
@@ -35,43 +33,32 @@ class SavedRun:
     @cached_property
     def config(self) -> TrainConfig:
         """Content of `config.yaml`."""
-        path = self.path / "config.yaml"
-        values = load_yaml(path)
-        try:
+        with whole(self.path / "config.yaml") as path:
+            values = load_yaml(path)
             if "output" not in values:  # a run has one; a file that was cut off has none
                 raise ConfigError("output is missing")
             config: TrainConfig = from_dict(values)
-        except ConfigError as error:
-            raise ConfigError(f"{str(path)!r} is not the configuration of a run: {error}") from error
         return config
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
         """Content of `metrics.jsonl`: one mapping per epoch."""
-        path = self.path / "metrics.jsonl"
-        try:
+        with whole(self.path / "metrics.jsonl") as path:
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             epochs = [line["epoch"] for line in lines]
-        except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
-            raise ConfigError(f"{str(path)!r} is damaged: {one_line(error)}; restore it") from error
-        done = self.status.epochs_done if self.status else len(epochs)
-        if epochs != list(range(1, done + 1)):
-            raise ConfigError(f"{str(path)!r} is damaged: it has epochs {epochs} of {done}; restore it")
+            done = self.status.epochs_done if self.status else len(epochs)
+            if epochs != list(range(1, done + 1)):
+                raise ConfigError(f"it has epochs {epochs} of {done}")
         return lines
 
     @cached_property
     def best(self) -> Path:
         """Folder of the best model, whose files can be opened."""
-        path = self.path / "best" / "config.json"
-        try:
+        with whole(self.path / "best" / "config.json") as path:
             if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
-                raise ValueError("not a mapping")
-            path = self.path / "best" / "model.safetensors"
-            with safe_open(path, "pt"):
-                pass
-        except (OSError, ValueError, RecursionError, SafetensorError) as error:
-            raise ConfigError(f"{str(path)!r} is damaged: {one_line(error)}; restore it") from error
-        return path.parent
+                raise ConfigError("not a mapping")
+        with whole(self.path / "best" / "model.safetensors") as path, safe_open(path, "pt"):
+            return path.parent
 
 
 def read_run(path: str | Path) -> SavedRun:

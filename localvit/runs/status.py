@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from safetensors import SafetensorError
 
 from localvit.config import from_dict, to_dict
 from localvit.errors import ConfigError, one_line
@@ -82,13 +85,10 @@ class RunStatus:
         Raises:
             ConfigError: if it is damaged.
         """
-        path = folder / STATUS
-        try:
-            status: RunStatus = from_dict(json.loads(path.read_text(encoding="utf-8")), cls)
-        except (FileNotFoundError, NotADirectoryError):
+        if not (folder / STATUS).exists():
             return None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{str(path)!r} is damaged: {one_line(error)}; restore it") from error
+        with whole(folder / STATUS) as path:
+            status: RunStatus = from_dict(json.loads(path.read_text(encoding="utf-8")), cls)
         return status
 
     def to_json(self) -> str:
@@ -96,6 +96,21 @@ class RunStatus:
         optional = {"error": self.error, "pictures": self.pictures}
         values = {name: value for name, value in to_dict(self).items() if optional.get(name, True)}
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Turn any error in reading a file into one that names it.
+
+    Raises:
+        ConfigError: if the file cannot be read, or is not what a run writes.
+    """
+    try:
+        yield path
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
+        raise ConfigError(
+            f"{str(path)!r} is not as a run wrote it: {one_line(error)}; restore it, or choose another folder"
+        ) from error
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:

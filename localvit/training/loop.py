@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 from localvit.config import TrainConfig, check_allowed
 from localvit.cost import count_parameters
 from localvit.data import Batch
-from localvit.errors import ConfigError, TrainingFailed, TrainingInterrupted
+from localvit.errors import TrainingFailed, TrainingInterrupted
 from localvit.evaluation import Metrics, measure
 from localvit.inference import load_checkpoint
-from localvit.runs import Decision, RunDirectory
+from localvit.runs import Decision, RunDirectory, whole
 from localvit.runtime import World, open_world, stop_requested
 from localvit.training.callbacks import Callback
 from localvit.training.checkpointer import Checkpointer
@@ -282,23 +282,20 @@ def _explained(error: BaseException, checkpointer: Checkpointer) -> TrainingFail
 def _finished(directory: RunDirectory | None, console: Console | None) -> RunResult:
     """Return the result of a run that is finished."""
     assert directory is not None
-    saved = directory.saved
-    status, output = saved.status, str(directory.path)
+    saved, status = directory.saved, directory.saved.status
     assert status is not None
     assert status.best is not None
-    try:
-        found = [
-            Metrics(**{name: math.nan if value is None else value for name, value in each.items()})  # type: ignore[arg-type]
-            for each in (status.best.validation, status.test or {})
-        ]
-    except TypeError as error:
-        raise ConfigError(f"{str(saved.path / 'status.json')!r} is damaged: {error}; restore it") from error
+    with whole(saved.path / "status.json"):
+        validation, test = (
+            Metrics(**{name: math.nan if value is None else value for name, value in found.items()})  # type: ignore[arg-type]
+            for found in (status.best.validation, status.test or {})
+        )
     model = load_checkpoint(str(saved.best), torch.device("cpu")).model
-    best = status.best.epoch, found[0], found[1]
+    best = status.best.epoch, validation, test
     result = _result(directory.config.output, saved.history, best, status.notes, model)
     if console:
         console.print(
-            f"{output} holds this run already, finished: best epoch {result.best_epoch}, test top-1 "
+            f"{result.output} holds this run already, finished: best epoch {result.best_epoch}, test top-1 "
             f"{result.test.top1:.2f} %",
             highlight=False,
             soft_wrap=True,
