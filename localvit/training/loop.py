@@ -80,21 +80,12 @@ def train(
         run = prepare(config, world)
         stack.callback(run.close)
         checkpointer = Checkpointer(run, directory)
-        progress = Progress(
-            console if world.is_main_process else None,
-            config.model,
-            run.splits,
-            count_parameters(run.engine.evaluated),
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            workers=config.workers,
-            gpu=world.device.type != "cpu",
-        )
+        progress = Progress(console if world.is_main_process else None, run)
         try:
             with progress:
                 checkpointer.start(decision)
                 if run.state.step:
-                    progress.resume(run.state.step, run.state.place, decision.warnings)
+                    progress.resume(decision.warnings)
                 return _fit(run, checkpointer, progress, callbacks if world.is_main_process else ())
         except BaseException as error:
             short = _explained(error, checkpointer)

@@ -10,9 +10,9 @@ from typing import Any, Self
 from rich import progress
 from rich.console import Console
 
-from localvit.data import Splits
+from localvit.cost import count_parameters
 from localvit.evaluation import Metrics
-from localvit.models import ModelConfig
+from localvit.training.run import Run
 
 WAIT = 0.2
 """Share of the time spent waiting for images above which a warning is shown."""
@@ -44,31 +44,12 @@ class Progress:
 
     Args:
         console: Console to print on; `None` shows nothing.
-        model: The model.
-        splits: Its data.
-        parameters: Number of its parameters.
-        epochs: Length of the run.
-        batch_size: Images per update.
-        workers: Number of data workers.
-        gpu: The model computes elsewhere than on the cores that load images.
+        run: The run.
     """
 
-    def __init__(
-        self,
-        console: Console | None,
-        model: ModelConfig,
-        splits: Splits,
-        parameters: int,
-        *,
-        epochs: int,
-        batch_size: int,
-        workers: int = 0,
-        gpu: bool = False,
-    ) -> None:
-        self.console = console or Console(quiet=True)
-        self.model, self.splits, self.parameters = model, splits, parameters
-        self.epochs, self.batch_size, self.workers, self.gpu = epochs, batch_size, workers, gpu
-        self.warned = False
+    def __init__(self, console: Console | None, run: Run) -> None:
+        self.console, self.run = console or Console(quiet=True), run
+        self.gpu, self.warned = run.world.device.type != "cpu", False
         self.bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
@@ -78,14 +59,15 @@ class Progress:
             transient=True,
             disable=not self.console.is_terminal,
         )
-        whole_batches = len(splits.train) // batch_size * batch_size
-        self.task = self.bar.add_task("training", total=epochs * whole_batches, speed="")
+        images = run.config.epochs * run.state.steps_per_epoch * run.config.batch_size
+        self.task = self.bar.add_task("training", total=images, speed="")
 
     def __enter__(self) -> Self:
-        splits = self.splits
-        locality = " + locality" if self.model.locality is not None else ""
+        model, splits = self.run.config.model, self.run.splits
+        locality = " + locality" if model.locality is not None else ""
+        parameters = count_parameters(self.run.engine.evaluated)
         self.console.print(
-            f"{self.model.name}{locality}: {self.parameters / 1e6:.3g} M parameters; images: "
+            f"{model.name}{locality}: {parameters / 1e6:.3g} M parameters; images: "
             f"{len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test; "
             f"{splits.num_classes} classes",
             highlight=False,
@@ -101,12 +83,12 @@ class Progress:
     ) -> None:
         self.bar.stop()
 
-    def resume(self, step: int, place: str, warnings: Sequence[str]) -> None:
-        """Show that the run resumes after `step` updates."""
+    def resume(self, warnings: Sequence[str]) -> None:
+        """Show where the run resumes."""
         for warning in warnings:
             self.note(f"warning: {warning}")
-        self.note(f"resuming {place}")
-        self.bar.update(self.task, completed=step * self.batch_size)
+        self.note(f"resuming {self.run.state.place}")
+        self.bar.update(self.task, completed=self.run.state.step * self.run.config.batch_size)
 
     def note(self, line: str) -> None:
         """Show a line."""
@@ -123,14 +105,14 @@ class Progress:
     def epoch(self, metrics: dict[str, Any], improved: bool) -> None:
         """Show the line of a finished epoch; a star marks the best one so far."""
         self.console.print(
-            f"epoch {metrics['epoch']:>3}/{self.epochs}  loss {metrics['train_loss']:.4f}  "
+            f"epoch {metrics['epoch']:>3}/{self.run.config.epochs}  loss {metrics['train_loss']:.4f}  "
             f"validation loss {metrics['validation_loss']:.4f}  top-1 {metrics['validation_top1']:6.2f} %"
             f"{' *' if improved else '  '}  {metrics['images_per_second']:,.0f} images/s, "
             f"data {100 * metrics['data_wait']:.0f} %",
             highlight=False,
             soft_wrap=True,
         )
-        if not self.warned and (warning := slow_data(metrics, self.workers, self.gpu)):
+        if not self.warned and (warning := slow_data(metrics, self.run.config.workers, self.gpu)):
             self.warned = True
             self.note(f"warning: {warning}")
 

@@ -5,13 +5,15 @@ import itertools
 import json
 
 import pytest
+import torch
 from rich.console import Console
 
-from localvit.data.splits import open_splits
 from localvit.runs.state import read_newest
+from localvit.runtime.distributed import World
 from localvit.training import loop
 from localvit.training.loop import train
 from localvit.training.progress import Progress, slow_data
+from localvit.training.run import prepare
 from tests.training.runs import stop_after
 
 
@@ -77,9 +79,8 @@ def test_a_run_is_warned_once_and_the_bar_shows_the_share(tiny, monkeypatch):
     config = tiny("workers=1")
     console = Console(file=io.StringIO(), width=300, force_terminal=True)
     ticks = itertools.count()
-    progress = Progress(
-        console, config.model, open_splits(config.data), 1, epochs=2, batch_size=128, workers=1, gpu=True
-    )
+    progress = Progress(console, prepare(config, World(device=torch.device("cpu"))))
+    progress.gpu = True
     progress.bar.get_time = lambda: float(next(ticks))  # a speed needs time to pass
     metrics = {"epoch": 1, "train_loss": 1.0, "validation_loss": 1.0, "validation_top1": 50.0}
     metrics |= {"images_per_second": 10.0, "data_wait": 0.25, "seconds": 1000.0}

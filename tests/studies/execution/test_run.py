@@ -194,7 +194,7 @@ from pathlib import Path
 from localvit.studies.demo import demo_study
 from localvit.studies.execution.folder import StudyFolder
 from localvit.studies.execution.run import run_missing
-from localvit.training import resolve
+from localvit.config import resolve
 if __name__ == "__main__":
     study = demo_study(resolve("digits", {settings!r}), 2, None)
     run_missing(StudyFolder(Path(sys.argv[1]), study), jobs=1)
