@@ -132,7 +132,7 @@ def killed_run(folder: Path, number: int, most: int, dice: random.Random) -> lis
         alive = process.wait_for(moment, dice) if len(kills) < most else process.wait()
         said = process.kill() if alive else process.popen.communicate()[0]
         if kills and begun(folder) != process.had[1]:
-            found = re.search(r"going on after update (\d+)", said)
+            found = re.search(r"resuming after update (\d+)", said)
             kills[-1].went_on_after = int(found[1]) if found else 0
         if not alive:
             if process.popen.returncode:

@@ -1,4 +1,4 @@
-"""What makes a run the run that it is, so that none goes on as another one unnoticed."""
+"""Comparison of two configurations, so that no run is resumed as another one unnoticed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from localvit.errors import ConfigError, unknown
 from localvit.structure import plain
 
 UNCOMPARED = ("output", "workers", "device", "save_seconds", "max_bad_images")
-"""Fields that may differ between the parts of one run.
+"""Fields that may change when a run is resumed.
 
 They change where results go, how fast they come and how much can be lost, not what is computed: batches do
 not depend on `workers`, nor on `max_bad_images` as long as the run goes on. `device` differs between machines
-that take turns (``cuda:0``, ``cuda:1``); the bits of a result hold for one kind of device only.
+that take turns (`cuda:0`, `cuda:1`); the bits of a result hold for one kind of device only.
 """
 
 _BESIDES = ("data", "versions", "world_size")
@@ -24,15 +24,15 @@ Changes = dict[str, tuple[Any, ...]]
 
 
 def comparable(config: TrainConfig) -> dict[str, Any]:
-    """The fields of a configuration that decide the results, as a nested mapping."""
+    """Return the fields of a configuration that decide the results, as a nested mapping."""
     return {name: value for name, value in plain(config).items() if name not in UNCOMPARED}
 
 
 def check_allowed(allow_change: Collection[str]) -> None:
-    """Refuse names that are no fields.
+    """Refuse names that are not fields.
 
     Raises:
-        ConfigError: with the nearest names that are.
+        ConfigError: with the nearest fields.
     """
     fields = {name: {} for name in _BESIDES} | plain(TrainConfig())
     for name in allow_change:
@@ -48,13 +48,13 @@ def check_allowed(allow_change: Collection[str]) -> None:
 def refuse_changes(
     folder: str, changes: Changes, allow_change: Collection[str], finished: bool = False
 ) -> None:
-    """Refuse to go on with changes that are not allowed, by their own names or those of a whole section.
+    """Refuse changes of a run that are not allowed, by their own names or those of a whole section.
 
     Args:
-        folder: Of the run.
-        changes: In what it would differ from now on.
+        folder: Folder of the run.
+        changes: Differences from the run that is there.
         allow_change: Fields or sections.
-        finished: Whether there is nothing to go on with.
+        finished: The run is finished, so nothing can be resumed.
 
     Raises:
         ConfigError: with the old and the new value of each.
@@ -64,14 +64,14 @@ def refuse_changes(
         listed = "; ".join(f"{path}: {old!r} -> {new!r}" for path, (old, new) in wrong.items())
         flags = " ".join(f"--allow-change {path}" for path in wrong)
         what = "already holds a finished run" if finished else "already holds a run"
-        way = "" if finished else f", or {flags} to go on with what is there"
+        way = "" if finished else f", or {flags} to resume what is there"
         raise ConfigError(
             f"output={folder!r} {what}, and this is another one ({listed}); choose another folder{way}"
         )
 
 
 def differences(first: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Fields in which nested mappings differ: dotted path -> the value in each; missing ones are ``None``.
+    """Return the fields in which nested mappings differ: dotted path -> value in each, or `None`.
 
     `model.locality` stands as a whole, because its defaults are left out of it.
     """
@@ -82,7 +82,7 @@ def differences(first: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[st
 
 
 def _paths(mapping: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The dotted names of fields and sections."""
+    """Return the dotted names of fields and sections."""
     inner = [(prefix + name, value) for name, value in mapping.items()]
     below = [_paths(value, f"{path}.") for path, value in inner if isinstance(value, Mapping)]
     return [path for path, _ in inner] + [path for paths in below for path in paths]

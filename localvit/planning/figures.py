@@ -151,7 +151,8 @@ def schedule_figures(run: OpenRun) -> list[Figure]:
     drawn = None if each is None else each * config.batch_size
     warmup = None
     if each is not None:
-        warmup = int(getattr(build_scheduler(run.optimizer, config, each), "warmup_t", 0))
+        scheduler = build_scheduler(run.optimizer, config.schedule, config.epochs, each)
+        warmup = int(getattr(scheduler, "warmup_t", 0))
     how = "whole batches" if repeats == 1 else f"whole batches; each of them {repeats} times"
     return [
         Figure(name="peak learning rate", value=config.effective_lr, how=scaled),

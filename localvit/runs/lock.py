@@ -4,60 +4,80 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from localvit.errors import ConfigError
 
 _NAME = ".lock"
-_held: set[Path] = set()  # a process is never refused its own POSIX lock, so it has to remember
+_held: dict[Path, list[int]] = {}  # a process is never refused its own POSIX lock, so it has to remember
 
 
 class FolderInUse(ConfigError):
-    """Another process trains in the folder."""
+    """Another process works in the folder."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder.
 
-    The lock is POSIX's (``lockf``), which belongs to one process. One of ``flock`` belongs to an open file,
-    which forked data workers share: it would outlive a killed trainer until its workers notice. Closing any
-    descriptor of the file would drop a POSIX lock, so nothing else may open it. Where another machine
-    trains into the same folder, the file system must pass locks on (NFS from version 4 does).
+    There are two locks. The one of a file is POSIX's (`lockf`), which belongs to one process, and which NFS
+    knows from version 4 on. Closing any descriptor of the file would drop it, so nothing else may open it.
+    The one of the folder itself (`flock`, on file systems that have it) holds if that file is removed. It
+    belongs to an open file, which data workers would inherit, so forked processes close it.
 
     Args:
-        folder: It exists. The file stays there: removing it would let two processes lock two files.
+        folder: An existing folder. The file stays there: removing it would let two processes lock two files.
 
     Raises:
         FolderInUse: if the folder is locked already.
         ConfigError: if it cannot be written to.
     """
-    import fcntl  # POSIX only; what does not train needs no lock
+    import fcntl  # POSIX only; only what trains needs a lock
 
     path = folder.resolve() / _NAME
     if path in _held:
         raise _refusal(folder)
+    descriptors: list[int] = []
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise ConfigError(f"output={str(folder)!r} cannot be written: {error.strerror}") from error
-    try:
+        descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        descriptors.append(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        fcntl.lockf(descriptors[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # POSIX allows either
+            fcntl.flock(descriptors[1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass  # no such lock on this file system
+    except OSError as error:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if isinstance(error, BlockingIOError) or len(descriptors) == 2:  # POSIX allows other errors too
             raise _refusal(folder) from error
-        _held.add(path)
+        raise ConfigError(f"output={str(folder)!r} cannot be written: {error.strerror}") from error
+    _held[path] = descriptors
+    try:
         yield
     finally:
-        _held.discard(path)
-        os.close(descriptor)
+        for descriptor in _held.pop(path, ()):  # a forked process has closed them
+            os.close(descriptor)
 
 
 def has_lock_file(folder: Path) -> bool:
-    """Whether a run ever locked the folder, so that trying to lock it writes nothing new."""
+    """Return whether a run ever locked the folder, so that trying to lock it writes nothing new."""
     return (folder / _NAME).exists()
 
 
 def _refusal(folder: Path) -> FolderInUse:
-    return FolderInUse(f"output={str(folder)!r}: another process trains there; wait for it or end it")
+    return FolderInUse(f"output={str(folder)!r}: another process works there; wait for it or end it")
+
+
+def _release_in_child() -> None:
+    for descriptors in _held.values():
+        for descriptor in descriptors:
+            with suppress(OSError):
+                os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_release_in_child)

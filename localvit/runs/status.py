@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from localvit.structure import read_json, to_json
+from safetensors import SafetensorError
+
+from localvit.errors import ConfigError, one_line
+from localvit.structure import plain, read_json, to_json
 
 STATUS = "status.json"
 RunState = Literal["running", "interrupted", "failed", "finished"]
-Numbers = dict[str, int | float]
-"""Fields of `evaluation.Metrics`."""
+Numbers = dict[str, int | float | None]
+"""Fields of `evaluation.Metrics`; `None` stands for NaN and infinity, which JSON does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +39,23 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """Status of a run. Only `state` is in all files; a file of an older version may lack the others.
+    """Status of a run. A file of an older version may lack any field but `state`.
 
     Attributes:
         state: How the last process left it.
-        epochs: Planned.
-        epochs_done: Finished.
+        epochs: Planned epochs.
+        epochs_done: Finished epochs.
         best: Best epoch so far.
-        test: Metrics of the reported split, once it is finished.
+        test: Metrics of the reported split, once the run is finished.
         notes: Sentences about the splits.
         data: Fingerprint of the data.
         versions: Package -> version.
         world_size: Processes that train.
-        commit: Of git, where the package is in a checkout.
+        commit: Commit of localvit, where it runs from a checkout.
         bad_images: Training images that could not be read.
         changes: Fields that changed within the run.
-        error: Why it ended, if it was interrupted or failed.
-        pictures: Images of the batch that it failed at.
+        error: Why it ended, if it was interrupted or failed; left out of the file otherwise.
+        pictures: Images of the batch that it failed at; left out of the file if there are none.
     """
 
     state: RunState
@@ -67,15 +73,45 @@ class RunStatus:
     error: str | None = None
     pictures: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.state == "finished" and (self.best is None or self.test is None):
+            raise ConfigError("state: 'finished' needs best and test, which are missing")
+
     @classmethod
     def read(cls, folder: Path) -> RunStatus | None:
-        """Read it from a run's folder; `None` if the run ended before it was written.
+        """Read the status in a run's folder; `None` if the run was killed before it was written.
 
         Raises:
             ConfigError: if it is damaged.
         """
-        return read_json(cls, folder / STATUS) if (folder / STATUS).exists() else None
+        if not (folder / STATUS).exists():
+            return None
+        with whole(folder / STATUS) as path:
+            return read_json(cls, path)
 
     def to_json(self) -> str:
         """Return what `read` reads."""
-        return to_json(self, indent=2)
+        optional = {"error": self.error, "pictures": self.pictures}
+        values = {name: value for name, value in plain(self).items() if optional.get(name, True)}
+        return to_json(values, indent=2)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Turn any error in reading a file into one that names it.
+
+    Raises:
+        ConfigError: if the file cannot be read, or is not what a run writes.
+    """
+    try:
+        yield path
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
+        raise ConfigError(
+            f"{str(path)!r} is not as a run wrote it: {one_line(error)}; restore it, or choose another folder"
+        ) from error
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics as JSON can hold them: `None` for NaN and infinity."""
+    infinite = {name for name, value in metrics.items() if not math.isfinite(value)}
+    return {name: None if name in infinite else value for name, value in metrics.items()}

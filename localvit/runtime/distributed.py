@@ -26,7 +26,7 @@ noticed at once. Long enough for what the first does alone: to look at the data 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among all of them. Every method but `first` must be called by all processes.
+    """This process among all of them. All processes must call each of its methods.
 
     Attributes:
         device: Where this process computes.
@@ -39,12 +39,12 @@ class World:
     size: int = 1
 
     @property
-    def first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+    def is_main_process(self) -> bool:
+        """Return whether this is the process that writes and speaks."""
         return self.rank == 0
 
-    def agree(self, *values: float) -> list[float]:
-        """The largest of each value over the processes."""
+    def all_reduce_max(self, *values: float) -> list[float]:
+        """Return the largest of each value over the processes."""
         if self.size == 1:
             return list(values)
         largest = torch.tensor(values, dtype=torch.float64)  # on the CPU: no GPU has to wait
@@ -52,26 +52,26 @@ class World:
         return largest.tolist()
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over the processes."""
+        """Return the sum over the processes."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
     def gather(self, value: T) -> list[T]:
-        """What each process gave, by rank; empty in all but the first."""
+        """Return the values of all processes, by rank; in all but the main one, an empty list."""
         if self.size == 1:
             return [value]
-        values: list[Any] | None = [None] * self.size if self.first else None
+        values: list[Any] | None = [None] * self.size if self.is_main_process else None
         dist.gather_object(value, values)
         return values or []
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns, or the error that it raises, in the first process, which alone calls it."""
+    def broadcast_from_main(self, make: Callable[[], T]) -> T:
+        """Call `make` in the main process alone; return its value, or raise its error, in all of them."""
         if self.size == 1:
             return make()
         box: list[Any] = [None, None]
-        if self.first:
+        if self.is_main_process:
             try:
                 box[0] = make()
             except Exception as error:

@@ -1,16 +1,17 @@
-"""One update of a model: forward, backward, step, in the precision and the pieces that were asked for."""
+"""One update of a model: forward, backward, step, in the precision and the microbatches asked for."""
 
 from __future__ import annotations
 
 import inspect
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
+from timm.scheduler.scheduler import Scheduler
 from timm.task.task import TrainingTask
 from timm.utils.distributed import distribute_bn
 from timm.utils.model import unwrap_model
@@ -19,53 +20,42 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from localvit.acceleration import set_selective_checkpointing
-from localvit.config import EngineConfig, TrainConfig
-from localvit.data import Preprocessing
+from localvit.config import EngineConfig
 from localvit.errors import ConfigError
 from localvit.runtime import World, autocast
-from localvit.training.optim import build_optimizer, build_scheduler
-from localvit.training.task import build_task
 
 
 class Engine:
     """A model with its loss, optimizer, schedule and average, spread over the processes.
 
     Args:
-        model: On the CPU; it is moved, and prepared as `config.engine` says.
-        config: The run.
+        task: Model with its loss; the model was placed by `place_model`.
+        optimizer: Optimizer of its parameters.
+        scheduler: Schedule of the optimizer.
+        config: How an update is computed.
         world: The processes.
-        updates_per_epoch: For the schedule.
-        preprocessing: Preparation of the images, for a teacher.
-        class_names: Name of each label, for a teacher.
-
-    Raises:
-        ConfigError: if the options do not fit the model, the device or each other.
+        ema_decay: Decay of the averaged model; `None`: there is none.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        config: TrainConfig,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Scheduler,
+        config: EngineConfig,
         world: World,
-        updates_per_epoch: int,
-        preprocessing: Preprocessing,
-        class_names: Sequence[str],
+        *,
+        ema_decay: float | None = None,
     ) -> None:
-        self.config, self.world = config.engine, world
-        self.updates = 0
-        model = _prepare(model, self.config, world)
-        self.task = build_task(model, config, preprocessing, class_names, device=world.device)
-        learner = self.task.get_trainable_module()
-        assert learner is not None
-        self.optimizer = build_optimizer(learner, config.optim, config.batch_size)
-        self.scheduler = build_scheduler(self.optimizer, config, updates_per_epoch)
-        self.scaler = torch.amp.GradScaler("cuda", enabled=self.config.precision == "fp16")
-        if config.ema_decay is not None:
-            self.task.setup_ema(decay=config.ema_decay)
-        if self.config.compile:
-            self.task.compile()
+        self.task, self.optimizer, self.scheduler = task, optimizer, scheduler
+        self.config, self.world = config, world
+        self.scaler = torch.amp.GradScaler("cuda", enabled=config.precision == "fp16")
+        if ema_decay is not None:
+            task.setup_ema(decay=ema_decay)
+        if config.compile:
+            task.compile()
         if world.size > 1:
-            _distribute(self.task, world)
+            _distribute(task, world)
 
     @property
     def model(self) -> nn.Module:
@@ -96,46 +86,44 @@ class Engine:
                     module.eval()
 
     def backward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Compute the gradients of one batch; returns its mean loss, on the device.
+        """Compute the gradients of one batch; return its mean loss, on the device.
 
         Args:
             images: (B, C, H, W), this process's share.
-            targets: (B,) classes or (B, classes) shares of classes.
+            targets: (B,) classes or (B, classes) probabilities.
         """
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        pieces = self.config.grad_accum
-        chunks = list(zip(images.chunk(pieces), targets.chunk(pieces), strict=True))
+        count = self.config.grad_accum
+        microbatches = zip(images.chunk(count), targets.chunk(count), strict=True)
         self.optimizer.zero_grad()
         total = torch.zeros((), device=images.device)
-        for number, (inputs, labels) in enumerate(chunks, start=1):
-            # Processes exchange gradients once, with the last piece.
-            with self.task.no_sync() if number < pieces else nullcontext():
+        for number, (inputs, labels) in enumerate(microbatches, start=1):
+            # Processes exchange gradients once, with the last microbatch.
+            with self.task.no_sync() if number < count else nullcontext():
                 with self.autocast():
-                    loss = self.task(inputs, labels)["loss"] / pieces
+                    loss = self.task(inputs, labels)["loss"] / count
                 self.scaler.scale(loss).backward()
             total = total + loss.detach()
         return total
 
-    def step(self) -> None:
-        """Apply the gradients."""
+    def step(self, number: int) -> None:
+        """Apply the gradients as update `number`, from 1."""
         if self.config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.task.get_clip_parameters(), self.config.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.updates += 1
-        self.scheduler.step_update(self.updates)
-        self.task.update_ema(step=self.updates)
+        self.set_step(number)
+        self.task.update_ema(step=number)
 
-    def go_to(self, updates: int) -> None:
-        """Set the number of updates done, and the learning rate that follows from it."""
-        self.updates = updates
-        if updates:
-            self.scheduler.step_update(updates)
+    def set_step(self, step: int) -> None:
+        """Set the learning rate that follows `step` updates."""
+        if step:
+            self.scheduler.step_update(step)
 
     def autocast(self) -> torch.autocast:
-        """The precision of a forward pass."""
+        """Return the context of a forward pass in the precision asked for."""
         return autocast(self.config.precision, self.world.device)
 
     def share_statistics(self) -> None:
@@ -146,13 +134,13 @@ class Engine:
 
 
 class LossWatch:
-    """Finds a loss that is no number. On a GPU it looks one update later, so that nothing has to wait."""
+    """Detector of a NaN or infinite loss. On a GPU it looks one update later, so that nothing has to wait."""
 
     def __init__(self) -> None:
         self._pending: tuple[torch.Tensor, torch.cuda.Event, Any] | None = None
 
     def look(self, loss: torch.Tensor, about: Any) -> Any | None:
-        """Note a loss; returns what was said about the newest looked-at one if it is no number."""
+        """Note a loss; return the newest looked-at one and `about` if it is NaN or infinite."""
         if loss.device.type != "cuda":
             return None if loss.isfinite() else (loss.item(), about)
         found = self.flush()
@@ -163,7 +151,7 @@ class LossWatch:
         return found
 
     def flush(self) -> Any | None:
-        """Look at the loss that is still pending."""
+        """Look at the loss that is pending."""
         if self._pending is None:
             return None
         (loss, event, about), self._pending = self._pending, None
@@ -173,7 +161,7 @@ class LossWatch:
 
 @contextmanager
 def deterministic(config: EngineConfig) -> Iterator[None]:
-    """Within, PyTorch uses deterministic algorithms only, if `config` asks for it."""
+    """Let PyTorch use deterministic algorithms only, if `config` asks for it."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it so
@@ -186,8 +174,12 @@ def deterministic(config: EngineConfig) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before[1]
 
 
-def _prepare(model: nn.Module, config: EngineConfig, world: World) -> nn.Module:
-    """The model on its device, as the options want it."""
+def place_model(model: nn.Module, config: EngineConfig, world: World) -> nn.Module:
+    """Put the model on its device, as the options ask.
+
+    Raises:
+        ConfigError: if they do not fit the model, the device or each other.
+    """
     on_gpu = world.device.type == "cuda"
     if config.precision == "fp16" and not on_gpu:
         raise ConfigError("engine.precision='fp16' needs a GPU; 'bf16' works on CPUs too")
@@ -208,10 +200,10 @@ def _prepare(model: nn.Module, config: EngineConfig, world: World) -> nn.Module:
 
 
 def _distribute(task: TrainingTask, world: World) -> None:
-    """Have the gradients averaged over the processes."""
+    """Average the gradients over the processes."""
     devices = [world.device.index] if world.device.type == "cuda" else None
-    # Each process keeps the running statistics of its share until `share_statistics`. The option that says
-    # so has another name in newer releases of PyTorch.
+    # Each process keeps the running statistics of its share until `share_statistics`. The option for it
+    # has another name in newer releases of PyTorch.
     names = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     task.prepare_distributed(device_ids=devices, **{name: False})

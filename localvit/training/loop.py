@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
+import math
 import statistics
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,17 +18,17 @@ from torch.utils.data import DataLoader
 from localvit.config import TrainConfig, check_allowed
 from localvit.cost import count_parameters
 from localvit.data import Batch
-from localvit.errors import TrainingFailed
+from localvit.errors import TrainingFailed, TrainingInterrupted
 from localvit.evaluation import Metrics, measure
 from localvit.inference import load_checkpoint
-from localvit.runs import check_output, read_status
+from localvit.runs import Decision, RunDirectory, whole
 from localvit.runtime import World, open_world, stop_requested
 from localvit.training.callbacks import Callback
+from localvit.training.checkpointer import Checkpointer
 from localvit.training.engine import LossWatch, deterministic
-from localvit.training.keeper import Keeper
 from localvit.training.progress import Progress
 from localvit.training.result import RunResult
-from localvit.training.run import Reached, Run, best_model, prepare
+from localvit.training.run import Run, TrainState, prepare
 
 
 def train(
@@ -44,93 +42,100 @@ def train(
 
     The same configuration gives the same weights and metrics again (on a CPU to the last bit, on the same
     machine with the same number of threads), and so does a run that was ended in whatever way and called
-    again, any number of times: it goes on from its last state. A finished run is returned as it is. Under
-    ``torchrun`` all processes train one model. torch's global random state is seeded.
+    again, any number of times: it resumes from its last state. A finished run is returned as it is. Under
+    `torchrun` all processes train one model. torch's global random state is seeded.
 
     Args:
-        config: What to do. `config.output=None` writes nothing.
-        console: Where progress is shown; ``None`` shows nothing.
-        allow_change: In what a run that goes on may differ from its first part: dotted fields of the
-            configuration or whole sections of it, ``"data"`` (its pictures too), ``"versions"``,
-            ``"world_size"``. With another number of processes, batches stay the same, while drop-path,
-            dropout and statistics of batch norm do not.
+        config: The run. `config.output=None` writes nothing.
+        console: Console for progress; `None` shows nothing.
+        allow_change: What may differ when a run is resumed: dotted fields of the configuration or whole
+            sections of it, `"data"` (its images too), `"versions"`, `"world_size"`. With another number of
+            processes, batches stay the same, while drop-path, dropout and statistics of batch norm do not.
         callbacks: Told about the epochs, in the first process.
 
     Raises:
         ConfigError: if the configuration cannot work, or the folder holds another run, is in use or has
-            damaged states only; nothing was written.
+            damaged files; nothing was written.
         DataError: if the data cannot be used; nothing was written.
-        UnreadableImage: if a picture cannot be decoded.
-        TrainingFailed: if training cannot go on: the loss or a weight is no number, a data worker or another
-            process died, the disk is full.
+        UnreadableImage: if an image cannot be decoded.
+        TrainingFailed: if training cannot go on: the loss or a weight is NaN or infinite, a data worker or
+            another process died, the disk is full.
         TrainingInterrupted: if a signal asked for it (see `stop_on_signals`); the state is saved.
     """
     check_allowed(allow_change)
     with open_world(config.device) as world, deterministic(config.engine), ExitStack() as stack:
-        if config.output is not None:
-            held = world.from_first(lambda: check_output(config, allow_change))
-            if held == "finished":
-                return world.from_first(lambda: _finished(config, console))
+        directory: RunDirectory | None = None  # in the main process only
+
+        def open_directory() -> Decision:
+            nonlocal directory
+            if config.output is None:
+                return Decision(kind="new")
+            opening = RunDirectory.open(config, world_size=world.size, allow_change=allow_change)
+            directory = stack.enter_context(opening)
+            return directory.decision
+
+        decision = world.broadcast_from_main(open_directory)
+        if decision.kind == "finished":
+            return world.broadcast_from_main(lambda: _finished(directory, console))
         run = prepare(config, world)
         stack.callback(run.close)
-        keeper = Keeper(run)
-        progress = Progress(
-            console if world.first else None,
-            config,
-            run.splits,
-            count_parameters(run.engine.evaluated),
-            gpu=world.device.type != "cpu",
-        )
+        checkpointer = Checkpointer(run, directory)
+        progress = Progress(console if world.is_main_process else None, run)
         try:
             with progress:
-                keeper.open(stack, allow_change, progress)
-                return _fit(run, keeper, progress, callbacks if world.first else ())
+                checkpointer.start(decision)
+                if run.state.step:
+                    progress.resume(decision.warnings)
+                return _fit(run, checkpointer, progress, callbacks if world.is_main_process else ())
         except BaseException as error:
-            short = _explained(error, keeper)
-            keeper.failed(short or error)
+            short = _explained(error, checkpointer)
+            checkpointer.failed(short or error)
             if short:
                 raise short from error
             raise
 
 
-def _fit(run: Run, keeper: Keeper, progress: Progress, callbacks: Sequence[Callback]) -> RunResult:
-    at = run.reached
+def _fit(
+    run: Run, checkpointer: Checkpointer, progress: Progress, callbacks: Sequence[Callback]
+) -> RunResult:
+    at, directory = run.state, checkpointer.directory
     for callback in callbacks:
-        callback.on_start(run.config, keeper.folder.path if keeper.folder else None)
+        callback.on_start(run.config, directory.path if directory else None)
     while at.epoch < run.config.epochs:
-        trained = train_epoch(run, keeper, progress)
-        validation = _measure(run, run.validation, keeper)
+        trained = train_epoch(run, checkpointer, progress)
+        validation = _measure(run, run.validation, checkpointer)
         measured = {f"validation_{name}": getattr(validation, name) for name in ("loss", "top1", "top5")}
         improved = at.best is None or _rank(validation) > _rank(at.best)
         if improved:
             at.best, at.best_epoch = validation, at.epoch + 1
             at.best_weights = copy.deepcopy(run.engine.evaluated.state_dict())
+            checkpointer.save_best()
         at.close_epoch({"epoch": at.epoch + 1, **trained, **measured})
-        keeper.save_epoch(improved)
+        checkpointer.save_epoch()
         progress.epoch(at.history[-1], improved)
         for callback in callbacks:
             callback.on_epoch(at.history[-1])
 
     assert at.best is not None
-    best_model(run)
-    test = _measure(run, run.test, keeper)
-    if keeper.folder:
-        keeper.folder.finish(test=dataclasses.asdict(test))
+    run.load_best()
+    test = _measure(run, run.test, checkpointer)
+    checkpointer.finish(test)
     progress.finish(at.best_epoch, test)
-    best = at.best_epoch, at.best, test
-    result = _result(run.config, at.history, best, run.splits.notes, run.engine.evaluated)
+    result = _result(
+        run.config.output, at.history, (at.best_epoch, at.best, test), run.splits.notes, run.engine.evaluated
+    )
     for callback in callbacks:
         callback.on_end(result)
     return result
 
 
-def train_epoch(run: Run, keeper: Keeper, progress: Progress) -> dict[str, float]:
-    """One pass over the training pictures, or the rest of one.
+def train_epoch(run: Run, checkpointer: Checkpointer, progress: Progress) -> dict[str, float]:
+    """Train one epoch, or the rest of one.
 
     Returns:
         `lr`, `train_loss`, `seconds`, `images_per_second`, `data_wait`.
     """
-    engine, at, world, watch = run.engine, run.reached, run.world, LossWatch()
+    engine, at, world, watch = run.engine, run.state, run.world, LossWatch()
     engine.train()
     run.train.batch_sampler.set_epoch(at.epoch, at.batch)  # type: ignore[union-attr]
     start = time.perf_counter() - at.seconds
@@ -138,9 +143,11 @@ def train_epoch(run: Run, keeper: Keeper, progress: Progress) -> dict[str, float
         _note_unreadable(run, batch, progress)
         loss = engine.backward(*run.inputs(batch))
         bad = watch.look(loss, at.batch)
-        *bad_batch, due, stop = world.agree(*_place(world, bad), keeper.due(), stop_requested())
-        _refuse(run, keeper, bad, bad_batch)
-        engine.step()
+        *bad_batch, due, stop = world.all_reduce_max(
+            *_place(world, bad), checkpointer.due(), stop_requested()
+        )
+        _refuse(run, checkpointer, bad, bad_batch)
+        engine.step(at.step + 1)
         at.batch += 1
         at.loss_sum += loss.double() * len(batch.indices)
         at.images += len(batch.indices)
@@ -148,10 +155,11 @@ def train_epoch(run: Run, keeper: Keeper, progress: Progress) -> dict[str, float
         progress.advance(run.config.batch_size, at.waited / at.seconds)
         if due or stop or at.batch == len(run.train):
             bad = watch.flush()
-            _refuse(run, keeper, bad, world.agree(*_place(world, bad)))
-        if due:
-            keeper.save()
-        keeper.stop_if_asked(bool(stop))
+            _refuse(run, checkpointer, bad, world.all_reduce_max(*_place(world, bad)))
+        if due or stop:
+            checkpointer.save()
+        if stop:
+            raise _interrupted(run)
     sums = torch.stack([at.loss_sum, *at.loss_sum.new_tensor([at.images, at.waited])])
     loss_sum, images, waited = world.total(sums).tolist()
     return {
@@ -163,8 +171,13 @@ def train_epoch(run: Run, keeper: Keeper, progress: Progress) -> dict[str, float
     }
 
 
-def _timed(loader: Iterable[Batch], at: Reached) -> Iterator[Batch]:
-    """The batches; the time until each is there is added to `at.waited`."""
+def _interrupted(run: Run) -> TrainingInterrupted:
+    kept = "the same command resumes from there" if run.config.output else "nothing is kept"
+    return TrainingInterrupted(f"interrupted {run.state.place}; {kept}")
+
+
+def _timed(loader: Iterable[Batch], at: TrainState) -> Iterator[Batch]:
+    """Yield the batches; add the time until each is there to `at.waited`."""
     batches = iter(loader)
     while True:
         start = time.perf_counter()
@@ -175,51 +188,51 @@ def _timed(loader: Iterable[Batch], at: Reached) -> Iterator[Batch]:
 
 
 def _place(world: World, bad: tuple[float, int] | None) -> tuple[int, int]:
-    """Which process found a loss that is no number, and in which batch, both counted from 1; or zeros."""
+    """Return process and batch of a NaN or infinite loss, both counted from 1; or zeros."""
     return (0, 0) if bad is None else (world.rank + 1, bad[1] + 1)
 
 
-def _refuse(run: Run, keeper: Keeper, bad: tuple[float, int] | None, place: Sequence[float]) -> None:
-    """End the run in all processes if the loss is no number in one of them.
+def _refuse(
+    run: Run, checkpointer: Checkpointer, bad: tuple[float, int] | None, place: Sequence[float]
+) -> None:
+    """End the run in all processes if the loss is NaN or infinite in one of them.
 
     Raises:
-        TrainingFailed: with the place, the learning rate, the pictures and the last good state.
+        TrainingFailed: with the place, the learning rate, the images and the last good state.
     """
     rank, batch = (int(value) - 1 for value in place)
     if rank < 0:
         return
-    names = run.pictures(batch, rank)
-    update = run.reached.epoch * len(run.train) + batch + 1
+    names = run.image_names(batch, rank)
+    update = run.state.epoch * len(run.train) + batch + 1
     more = f" and {len(names) - 3} more (in status.json)" if len(names) > 3 else ""
     raise TrainingFailed(
-        f"the loss became {bad[0] if bad else 'no finite number'} in epoch {run.reached.epoch + 1}, update "
-        f"{update}, at learning rate {run.engine.lr:.3g}, on the pictures "
-        f"{', '.join(names[:3])}{more}; {keeper.last_state()}; try a lower optim.lr",
+        f"the loss became {bad[0] if bad else 'no finite number'} in epoch {run.state.epoch + 1}, update "
+        f"{update}, at learning rate {run.engine.lr:.3g}, on the images "
+        f"{', '.join(names[:3])}{more}; {checkpointer.last_state()}; try a lower optim.lr",
         names,
     )
 
 
 def _note_unreadable(run: Run, batch: Batch, progress: Progress) -> None:
-    """Count pictures that could not be read.
+    """Count images that could not be read.
 
     Raises:
         UnreadableImage: the first of them, if none is allowed or there was none to take its place.
         TrainingFailed: if there are more than `max_bad_images`.
     """
-    known, limit = run.reached.bad_images, run.config.max_bad_images
+    known, limit = run.state.bad_images, run.config.max_bad_images
     for index, error in batch.unreadable.items():
         if limit == 0 or len(batch.indices) < run.config.batch_size // run.world.size:
             raise error
         if index not in known:
             known[index] = error.name
-            progress.note(f"another picture in its place: {error}")
+            progress.note(f"another image in its place: {error}")
         if len(known) > limit:
-            raise TrainingFailed(
-                f"more than max_bad_images={limit} training pictures are unreadable; {error}"
-            )
+            raise TrainingFailed(f"more than max_bad_images={limit} training images are unreadable; {error}")
 
 
-def _measure(run: Run, loader: DataLoader[Batch], keeper: Keeper) -> Metrics:
+def _measure(run: Run, loader: DataLoader[Batch], checkpointer: Checkpointer) -> Metrics:
     """Measure the evaluated model on all processes.
 
     Raises:
@@ -230,8 +243,10 @@ def _measure(run: Run, loader: DataLoader[Batch], keeper: Keeper) -> Metrics:
         metrics = measure(
             run.engine.evaluated, _until_stop(loader), run.world.device, distributed=run.world.size > 1
         )
-    (stop,) = run.world.agree(stop_requested())
-    keeper.stop_if_asked(bool(stop))
+    (stop,) = run.world.all_reduce_max(stop_requested())
+    if stop:
+        checkpointer.save()
+        raise _interrupted(run)
     return metrics
 
 
@@ -242,48 +257,52 @@ def _until_stop(loader: Iterable[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-def _explained(error: BaseException, keeper: Keeper) -> TrainingFailed | None:
+def _explained(error: BaseException, checkpointer: Checkpointer) -> TrainingFailed | None:
     """In one line what PyTorch says in many, if it is known what that means."""
     text = str(error)
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         reason = " ".join(text.split()).partition(". ")[0]
         return TrainingFailed(
-            f"a process that loads pictures died ({reason}), perhaps for want of memory; "
-            f"{keeper.last_state()}"
+            f"a data worker died ({reason}), perhaps for lack of memory; {checkpointer.last_state()}"
         )
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
-        return TrainingFailed(f"another process of this run ended; {keeper.last_state()}")
+        return TrainingFailed(f"another process of this run ended; {checkpointer.last_state()}")
     return None
 
 
-def _finished(config: TrainConfig, console: Console | None) -> RunResult:
-    """The result of a run that is done."""
-    assert config.output is not None
-    path = Path(config.output)
-    status = read_status(path)
-    history = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    best_epoch = int(status["best"]["epoch"])
-    validation, test = Metrics(**status["best"]["validation"]), Metrics(**status["test"])
-    model = load_checkpoint(config.output, torch.device("cpu")).model
+def _finished(directory: RunDirectory | None, console: Console | None) -> RunResult:
+    """Return the result of a run that is finished."""
+    assert directory is not None
+    saved, status = directory.saved, directory.saved.status
+    assert status is not None
+    assert status.best is not None
+    with whole(saved.path / "status.json"):
+        validation, test = (
+            Metrics(**{name: math.nan if value is None else value for name, value in found.items()})  # type: ignore[arg-type]
+            for found in (status.best.validation, status.test or {})
+        )
+    model = load_checkpoint(str(saved.best), torch.device("cpu")).model
+    best = status.best.epoch, validation, test
+    result = _result(directory.config.output, saved.history, best, status.notes, model)
     if console:
         console.print(
-            f"{config.output} holds this run already, finished: best epoch {best_epoch}, test top-1 "
-            f"{test.top1:.2f} %",
+            f"{result.output} holds this run already, finished: best epoch {result.best_epoch}, test top-1 "
+            f"{result.test.top1:.2f} %",
             highlight=False,
             soft_wrap=True,
         )
-    return _result(config, history, (best_epoch, validation, test), tuple(status["notes"]), model)
+    return result
 
 
 def _result(
-    config: TrainConfig,
+    output: str | None,
     history: list[dict[str, Any]],
     best: tuple[int, Metrics, Metrics],
     notes: tuple[str, ...],
     model: nn.Module,
 ) -> RunResult:
     return RunResult(
-        output=config.output,
+        output=output,
         history=history,
         best_epoch=best[0],
         validation=best[1],

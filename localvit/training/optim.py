@@ -1,4 +1,4 @@
-"""Models, optimizers and schedules from their configurations; what cannot work fails before training."""
+"""Optimizers and schedules from their configurations; what cannot work fails before training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from localvit.config import OptimConfig, TrainConfig
+from localvit.config import OptimConfig, ScheduleConfig
 from localvit.errors import ConfigError, one_line, unknown
 from localvit.surgery import locality_parameters
 
@@ -33,7 +33,7 @@ _GROUPING = (
 
 
 def freeze(model: nn.Module, train_only: Literal["all", "locality"]) -> None:
-    """Leave only what `train_only` says trainable: ``"locality"`` is its parameters and the classifier.
+    """Freeze all but what `train_only` names: `"locality"` is its parameters and the classifier.
 
     Raises:
         ConfigError: if the model has no locality.
@@ -53,12 +53,12 @@ def freeze(model: nn.Module, train_only: Literal["all", "locality"]) -> None:
 def build_optimizer(
     model: nn.Module, config: OptimConfig, batch_size: int | None = None
 ) -> torch.optim.Optimizer:
-    """timm's optimizer over the trainable parameters; see `OptimConfig` for what is decayed.
+    """Build timm's optimizer over the trainable parameters; see `OptimConfig` for what is decayed.
 
     Args:
-        model: Where the parameters are.
+        model: Owner of the parameters.
         config: Which optimizer.
-        batch_size: Pictures per update; it scales the rate where `config.lr_batch` is set.
+        batch_size: Images per update; it scales the rate where `config.lr_batch` is set.
 
     Raises:
         ConfigError: for an unknown name, arguments that the optimizer refuses, or what the model does not
@@ -92,7 +92,7 @@ def build_optimizer(
 
 
 def _own_groups(config: OptimConfig, no_decay: tuple[str, ...]) -> Any:
-    """timm's grouping of parameters, with `no_decay` in the place of the model's list."""
+    """Return timm's grouping of parameters, with `no_decay` in place of the model's list."""
     ignored = sorted(set(config.args) & set(_GROUPING))
     if ignored:
         raise ConfigError(f"optim.args.{ignored[0]} has no effect with optim.no_decay")
@@ -111,19 +111,25 @@ def _own_groups(config: OptimConfig, no_decay: tuple[str, ...]) -> Any:
 
 
 def build_scheduler(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int
+    optimizer: torch.optim.Optimizer, config: ScheduleConfig, epochs: int, steps_per_epoch: int
 ) -> Scheduler:
-    """timm's schedule over `config.epochs`, moved with ``step_update(number of updates done)``."""
-    schedule = config.schedule
+    """Build timm's schedule, which is moved with `step_update(number of updates done)`.
+
+    Args:
+        optimizer: Optimizer whose learning rate it sets.
+        config: Which schedule.
+        epochs: Its length.
+        steps_per_epoch: Updates per epoch.
+    """
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched=schedule.name,
-        num_epochs=config.epochs,
-        warmup_epochs=schedule.warmup_epochs,  # type: ignore[arg-type]  # a fraction works: it counts updates
-        warmup_lr=schedule.warmup_lr,
-        min_lr=schedule.min_lr,
+        sched=config.name,
+        num_epochs=epochs,
+        warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]  # a fraction works: it counts updates
+        warmup_lr=config.warmup_lr,
+        min_lr=config.min_lr,
         decay_rate=1.0,  # the exponent of "poly"
         step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
+        updates_per_epoch=steps_per_epoch,
     )
     return scheduler

@@ -1,4 +1,4 @@
-"""What a person sees while a model trains."""
+"""Progress of a training run on a console."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any, Self
 from rich import progress
 from rich.console import Console
 
-from localvit.config import TrainConfig
-from localvit.data import Splits
+from localvit.cost import count_parameters
 from localvit.evaluation import Metrics
+from localvit.training.run import Run
 
 WAIT = 0.2
-"""Share of the time spent waiting for pictures from which on a person is told."""
+"""Share of the time spent waiting for images above which a warning is shown."""
 _WORTH_A_WORD = 10.0
-"""Seconds waited in an epoch below which nobody is: then it was the start of the processes that load."""
+"""Seconds waited in an epoch below which none is shown: then it was the start of the data workers."""
 
 
 def slow_data(metrics: dict[str, Any], workers: int, gpu: bool) -> str | None:
-    """What to do about an epoch that waited for its pictures; ``None`` if that is nothing.
+    """Return advice about an epoch that waited for its images; `None` if there is none.
 
     Args:
-        metrics: Of the epoch.
-        workers: Processes that load.
-        gpu: Whether the model computes on a GPU. Without one and without workers, one process does one thing
+        metrics: Metrics of the epoch.
+        workers: Number of data workers.
+        gpu: The model computes on a GPU. Without one and without workers, one process does one thing
             after the other: loading is work there, not waiting.
     """
     share, cores = metrics["data_wait"], os.cpu_count() or 1
     if share <= WAIT or share * metrics["seconds"] < _WORTH_A_WORD or not (gpu or workers):
         return None
-    advice = "raise workers" if workers < cores else "no core is left for more, so store the pictures smaller"
+    advice = "raise workers" if workers < cores else "no core is left for more, so store the images smaller"
     return (
-        f"training waited for pictures for {100 * share:.0f} % of the epoch, with workers={workers} on "
+        f"training waited for images for {100 * share:.0f} % of the epoch, with workers={workers} on "
         f"{cores} cores: {advice} (docs/data.md)"
     )
 
@@ -43,25 +43,13 @@ class Progress:
     """A bar with images/s, waiting for data and remaining time for the whole run, and a line per epoch.
 
     Args:
-        console: Where to; ``None`` shows nothing.
-        config: The run.
-        splits: Its data.
-        parameters: Size of its model.
-        gpu: Whether it computes elsewhere than on the cores that load pictures.
+        console: Console to print on; `None` shows nothing.
+        run: The run.
     """
 
-    def __init__(
-        self,
-        console: Console | None,
-        config: TrainConfig,
-        splits: Splits,
-        parameters: int,
-        *,
-        gpu: bool = False,
-    ) -> None:
-        self.console = console or Console(quiet=True)
-        self.config, self.splits, self.parameters = config, splits, parameters
-        self.gpu, self.warned = gpu, False
+    def __init__(self, console: Console | None, run: Run) -> None:
+        self.console, self.run = console or Console(quiet=True), run
+        self.gpu, self.warned = run.world.device.type != "cpu", False
         self.bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
@@ -71,14 +59,15 @@ class Progress:
             transient=True,
             disable=not self.console.is_terminal,
         )
-        whole_batches = len(splits.train) // config.batch_size * config.batch_size
-        self.task = self.bar.add_task("training", total=config.epochs * whole_batches, speed="")
+        images = run.config.epochs * run.state.steps_per_epoch * run.config.batch_size
+        self.task = self.bar.add_task("training", total=images, speed="")
 
     def __enter__(self) -> Self:
-        splits = self.splits
-        locality = " + locality" if self.config.model.locality is not None else ""
+        model, splits = self.run.config.model, self.run.splits
+        locality = " + locality" if model.locality is not None else ""
+        parameters = count_parameters(self.run.engine.evaluated)
         self.console.print(
-            f"{self.config.model.name}{locality}: {self.parameters / 1e6:.3g} M parameters; images: "
+            f"{model.name}{locality}: {parameters / 1e6:.3g} M parameters; images: "
             f"{len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test; "
             f"{splits.num_classes} classes",
             highlight=False,
@@ -94,19 +83,19 @@ class Progress:
     ) -> None:
         self.bar.stop()
 
-    def resume(self, images: int, where: str, warnings: Sequence[str]) -> None:
-        """The run goes on: so many images were trained on before."""
+    def resume(self, warnings: Sequence[str]) -> None:
+        """Show where the run resumes."""
         for warning in warnings:
             self.note(f"warning: {warning}")
-        self.note(f"going on {where}")
-        self.bar.update(self.task, completed=images)
+        self.note(f"resuming {self.run.state.place}")
+        self.bar.update(self.task, completed=self.run.state.step * self.run.config.batch_size)
 
     def note(self, line: str) -> None:
         """Show a line."""
         self.console.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
 
     def advance(self, images: int, data_wait: float) -> None:
-        """So many images more have been trained on; a share `data_wait` of the time went by waiting."""
+        """Count images that were trained on; `data_wait` is the share of the time spent waiting."""
         self.bar.advance(self.task, images)
         speed = self.bar.tasks[0].speed
         self.bar.update(
@@ -116,14 +105,14 @@ class Progress:
     def epoch(self, metrics: dict[str, Any], improved: bool) -> None:
         """Show the line of a finished epoch; a star marks the best one so far."""
         self.console.print(
-            f"epoch {metrics['epoch']:>3}/{self.config.epochs}  loss {metrics['train_loss']:.4f}  "
+            f"epoch {metrics['epoch']:>3}/{self.run.config.epochs}  loss {metrics['train_loss']:.4f}  "
             f"validation loss {metrics['validation_loss']:.4f}  top-1 {metrics['validation_top1']:6.2f} %"
             f"{' *' if improved else '  '}  {metrics['images_per_second']:,.0f} images/s, "
             f"data {100 * metrics['data_wait']:.0f} %",
             highlight=False,
             soft_wrap=True,
         )
-        if not self.warned and (warning := slow_data(metrics, self.config.workers, self.gpu)):
+        if not self.warned and (warning := slow_data(metrics, self.run.config.workers, self.gpu)):
             self.warned = True
             self.note(f"warning: {warning}")
 

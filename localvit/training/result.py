@@ -19,7 +19,7 @@ class RunResult:
         history: One mapping per epoch, as in `metrics.jsonl`: `epoch` (from 1), `lr` (at its end),
             `train_loss`, `validation_loss`, `validation_top1`, `validation_top5`, `seconds`,
             `images_per_second` (training only, loading included), `data_wait` (share of `seconds`, 0 to 1,
-            that was spent waiting for pictures; the mean of all processes).
+            that was spent waiting for images; the mean of all processes).
         best_epoch: The epoch with the highest validation top-1; the lower loss, then the earlier epoch,
             decides between equals.
         validation: Metrics of that epoch. It was chosen on them, so they flatter it.

@@ -1,4 +1,4 @@
-"""A run: what it works with, how far it is, and both as a state to go on from."""
+"""Everything that a run works with, its position, and both as a state to resume from."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from localvit.config import Changes, TrainConfig
 from localvit.data import (
+    AugmentConfig,
     Batch,
     Preprocessing,
     Splits,
@@ -31,28 +32,31 @@ from localvit.evaluation import Metrics
 from localvit.models import build_model, check_forward, preprocessing_for
 from localvit.runs import State, random_states, set_random_states
 from localvit.runtime import World
-from localvit.training.engine import Engine
-from localvit.training.optim import freeze
+from localvit.training.engine import Engine, place_model
+from localvit.training.optim import build_optimizer, build_scheduler, freeze
+from localvit.training.task import build_task
 
 
 @dataclass(kw_only=True)
-class Reached:
-    """How far a run is.
+class TrainState:
+    """Position of a run, and what it has measured.
 
     Attributes:
-        epoch: The one under way, from 0.
+        steps_per_epoch: Number of batches in an epoch.
+        epoch: Epoch under way, from 0.
         batch: Batches of it that are done.
-        loss_sum: Sum of its losses over this process's pictures, float64 on the device.
-        images: How many pictures those are.
+        loss_sum: Sum of its losses over this process's images, float64 on the device.
+        images: Number of these images.
         seconds: Spent on it so far.
-        waited: Seconds of those that were spent waiting for pictures.
-        history: The epochs before, as in `RunResult`.
+        waited: Seconds of those that were spent waiting for images.
+        history: Metrics of the epochs before, as in `RunResult`.
         best_epoch: From 1; 0 before there is one.
         best: Its metrics on the validation split.
         best_weights: Its weights.
-        bad_images: Training pictures that could not be read: index -> name.
+        bad_images: Training images that could not be read: index -> name.
     """
 
+    steps_per_epoch: int
     epoch: int = 0
     batch: int = 0
     loss_sum: torch.Tensor
@@ -64,6 +68,16 @@ class Reached:
     best: Metrics | None = None
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     bad_images: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """Number of updates done."""
+        return self.epoch * self.steps_per_epoch + self.batch
+
+    @property
+    def place(self) -> str:
+        """Position in words."""
+        return f"after update {self.step}, in epoch {self.epoch + 1}"
 
     def close_epoch(self, metrics: dict[str, Any]) -> None:
         """Go to the beginning of the next epoch."""
@@ -86,44 +100,44 @@ class Run:
     train: DataLoader[Batch]
     validation: DataLoader[Batch]
     test: DataLoader[Batch]
-    reached: Reached
+    state: TrainState
 
     def close(self) -> None:
-        """End the processes that load, at once: a traceback may refer to them until the program ends."""
+        """End the data workers at once: a traceback may refer to them until the program ends."""
         for loader in (self.train, self.validation, self.test):
             if loader._iterator is not None:
                 loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
                 loader._iterator = None
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images and targets of the next batch on the device, mixed if the run mixes."""
+        """Return images and targets of the next batch on the device, mixed if the run mixes."""
         images = batch.images.to(self.world.device, non_blocking=True)
         targets = batch.targets.to(self.world.device, non_blocking=True)
         if self.mixup is None:
             return images, targets
         with random_scope():  # mixup draws from NumPy's global state
-            seed_all(derive_seed(self.config.seed, "mixup", self.reached.epoch, self.reached.batch))
+            seed_all(derive_seed(self.config.seed, "mixup", self.state.epoch, self.state.batch))
             mixed: tuple[torch.Tensor, torch.Tensor] = self.mixup(images, targets)
         return mixed
 
-    def pictures(self, batch: int, rank: int) -> tuple[str, ...]:
-        """Names of the training pictures of a batch of the current epoch, of one process's share."""
+    def image_names(self, batch: int, rank: int) -> tuple[str, ...]:
+        """Return the names of the images in one process's share of a batch of the current epoch."""
         draws = self.train.batch_sampler.batch(batch)  # type: ignore[union-attr]
         own = share(draws, rank, self.world.size)
         return tuple(picture_name(self.splits.train, draw.picture) for draw in own)
 
     def snapshot(self) -> State | None:
-        """The state, in the first process; all must call it.
+        """Return the state in the main process, `None` in the others; all must call it.
 
         Schedule and batches follow from the position, so they are not in it.
 
         Raises:
             TrainingFailed: if a weight is no finite number.
         """
-        engine, at = self.engine, self.reached
+        engine, at = self.engine, self.state
         if not all(weight.isfinite().all() for weight in engine.model.parameters()):
             raise TrainingFailed(
-                f"a weight is no finite number after update {engine.updates} (epoch {at.epoch + 1}), so that "
+                f"a weight is no finite number after update {at.step} (epoch {at.epoch + 1}), so that "
                 "state is not saved; try a lower optim.lr"
             )
         own: dict[str, Any] = {
@@ -155,12 +169,12 @@ class Run:
         }
 
     def restore(self, state: State, changes: Changes) -> None:
-        """Go to where `state` was taken; all processes must call it with the same one.
+        """Return to where `state` was taken; all processes must call it with the same one.
 
         Args:
-            state: From `snapshot`.
-            changes: In what the configuration differs from the one of that time. Settings of the optimizer
-                are the state's unless they are among them.
+            state: State from `snapshot`.
+            changes: Differences from the configuration of that time. Settings of the optimizer are the
+                state's unless they are among them.
 
         Raises:
             ConfigError: if it does not fit the model or the optimizer.
@@ -170,7 +184,7 @@ class Run:
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"the saved state does not fit the model or the optimizer: {reason}") from error
-        at, processes = self.reached, state["processes"]
+        at, processes = self.state, state["processes"]
         at.epoch, at.batch = state["epoch"], state["pictures"] // self.config.batch_size
         at.seconds, at.waited, at.history = state["seconds"], state["waited"], state["history"]
         at.best_epoch, at.best_weights = state["best_epoch"], state["best_weights"]
@@ -180,13 +194,20 @@ class Run:
         if len(processes) == self.world.size:
             own = [processes[self.world.rank]]
             self._load_statistics(own[0]["statistics"])
-        else:  # another number of processes: the first takes over all sums
-            own = processes if self.world.first else []
+        else:  # another number of processes: the main one takes over all sums
+            own = processes if self.world.is_main_process else []
         at.loss_sum += sum(process["loss_sum"] for process in own)
         at.images = sum(process["images"] for process in own)
         if self.world.rank < len(processes):
             set_random_states(processes[self.world.rank]["random"], self.world.device)
-        self.engine.go_to(at.epoch * len(self.train) + at.batch)
+        self.engine.set_step(at.step)
+
+    def load_best(self) -> dict[str, torch.Tensor]:
+        """Put the best weights into the evaluated model; return those that were there."""
+        model = self.engine.evaluated
+        before = copy.deepcopy(model.state_dict())
+        model.load_state_dict(self.state.best_weights)
+        return before
 
     def _restore_engine(self, state: State, new_settings: bool) -> None:
         engine = self.engine
@@ -200,7 +221,7 @@ class Run:
             engine.scaler.load_state_dict(state["scaler"])
 
     def _statistics(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Running statistics of batch norm, which differ between processes until they are shared."""
+        """Return the running statistics of batch norm, which processes do not share all the time."""
         models = {"model": self.engine.model, "average": self.engine.average}
         return {
             which: {
@@ -225,7 +246,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     Raises:
         ConfigError, DataError: as `train`.
     """
-    _check_shares(config, world)
+    _check_shares(config.batch_size, config.engine.grad_accum, config.augment.mixes, world.size)
     splits = open_splits(config.data, seed=config.seed)
     torch.manual_seed(config.seed)
     model = build_model(config.model, splits.num_classes)
@@ -241,7 +262,21 @@ def prepare(config: TrainConfig, world: World) -> Run:
         splits.train, config.augment, preprocessing, batch_size=config.batch_size, seed=config.seed, **loading
     )
     freeze(model, config.train_only)
-    engine = Engine(model, config, world, len(train), preprocessing, splits.class_names)
+    model = place_model(model, config.engine, world)
+    task = build_task(
+        model, config.augment, config.distill, preprocessing, splits.class_names, device=world.device
+    )
+    learner = task.get_trainable_module()
+    assert learner is not None
+    optimizer = build_optimizer(learner, config.optim, config.batch_size)
+    engine = Engine(
+        task,
+        optimizer,
+        build_scheduler(optimizer, config.schedule, config.epochs, len(train)),
+        config.engine,
+        world,
+        ema_decay=config.ema_decay,
+    )
     # From here on, random numbers are for drop-path and dropout: each process has its own.
     if world.rank > 0:
         torch.manual_seed(derive_seed(config.seed, "process", world.rank))
@@ -251,39 +286,32 @@ def prepare(config: TrainConfig, world: World) -> Run:
         world=world,
         splits=splits,
         engine=engine,
-        mixup=_build_mixup(config, splits.num_classes),
+        mixup=_build_mixup(config.augment, config.model.args.get("num_classes", splits.num_classes)),
         preprocessing=preprocessing,
         train=train,
         validation=eval_loader(splits.validation, preprocessing, batch_size=batch_size, **loading),
         test=eval_loader(splits.test, preprocessing, batch_size=batch_size, **loading),
-        reached=Reached(loss_sum=torch.zeros((), dtype=torch.float64, device=world.device)),
+        state=TrainState(
+            steps_per_epoch=len(train),
+            loss_sum=torch.zeros((), dtype=torch.float64, device=world.device),
+        ),
     )
 
 
-def best_model(run: Run) -> dict[str, torch.Tensor]:
-    """Put the best weights into the evaluated model; returns those that were there."""
-    model = run.engine.evaluated
-    before = copy.deepcopy(model.state_dict())
-    model.load_state_dict(run.reached.best_weights)
-    return before
-
-
-def _check_shares(config: TrainConfig, world: World) -> None:
-    accum, size = config.engine.grad_accum, config.batch_size
-    if size % (world.size * accum):
+def _check_shares(batch_size: int, accum: int, mixes: bool, world_size: int) -> None:
+    if batch_size % (world_size * accum):
         raise ConfigError(
-            f"batch_size={size} is that of all processes together; it must be divisible by "
-            f"{world.size} {'processes' if world.size > 1 else 'process'} x engine.grad_accum={accum}"
+            f"batch_size={batch_size} is that of all processes together; it must be divisible by "
+            f"{world_size} {'processes' if world_size > 1 else 'process'} x engine.grad_accum={accum}"
         )
-    if config.augment.mixes and size // world.size % 2:
+    if mixes and batch_size // world_size % 2:
         raise ConfigError(
-            f"batch_size={size}: the share of each of {world.size} processes must be even for augment.mixup "
-            "and augment.cutmix"
+            f"batch_size={batch_size}: the share of each of {world_size} processes must be even for "
+            "augment.mixup and augment.cutmix"
         )
 
 
-def _build_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
-    augment = config.augment
+def _build_mixup(augment: AugmentConfig, num_classes: int) -> Mixup | None:
     if not augment.mixes:
         return None
     return Mixup(
@@ -292,5 +320,5 @@ def _build_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
         prob=augment.mix_prob,
         switch_prob=augment.mix_switch_prob,
         label_smoothing=augment.smoothing,
-        num_classes=config.model.args.get("num_classes", num_classes),
+        num_classes=num_classes,
     )

@@ -1,4 +1,4 @@
-"""The model with its loss: timm's tasks, with a teacher that was checked and sees what it should see."""
+"""A model with its loss: timm's tasks, with a checked teacher that gets images as it wants them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from timm.task import ClassificationTask, LogitDistillationTask, TokenDistillati
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from localvit.config import DistillConfig, TrainConfig
-from localvit.data import Preprocessing, random_scope
+from localvit.config import DistillConfig
+from localvit.data import AugmentConfig, Preprocessing, random_scope
 from localvit.errors import ConfigError
 from localvit.inference import Checkpoint, load_checkpoint
 from localvit.models import check_forward
@@ -20,29 +20,28 @@ from localvit.models import check_forward
 
 def build_task(
     model: nn.Module,
-    config: TrainConfig,
+    augment: AugmentConfig,
+    distill: DistillConfig | None,
     preprocessing: Preprocessing,
     class_names: Sequence[str],
     *,
     device: torch.device,
 ) -> TrainingTask:
-    """timm's task for `config`; the global random state is left as it was.
+    """Build timm's task; the global random state is left as it was.
 
     Args:
-        model: What learns, on `device`.
-        config: The run.
-        preprocessing: Preparation of its images.
+        model: Model to train, on `device`.
+        augment: Its `smoothing` and `mixes` decide the loss.
+        distill: A teacher, or `None`.
+        preprocessing: Preparation of the images.
         class_names: Name of each label.
-        device: Where the model is, and where a teacher goes.
+        device: Device of the model and of a teacher.
 
     Raises:
         ConfigError: if a teacher cannot be loaded, has other classes or refuses the model's image size, or
             if the model has no distillation token where one is asked for.
     """
-    criterion = create_classification_loss(
-        smoothing=config.augment.smoothing, soft_targets=config.augment.mixes
-    )
-    distill = config.distill
+    criterion = create_classification_loss(smoothing=augment.smoothing, soft_targets=augment.mixes)
     if distill is None:
         return ClassificationTask(model, criterion, device=device, verbose=False)
     if distill.token:
@@ -87,7 +86,7 @@ class HardDistillationTask(LogitDistillationTask):
     """Hard distillation at the classifier, without a token (the paper's table 3), which timm lacks."""
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """(B, C, H, W) pictures and their labels -> `loss`, `output`, `task_loss`, `kd_loss`."""
+        """(B, C, H, W) images and their labels -> `loss`, `output`, `task_loss`, `kd_loss`."""
         output = self.trainable_module(input)
         task_loss = self.criterion(output, target)
         with torch.no_grad():
@@ -123,7 +122,7 @@ def _load_teacher(
 
 
 def _per_channel(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation as (1, C, 1, 1)."""
+    """Return mean and standard deviation as (1, C, 1, 1)."""
     values = (preprocessing.mean, preprocessing.std)
     mean, std = (torch.tensor(value, device=device).view(1, -1, 1, 1) for value in values)
     return mean, std

@@ -80,7 +80,7 @@ def stop_after(monkeypatch, config, updates):
     """Train, and be interrupted after so many updates."""
     step, done = Engine.step, []
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", lambda engine: (step(engine), done.append(1)))
+        patch.setattr(Engine, "step", lambda engine, number: (step(engine, number), done.append(1)))
         patch.setattr(loop, "stop_requested", lambda: len(done) >= updates - 1)
         try:
             train(config)

@@ -52,7 +52,7 @@ def test_the_loss_by_hand(config, teacher, token, kind):
     )
     torch.manual_seed(0)
     model = build_model(run.model, 10).train()
-    task = build_task(model, run, preprocessing_for(model, run.data), NAMES, device=CPU)
+    task = build_task(model, run.augment, run.distill, preprocessing_for(model, run.data), NAMES, device=CPU)
     task.train()
     images, labels = torch.randn(6, 1, 8, 8), torch.arange(6)
     found = task(images, labels)["loss"]
@@ -79,7 +79,7 @@ def test_a_teacher_leaves_the_random_stream_alone(config):
     model = build_model(run.model, 10)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    build_task(model, run, preprocessing_for(model, run.data), NAMES, device=CPU)
+    build_task(model, run.augment, run.distill, preprocessing_for(model, run.data), NAMES, device=CPU)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -136,4 +136,4 @@ def test_a_teacher_of_other_classes_in_equal_number_is_refused(config):
     model = build_model(run.model, 10)
     names = [*NAMES[:4], "four", *NAMES[5:]]
     with pytest.raises(ConfigError, match="it has class '4' where the data has 'four'"):
-        build_task(model, run, preprocessing_for(model, run.data), names, device=CPU)
+        build_task(model, run.augment, run.distill, preprocessing_for(model, run.data), names, device=CPU)

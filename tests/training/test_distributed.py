@@ -108,7 +108,7 @@ def test_after_the_death_of_a_process_torchrun_goes_on_to_the_same_bits(by_two, 
     arguments = ("elastic", str(tmp_path), str(tmp_path / "config.yaml"))
     said = torchrun("tests/training/two_processes.py", *arguments)
     assert (tmp_path / "killed").exists()
-    assert "going on after update" in said
+    assert "resuming after update" in said
     assert story(tmp_path / "run") == story(by_two / "average")
 
 

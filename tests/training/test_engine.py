@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from localvit.config.files import resolve
+from localvit.config.schema import EngineConfig
 from localvit.errors import ConfigError
 from localvit.runtime.distributed import World
 from localvit.training.callbacks import Callback, TensorBoard
-from localvit.training.engine import Engine, LossWatch, deterministic
+from localvit.training.engine import LossWatch, deterministic, place_model
 from localvit.training.loop import train
 from localvit.training.run import prepare
 from tests.training.runs import CASES, status, stop_after
@@ -54,7 +55,7 @@ def test_gradients_are_clipped_by_their_common_norm(tiny):
         engine, images, targets = engine_of(tiny(f"engine.clip_grad={limit}"))
         engine.backward(images, targets)
         before = norm(engine)
-        engine.step()
+        engine.step(1)
         expected = before if factor else limit
         assert norm(engine) == pytest.approx(expected, rel=1e-3)
 
@@ -78,9 +79,9 @@ def test_frozen_batch_norm_keeps_statistics_and_learns_its_scale(tiny, norm):
     config = tiny("model.locality={}", f"engine.batch_norm={norm}")
     engine, images, targets = engine_of(config)
     before = copy.deepcopy(engine.model.state_dict())
-    for _ in range(3):
+    for number in (1, 2, 3):
         engine.backward(images, targets)
-        engine.step()
+        engine.step(number)
     after = engine.model.state_dict()
     for name in before:
         moved = not torch.equal(before[name], after[name])
@@ -96,9 +97,9 @@ def test_the_average_has_the_statistics_of_batch_norm_too(tiny):
     config = tiny("model.locality={}", "ema_decay=0.75")
     engine, images, targets = engine_of(config)
     expected = None
-    for _ in range(4):
+    for number in (1, 2, 3, 4):
         engine.backward(images, targets)
-        engine.step()
+        engine.step(number)
         now = {name: value.double() for name, value in engine.model.state_dict().items()}
         if expected is None:  # timm takes over the model with the first update
             expected = now
@@ -160,9 +161,9 @@ def test_what_the_model_or_the_machine_lacks_is_refused(tiny, monkeypatch):
         prepare(tiny("engine.precision=fp16"), ALONE)
     plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     with pytest.raises(ConfigError, match="this model does not offer it"):
-        Engine(plain, tiny("engine.grad_checkpointing=true"), ALONE, 10, {}, ())
+        place_model(plain, EngineConfig(grad_checkpointing=True), ALONE)
     with pytest.raises(ConfigError, match="this model has no locality"):
-        Engine(plain, tiny("engine.selective_checkpointing=true"), ALONE, 10, {}, ())
+        place_model(plain, EngineConfig(selective_checkpointing=True), ALONE)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from localvit.data.images import UnreadableImage
 from localvit.data.loading import train_loader
 from localvit.data.splits import open_splits
 from localvit.errors import ConfigError, TrainingFailed
+from localvit.models.build import build_model, preprocessing_for
 from localvit.runs.lock import locked
 from localvit.training.loop import train
 from localvit.training.run import Run
@@ -76,10 +77,10 @@ def test_nothing_readable_is_an_error_whatever_is_allowed(pictures):
 def test_the_replacement_depends_on_the_draw_alone(pictures):
     config, _ = pictures(8)
     part = open_splits(config.data).train
-    prepared = {"input_size": (1, 8, 8), "mean": [0.5], "std": [0.5], "interpolation": "bicubic"}
+    preprocessing = preprocessing_for(build_model(config.model, 2), config.data)
 
     def batches(workers, start):
-        loader = train_loader(part, config.augment, prepared, batch_size=8, seed=1, workers=workers)
+        loader = train_loader(part, config.augment, preprocessing, batch_size=8, seed=1, workers=workers)
         loader.batch_sampler.set_epoch(2, start)
         return [(b.indices, sorted(b.unreadable), b.images.sum().item()) for b in loader]
 
@@ -99,9 +100,7 @@ def test_a_process_that_loads_and_dies_is_named_in_one_line(tiny, tmp_path, monk
         return real(self, draw, out)
 
     monkeypatch.setattr(loading.Prepared, "_prepare", deadly)
-    with pytest.raises(
-        TrainingFailed, match=r"a process that loads pictures died \(DataLoader worker"
-    ) as caught:
+    with pytest.raises(TrainingFailed, match=r"a data worker died \(DataLoader worker") as caught:
         train(tiny("workers=1", f"output={tmp_path / 'run'}"))
     assert "\n" not in str(caught.value)
     assert status(tmp_path / "run")["state"] == "failed"
@@ -118,7 +117,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tiny, tmp_path):
     while updates_saved(folder) < 2:
         assert process.is_alive()
         time.sleep(0.002)
-    with pytest.raises(ConfigError, match="another process trains there"):
+    with pytest.raises(ConfigError, match="another process works there"):
         train(config)
     workers = children(process.pid)
     try:

@@ -5,17 +5,19 @@ import itertools
 import json
 
 import pytest
+import torch
 from rich.console import Console
 
-from localvit.data.splits import open_splits
 from localvit.runs.state import read_newest
+from localvit.runtime.distributed import World
 from localvit.training import loop
 from localvit.training.loop import train
 from localvit.training.progress import Progress, slow_data
+from localvit.training.run import prepare
 from tests.training.runs import stop_after
 
 
-class Reached:
+class Position:
     waited = 1.0
 
 
@@ -28,7 +30,7 @@ def test_only_the_time_until_a_batch_is_there_is_waiting(monkeypatch):
             now[0] += seconds
             yield seconds
 
-    at = Reached()
+    at = Position()
     for _ in loop._timed(batches(), at):
         now[0] += 100.0  # the update
     assert at.waited == 1.0 + 2.0 + 3.0
@@ -61,7 +63,7 @@ def test_waiting_before_an_interruption_counts(tiny, tmp_path, monkeypatch):
         (0.5, 100.0, 2, True, "for 50 % of the epoch, with workers=2 on 8 cores: raise workers"),
         (0.5, 100.0, 0, True, "with workers=0 on 8 cores: raise workers"),
         (0.5, 100.0, 2, False, "raise workers"),
-        (0.5, 100.0, 8, True, "no core is left for more, so store the pictures smaller"),
+        (0.5, 100.0, 8, True, "no core is left for more, so store the images smaller"),
         (0.5, 100.0, 0, False, None),  # one process that loads and trains by turns
         (0.2, 100.0, 2, True, None),
         (0.5, 10.0, 2, True, None),  # processes that start
@@ -77,7 +79,8 @@ def test_a_run_is_warned_once_and_the_bar_shows_the_share(tiny, monkeypatch):
     config = tiny("workers=1")
     console = Console(file=io.StringIO(), width=300, force_terminal=True)
     ticks = itertools.count()
-    progress = Progress(console, config, open_splits(config.data), 1, gpu=True)
+    progress = Progress(console, prepare(config, World(device=torch.device("cpu"))))
+    progress.gpu = True
     progress.bar.get_time = lambda: float(next(ticks))  # a speed needs time to pass
     metrics = {"epoch": 1, "train_loss": 1.0, "validation_loss": 1.0, "validation_top1": 50.0}
     metrics |= {"images_per_second": 10.0, "data_wait": 0.25, "seconds": 1000.0}
@@ -87,4 +90,4 @@ def test_a_run_is_warned_once_and_the_bar_shows_the_share(tiny, monkeypatch):
         assert "images/s, data 12 %" in progress.bar.tasks[0].fields["speed"]
         progress.epoch(metrics, True)
         progress.epoch(metrics | {"epoch": 2}, True)
-    assert console.file.getvalue().count("warning: training waited for pictures for 25 % of the epoch") == 1
+    assert console.file.getvalue().count("warning: training waited for images for 25 % of the epoch") == 1

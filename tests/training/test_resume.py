@@ -13,11 +13,11 @@ import torch
 from localvit.config.comparison import check_allowed
 from localvit.config.files import dump, resolve
 from localvit.errors import ConfigError, TrainingFailed, TrainingInterrupted
-from localvit.runs import folder as output, state
-from localvit.runs.folder import RunFolder
+from localvit.runs import directory as output, state
+from localvit.runs.directory import RunDirectory
 from localvit.runs.state import DamagedState
 from localvit.runtime.signals import stop_on_signals
-from localvit.training import keeper, loop
+from localvit.training import checkpointer, loop
 from localvit.training.callbacks import Callback
 from localvit.training.engine import Engine
 from localvit.training.loop import train
@@ -104,16 +104,16 @@ def test_only_what_is_missing_is_trained_and_told(tough, monkeypatch):
 
 def test_what_was_written_after_the_last_state_is_put_back(tough, folder, uninterrupted, monkeypatch):
     # Killed after an epoch was written down and before its state was: the files are ahead of the state.
-    real, calls = RunFolder.save_state, []
+    real, calls = RunDirectory.save_state, []
 
     def killed(self, update, values):
         calls.append(update)
-        if calls.count(8) == 2:  # in the midst of things, then at the epoch's end
+        if calls.count(8) == 2:  # within the epoch, then at the epoch's end
             raise KeyboardInterrupt
         real(self, update, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "save_state", killed)
+        patch.setattr(RunDirectory, "save_state", killed)
         with pytest.raises(KeyboardInterrupt):
             train(tough())
     assert status(folder)["epochs_done"] == 1
@@ -144,7 +144,7 @@ def test_sigterm_saves_and_exits_with_zero_and_one_line(tough, folder, uninterru
     os.killpg(process.pid, signal.SIGTERM)  # as SLURM does: the processes that load get it too
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err.count("\n")) == (0, 1), err
-    assert "the same command goes on from there" in err
+    assert "the same command resumes from there" in err
     assert status(folder)["state"] == "interrupted"
     train(config)
     assert story(folder) == uninterrupted
@@ -160,7 +160,7 @@ def test_a_signal_while_measuring_stops_it_too(tough, folder, uninterrupted, mon
         return real(loader)
 
     monkeypatch.setattr(loop, "_until_stop", interrupting)
-    with stop_on_signals(), pytest.raises(TrainingInterrupted, match="goes on from there"):
+    with stop_on_signals(), pytest.raises(TrainingInterrupted, match="resumes from there"):
         train(tough())
     monkeypatch.undo()
     assert status(folder)["epochs_done"] == (0 if measured == 259 else 2)
@@ -198,7 +198,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(tough, folder, uninterrupt
     train(tough(), console=Console())
     shown = capsys.readouterr().out
     assert f"warning: state '{newest}' is damaged" in shown
-    assert "going on after update 10, in epoch 2" in shown
+    assert "resuming after update 10, in epoch 2" in shown
     assert story(folder) == uninterrupted
 
 
@@ -258,7 +258,7 @@ def test_other_data_and_other_versions_are_refused(tough, folder, uninterrupted,
     stop_after(monkeypatch, tough(), 5)
     versions = output.versions()
     with monkeypatch.context() as patch:
-        patch.setattr(keeper, "fingerprint", lambda splits: "other pictures")
+        patch.setattr(checkpointer, "fingerprint", lambda splits: "other pictures")
         with pytest.raises(ConfigError, match=r"\(data: '1038\+259\+500 images, .*' -> 'other pictures'\)"):
             train(tough())
     with monkeypatch.context() as patch:
@@ -319,8 +319,8 @@ def test_a_loss_that_is_no_number_leaves_good_states_only(tough, folder, uninter
 def test_weights_that_are_no_numbers_are_never_saved(tough, folder, monkeypatch):
     step, done = Engine.step, []
 
-    def broken(engine):
-        step(engine)
+    def broken(engine, number):
+        step(engine, number)
         done.append(1)
         if len(done) == 5:
             with torch.no_grad():
@@ -404,6 +404,6 @@ def test_a_run_that_another_process_has_just_finished_is_left_alone(tough, folde
         return real(config, world)
 
     monkeypatch.setattr(loop, "prepare", late)
-    with pytest.raises(ConfigError, match="another process has just finished this run"):
+    with pytest.raises(ConfigError, match="another process has just trained there; run the same command"):
         train(config)
     assert status(folder)["state"] == "finished"

@@ -78,8 +78,8 @@ def elastic(folder, config):
     """Train by the command line; the second process kills itself once, after 5 updates."""
     step, done = Engine.step, []
 
-    def deadly(engine):
-        step(engine)
+    def deadly(engine, number):
+        step(engine, number)
         done.append(1)
         if dist.get_rank() == 1 and len(done) == 5 and not (folder / "killed").exists():
             (folder / "killed").write_text("")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from localvit.runs import read_status
+from localvit.runs import read_run
 from localvit.studies.design import Facts, Run
 from localvit.studies.execution.folder import StudyFolder
 from localvit.studies.execution.records import Record
@@ -104,6 +104,6 @@ class Display:
 
 
 def _epochs_done(folder: StudyFolder, run: Run) -> int | None:
-    """Epochs that a run under way has behind it; ``None`` if it has not begun."""
-    done = read_status(folder.of(run)).get("epochs_done")
-    return None if done is None else int(done)
+    """Return the epochs that a run under way has done; `None` if it has not begun."""
+    status = read_run(folder.of(run)).status
+    return None if status is None else status.epochs_done

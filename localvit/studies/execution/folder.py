@@ -19,12 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
-
 from localvit.atomic import write_atomically
 from localvit.config import differences
 from localvit.errors import ConfigError
-from localvit.runs import read_status
+from localvit.runs import locked, read_run
 from localvit.structure import parse_json, read_json, to_json
 from localvit.studies.design import Run, Study, study_from_dict
 from localvit.studies.execution.records import Record, parse_record, read_record
@@ -73,6 +71,7 @@ class StudyFolder:
 
     def __init__(self, path: Path, study: Study) -> None:
         self.path, self.study = path, study
+        self._seen = self._stamp()
         if not (path / "study.json").exists():
             held = [name for name in _OWN if (path / name).exists()]
             if held:
@@ -94,20 +93,28 @@ class StudyFolder:
         """Make the folder, write the study, and keep other processes out of it.
 
         Args:
-            command: That it was made by.
-            classes: Of its data, for reports where the data is not.
+            command: Command that makes it.
+            classes: Number of classes of its data, for reports where the data is not.
 
         Raises:
-            ConfigError: if another process works in it.
+            ConfigError: if another process works in it, or has changed its study since it was read.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            with filelock.FileLock(self.path / ".lock", timeout=0):
-                values = {"command": command, "classes": classes, **self.study.to_dict()}
-                write_atomically(self.path / "study.json", to_json(values))
-                yield
-        except filelock.Timeout as error:
-            raise ConfigError(f"another process works in {str(self.path)!r}; wait for it") from error
+        with locked(self.path):
+            if self._stamp() != self._seen:
+                raise ConfigError(
+                    f"output={str(self.path)!r}: another process has just worked there; run the same command "
+                    "again"
+                )
+            values = {"command": command, "classes": classes, **self.study.to_dict()}
+            write_atomically(self.path / "study.json", to_json(values))
+            self._seen = self._stamp()
+            yield
+
+    def _stamp(self) -> int | None:
+        """Return the time of the last change of the study; `None` if there is none."""
+        path = self.path / "study.json"
+        return path.stat().st_mtime_ns if path.exists() else None
 
     def of(self, run: Run) -> Path:
         """The folder of one run."""
@@ -125,10 +132,10 @@ class StudyFolder:
             return Outcome("done", record)
         if (folder / _FAILURE).exists():
             return Outcome("failed", reason=read_json(Failure, folder / _FAILURE).reason)
-        status = read_status(folder)
-        if status.get("state") == "failed":
-            return Outcome("failed", reason=str(status.get("error", "unknown")))
-        return Outcome("begun" if status else "new")
+        status = read_run(folder).status
+        if status is not None and status.state == "failed":
+            return Outcome("failed", reason=status.error or "unknown")
+        return Outcome("new" if status is None else "begun")
 
     def finished(self) -> dict[Run, Record]:
         """The records of the study's runs that are done, in the study's order.

@@ -8,13 +8,13 @@ import subprocess
 import sys
 import time
 
-import filelock
 import pytest
 from rich.console import Console
 
 from localvit.bench.host import machine
 from localvit.config.files import resolve
 from localvit.errors import ConfigError, TrainingFailed
+from localvit.runs.lock import locked
 from localvit.studies.demo import demo_study
 from localvit.studies.execution import run as run_module
 from localvit.studies.execution.folder import StudyFolder
@@ -146,11 +146,20 @@ def test_a_record_changed_by_hand_is_refused(folder):
 
 def test_two_processes_do_not_work_in_one_folder(folder):
     folder.path.mkdir()
-    with (
-        filelock.FileLock(folder.path / ".lock"),
-        pytest.raises(ConfigError, match="another process works in"),
-    ):
+    with locked(folder.path), pytest.raises(ConfigError, match="another process works there"):
         run_missing(folder)
+
+
+def test_a_study_that_another_process_has_just_written_is_left_alone(folder, tiny):
+    other = StudyFolder(folder.path, demo_study(tiny, 3, None))
+    with other.claim():
+        pass
+    written = (folder.path / "study.json").read_bytes()
+    with pytest.raises(ConfigError, match="has just worked there; run the same command again"):
+        run_missing(folder)
+    assert (folder.path / "study.json").read_bytes() == written
+    with other.claim():
+        pass
 
 
 def test_what_cannot_work_fails_before_anything_is_written(tiny, tmp_path):
@@ -185,7 +194,7 @@ from pathlib import Path
 from localvit.studies.demo import demo_study
 from localvit.studies.execution.folder import StudyFolder
 from localvit.studies.execution.run import run_missing
-from localvit.training import resolve
+from localvit.config import resolve
 if __name__ == "__main__":
     study = demo_study(resolve("digits", {settings!r}), 2, None)
     run_missing(StudyFolder(Path(sys.argv[1]), study), jobs=1)

@@ -8,14 +8,15 @@ from localvit.atomic import move_into_place, write_atomically
 from localvit.data.config import DataConfig
 from localvit.errors import ConfigError
 from localvit.models.build import build_model, preprocessing_for
-from localvit.runs import folder as output
-from localvit.runs.folder import open_folder
+from localvit.runs import directory as output
+from localvit.runs.directory import RunDirectory
 from localvit.training.loop import train
 
 
 @pytest.fixture
 def folder(tiny, tmp_path):
-    with open_folder(tiny(f"output={tmp_path / 'run'}"), notes=(), data="some") as folder:
+    with RunDirectory.open(tiny(f"output={tmp_path / 'run'}")) as folder:
+        folder.claim("some")
         yield folder
 
 

@@ -1,0 +1,65 @@
+"""A run as its files tell it, for whoever only reads: inference, displays, reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from localvit.config import TrainConfig, read_config
+from localvit.errors import ConfigError
+from localvit.runs.status import RunStatus, whole
+from localvit.structure import parse_json
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """Files of a run. Each is read when first asked for, and once; a damaged one is a `ConfigError`.
+
+    Attributes:
+        path: The run's folder.
+    """
+
+    path: Path
+
+    @cached_property
+    def status(self) -> RunStatus | None:
+        """Content of `status.json`; `None` if it is not there."""
+        return RunStatus.read(self.path)
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        """Content of `config.yaml`."""
+        with whole(self.path / "config.yaml") as path:
+            config = read_config(path)
+            if config.output is None:  # a run has one; a file that was cut off has none
+                raise ConfigError("output is missing")
+        return config
+
+    @cached_property
+    def history(self) -> list[dict[str, Any]]:
+        """Content of `metrics.jsonl`: one mapping per epoch."""
+        with whole(self.path / "metrics.jsonl") as path:
+            lines = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            epochs = [line["epoch"] for line in lines]
+            done = self.status.epochs_done if self.status else len(epochs)
+            if epochs != list(range(1, done + 1)):
+                raise ConfigError(f"it has epochs {epochs} of {done}")
+        return lines
+
+    @cached_property
+    def best(self) -> Path:
+        """Folder of the best model, whose files can be opened."""
+        with whole(self.path / "best" / "config.json") as path:
+            if not isinstance(parse_json(path.read_text(encoding="utf-8")), dict):
+                raise ConfigError("not a mapping")
+        with whole(self.path / "best" / "model.safetensors") as path, safe_open(path, "pt"):
+            return path.parent
+
+
+def read_run(path: str | Path) -> SavedRun:
+    """Return the run in a folder, for reading. Nothing is locked, and no file is read before it is needed."""
+    return SavedRun(Path(path))

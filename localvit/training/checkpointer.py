@@ -1,0 +1,117 @@
+"""Checkpoints of a run while it trains, and its return to one."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from contextlib import suppress
+from typing import Any, Literal
+
+from localvit.data import fingerprint
+from localvit.errors import TrainingFailed, TrainingInterrupted
+from localvit.evaluation import Metrics
+from localvit.runs import BestEpoch, Decision, RunDirectory, numbers
+from localvit.training.run import Run
+
+
+class Checkpointer:
+    """Checkpoint writer of one run. All processes call it; the main one writes.
+
+    Args:
+        run: The run.
+        directory: Its directory, in the main process; `None`: nothing is written.
+    """
+
+    def __init__(self, run: Run, directory: RunDirectory | None) -> None:
+        self.run, self.directory = run, directory
+        self._saved_at = time.monotonic()
+
+    def start(self, decision: Decision) -> None:
+        """Claim the directory, return to the state that was found, and make the files agree with it.
+
+        Raises:
+            ConfigError: if data or state do not fit the run; nothing was written.
+        """
+        run, directory = self.run, self.directory
+
+        def claim() -> None:
+            if directory:
+                directory.claim(fingerprint(run.splits))
+
+        run.world.broadcast_from_main(claim)
+        if decision.state is not None:
+            run.restore(decision.state, decision.changes)
+            decision.state.clear()  # its tensors need memory
+        if directory:
+            directory.begin(
+                notes=run.splits.notes,
+                history=run.state.history,
+                best=self._best(),
+                bad_images=self._bad_images(),
+            )
+            if run.state.best:  # the model there may be newer than the state, or older
+                now = run.load_best()
+                self._save_model("best")
+                run.engine.evaluated.load_state_dict(now)
+
+    def due(self) -> bool:
+        """Return whether it is time to save the state."""
+        config = self.run.config
+        return config.output is not None and time.monotonic() - self._saved_at >= config.save_seconds
+
+    def save(self) -> None:
+        """Save the state to resume from."""
+        if self.run.config.output is None:
+            return
+        state = self.run.snapshot()
+        if self.directory and state is not None:
+            self.directory.save_state(self.run.state.step, state)
+            if self.run.state.bad_images:
+                self.directory.update(bad_images=self._bad_images())
+        self._saved_at = time.monotonic()
+
+    def save_best(self) -> None:
+        """Save the evaluated model as the best one so far."""
+        if self.directory:
+            self._save_model("best")
+            self.directory.update(best=self._best())
+
+    def save_epoch(self) -> None:
+        """Save the model and the metrics of an epoch that is over, then the state."""
+        if self.directory:
+            self._save_model("last")
+            self.directory.add_epoch(self.run.state.history[-1])
+        self.save()
+
+    def finish(self, test: Metrics) -> None:
+        """Write the result."""
+        if self.directory:
+            self.directory.finish(numbers(dataclasses.asdict(test)))
+
+    def failed(self, error: BaseException) -> None:
+        """Write why the run ended, if it had begun and that can be written."""
+        if self.directory and self.directory.status:
+            interrupted = isinstance(error, KeyboardInterrupt | TrainingInterrupted)
+            images: dict[str, Any] = {"bad_images": self._bad_images()}
+            if pictures := getattr(error, "pictures", ()):
+                images["pictures"] = tuple(pictures)
+            with suppress(TrainingFailed):
+                state = "interrupted" if interrupted else "failed"
+                self.directory.update(state=state, error=f"{error!r}", **images)
+
+    def last_state(self) -> str:
+        """Return, in words, what a later call would resume from."""
+        return self.directory.last_state() if self.directory else "nothing was saved here"
+
+    def _save_model(self, name: Literal["last", "best"]) -> None:
+        assert self.directory is not None
+        names = list(self.run.splits.class_names)
+        self.directory.save_model(name, self.run.engine.evaluated, self.run.preprocessing, names)
+
+    def _best(self) -> BestEpoch | None:
+        at = self.run.state
+        validation = numbers(dataclasses.asdict(at.best)) if at.best else {}
+        return BestEpoch(epoch=at.best_epoch, validation=validation) if at.best else None
+
+    def _bad_images(self) -> tuple[str, ...]:
+        return tuple(sorted(self.run.state.bad_images.values()))
