@@ -22,7 +22,7 @@ from localvit.cost import count_parameters
 from localvit.data import Batch
 from localvit.errors import TrainingFailed
 from localvit.evaluation import Metrics, measure
-from localvit.inference import load_checkpoint
+from localvit.inference import open_model
 from localvit.runs import check_output, read_status
 from localvit.runtime import World, open_world, stop_requested
 from localvit.training.callbacks import Callback
@@ -264,7 +264,7 @@ def _finished(config: TrainConfig, console: Console | None) -> RunResult:
     history = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     best_epoch = int(status["best"]["epoch"])
     validation, test = Metrics(**status["best"]["validation"]), Metrics(**status["test"])
-    model = load_checkpoint(config.output, torch.device("cpu")).model
+    model = open_model(config.output, "cpu").model
     if console:
         console.print(
             f"{config.output} holds this run already, finished: best epoch {best_epoch}, test top-1 "
