@@ -200,20 +200,20 @@ def _prepare(
     macs = count_macs(opened.model.eval(), opened.preprocessing.input_size)
     costs = {"parameters": count_parameters(opened.model), "gmacs": macs / 1e9}
     images = torch.randn(config.batch_size, *opened.preprocessing.input_size, device=device)
-    form = FORMS[engine or "eager"]
-    if engine is None and config.fuse and not config.train:
-        opened.model.to(device)
-        opened = fused(opened)
-        engine, form, compute = "fused" if opened.form == FUSED else "eager", opened.form, opened.model
-    elif config.train:
+    if config.train:
+        engine = engine or "eager"
         model: Any = opened.model.to(device)
         model = torch.compile(model) if engine == "compile" else model
         work = training_step(model, images, config.precision)
-        return _Ready(engine=engine or "eager", form=form, work=work, costs=costs)
+        return _Ready(engine=engine, form=FORMS[engine], work=work, costs=costs)
+    if engine is None and config.fuse:
+        opened = fused(replace(opened, model=opened.model.to(device)))
+        engine, form = ("fused" if opened.form == FUSED else "eager"), opened.form
+        compute: Callable[[Tensor], Tensor] = opened.model
     else:
         engine = engine or "eager"
         info = ExportInfo.of(opened.preprocessing, architecture=opened.source, num_classes=opened.num_classes)
-        compute = open_on(engine, opened.model, info, device)
+        compute, form = open_on(engine, opened.model, info, device), FORMS[engine]
     work = without_gradients(lambda: _forward(compute, images, config.precision))
     return _Ready(engine=engine, form=form, work=work, costs=costs)
 

@@ -15,6 +15,7 @@ import difflib
 import importlib
 import io
 import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -82,12 +83,12 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _reader_ended() -> bool:
     """Return whether nobody reads the standard output any more; if so, what is left for it is dropped."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    ended = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if ended:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
-        return True
-    return False
+    return ended
 
 
 def _verb(name: str) -> str:
