@@ -85,25 +85,24 @@ def test_the_form_that_ran_is_named(job, tmp_path, capsys):
         assert capsys.readouterr().out == f"{output}: 60 images ({form})\n"
 
 
-@pytest.mark.parametrize("arguments", [["--format", "csv"], ["--format", "json"], []])
-@pytest.mark.parametrize("lines", [1, None])
+@pytest.mark.parametrize(("arguments", "lines"), [(["--format", "csv"], 1), ([], 0)])
 def test_a_reader_that_ends_early_ends_the_command_quietly(job, arguments, lines):
     """As `| head -1`, and as a pipe that nobody reads at all."""
     command = [sys.executable, "-m", "localvit", *job, "--batch-size", "1", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
-    if lines:
-        assert process.stdout.readline()
-    process.stdout.close()
-    assert process.stderr.read() == f"localvit: {job[2]}: PyTorch, fused\n"
-    assert process.wait() == 141
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        if lines:
+            assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == f"localvit: {job[2]}: PyTorch, fused\n"
+        assert process.wait() == 141
 
 
 def test_any_verb_ends_quietly_where_nobody_reads():
-    process = subprocess.Popen(
-        [sys.executable, "-m", "localvit", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    process.stdout.close()
-    assert (process.stderr.read(), process.wait()) == (b"", 141)
+    command = [sys.executable, "-m", "localvit", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
 
 
 def test_every_name_of_a_file_reaches_the_console(job, tmp_path):

@@ -9,7 +9,7 @@ from localvit.inference import fused, open_model
 from tests.pictures import SIZE, export_model
 
 NAMES = ["ant", "bee", "cat"]
-SMALL = {"img_size": SIZE, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 3}
+SMALL = {"img_size": SIZE, "patch_size": 8, "embed_dim": 96, "depth": 1, "num_heads": 2, "num_classes": 3}
 
 
 @pytest.fixture(scope="module")
