@@ -11,7 +11,7 @@ from rich.console import Console
 from localvit.atomic import write_atomically
 from localvit.bench import machine
 from localvit.errors import ConfigError
-from localvit.inference import load_checkpoint
+from localvit.inference import open_model
 from localvit.models import preprocessing_for
 from localvit.runtime import pick_device
 from localvit.structure import to_json
@@ -92,7 +92,7 @@ def time_arms(store: StudyFolder) -> None:
     if path.exists() and read_speed(store.path).get("keys") == keys:
         return
     device = pick_device(study.base.device)
-    models = {name: load_checkpoint(str(store.of(run)), device).model for name, run in first.items()}
+    models = {name: open_model(store.of(run), device).model for name, run in first.items()}
     sizes = {
         name: preprocessing_for(model, first[name].config.data).input_size for name, model in models.items()
     }

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-import torch
 import yaml
 
 from localvit.atomic import write_atomically
-from localvit.inference import load_checkpoint
+from localvit.inference import open_model
 from localvit.structure import plain
 from localvit.studies.design import Study, dead_sites
 from localvit.studies.execution import Record, StudyFolder, Tuning, tuning_table
@@ -139,7 +138,7 @@ def _kernels(report: Report) -> list[Block]:
         if locality is None or not locality.depthwise or not (store.of(run) / "best").exists():
             continue
         dead = dead_sites(run.config, report.facts.classes)
-        model = load_checkpoint(str(store.of(run)), torch.device("cpu")).model
+        model = open_model(store.of(run), "cpu").model
         drawn = figures.kernels(model, skip=dead)
         words = (
             f"learned by {run.arm}, seed {run.seed}: the 48 of largest norm, each scaled to its largest "
