@@ -137,17 +137,17 @@ def run(options: List | Show | Run | ReportOptions | Compare | Export) -> int:
 
                 _print(console, compare_studies(Path(first), Path(second)))
             case Export(folder=folder, format=form):
-                from localvit.studies.reporting import export
+                from localvit.studies.reporting.export import export
 
-                print(export.export(Path(folder), form), end="")
+                print(export(Path(folder), form), end="")
     return 0
 
 
 def print_report(report: Report, console: Console) -> None:
     """The main table and the verdicts."""
-    from localvit.studies.reporting import page, result_notes, result_table, verdicts
+    from localvit.studies.reporting import result_notes, result_table, verdicts
 
-    console.print(page.as_rich(report.study.question, result_table(report)))
+    console.print(result_table(report).rich(report.study.question))
     warnings = [f"warning: {warning}" for warning in report.warnings]
     lines = [result_notes(report), *verdicts(report), *warnings, f"report: {report.folder / 'report.html'}"]
     _print(console, "\n".join(lines))
@@ -201,7 +201,7 @@ def describe(study: Study, facts: Facts) -> str:
 
 
 def _run(options: Run, console: Console) -> int:
-    from localvit.studies import answer
+    from localvit.studies import run_study
     from localvit.studies.execution import StudyFailed
 
     for flag, value, least in (
@@ -221,7 +221,7 @@ def _run(options: Run, console: Console) -> int:
     if study.base.data.train == "DATA":
         raise UsageError(f"--data SRC is missing: scale {options.scale!r} has no pictures of its own")
     try:
-        made = answer(
+        made = run_study(
             study,
             Path(options.output),
             command=command_line(("study", "run"), options),

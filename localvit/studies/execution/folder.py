@@ -117,7 +117,7 @@ class StudyFolder:
         if record is not None:
             return Outcome("done", record)
         if (folder / _FAILURE).exists():
-            return Outcome("failed", reason=_read(folder / _FAILURE)["reason"])
+            return Outcome("failed", reason=str(_read(folder / _FAILURE).get("reason", "unknown")))
         status = read_status(folder)
         if status.get("state") == "failed":
             return Outcome("failed", reason=str(status.get("error", "unknown")))
@@ -180,7 +180,7 @@ class StudyFolder:
         path, wrong = self.path / "results.jsonl", []
         if not path.exists() or (self.path / "runs").exists():  # then it is made anew from these
             return []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
                 json.loads(line)
             except ValueError:
@@ -191,14 +191,14 @@ class StudyFolder:
         path = self.path / "results.jsonl"
         if not path.exists():
             return None
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             where = f"line {number} of {str(path)!r}"
             if f'"{run.key}"' not in line:
                 continue
             try:
                 row = json.loads(line)
                 arm, seed = row.pop("arm"), row.pop("seed")
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ConfigError(f"{where} is no record ({error})") from error
             if (arm, seed) == (run.arm, run.seed):
                 return parse_record(row, where, run)

@@ -6,6 +6,12 @@ from localvit.imports import door
 
 if TYPE_CHECKING:
     from localvit.studies.reporting.export import compare_studies as compare_studies
+    from localvit.studies.reporting.render import (
+        Rendered as Rendered,
+        render as render,
+        verdicts as verdicts,
+        write_report as write_report,
+    )
     from localvit.studies.reporting.report import (
         SPEED as SPEED,
         TUNING as TUNING,
@@ -13,7 +19,6 @@ if TYPE_CHECKING:
         read_report as read_report,
         read_speed as read_speed,
     )
-    from localvit.studies.reporting.sections import verdicts as verdicts, write_report as write_report
     from localvit.studies.reporting.tables import (
         result_notes as result_notes,
         result_table as result_table,

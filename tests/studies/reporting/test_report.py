@@ -23,7 +23,7 @@ from localvit.studies.reporting.page import as_rich
 from localvit.studies.reporting.report import read_report
 from localvit.studies.reporting.sections import sections, tuning_text, verdicts, write_report
 from localvit.studies.reporting.tables import differing_fields, result_table
-from localvit.studies.running import answer
+from localvit.studies.running import run_study
 from tests.studies.tiny import SETTINGS, worker_here
 
 
@@ -64,7 +64,7 @@ def report(tiny, tmp_path_factory):
         patch.setattr(tuning_module, "MOST_EXTENSIONS", 0)
         tuning = tune(tiny, ARMS, folder / "tuning", factors=(1.0, 2.0), seeds=1, command="tuned <so>")
         study = demo_study(tiny, 2, tuning)
-        return answer(study, folder, tuning=tuning, command="demo <so> & so", jobs=1)
+        return run_study(study, folder, tuning=tuning, command="demo <so> & so", jobs=1)
 
 
 @pytest.fixture
