@@ -40,7 +40,6 @@ _STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "svg.hashsalt": "localvit",  # equal figures are equal text
     "svg.fonttype": "none",
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -100,7 +99,7 @@ def learning_curves(records: Mapping[str, Sequence[Record]]) -> str:
         axes.margins(x=0.05 if axes.dataLim.width else 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         canvas.legend(frameon=False, loc="outside upper left", ncols=min(3, len(records)))
-        return _svg(canvas)
+        return _svg(canvas, "curves")
 
 
 def forest(found: Findings, metric: str) -> str:
@@ -128,7 +127,7 @@ def forest(found: Findings, metric: str) -> str:
         axes.set_yticks(range(len(contrasts)), names, fontsize=9)
         label = f"difference in {metric}\non the test split (percentage points)"
         axes.set(ylim=(len(contrasts) - 0.3, -0.5), xlabel=label)
-        return _svg(canvas)
+        return _svg(canvas, "forest")
 
 
 Cost = Literal["macs", "parameters", "inference_speed"]
@@ -154,7 +153,7 @@ def against_cost(found: Findings, cost: Cost, metric: str) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         canvas.legend(frameon=False, loc="outside upper left", ncols=min(3, len(found.arms)))
-        return _svg(canvas)
+        return _svg(canvas, cost)
 
 
 def _score(arm: ArmResult) -> tuple[float, list[list[float]] | None]:
@@ -180,7 +179,7 @@ def _kernel_figure(kernels: Kernels) -> Figure:
         axes.pcolormesh(mosaic, cmap="RdBu_r", vmin=-1, vmax=1)
         axes.invert_yaxis()
         axes.set_axis_off()
-        return Figure(_svg(canvas), f"Kernels of {kernels.site}", caption)
+        return Figure(_svg(canvas, kernels.site), f"Kernels of {kernels.site}", caption)
 
 
 def _mosaic(weights: np.ndarray) -> np.ndarray:
@@ -199,9 +198,11 @@ def _canvas(width: float, height: float) -> tuple[Canvas, Axes]:
     return canvas, canvas.subplots()
 
 
-def _svg(canvas: Canvas) -> str:
+def _svg(canvas: Canvas, name: str) -> str:
+    """Write a figure as SVG; equal figures of one name are equal text, figures of other names share no id."""
     file = io.StringIO()
-    canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    with mpl.rc_context({"svg.hashsalt": name}):
+        canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     text = text[text.index("<svg") :]  # what stands before it belongs to a file of its own
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # nobody refers to them, and they repeat in each figure

@@ -8,6 +8,7 @@ difference do not exist and are `None`, whatever the mean is.
 from __future__ import annotations
 
 import bisect
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -151,7 +152,9 @@ def unpaired_difference(first: Sequence[float], second: Sequence[float]) -> Esti
     x, y = _checked(first), _checked(second)
     if not (np.ptp(x) or np.ptp(y)):
         return None
-    low, high = stats.ttest_ind(y, x, equal_var=False).confidence_interval(CONFIDENCE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # scipy's, where one of the two does not vary
+        low, high = stats.ttest_ind(y, x, equal_var=False).confidence_interval(CONFIDENCE)
     sd = float(np.hypot(_sd(x), _sd(y)) / np.sqrt(2))
     return Estimate(
         mean=float(y.mean() - x.mean()), low=_float(low), high=_float(high), sd=sd, n=len(x) + len(y)
