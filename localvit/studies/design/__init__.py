@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from localvit.studies.design.question import (
         list_questions as list_questions,
         load_question as load_question,
+        write_question as write_question,
     )
     from localvit.studies.design.resources import Resources as Resources
     from localvit.studies.design.study import (

@@ -6,7 +6,7 @@ from localvit.imports import door
 
 if TYPE_CHECKING:
     from localvit.studies.reporting.export import compare_studies as compare_studies
-    from localvit.studies.reporting.render import (
+    from localvit.studies.reporting.rendering import (
         Rendered as Rendered,
         render as render,
         verdicts as verdicts,
