@@ -37,7 +37,7 @@ def door(room: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list
             raise AttributeError(f"module {room!r} has no attribute {name!r}")
         value = getattr(import_module(homes[name]), name)
         setattr(module, name, value)
-        _do_what_waits()
+        do_what_waits()
         return value
 
     return get, lambda: sorted({*vars(module), *homes}), sorted(homes)
@@ -52,10 +52,11 @@ def once_imported(module: str, action: Callable[[], object]) -> None:
     @when_imported(module)
     def _later(_module: object) -> None:
         _waiting.append(action)
-        _do_what_waits()
+        do_what_waits()
 
 
-def _do_what_waits() -> None:
+def do_what_waits() -> None:
+    """Do what waited for the end of an import; where no door is used, nothing else does."""
     while _waiting and not _half_imported():
         _waiting.pop(0)()
 

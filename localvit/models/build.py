@@ -12,6 +12,7 @@ from torch import nn
 
 from localvit.data import DataConfig, Preprocessing
 from localvit.errors import ConfigError, one_line, unknown
+from localvit.imports import do_what_waits
 from localvit.models.config import ModelConfig
 
 _BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, KeyError, IndexError)
@@ -28,6 +29,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         ConfigError: for an unknown name, arguments that the model refuses, a locality that does not fit
             it, or fewer outputs than `num_classes`.
     """
+    do_what_waits()  # a worker process may have come here past every door
     name = config.name
     if ":" not in name and not timm.is_model(name):
         raise unknown("model.name", name, timm.list_models())
