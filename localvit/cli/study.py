@@ -1,4 +1,4 @@
-"""``localvit study``: controlled experiments from a question file to a report."""
+"""`localvit study`: controlled experiments from a question file to a report."""
 
 from __future__ import annotations
 

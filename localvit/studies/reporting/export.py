@@ -14,21 +14,8 @@ from localvit.studies.reporting.statistics import unpaired_difference
 from localvit.studies.reporting.tables import Table, result_table
 
 _COLUMNS = (
-    "arm",
-    "seed",
-    "test_top1",
-    "test_top5",
-    "test_loss",
-    "validation_top1",
-    "best_epoch",
-    "parameters",
-    "macs",
-    "seconds",
-    "images_per_second",
-    "peak_memory",
-    "commit",
-    "machine",
-    "key",
+    *("arm", "seed", "test_top1", "test_top5", "test_loss", "validation_top1", "best_epoch", "parameters"),
+    *("macs", "seconds", "images_per_second", "peak_memory", "commit", "machine", "key"),
 )
 
 
@@ -72,19 +59,12 @@ def compare_studies(first: Path, second: Path) -> str:
 
 def _csv(report: Report) -> str:
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(_COLUMNS)
+    writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
     for run, record in report.records.items():
-        values = {
-            **record.to_dict(),
-            "arm": run.arm,
-            "seed": run.seed,
-            "test_top1": record.test.top1,
-            "test_top5": record.test.top5,
-            "test_loss": record.test.loss,
-            "validation_top1": record.validation.top1,
-        }
-        writer.writerow(["" if values[name] is None else values[name] for name in _COLUMNS])
+        test = {f"test_{name}": getattr(record.test, name) for name in ("top1", "top5", "loss")}
+        own = {"arm": run.arm, "seed": run.seed, "validation_top1": record.validation.top1}
+        writer.writerow(record.to_dict() | test | own)
     return file.getvalue()
 
 

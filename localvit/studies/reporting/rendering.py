@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from localvit.atomic import write_atomically, writing
 from localvit.config import to_dict
-from localvit.studies.execution import Record
+from localvit.studies.execution import Record, tuning_table
 from localvit.studies.reporting import tables
 from localvit.studies.reporting.comparison import verdict
 from localvit.studies.reporting.figures import Figure, figures
@@ -72,6 +72,7 @@ def _render(report: Report, form: str, drawn: Sequence[Figure]) -> str:
         origin=_origin(list(report.records.values())),
         shared=shared,
         tables=tables,
+        tuning_table=report.tuning and tables.Table(*tuning_table(report.tuning)),
         verdicts=verdicts(report),
     )
 

@@ -70,8 +70,10 @@ def estimate(values: Sequence[float]) -> Estimate:
         ValueError: for fewer than two values, or one that is not finite.
     """
     x = _checked(values)
-    low, high = stats.ttest_1samp(x, 0.0).confidence_interval(CONFIDENCE) if np.ptp(x) else (None, None)
-    return Estimate(mean=float(x.mean()), low=_float(low), high=_float(high), sd=_sd(x), n=len(x))
+    if not np.ptp(x):
+        return Estimate(mean=float(x[0]), low=None, high=None, sd=0.0, n=len(x))
+    low, high = map(float, stats.ttest_1samp(x, 0.0).confidence_interval(CONFIDENCE))
+    return Estimate(mean=float(x.mean()), low=low, high=high, sd=float(x.std(ddof=1)), n=len(x))
 
 
 def paired_difference(treatment: Sequence[int], control: Sequence[int], images: int) -> Difference:
@@ -115,14 +117,9 @@ def sign_flip_p(differences: Sequence[int]) -> float:
     """
     if len(differences) < 2:
         raise ValueError(f"differences={list(differences)!r}: at least two are needed")
-    found = stats.permutation_test(
-        (np.asarray(differences, dtype=np.int64),),
-        np.sum,
-        permutation_type="samples",
-        n_resamples=_RESAMPLES,
-        rng=0,
-    )
-    return float(found.pvalue)
+    counts = (np.asarray(differences, dtype=np.int64),)
+    options = {"permutation_type": "samples", "n_resamples": _RESAMPLES, "rng": 0}
+    return float(stats.permutation_test(counts, np.sum, **options).pvalue)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -154,11 +151,9 @@ def unpaired_difference(first: Sequence[float], second: Sequence[float]) -> Esti
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # scipy's, where one of the two does not vary
-        low, high = stats.ttest_ind(y, x, equal_var=False).confidence_interval(CONFIDENCE)
-    sd = float(np.hypot(_sd(x), _sd(y)) / np.sqrt(2))
-    return Estimate(
-        mean=float(y.mean() - x.mean()), low=_float(low), high=_float(high), sd=sd, n=len(x) + len(y)
-    )
+        low, high = map(float, stats.ttest_ind(y, x, equal_var=False).confidence_interval(CONFIDENCE))
+    sd = float(np.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2))
+    return Estimate(mean=float(y.mean() - x.mean()), low=low, high=high, sd=sd, n=len(x) + len(y))
 
 
 def seeds_needed(sd: float, difference: float) -> int | None:
@@ -208,12 +203,3 @@ def _checked(values: Sequence[float]) -> np.ndarray:
     if x.ndim != 1 or len(x) < 2 or not np.isfinite(x).all():
         raise ValueError(f"values={list(values)!r}: at least two finite numbers are needed")
     return x
-
-
-def _sd(x: np.ndarray) -> float:
-    # Of equal values exactly 0: their mean may be rounded.
-    return float(x.std(ddof=1)) if np.ptp(x) else 0.0
-
-
-def _float(value: float | None) -> float | None:
-    return None if value is None else float(value)

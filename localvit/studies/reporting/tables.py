@@ -14,15 +14,8 @@ from rich.text import Text
 from localvit.cost import giga
 from localvit.locality import LocalityConfig
 from localvit.studies.design import Claim, Metric, Study
-from localvit.studies.execution import Tuning, tuning_table
-from localvit.studies.reporting.comparison import (
-    WORTH_SEEING,
-    ArmResult,
-    Contrast,
-    interval,
-    p_text,
-    points,
-)
+from localvit.studies.execution import Tuning
+from localvit.studies.reporting.comparison import WORTH_SEEING, ArmResult, Contrast, interval, p_text
 from localvit.studies.reporting.report import Report
 from localvit.studies.reporting.statistics import Estimate
 
@@ -79,32 +72,18 @@ def result_notes(report: Report) -> str:
 
 def cost_table(report: Report) -> Table:
     """Give each arm the cost of its model."""
-    head = [
-        "arm",
-        "parameters",
-        "MACs per image",
-        "tokens",
-        "training, images/s",
-        "inference, images/s",
-        "peak memory",
-    ]
     results = {arm.name: arm for arm in report.findings.arms}
     rows = []
     for name, facts in report.facts.arms.items():
         result = results.get(name)
+        parameters, macs = (result or facts).parameters, (result or facts).macs
         memory = result.peak_memory if result else None
-        rows.append(
-            [
-                name,
-                f"{result.parameters if result else facts.parameters:,}",
-                giga(result.macs if result else facts.macs),
-                _or_dash(facts.tokens, "{:,}"),
-                _or_dash(result and result.training_speed, "{:,.0f}"),
-                _or_dash(result and result.inference_speed, "{:,.0f}"),
-                _or_dash(memory and memory / 1e6, "{:,.0f} MB"),
-            ]
-        )
-    return Table(head, rows)
+        speeds = (result.training_speed, result.inference_speed) if result else (None, None)
+        cells = [f"{parameters:,}", giga(macs), _or_dash(facts.tokens, "{:,}")]
+        cells += [_or_dash(speed, "{:,.0f}") for speed in speeds]
+        rows.append([name, *cells, _or_dash(memory and memory / 1e6, "{:,.0f} MB")])
+    head = ["arm", "parameters", "MACs per image", "tokens"]
+    return Table([*head, "training, images/s", "inference, images/s", "peak memory"], rows)
 
 
 def differing_fields(report: Report) -> Table:
@@ -127,50 +106,25 @@ def claim_table(report: Report, claim: Claim) -> Table:
             continue
         contrast = contrasts.get(arm.name)
         here = contrast.difference.estimate.mean if contrast and contrast.difference else None
-        rows.append(
-            [
-                arm.name,
-                f"{expected} than {report.study.control_of(arm)}" if expected else "-",
-                _or_dash(reported, "{:g}"),
-                _or_dash(here, "{:+.2f}"),
-                (contrast.claim if contrast and contrast.claim else "not run") if expected else "-",
-            ]
-        )
+        judged = (contrast.claim if contrast and contrast.claim else "not run") if expected else "-"
+        claimed = f"{expected} than {report.study.control_of(arm)}" if expected else "-"
+        rows.append([arm.name, claimed, _or_dash(reported, "{:g}"), _or_dash(here, "{:+.2f}"), judged])
     head = ["arm", "claim", "published top-1, %", "difference here, points", "verdict"]
     return Table(head, rows, words=True)
 
 
 def power_table(report: Report) -> Table:
     """Show how much the seeds of each comparison could have found."""
-    head = [
-        "arm",
-        "seeds",
-        "sd of differences",
-        "effect size",
-        "t-test",
-        "sign flips",
-        "smallest detectable",
-        f"seeds for {WORTH_SEEING:g} points",
-    ]
     rows = []
     for contrast in report.findings.contrasts:
-        found = contrast.difference
-        cells = ["-"] * 5
+        cells, found = ["-"] * 5, contrast.difference
         if found is not None:
-            cells = [
-                f"{found.estimate.sd:.2f}",
-                _or_dash(found.effect_size, "{:+.2f}"),
-                p_text(found.p_value),
-                p_text(found.permutation_p),
-                "-" if found.detectable is None else points(found.detectable),
-            ]
+            tests = [p_text(found.p_value), p_text(found.permutation_p)]
+            cells = [f"{found.estimate.sd:.2f}", _or_dash(found.effect_size, "{:+.2f}"), *tests]
+            cells.append(_or_dash(found.detectable, "{:.2f} points"))
         rows.append([contrast.arm, str(len(contrast.seeds)), *cells, _or_dash(contrast.seeds_needed, "{}")])
-    return Table(head, rows)
-
-
-def tuned_rates(tuning: Tuning) -> Table:
-    """Show validation accuracy by learning rate and arm."""
-    return Table(*tuning_table(tuning))
+    head = ["arm", "seeds", "sd of differences", "effect size", "t-test", "sign flips", "smallest detectable"]
+    return Table([*head, f"seeds for {WORTH_SEEING:g} points"], rows)
 
 
 def tuning_text(tuning: Tuning, study: Study) -> str:
