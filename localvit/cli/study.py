@@ -149,9 +149,9 @@ def run(options: List | New | Show | Run | ReportOptions | Compare | Export) -> 
 
                 _print(console, compare_studies(Path(first), Path(second)))
             case Export(folder=folder, format=form):
-                from localvit.studies.reporting.export import export
+                from localvit.studies.reporting import export_study
 
-                print(export(Path(folder), form), end="")
+                print(export_study(Path(folder), form), end="")
     return 0
 
 

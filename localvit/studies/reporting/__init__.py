@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING
 from localvit.imports import door
 
 if TYPE_CHECKING:
-    from localvit.studies.reporting.export import compare_studies as compare_studies
+    from localvit.studies.reporting.export import (
+        compare_studies as compare_studies,
+        export_study as export_study,
+    )
     from localvit.studies.reporting.rendering import (
         Rendered as Rendered,
         render as render,

@@ -19,7 +19,7 @@ _COLUMNS = (
 )
 
 
-def export(folder: Path, form: Literal["csv", "latex", "markdown"]) -> str:
+def export_study(folder: Path, form: Literal["csv", "latex", "markdown"]) -> str:
     """Write the results as text: `"csv"` with a line for each run, the others with one for each arm.
 
     Raises:
