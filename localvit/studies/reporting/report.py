@@ -173,7 +173,7 @@ def _mixed(records: Mapping[Run, Record]) -> list[str]:
             "versions",
             lambda record: ", ".join(f"{k} {v}" for k, v in record.versions.items() if k != "python"),
         ),
-        ("commits", lambda record: record.commit or "none"),
+        ("commits", lambda record: (record.commit or "none")[:12]),
         ("machines", lambda record: record.machine),
         ("test splits", lambda record: f"{record.test.images:,} images"),
     ]
