@@ -15,7 +15,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one forward pass on one image of ``input_size`` (channels, height, width).
+    """Multiply-accumulates of one forward pass on one image of `input_size` (channels, height, width).
 
     Counted: convolutions, linear layers, attention and other matrix products. Not counted: norms,
     activations, gating products, pooling. This is the counting of the papers' tables.
@@ -24,7 +24,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
 
 
 def macs_of(module: nn.Module, *inputs: Any) -> int:
-    """Multiply-accumulates of ``module(*inputs)``, where tensors among ``inputs`` are on the meta device.
+    """Multiply-accumulates of `module(*inputs)`, where tensors among `inputs` are on the meta device.
 
     Nothing is computed and the module is left as it is, wherever its weights are.
     """
@@ -42,7 +42,7 @@ def _as_meta(tensor: Tensor) -> Tensor:
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """``build()`` without memory and without random numbers: for counting."""
+    """`build()` without memory and without random numbers: for counting."""
     with torch.device("meta"), _WithoutInit():
         return build()
 
@@ -62,7 +62,7 @@ class _WithoutInit(TorchFunctionMode):
 
 
 def giga(macs: float) -> str:
-    """``"1.25 G"``, in units of 1e6, 1e9 or 1e12 as it suits the number."""
+    """`"1.25 G"`, in units of 1e6, 1e9 or 1e12 as it suits the number."""
     if macs >= 1e12:
         return f"{macs / 1e12:,.3g} T"
     return f"{macs / 1e9:.3g} G" if macs >= 1e8 else f"{macs / 1e6:.3g} M"

@@ -66,21 +66,21 @@ class PyramidVisionTransformer(nn.Module):
         in_chans: Image channels.
         num_classes: Classes; 0 for no classifier.
         global_pool: What the head reads: the class token, the mean of the last stage's patch tokens, or
-            (``""``) all tokens.
+            (`""`) all tokens.
         embed_dims, depths, num_heads, mlp_ratios, sr_ratios: One value per stage. The last ratio of spatial
             reduction must be 1, because of the class token.
         qkv_bias: Bias in the linear layers of query, key and value.
         drop_rate: Dropout in front of the classifier.
         pos_drop_rate, proj_drop_rate, attn_drop_rate: Dropout after the position tables; after attention's
-            projection and in the feed-forward; of attention weights. The reference's one ``drop_rate`` is the
+            projection and in the feed-forward; of attention weights. The reference's one `drop_rate` is the
             first two.
         drop_path_rate: Drop-path rate of the last block; it grows linearly from 0 at the first.
         norm_layer: Norm of the blocks and of the final tokens. The default has eps 1e-6, as in the reference.
         dynamic_img_size: Accept images of other sizes, for which position tables are interpolated.
 
     Raises:
-        ValueError: for an ``img_size`` that the stages do not divide, lengths that differ, or a
-            ``global_pool`` that there is not.
+        ValueError: for an `img_size` that the stages do not divide, lengths that differ, or a
+            `global_pool` that there is not.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class PyramidVisionTransformer(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of parameter groups, by stage (``coarse``) or by block.
+        """Patterns of parameter groups, by stage (`coarse`) or by block.
 
         What precedes a stage's first block is in its group, and so is the class token in the last stage's.
         """
@@ -190,7 +190,7 @@ class PyramidVisionTransformer(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
-        """New classifier for ``num_classes`` (0: none), and another pooling if given."""
+        """New classifier for `num_classes` (0: none), and another pooling if given."""
         if global_pool is not None:
             accepted = get_args(GlobalPool) if self.num_prefix_tokens else ("", "avg")
             if global_pool not in accepted:
@@ -202,7 +202,7 @@ class PyramidVisionTransformer(nn.Module):
         self.head.train(self.training)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Take images of ``img_size`` from now on; the position tables are interpolated (bicubic).
+        """Take images of `img_size` from now on; the position tables are interpolated (bicubic).
 
         Raises:
             ValueError: if the stages do not divide it; the model is left as it is.
@@ -223,13 +223,13 @@ class PyramidVisionTransformer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """What :meth:`forward_features` returns, and the maps ``(B, C, H, W)`` after the stages.
+        """What `forward_features` returns, and the maps `(B, C, H, W)` after the stages.
 
         Args:
-            x: Images, ``(B, in_chans, H, W)``.
-            indices: Which stages: the last n, or these; ``None`` for all.
+            x: Images, `(B, in_chans, H, W)`.
+            indices: Which stages: the last n, or these; `None` for all.
             norm: Apply the final norm to the map of the last stage; the others have none.
-            stop_early: Leave out the stages behind the last of ``indices``. The features are then the map of
+            stop_early: Leave out the stages behind the last of `indices`. The features are then the map of
                 that one.
             output_fmt: "NCHW".
             intermediates_only: Return the maps alone.
@@ -250,7 +250,7 @@ class PyramidVisionTransformer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the maps at ``indices`` do not need; returns them, counted from the first stage."""
+        """Remove what the maps at `indices` do not need; returns them, counted from the first stage."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
@@ -265,7 +265,7 @@ class PyramidVisionTransformer(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images ``(B, in_chans, H, W)`` to the normed tokens of the last stage, ``(B, 1 + N, C)``."""
+        """Images `(B, in_chans, H, W)` to the normed tokens of the last stage, `(B, 1 + N, C)`."""
         last = len(self.stages) - 1
         for i, stage in enumerate(self.stages):
             x, feat_size = stage(x, self.cls_token if stage.num_prefix_tokens else None)
@@ -274,13 +274,13 @@ class PyramidVisionTransformer(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens ``(B, 1 + N, C)`` to logits, or (``pre_logits``) to what the classifier reads."""
+        """Tokens `(B, 1 + N, C)` to logits, or (`pre_logits`) to what the classifier reads."""
         x = global_pool_nlc(x, self.global_pool, self.num_prefix_tokens)
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images ``(B, in_chans, H, W)`` to logits ``(B, num_classes)``."""
+        """Images `(B, in_chans, H, W)` to logits `(B, num_classes)`."""
         return self.forward_head(self.forward_features(x))
 
 
@@ -329,12 +329,12 @@ def to_own_key(key: str) -> str:
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: PyramidVisionTransformer) -> dict[str, Tensor]:
-    """A checkpoint of the reference, or our own, as a state dict for ``model``.
+    """A checkpoint of the reference, or our own, as a state dict for `model`.
 
-    Position tables are interpolated (bicubic) where the checkpoint has another input size than ``model``.
+    Position tables are interpolated (bicubic) where the checkpoint has another input size than `model`.
 
     Raises:
-        ValueError: if that size is not recorded (``pretrained_model_args``) and the tables are not square.
+        ValueError: if that size is not recorded (`pretrained_model_args`) and the tables are not square.
     """
     weights = {to_own_key(key): value for key, value in state_dict.get("model", state_dict).items()}
     if "stages.0.pos_embed" not in weights:

@@ -1,6 +1,6 @@
 """The layers of PVT v1: attention over a spatially reduced map, block, stage.
 
-Source, and what a stage is for: :mod:`localvit.baselines.pvt`. Shapes below: B batch, C channels, H and W
+Source, and what a stage is for: `localvit.baselines.pvt`. Shapes below: B batch, C channels, H and W
 sides of a map, N = H * W patch tokens, P prefix tokens (0 or 1).
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 
 def to_map(tokens: Tensor, feat_size: tuple[int, int], num_prefix_tokens: int = 0) -> Tensor:
-    """Patch tokens as a map: ``(B, P + N, C) -> (B, C, H, W)``, a channels-last view."""
+    """Patch tokens as a map: `(B, P + N, C) -> (B, C, H, W)`, a channels-last view."""
     patches = tokens[:, num_prefix_tokens:]
     return patches.transpose(1, 2).reshape(patches.shape[0], -1, feat_size[0], feat_size[1])
 
@@ -31,12 +31,12 @@ def to_map(tokens: Tensor, feat_size: tuple[int, int], num_prefix_tokens: int = 
 class Attention(nn.Module):
     """Self-attention whose keys and values come from a spatially reduced copy of the tokens.
 
-    A rest of the map that ``sr_ratio`` does not divide is not seen by keys and values, as in the reference.
+    A rest of the map that `sr_ratio` does not divide is not seen by keys and values, as in the reference.
     With the default ratios there is none: they reduce every stage to the resolution of the last.
 
     Args:
         dim: Token width.
-        num_heads: Heads; must divide ``dim``.
+        num_heads: Heads; must divide `dim`.
         sr_ratio: Kernel and stride of the reducing convolution; 1 for plain attention, which is the only
             kind that admits prefix tokens.
         qkv_bias: Bias in the linear layers of query, key and value.
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(dim, **dd) if sr_ratio > 1 else nn.Identity()
 
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
-        """``(B, P + N, C) -> (B, P + N, C)``; ``feat_size`` is (H, W)."""
+        """`(B, P + N, C) -> (B, P + N, C)`; `feat_size` is (H, W)."""
         B, N, C = x.shape
         q = self.q(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
         if self.sr is not None:
@@ -123,7 +123,7 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
-        """``(B, P + N, C) -> (B, P + N, C)``; ``feat_size`` is (H, W)."""
+        """`(B, P + N, C) -> (B, P + N, C)`; `feat_size` is (H, W)."""
         x = x + self.drop_path1(self.attn(self.norm1(x), feat_size))
         x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
@@ -137,12 +137,12 @@ class PyramidVisionTransformerStage(nn.Module):
         depth: Number of blocks.
         img_size: Sides of the map that comes in.
         patch_size: Factor by which the stage reduces them.
-        num_prefix_tokens: 1 where a class token is put in front, which asks for ``sr_ratio`` 1.
+        num_prefix_tokens: 1 where a class token is put in front, which asks for `sr_ratio` 1.
         pos_drop: Dropout after the position table has been added.
         drop_path: Drop-path rate, one for all blocks or one for each.
         dynamic_img_size: Accept other sizes, for which the position table is interpolated.
 
-    The other arguments are those of :class:`Block`.
+    The other arguments are those of `Block`.
     """
 
     dynamic_img_size: Final[bool]
@@ -189,7 +189,7 @@ class PyramidVisionTransformerStage(nn.Module):
         )
 
     def set_input_size(self, img_size: tuple[int, int]) -> None:
-        """Take maps of ``img_size`` from now on; the position table is interpolated (bicubic)."""
+        """Take maps of `img_size` from now on; the position table is interpolated (bicubic)."""
         old_size = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size)
         if self.patch_embed.grid_size != old_size:
@@ -202,11 +202,11 @@ class PyramidVisionTransformerStage(nn.Module):
         """Map to tokens.
 
         Args:
-            x: ``(B, dim, H, W)``.
-            cls_token: ``(1, 1, dim_out)`` where ``num_prefix_tokens`` is 1.
+            x: `(B, dim, H, W)`.
+            cls_token: `(1, 1, dim_out)` where `num_prefix_tokens` is 1.
 
         Returns:
-            ``(B, P + N, dim_out)`` and the size (H / patch size, W / patch size) of the N patch tokens.
+            `(B, P + N, dim_out)` and the size (H / patch size, W / patch size) of the N patch tokens.
         """
         B, _, H, W = x.shape
         feat_size = self.patch_embed.dynamic_feat_size((H, W))

@@ -1,10 +1,10 @@
 """T2T-ViT (Yuan et al., "Tokens-to-Token ViT", ICCV 2021, arXiv 2101.11986): timm's ViT with another stem.
 
-The stem is :class:`TokensToToken`. Everything after it is :class:`timm.models.VisionTransformer`, apart from
-a fixed sinusoid in place of the learnt positions. Reference: yitu-opensource/T2T-ViT, ``models/t2t_vit.py``.
+The stem is `TokensToToken`. Everything after it is `timm.models.VisionTransformer`, apart from
+a fixed sinusoid in place of the learnt positions. Reference: yitu-opensource/T2T-ViT, `models/t2t_vit.py`.
 
-Attention in the blocks is scaled by ``head_dim ** -0.5``, as in timm. The reference's constructors switch to
-``embed_dim ** -0.5`` under ``pretrained=True``, a path that has no weights; the released ones are
+Attention in the blocks is scaled by `head_dim ** -0.5`, as in timm. The reference's constructors switch to
+`embed_dim ** -0.5` under `pretrained=True`, a path that has no weights; the released ones are
 evaluated without it.
 """
 
@@ -49,7 +49,7 @@ __all__ = [  # register_model adds the names of the models
 
 
 def sinusoid_table(length: int, dim: int) -> Tensor:
-    """Fixed positions ``(1, length, dim)``, float64: angle ``p / 10000 ** (2 * (j // 2) / dim)`` in column j.
+    """Fixed positions `(1, length, dim)`, float64: angle `p / 10000 ** (2 * (j // 2) / dim)` in column j.
 
     Sine in even columns, cosine in odd ones. The position counts class token and raster order alike.
     """
@@ -63,13 +63,13 @@ class T2TViT(VisionTransformer):
     """Tokens-to-Token ViT; defaults are those of T2T-ViT-14.
 
     Args:
-        tokens_type, token_dim, token_drop_rate: See :class:`TokensToToken`.
-        kwargs: All other arguments of timm's ``VisionTransformer``, except those that are given here
-            (``embed_layer``, ``pos_embed``).
+        tokens_type, token_dim, token_drop_rate: See `TokensToToken`.
+        kwargs: All other arguments of timm's `VisionTransformer`, except those that are given here
+            (`embed_layer`, `pos_embed`).
 
     Attributes:
-        pos_embed: ``(1, num_prefix_tokens + num_patches, embed_dim)``, a fixed sinusoid, hence a buffer.
-            ``set_input_size`` resamples it, as timm does; a model built for a size has its own sinusoid.
+        pos_embed: `(1, num_prefix_tokens + num_patches, embed_dim)`, a fixed sinusoid, hence a buffer.
+            `set_input_size` resamples it, as timm does; a model built for a size has its own sinusoid.
     """
 
     pos_embed: Tensor  # type: ignore[assignment]  # a parameter in timm
@@ -147,7 +147,7 @@ def to_own_key(key: str) -> str:
 
 
 def _resample_positions(table: Tensor, model: T2TViT) -> Tensor:
-    """A checkpoint's table for the lattice of ``model``; it is taken to belong to a square image."""
+    """A checkpoint's table for the lattice of `model`; it is taken to belong to a square image."""
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     count = table.shape[1] - prefix
     side = math.isqrt(count)
@@ -182,7 +182,7 @@ def _adapt_in_chans(state_dict: dict[str, Tensor], model: T2TViT) -> None:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: T2TViT) -> dict[str, Tensor]:
-    """The authors' checkpoint as a state dict of ``model``; one of our own passes unchanged.
+    """The authors' checkpoint as a state dict of `model`; one of our own passes unchanged.
 
     Averaged weights are preferred, as the authors evaluate them. Positions are resampled where the lattice
     is another, and the first stage is adapted to another number of input channels.

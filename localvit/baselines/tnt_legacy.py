@@ -1,7 +1,7 @@
 """TNT-Ti, the size of TNT that timm lacks, as the LocalViT paper uses it.
 
-The model is timm's ``TNT`` with ``legacy=True``, the form in which pixels are normalised one by one before
-they are projected onto their patch. (``legacy=False``, timm's ``tnt_s_patch16_224``, is another function.)
+The model is timm's `TNT` with `legacy=True`, the form in which pixels are normalised one by one before
+they are projected onto their patch. (`legacy=False`, timm's `tnt_s_patch16_224`, is another function.)
 """
 
 from typing import Any

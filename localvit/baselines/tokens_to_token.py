@@ -1,7 +1,7 @@
 """The stem of T2T-ViT (Yuan et al., ICCV 2021, arXiv 2101.11986): overlapping patches of overlapping patches.
 
-Reference: yitu-opensource/T2T-ViT, ``T2T_module`` in ``models/t2t_vit.py``, ``models/token_performer.py`` and
-``models/token_transformer.py``. Shapes: B batch, H x W image, N tokens, C channels.
+Reference: yitu-opensource/T2T-ViT, `T2T_module` in `models/t2t_vit.py`, `models/token_performer.py` and
+`models/token_transformer.py`. Shapes: B batch, H x W image, N tokens, C channels.
 """
 
 import math
@@ -23,7 +23,7 @@ layer_norm = partial(LayerNorm, eps=1e-5)
 
 
 class SoftSplit(nn.Module):
-    """Overlapping patches as tokens: ``(B, C, H, W) -> (B, N, C * kernel_size ** 2)``.
+    """Overlapping patches as tokens: `(B, C, H, W) -> (B, N, C * kernel_size ** 2)`.
 
     Features of a token are ordered channel, row, column (channel slowest); tokens are in raster order.
 
@@ -31,7 +31,7 @@ class SoftSplit(nn.Module):
         kernel_size, stride, padding: Of the window, in pixels, equal in both directions.
 
     Attributes:
-        grid_size: Lattice (height, width) of the output for the image size that :class:`TokensToToken` is
+        grid_size: Lattice (height, width) of the output for the image size that `TokensToToken` is
             configured for, which keeps it up to date.
     """
 
@@ -44,7 +44,7 @@ class SoftSplit(nn.Module):
         self.padding = padding
 
     def dynamic_feat_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Lattice (height, width) of the tokens of an input of ``size``; symbolic integers are fine."""
+        """Lattice (height, width) of the tokens of an input of `size`; symbolic integers are fine."""
         border = 2 * self.padding - self.kernel_size
         return (size[0] + border) // self.stride + 1, (size[1] + border) // self.stride + 1
 
@@ -56,9 +56,9 @@ class SoftSplit(nn.Module):
 
 
 def _positive_features(x: Tensor, w: Tensor) -> Tensor:
-    """``exp(w x - |x|^2 / 2) / sqrt(m)`` for m rows of ``w``: ``(B, N, C) -> (B, N, m)``.
+    """`exp(w x - |x|^2 / 2) / sqrt(m)` for m rows of `w`: `(B, N, C) -> (B, N, m)`.
 
-    The exponent is ``|w|^2 / 2 - |x - w|^2 / 2``, hence at most ``m / 2`` for rows of norm ``sqrt(m)``: 16 in
+    The exponent is `|w|^2 / 2 - |x - w|^2 / 2`, hence at most `m / 2` for rows of norm `sqrt(m)`: 16 in
     the published models, and no overflow of float32 up to m = 80. Where it underflows, the epsilon of
     the quotient has long made the attention zero, as in the reference; there the skip path remains.
     """
@@ -81,12 +81,12 @@ def _linear_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) ->
 def performer_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> Tensor:
     """Softmax attention approximated with positive random features, linear in N (FAVOR+, arXiv 2009.14794).
 
-    Computed in at least float32, also under autocast: in float16 ``eps`` is 0 and ``exp(16)`` infinite.
-    TorchScript cannot leave an autocast region; there, give the model its precision with ``.half()``.
+    Computed in at least float32, also under autocast: in float16 `eps` is 0 and `exp(16)` infinite.
+    TorchScript cannot leave an autocast region; there, give the model its precision with `.half()`.
 
     Args:
-        k, q, v: ``(B, N, C)``.
-        w: Random directions ``(m, C)``.
+        k, q, v: `(B, N, C)`.
+        w: Random directions `(m, C)`.
         eps: Added to the denominator.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  # alone, so that TorchScript skips what is inside
@@ -97,7 +97,7 @@ def performer_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) 
 
 
 class TokenPerformer(nn.Module):
-    """Attention stage of linear cost: ``(B, N, dim) -> (B, N, token_dim)``.
+    """Attention stage of linear cost: `(B, N, dim) -> (B, N, token_dim)`.
 
     One head; the value, not the input, is the skip path, because the widths differ.
 
@@ -108,7 +108,7 @@ class TokenPerformer(nn.Module):
         norm_layer: Makes both norms.
 
     Attributes:
-        w: Random directions ``(token_dim // 2, token_dim)``, orthogonal rows of norm ``sqrt(m)``. A buffer:
+        w: Random directions `(token_dim // 2, token_dim)`, orthogonal rows of norm `sqrt(m)`. A buffer:
             drawn once, saved and loaded, never trained. (The reference: a parameter without gradient.)
     """
 
@@ -152,7 +152,7 @@ class TokenPerformer(nn.Module):
 class TokenAttention(nn.Module):
     """One-head softmax attention to another width, with the value as skip path.
 
-    The scale is ``dim ** -0.5``, of the *input* width, as in the reference.
+    The scale is `dim ** -0.5`, of the *input* width, as in the reference.
     """
 
     fused_attn: Final[bool]
@@ -177,10 +177,10 @@ class TokenAttention(nn.Module):
 
 
 class TokenTransformer(nn.Module):
-    """Attention stage of quadratic cost: ``(B, N, dim) -> (B, N, token_dim)``.
+    """Attention stage of quadratic cost: `(B, N, dim) -> (B, N, token_dim)`.
 
     Args:
-        dim, token_dim, norm_layer: As in :class:`TokenPerformer`.
+        dim, token_dim, norm_layer: As in `TokenPerformer`.
         drop: Dropout after the attention's projection and in the MLP; none in the reference.
     """
 
@@ -214,7 +214,7 @@ _STAGES: dict[str, tuple[type[nn.Module], float]] = {
 
 
 class TokensToToken(nn.Module):
-    """T2T-ViT's stem, in the place of timm's ``PatchEmbed``: ``(B, in_chans, H, W) -> (B, N, embed_dim)``.
+    """T2T-ViT's stem, in the place of timm's `PatchEmbed`: `(B, in_chans, H, W) -> (B, N, embed_dim)`.
 
     Three soft splits (7x7 stride 4, then twice 3x3 stride 2) with an attention stage after the first and the
     second, and a linear projection. Any image of at least 3 x 3 pixels is taken, without padding.
@@ -223,8 +223,8 @@ class TokensToToken(nn.Module):
         img_size: Image side, or height and width, in pixels.
         patch_size: The product of the strides, 16; nothing else is accepted.
         bias: Of the last projection.
-        strict_img_size: Refuse images of another size than ``img_size``.
-        output_fmt: None for tokens, "NHWC" for ``(B, height, width, embed_dim)``.
+        strict_img_size: Refuse images of another size than `img_size`.
+        output_fmt: None for tokens, "NHWC" for `(B, height, width, embed_dim)`.
         dynamic_img_pad: Not offered.
         tokens_type: Kind of the attention stages.
         token_dim: Their width, at least 2.
@@ -309,7 +309,7 @@ class TokensToToken(nn.Module):
         return max(self.patch_size) if as_scalar else self.patch_size
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Lattice (height, width) of the tokens of an image of ``img_size``."""
+        """Lattice (height, width) of the tokens of an image of `img_size`."""
         size = self.soft_split1.dynamic_feat_size(self.soft_split0.dynamic_feat_size(img_size))
         return self.soft_split2.dynamic_feat_size(size)
 

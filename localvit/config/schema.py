@@ -17,19 +17,19 @@ class OptimConfig:
     """The optimizer. Biases, one-dimensional parameters and what `no_decay` names are not decayed.
 
     Attributes:
-        name: Any of ``timm.optim.list_optimizers()``.
+        name: Any of `timm.optim.list_optimizers()`.
         lr: Peak learning rate. 5e-4 at batch 512 is DeiT's.
-        lr_batch: The batch size that `lr` is meant for: the peak is then ``lr * batch_size / lr_batch``, as
+        lr_batch: The batch size that `lr` is meant for: the peak is then `lr * batch_size / lr_batch`, as
             in DeiT (main.py), where it is 512. Warm-up start and minimum stay as they are, as there.
-            ``None``: `lr` as it is.
+            `None`: `lr` as it is.
         layer_decay: The rate of each layer is this times that of the layer above it (Clark et al., ELECTRA,
-            arXiv 2003.10555), for fine-tuning; the head has the full rate. ``None``: one rate for all.
+            arXiv 2003.10555), for fine-tuning; the head has the full rate. `None`: one rate for all.
         weight_decay: DeiT's 0.05.
-        no_decay: Names of parameters that are not decayed, ``*`` for any characters; ``[]`` for none.
-            ``None``: what the model's own ``no_weight_decay()`` names, which is not for every family what
+        no_decay: Names of parameters that are not decayed, `*` for any characters; `[]` for none.
+            `None`: what the model's own `no_weight_decay()` names, which is not for every family what
             its authors do (timm excludes Swin's bias tables and DeiT's distillation token).
         momentum: For optimizers that have one.
-        args: Further arguments of ``timm.optim.create_optimizer_v2`` (`betas`, `eps`, ...).
+        args: Further arguments of `timm.optim.create_optimizer_v2` (`betas`, `eps`, ...).
     """
 
     name: str = "adamw"
@@ -84,19 +84,19 @@ class ScheduleConfig:
 class DistillConfig:
     """Learning from a teacher's answers beside the labels (Touvron et al., arXiv 2012.12877, section 4).
 
-    The loss is ``(1 - alpha) * loss(labels) + alpha * loss(teacher)``. The teacher sees the same augmented
+    The loss is `(1 - alpha) * loss(labels) + alpha * loss(teacher)`. The teacher sees the same augmented
     pictures, normalised as it wants them.
 
     Attributes:
-        teacher: A name with published weights, a run's folder, or a ``local-dir:`` or ``hf-hub:``
+        teacher: A name with published weights, a run's folder, or a `local-dir:` or `hf-hub:`
             reference. It must have the classes of the data and take the student's image size.
-        kind: ``"hard"``: cross-entropy with the teacher's choice, the better one in the paper (table 3).
-            ``"soft"``: Kullback-Leibler divergence from its probabilities at `temperature`, times
-            ``temperature ** 2``, averaged over the batch.
+        kind: `"hard"`: cross-entropy with the teacher's choice, the better one in the paper (table 3).
+            `"soft"`: Kullback-Leibler divergence from its probabilities at `temperature`, times
+            `temperature ** 2`, averaged over the batch.
         alpha: Weight of the teacher. DeiT's 0.5 (main.py); the paper's soft distillation has 0.1.
         temperature: Of the soft kind. DeiT's 1 (main.py); the paper's soft distillation has 3.
         token: The teacher is heard at a head of its own, on the distillation token of a model that has one
-            (``deit_*_distilled_*``). ``False``: at the classifier, with any model.
+            (`deit_*_distilled_*`). `False`: at the classifier, with any model.
     """
 
     teacher: str
@@ -121,22 +121,22 @@ class EngineConfig:
     """How an update is computed: precision, memory, batch norm, reproducibility.
 
     Attributes:
-        precision: Of the forward pass, by autocast; weights and optimizer stay float32. ``"fp16"`` scales
-            the loss and needs a GPU; ``"bf16"`` needs no scaling.
+        precision: Of the forward pass, by autocast; weights and optimizer stay float32. `"fp16"` scales
+            the loss and needs a GPU; `"bf16"` needs no scaling.
         grad_accum: Pieces that a process cuts its share of a batch into, one after the other, to save
             memory. Same gradients, except that batch norm sees a piece where it would see a share.
-        clip_grad: Largest norm of the gradient of all weights; ``None``: not clipped.
+        clip_grad: Largest norm of the gradient of all weights; `None`: not clipped.
         channels_last: Store images and maps channels last, which GPUs with tensor cores prefer.
-        compile: ``torch.compile`` the model.
+        compile: `torch.compile` the model.
         grad_checkpointing: Recompute activations in the backward pass to save memory.
         selective_checkpointing: Recompute only norms, activations and gates of feed-forward networks with
-            locality, where the native kernels do not apply (``localvit.set_selective_checkpointing``).
+            locality, where the native kernels do not apply (`localvit.set_selective_checkpointing`).
         batch_norm: What batch norm does where several processes train, each on its share of a batch.
-            ``"local"``: every process normalises by its share; the running statistics of the first are
-            evaluated and saved. ``"average"``: the same, with the running statistics averaged over the
+            `"local"`: every process normalises by its share; the running statistics of the first are
+            evaluated and saved. `"average"`: the same, with the running statistics averaged over the
             processes before each evaluation; the default because it uses all pictures, as timm's script
-            does. ``"sync"``: statistics of the whole batch, on GPUs only (PyTorch has no other).
-            ``"frozen"``: running statistics normalise in training too and never change (with any number
+            does. `"sync"`: statistics of the whole batch, on GPUs only (PyTorch has no other).
+            `"frozen"`: running statistics normalise in training too and never change (with any number
             of processes); scale and shift still learn, so the parameters are those of the other modes.
         deterministic: Only algorithms that give the same bits every time; an operation without one is an
             error. CPUs need no such option.
@@ -168,19 +168,19 @@ class TrainConfig:
         optim: The optimizer.
         schedule: The learning rate over time.
         augment: What is done to training pictures and labels.
-        distill: A teacher to learn from as well, or ``None``.
-        train_only: ``"all"`` parameters, or ``"locality"``: those that locality added, and the classifier,
+        distill: A teacher to learn from as well, or `None`.
+        train_only: `"all"` parameters, or `"locality"`: those that locality added, and the classifier,
             which is new wherever the classes are. All others stay as they start.
         engine: How an update is computed.
         ema_decay: Decay per update of an exponential moving average of the weights and of batch norm's
-            statistics. Where it is on, the averaged model is validated, saved and reported. ``None``: off.
+            statistics. Where it is on, the averaged model is validated, saved and reported. `None`: off.
         epochs: Passes over the training pictures.
         batch_size: Pictures per update, over all processes. 128 fits ImageNet-size tiny models into a few
             gigabytes.
         seed: Decides the split, the initial weights, and order and augmentation of the pictures.
         workers: Processes that load pictures; 0 loads in the training process. Results do not depend on it.
-        device: ``"auto"`` takes a GPU where there is one; otherwise a torch device.
-        output: Folder for the results, or ``None`` to keep them in memory only.
+        device: `"auto"` takes a GPU where there is one; otherwise a torch device.
+        output: Folder for the results, or `None` to keep them in memory only.
         save_seconds: Time between two saves of the state that a killed run goes on from: what a kill
             may cost, besides the start. Saves at the end of each epoch come on top.
         max_bad_images: Training pictures that may be unreadable; each is named, counted and replaced by

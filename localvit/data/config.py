@@ -37,22 +37,22 @@ class DataError(ValueError):
 class DataConfig:
     """Where the pictures come from, and how any model sees them when it is evaluated.
 
-    A *source* is ``"digits"`` (embedded, no download), an image folder with one folder per class
-    (optionally below ``train/``, ``val/``, ``test/``), a ``.tar`` of such a folder, or any name that
-    ``timm.data.create_dataset`` knows (``torch/cifar10``, ``hfds/NAME``, ``wds/NAME``, ...).
+    A *source* is `"digits"` (embedded, no download), an image folder with one folder per class
+    (optionally below `train/`, `val/`, `test/`), a `.tar` of such a folder, or any name that
+    `timm.data.create_dataset` knows (`torch/cifar10`, `hfds/NAME`, `wds/NAME`, ...).
 
-    Three splits are made of it. ``train`` is learned from, ``validation`` chooses (the best epoch, a
-    learning rate), ``test`` is reported and never chosen on. What is not given is held out.
+    Three splits are made of it. `train` is learned from, `validation` chooses (the best epoch, a
+    learning rate), `test` is reported and never chosen on. What is not given is held out.
 
     Attributes:
         train: Source that is learned from.
-        test: Source that is reported. ``None``: the test (or else validation) split that ``train`` brings
-            along; failing that, a part held out of ``train``, the same for every seed.
-        validation: Source for choices. ``None``: the validation split that ``train`` brings along, unless
-            it is the one reported; failing that, a part held out of ``train`` that depends on the seed.
+        test: Source that is reported. `None`: the test (or else validation) split that `train` brings
+            along; failing that, a part held out of `train`, the same for every seed.
+        validation: Source for choices. `None`: the validation split that `train` brings along, unless
+            it is the one reported; failing that, a part held out of `train` that depends on the seed.
         root: Folder in which timm's named data sets keep their files.
-        download: Let a ``torch/`` data set download what is missing in ``root``.
-        train_split: Name of the training split of a ``hfds/`` or ``wds/`` set.
+        download: Let a `torch/` data set download what is missing in `root`.
+        train_split: Name of the training split of a `hfds/` or `wds/` set.
         test_split: Name of its reported split. timm's default name.
         validation_split: Name of its split for choices, if it has a third one.
         holdout: Share of the images, per class, that each held-out part takes. 0.1 keeps nine tenths
@@ -60,10 +60,10 @@ class DataConfig:
         fraction: Share of the training pictures, of each class alike, that is learned from. The picture that
             is in a share is in every larger one too, and which ones it takes does not depend on the seed.
             What is held out is held out before, so it is the same for every share.
-        mean: Per-channel mean of the pixels in 0..1. ``None``: the model's own.
-        std: Per-channel standard deviation of the pixels. ``None``: the model's own.
-        interpolation: How pictures are resized. ``None``: the model's own.
-        crop_pct: Share of the resized picture that the evaluation crop keeps. ``None``: the model's own;
+        mean: Per-channel mean of the pixels in 0..1. `None`: the model's own.
+        std: Per-channel standard deviation of the pixels. `None`: the model's own.
+        interpolation: How pictures are resized. `None`: the model's own.
+        crop_pct: Share of the resized picture that the evaluation crop keeps. `None`: the model's own;
             1.0 suits pictures that already have the model's size.
     """
 
@@ -98,16 +98,16 @@ class AugmentConfig:
     """What is done to training pictures; the defaults are those of timm's own training script.
 
     Attributes:
-        crop: ``"rrc"`` random resized crop, ``"rkrc"``/``"rkrr"`` resize keeping the aspect ratio, then a
-            centre/random crop with reflected borders, ``"none"`` no change to the pictures at all: the
+        crop: `"rrc"` random resized crop, `"rkrc"`/`"rkrr"` resize keeping the aspect ratio, then a
+            centre/random crop with reflected borders, `"none"` no change to the pictures at all: the
             fields from `scale` to `erase` are then without effect.
-        scale: Area of the crop as a share of the picture (``rrc``), or zoom (``rkrc``, ``rkrr``).
+        scale: Area of the crop as a share of the picture (`rrc`), or zoom (`rkrc`, `rkrr`).
         ratio: Aspect ratio of the crop.
         hflip: Probability of a horizontal flip. Not for digits or letters.
         vflip: Probability of a vertical flip.
-        color_jitter: Strength of brightness, contrast and saturation changes; ``None`` for none. timm
-            leaves it out where ``auto_augment`` is given.
-        auto_augment: timm's policy string, e.g. ``"rand-m9-mstd0.5-inc1"``.
+        color_jitter: Strength of brightness, contrast and saturation changes; `None` for none. timm
+            leaves it out where `auto_augment` is given.
+        auto_augment: timm's policy string, e.g. `"rand-m9-mstd0.5-inc1"`.
         erase: Probability of random erasing, filled with noise.
         mixup: Alpha of mixup; 0 is off.
         cutmix: Alpha of cutmix; 0 is off.
@@ -116,7 +116,7 @@ class AugmentConfig:
         smoothing: Label smoothing.
         repeats: Repeated augmentation (Hoffer et al., arXiv 1901.09335; DeiT's is 3): each picture of an
             epoch comes this many times in a row, augmented differently each time. An epoch keeps its
-            length, so it holds a share ``1 / repeats`` of the pictures, another one each time.
+            length, so it holds a share `1 / repeats` of the pictures, another one each time.
     """
 
     crop: Literal["rrc", "rkrc", "rkrr", "none"] = "rrc"

@@ -56,7 +56,7 @@ class UnreadableImage(RuntimeError):
 class Images(Protocol):
     """Labelled pictures by index; `labels[i]` indexes `class_names` and is known without decoding.
 
-    `read_pixels` gives ``self[index][0].convert(mode)`` as (C, H, W) uint8, to the bit but perhaps faster.
+    `read_pixels` gives `self[index][0].convert(mode)` as (C, H, W) uint8, to the bit but perhaps faster.
     """
 
     class_names: tuple[str, ...]
@@ -127,9 +127,9 @@ def to_pixels(image: Image.Image, mode: Mode) -> torch.Tensor:
 
 
 def plain(image: Image.Image) -> Image.Image:
-    """The picture with 8 bits a channel, mode ``"L"`` (gray) or ``"RGB"``.
+    """The picture with 8 bits a channel, mode `"L"` (gray) or `"RGB"`.
 
-    It looks as Pillow's ``convert`` makes it, on which timm and so the published numbers rest: the alpha
+    It looks as Pillow's `convert` makes it, on which timm and so the published numbers rest: the alpha
     channel is dropped, whatever colour hides below it shows, and an EXIF orientation is not applied. Two
     things are done otherwise. Gray of 16 bits is divided by 257, so that 65535 becomes 255; Pillow would
     make all above 255 white. Of a picture longer than `MAX_ASPECT` times its width the middle is kept: to

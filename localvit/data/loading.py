@@ -248,7 +248,7 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader[Batch]:
-    """Shuffled, augmented, whole batches; ``loader.batch_sampler.set_epoch(e)`` before each epoch.
+    """Shuffled, augmented, whole batches; `loader.batch_sampler.set_epoch(e)` before each epoch.
 
     Args:
         images: Labelled pictures.

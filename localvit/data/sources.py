@@ -34,8 +34,8 @@ Opener = Callable[[], Images]
 def find_splits(source: str, config: DataConfig) -> dict[str, Opener]:
     """The splits of a source, each as a function that opens it.
 
-    Keys are ``"train"``, ``"validation"`` and ``"test"`` where the source tells them apart, or the
-    single key ``"all"`` where it does not (a plain folder or tar).
+    Keys are `"train"`, `"validation"` and `"test"` where the source tells them apart, or the
+    single key `"all"` where it does not (a plain folder or tar).
 
     Raises:
         DataError: if there is no such source.

@@ -79,7 +79,7 @@ class TarReader(Reader):
 
 
 def open_tar(path: str) -> ReaderImages:
-    """The pictures in a tar of ``.../class_name/file``, in natural order of their names.
+    """The pictures in a tar of `.../class_name/file`, in natural order of their names.
 
     Raises:
         DataError: if it is no plain tar or holds no pictures.
@@ -95,15 +95,15 @@ def open_tar(path: str) -> ReaderImages:
 
 
 def open_shards(root: str, split: str) -> ReaderImages:
-    """The pictures in local WebDataset shards: ``KEY.jpg`` (or another format) beside ``KEY.cls``.
+    """The pictures in local WebDataset shards: `KEY.jpg` (or another format) beside `KEY.cls`.
 
     Args:
         root: Folder of the shards.
-        split: As timm names it: ``"train-{0000..0012}.tar"`` (``"|COUNT"`` behind it is ignored), or the
-            name of a split in ``_info.json`` or ``info.json``.
+        split: As timm names it: `"train-{0000..0012}.tar"` (`"|COUNT"` behind it is ignored), or the
+            name of a split in `_info.json` or `info.json`.
 
     Raises:
-        DataError: if there are no such shards, or a picture has no ``.cls`` with an integer.
+        DataError: if there are no such shards, or a picture has no `.cls` with an integer.
     """
     pictures: list[Member] = []
     labels: list[int] = []

@@ -68,7 +68,7 @@ def preprocessing_for(model: nn.Module, config: DataConfig) -> Preprocessing:
 
 def _built_for(model: nn.Module) -> tuple[int, int] | None:
     """The size of pictures that the model's patches say. For a model that takes any size
-    (``dynamic_img_size``) timm recommends that of the published one, whatever this one was built for."""
+    (`dynamic_img_size`) timm recommends that of the published one, whatever this one was built for."""
     patches = (part for name, part in model.named_modules() if name.rpartition(".")[2] == "patch_embed")
     return getattr(next(patches, None), "img_size", None)
 

@@ -14,13 +14,13 @@ class ModelConfig:
     """Which model; control and treatment of a comparison differ in `locality` only.
 
     Attributes:
-        name: Any name that ``timm.create_model`` knows.
-        locality: ``None`` takes the model as it is; otherwise its feed-forward networks are localized. In a
-            file or a setting, ``preset`` names a published design that the other fields change.
-        blocks: Which blocks: ``"all"``, ``"lower-half"``, ``"lower-third"``, ``"middle-third"``,
-            ``"upper-third"``, a list of indices, or a list of ``[start, stop]`` pairs.
+        name: Any name that `timm.create_model` knows.
+        locality: `None` takes the model as it is; otherwise its feed-forward networks are localized. In a
+            file or a setting, `preset` names a published design that the other fields change.
+        blocks: Which blocks: `"all"`, `"lower-half"`, `"lower-third"`, `"middle-third"`,
+            `"upper-third"`, a list of indices, or a list of `[start, stop]` pairs.
         pretrained: Start from published weights.
-        args: Further arguments of ``timm.create_model`` (`img_size`, `patch_size`, `in_chans`,
+        args: Further arguments of `timm.create_model` (`img_size`, `patch_size`, `in_chans`,
             `embed_dim`, `depth`, `num_heads`, `drop_path_rate`, ...). `num_classes` comes from the data
             unless it is given here.
     """

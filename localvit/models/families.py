@@ -1,7 +1,7 @@
-"""How the authors' files of each family name their weights. A new family is a new row of ``FAMILIES``.
+"""How the authors' files of each family name their weights. A new family is a new row of `FAMILIES`.
 
 A row renames only. What differs inside a feed-forward network with locality is the same in all families and
-stands in :mod:`localvit.models.published`.
+stands in `localvit.models.published`.
 """
 
 import re

@@ -18,17 +18,17 @@ class Entry:
     """One name of the table; every field a JSON value.
 
     Attributes:
-        name: For ``timm.create_model``.
+        name: For `timm.create_model`.
         base: The plain model it is made from; its own name for a baseline.
-        locality: What is put into its feed-forward networks; ``None`` for a baseline.
+        locality: What is put into its feed-forward networks; `None` for a baseline.
         also: What is put into further groups of them, by group.
         args: Constructor arguments in which it differs from its base.
         parameters: Counted on the built model, 1,000 classes.
-        gmacs: Multiply-accumulates of one image at `input_size`, in units of 1e9 (:func:`count_macs`).
+        gmacs: Multiply-accumulates of one image at `input_size`, in units of 1e9 (`count_macs`).
         input_size: Channels, height, width.
-        top1, top5: ImageNet-1k validation accuracy in percent that the authors report, or ``None``.
+        top1, top5: ImageNet-1k validation accuracy in percent that the authors report, or `None`.
         source: Where they report it.
-        weights: Where ``pretrained=True`` fetches weights from, or ``None``.
+        weights: Where `pretrained=True` fetches weights from, or `None`.
     """
 
     name: str
@@ -51,10 +51,10 @@ class Card:
 
     Attributes:
         entry: Its line of the table.
-        base: That of the plain model it is compared with; ``None`` for a baseline.
+        base: That of the plain model it is compared with; `None` for a baseline.
         confounders: What differs between the two besides the depth-wise convolution, in sentences.
         notes: Facts that do not follow from the configuration.
-        dead_parameters: Parameters that no output depends on (:class:`localvit.Plan`).
+        dead_parameters: Parameters that no output depends on (`localvit.Plan`).
         matched: Name of the variant without the confounders around the feed-forward network.
     """
 

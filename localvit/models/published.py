@@ -1,9 +1,9 @@
 """The authors' released weights, under our names.
 
 Reference repository: ofsoundof/LocalViT (paper: arXiv 2104.05707). Its checkpoints hold the model under
-``"model"``, beside optimizer state and an ``argparse.Namespace``. What surrounds the feed-forward network is
-named as by the authors of each family (:mod:`localvit.models.families`). The feed-forward network is one
-``Sequential`` (``BLOCK.conv.conv.K``) whose positions depend on its options; :func:`reference_layers` spells
+`"model"`, beside optimizer state and an `argparse.Namespace`. What surrounds the feed-forward network is
+named as by the authors of each family (`localvit.models.families`). The feed-forward network is one
+`Sequential` (`BLOCK.conv.conv.K`) whose positions depend on its options; `reference_layers` spells
 them out.
 """
 
@@ -40,7 +40,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a file; kept on the loaded model as ``model.load_report``.
+    """What became of a file; kept on the loaded model as `model.load_report`.
 
     Attributes:
         model: Name or class of the model.
@@ -71,18 +71,18 @@ def load_official(
     """A model with the weights that the authors of LocalViT, DeiT, T2T-ViT, PVT, TNT or Swin published.
 
     Args:
-        source: Path of a ``.pth`` or ``.safetensors`` file, or its content. Pickled files are read with
-            ``weights_only``, so nothing in them is executed.
-        model: A name for ``timm.create_model``, a model, or ``None`` to recognise it by keys and shapes.
+        source: Path of a `.pth` or `.safetensors` file, or its content. Pickled files are read with
+            `weights_only`, so nothing in them is executed.
+        model: A name for `timm.create_model`, a model, or `None` to recognise it by keys and shapes.
             (The number of heads leaves no trace in the weights: a wrong one loads without complaint.)
         strict: Refuse a file that does not fit exactly.
 
     Returns:
-        The model, in the file's floating dtype and in eval mode, with its ``load_report``.
+        The model, in the file's floating dtype and in eval mode, with its `load_report`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it cannot be read, is not recognised, or (``strict``) does not fit.
+        CheckpointError: if it cannot be read, is not recognised, or (`strict`) does not fit.
     """
     content = read_checkpoint(Path(source)) if isinstance(source, (str, Path)) else source
     weights, dropped = weights_of(content)
@@ -105,9 +105,9 @@ def load_official(
 
 
 def to_own_keys(content: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Published weights as a state dict for ``model``: the checkpoint filter for timm's loaders.
+    """Published weights as a state dict for `model`: the checkpoint filter for timm's loaders.
 
-    Positions are interpolated where ``model`` has another input size than the file.
+    Positions are interpolated where `model` has another input size than the file.
     """
     weights, _ = weights_of(content)
     own, names = model.state_dict(), _own_names(weights, model)
@@ -165,7 +165,7 @@ def weights_of(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def reference_layers(config: LocalityConfig) -> dict[str, str]:
-    """Position in the reference's ``Sequential`` -> name in :class:`LocalityFeedForward`."""
+    """Position in the reference's `Sequential` -> name in `LocalityFeedForward`."""
     config = config.resolve()
     expand, convolve = ["fc1", "norm1", "act1"], ["conv", "norm2", "act2"]
     if not config.depthwise:

@@ -34,7 +34,7 @@ class Variant:
     Attributes:
         base: timm name of the baseline.
         locality: What is put into the FFNs of its blocks.
-        also: What is put into other groups of FFNs (:func:`localvit.localize`).
+        also: What is put into other groups of FFNs (`localvit.localize`).
         args: Constructor arguments in which the reference differs from the baseline.
         published: Accuracy that the authors report.
         file: Name of the authors' weights among their releases.

@@ -1,7 +1,7 @@
-"""The names of the table, registered with timm on ``import localvit``.
+"""The names of the table, registered with timm on `import localvit`.
 
-So ``timm.create_model("localvit_tiny_patch16_224")`` works with all that timm's factory offers.
-:func:`localized` makes any other localized model by its parts.
+So `timm.create_model("localvit_tiny_patch16_224")` works with all that timm's factory offers.
+`localized` makes any other localized model by its parts.
 """
 
 import argparse
@@ -113,19 +113,19 @@ def localized(
     cache_dir: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Any model with locality, by its parts: ``timm.create_model("localized", base=..., locality=...)``.
+    """Any model with locality, by its parts: `timm.create_model("localized", base=..., locality=...)`.
 
-    All arguments are JSON values, so a model saved by timm's ``save_for_hf`` is created again from its
-    configuration alone (``local-dir:``, ``hf-hub:``), in a process that has imported localvit.
+    All arguments are JSON values, so a model saved by timm's `save_for_hf` is created again from its
+    configuration alone (`local-dir:`, `hf-hub:`), in a process that has imported localvit.
 
     Args:
         pretrained: Load weights: of the localized model where a saved configuration is given, else of
             the base, before surgery.
         base: timm name of the plain model.
-        locality: :meth:`LocalityConfig.to_dict`; default: the paper's.
-        blocks: Which blocks (:func:`localvit.surgery.select_blocks`).
-        also: Further groups of FFNs (:func:`localvit.localize`), each a :meth:`LocalityConfig.to_dict`.
-        kwargs: Further arguments of the base (``num_classes``, ``img_size``, ``features_only``, ...).
+        locality: `LocalityConfig.to_dict`; default: the paper's.
+        blocks: Which blocks (`localvit.surgery.select_blocks`).
+        also: Further groups of FFNs (`localvit.localize`), each a `LocalityConfig.to_dict`.
+        kwargs: Further arguments of the base (`num_classes`, `img_size`, `features_only`, ...).
     """
     saved = pretrained_cfg is not None
     config = LocalityConfig.from_dict(locality or {})

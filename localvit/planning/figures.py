@@ -27,11 +27,11 @@ class Figure:
 
     Attributes:
         name: What it is.
-        value: A number or a word; ``None`` where it cannot be known.
+        value: A number or a word; `None` where it cannot be known.
         how: From what, in words.
         unit: Of the number.
-        basis: ``"measured"`` here and now, ``"computed"`` from the configuration and what was measured, or
-            ``"assumed"``.
+        basis: `"measured"` here and now, `"computed"` from the configuration and what was measured, or
+            `"assumed"`.
     """
 
     name: str
@@ -91,7 +91,7 @@ def open_run(config: TrainConfig, images: int | None = None) -> OpenRun:
 
     Args:
         config: The run.
-        images: Pictures that are learned from, for those who know. ``None``: they are counted.
+        images: Pictures that are learned from, for those who know. `None`: they are counted.
 
     Raises:
         ConfigError: if the model or the optimizer cannot be built, or the pictures do not fill a batch.

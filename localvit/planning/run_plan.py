@@ -21,8 +21,8 @@ class Machine:
     Attributes:
         nodes: Computers.
         gpus: GPUs in each.
-        images_per_second: Training speed of one GPU; ``None`` leaves hours and data rates unknown.
-        memory_gb: Memory of one GPU, in units of 1e9 bytes; ``None`` leaves open whether it suffices.
+        images_per_second: Training speed of one GPU; `None` leaves hours and data rates unknown.
+        memory_gb: Memory of one GPU, in units of 1e9 bytes; `None` leaves open whether it suffices.
     """
 
     nodes: int = 1
@@ -51,8 +51,8 @@ def plan_run(config: TrainConfig, machine: Machine, images: int | None = None) -
     Args:
         config: The run.
         machine: Where.
-        images: Pictures that are learned from, where the data is not at hand. ``None``: they are counted;
-            for a recipe's ``imagenet`` that is not there, the published number less what is held out.
+        images: Pictures that are learned from, where the data is not at hand. `None`: they are counted;
+            for a recipe's `imagenet` that is not there, the published number less what is held out.
 
     Raises:
         ConfigError: if the model or the optimizer cannot be built, the batch cannot be shared among the

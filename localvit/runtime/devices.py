@@ -8,7 +8,7 @@ from localvit.errors import ConfigError, one_line
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; ``"auto"`` is the first GPU if there is one, else the CPU.
+    """The device of that name; `"auto"` is the first GPU if there is one, else the CPU.
 
     Raises:
         ConfigError: if there is no such device here.

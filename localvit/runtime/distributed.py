@@ -1,4 +1,4 @@
-"""The processes that train one model together, as ``torchrun`` starts them; one process is the plain case."""
+"""The processes that train one model together, as `torchrun` starts them; one process is the plain case."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ class World:
 
 @contextmanager
 def open_world(device: str) -> Iterator[World]:
-    """The processes that ``torchrun`` started (it says so in the environment), or this one alone.
+    """The processes that `torchrun` started (it says so in the environment), or this one alone.
 
     Gloo connects CPUs, NCCL GPUs. A process group that is there already is used and left open.
 
     Args:
-        device: As in `TrainConfig`; with several processes, ``"auto"`` and ``"cuda"`` give each its own GPU
+        device: As in `TrainConfig`; with several processes, `"auto"` and `"cuda"` give each its own GPU
             of its machine.
 
     Raises:

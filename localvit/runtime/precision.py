@@ -14,7 +14,7 @@ DTYPES: dict[Precision, torch.dtype] = {
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """Matrix products and convolutions in `precision`, where it is less than ``"fp32"``."""
+    """Matrix products and convolutions in `precision`, where it is less than `"fp32"`."""
     dtype = DTYPES[precision]
     enabled = dtype != torch.float32
     return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)

@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str | None:
-    """The git commit of the checkout that this package is imported from, or ``None``."""
+    """The git commit of the checkout that this package is imported from, or `None`."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

@@ -10,7 +10,7 @@ def confounders(plan: Plan, drop_path_rate: float | None = None) -> list[str]:
     """Sentences on how a localized model differs from its base beyond the depth-wise convolution.
 
     Args:
-        plan: What :func:`localvit.plan` says about its base model.
+        plan: What `localvit.plan` says about its base model.
         drop_path_rate: At which the base is trained, if that is settled.
     """
     locality = plan.config.resolve()

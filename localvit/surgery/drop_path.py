@@ -1,7 +1,7 @@
 """TNT's blocks with a drop-path of its own for each FFN.
 
-One ``drop_path`` serves all four branches of a TNT block, so that of the FFN cannot be taken away alone, as
-LocalViT does. The class of the block is changed in place, and back by :func:`localvit.restore`; names and
+One `drop_path` serves all four branches of a TNT block, so that of the FFN cannot be taken away alone, as
+LocalViT does. The class of the block is changed in place, and back by `localvit.restore`; names and
 values of parameters are not touched.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class BlockWithOwnDropPath(tnt.Block):
-    """Computes what ``timm.models.tnt.Block`` does, with ``drop_path_mlp`` and ``drop_path_mlp_in``."""
+    """Computes what `timm.models.tnt.Block` does, with `drop_path_mlp` and `drop_path_mlp_in`."""
 
     def forward(self, pixel_embed: Tensor, patch_embed: Tensor) -> tuple[Tensor, Tensor]:
         pixel_embed = pixel_embed + self.drop_path(self.attn_in(self.norm_in(pixel_embed)))
@@ -42,7 +42,7 @@ def separate_drop_path(block: nn.Module) -> None:
 
 
 def join_drop_path(block: nn.Module) -> None:
-    """Undo :func:`separate_drop_path`."""
+    """Undo `separate_drop_path`."""
     if type(block) is BlockWithOwnDropPath:
         del block.drop_path_mlp
         del block.drop_path_mlp_in

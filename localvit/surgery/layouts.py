@@ -1,17 +1,17 @@
 """How each family of models hands tokens to its feed-forward networks (FFNs).
 
-``LAYOUTS`` is the table: a new family is a new row. A class without a row is refused, because many
+`LAYOUTS` is the table: a new family is a new row. A class without a row is refused, because many
 classes look alike and order or drop their tokens differently.
 
 | family, group | FFN | tokens it is given | lattice |
 |---|---|---|---|
-| ViT, DeiT | ``blocks.i.mlp`` | (B, P + N, C), P from the model | the patch embedding's |
-| Swin | ``layers.s.blocks.i.mlp`` | (B, N, C), raster order, windows merged | the stage's |
-| PVT | ``stages.s.blocks.i.mlp`` | (B, P + N, C), P 0, then 1 | the stage's patch embedding's |
-| T2T | ``blocks.i.mlp`` | (B, 1 + N, C) | the last soft split's |
-| T2T, tokens_to_token | ``patch_embed.attention{1,2}.mlp`` | (B, N, C) | the soft split's before |
-| TNT | ``blocks.i.mlp`` | (B, 1 + N, C) | the pixel embedding's |
-| TNT, inner | ``blocks.i.mlp_in`` | (B N, pixels of a patch, c) | pixels of a patch, always |
+| ViT, DeiT | `blocks.i.mlp` | (B, P + N, C), P from the model | the patch embedding's |
+| Swin | `layers.s.blocks.i.mlp` | (B, N, C), raster order, windows merged | the stage's |
+| PVT | `stages.s.blocks.i.mlp` | (B, P + N, C), P 0, then 1 | the stage's patch embedding's |
+| T2T | `blocks.i.mlp` | (B, 1 + N, C) | the last soft split's |
+| T2T, tokens_to_token | `patch_embed.attention{1,2}.mlp` | (B, N, C) | the soft split's before |
+| TNT | `blocks.i.mlp` | (B, 1 + N, C) | the pixel embedding's |
+| TNT, inner | `blocks.i.mlp_in` | (B N, pixels of a patch, c) | pixels of a patch, always |
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +44,8 @@ class GridSource:
 
     Attributes:
         module: Its forward is hooked.
-        reads: ``"input"``: ``module.dynamic_feat_size`` says what becomes of the size of its input map
-            (B, C, H, W). ``"output"``: the lattice is that of its output (B, H, W, C). ``"never"``: the
+        reads: `"input"`: `module.dynamic_feat_size` says what becomes of the size of its input map
+            (B, C, H, W). `"output"`: the lattice is that of its output (B, H, W, C). `"never"`: the
             lattice is always the configured one, so nothing is hooked.
         static: Module that knows the lattice for the configured input size, and its attribute.
     """
@@ -60,10 +60,10 @@ class Site:
     """One FFN of a model, with the layers of its residual branch.
 
     Attributes:
-        name: Path of the block in the model, e.g. ``"blocks.3"``.
+        name: Path of the block in the model, e.g. `"blocks.3"`.
         block: The block, of which the following are attributes.
         ffn, norm, layer_scale, drop_path: Attribute names of the FFN and of what stands around it;
-            ``layer_scale`` and ``drop_path`` are ``None`` where the family has none.
+            `layer_scale` and `drop_path` are `None` where the family has none.
         dim: Token width.
         grid: Lattice and prefix tokens that the FFN sees at the configured input size.
         source: Where that lattice comes from.
@@ -102,8 +102,8 @@ class Layout:
     """Adapter of one family.
 
     Attributes:
-        check: Raises :class:`UnsupportedModelError` for a model of the class that cannot be localized.
-        groups: Name of a group -> its FFNs, in order of depth. The first is :data:`MAIN_GROUP`.
+        check: Raises `UnsupportedModelError` for a model of the class that cannot be localized.
+        groups: Name of a group -> its FFNs, in order of depth. The first is `MAIN_GROUP`.
         image_size: Configured (height, width).
     """
 
@@ -152,7 +152,7 @@ def _staged(prefix: str, stages: nn.Module) -> dict[str, nn.Module]:
 
 
 def _embedding(module: nn.Module) -> GridSource:
-    """A patch embedding, or anything else with ``dynamic_feat_size`` and ``grid_size``."""
+    """A patch embedding, or anything else with `dynamic_feat_size` and `grid_size`."""
     return GridSource(module, "input", (module, "grid_size"))
 
 

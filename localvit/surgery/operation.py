@@ -21,13 +21,13 @@ LOCALIZED = "localized"
 
 @dataclass(frozen=True)
 class Report:
-    """What was done to a model; kept on it as ``model.localization``, outside the state dict.
+    """What was done to a model; kept on it as `model.localization`, outside the state dict.
 
     Attributes:
         plan: The plan that was carried out.
         seed: Seed of the new weights.
         originals: Path in the model -> the layer that stood there, with its weights at the time.
-            ``None`` where they were not kept.
+            `None` where they were not kept.
     """
 
     plan: Plan
@@ -63,23 +63,23 @@ def localize(
     backward pass.
 
     Args:
-        model: A timm model with a row in the layout table (:mod:`localvit.surgery.layouts`).
-        config: Default: the paper's. ``LocalityConfig(init="preserve")`` for pretrained weights.
-        blocks: Which blocks (:func:`localvit.surgery.placement.select_blocks`). In a pyramid they are
+        model: A timm model with a row in the layout table (`localvit.surgery.layouts`).
+        config: Default: the paper's. `LocalityConfig(init="preserve")` for pretrained weights.
+        blocks: Which blocks (`localvit.surgery.placement.select_blocks`). In a pyramid they are
             counted through all stages.
-        also: Name of a further group of FFNs -> its configuration: ``"tokens_to_token"`` (the two stages
-            in front of a T2T-ViT's blocks), ``"inner"`` (the pixel transformers of TNT). They are left
+        also: Name of a further group of FFNs -> its configuration: `"tokens_to_token"` (the two stages
+            in front of a T2T-ViT's blocks), `"inner"` (the pixel transformers of TNT). They are left
             alone otherwise.
-        seed: Seed of the new weights; default: what ``torch.manual_seed`` was last given.
-        keep_originals: Keep the replaced layers (their memory too) for :func:`restore`.
+        seed: Seed of the new weights; default: what `torch.manual_seed` was last given.
+        keep_originals: Keep the replaced layers (their memory too) for `restore`.
         count_macs: Count multiply-accumulates for the report, which takes most of the time of this call.
 
     Returns:
-        What was done; also ``model.localization``.
+        What was done; also `model.localization`.
 
     Raises:
         UnsupportedModelError: for a model that cannot be localized.
-        ValueError: if ``blocks`` or ``config`` does not fit it. In both cases the model is as it was.
+        ValueError: if `blocks` or `config` does not fit it. In both cases the model is as it was.
     """
     the_plan, changes = plan_changes(model, config, blocks, also, count=count_macs)
     seed = torch.initial_seed() if seed is None else seed
@@ -99,13 +99,13 @@ def localize(
 
 
 def restore(model: nn.Module) -> None:
-    """Undo :func:`localize`, in place.
+    """Undo `localize`, in place.
 
-    After ``init="preserve"`` the original FFNs come back with their *current* weights (what the
-    convolution learnt is dropped). After ``init="paper"`` the layers come back as they were at surgery.
+    After `init="preserve"` the original FFNs come back with their *current* weights (what the
+    convolution learnt is dropped). After `init="paper"` the layers come back as they were at surgery.
 
     Raises:
-        RestoreError: if the model is not localized; or after ``init="paper"`` if the original layers
+        RestoreError: if the model is not localized; or after `init="paper"` if the original layers
             were not kept, as in a model that was created or loaded in localized form.
     """
     report = getattr(model, "localization", None)
@@ -166,7 +166,7 @@ def _build(change: Change, record: GridRecord, seed: int) -> nn.Module:
 
 
 def _install(change: Change, module: nn.Module) -> dict[str, nn.Module]:
-    """Put ``module`` in its place. Returns path -> original of what no longer has a place."""
+    """Put `module` in its place. Returns path -> original of what no longer has a place."""
     site = change.site
     if change.config.init == "preserve":
         site.module.add_module(HIDDEN_SLOT, module)  # it holds the layer it takes the place of

@@ -8,9 +8,9 @@ from localvit.locality import HiddenLocality, LocalityFeedForward
 def locality_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters that locality added to a model, by name, in the model's order.
 
-    After ``init="paper"`` these are all of the new feed-forward networks, which replace the old ones; after
-    ``init="preserve"`` the depth-wise kernels, not the layers that they were put into. A model by name
-    (``localvit_tiny_patch16_224``) has the same as its baseline would have after :func:`localvit.localize`.
+    After `init="paper"` these are all of the new feed-forward networks, which replace the old ones; after
+    `init="preserve"` the depth-wise kernels, not the layers that they were put into. A model by name
+    (`localvit_tiny_patch16_224`) has the same as its baseline would have after `localvit.localize`.
 
     Args:
         model: Any model. One without locality has none.

@@ -1,4 +1,4 @@
-"""Which blocks of a model: the JSON values that ``blocks`` takes, and what they mean."""
+"""Which blocks of a model: the JSON values that `blocks` takes, and what they mean."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -17,12 +17,12 @@ _FRACTIONS = {
 
 
 def select_blocks(blocks: BlockSpec, depth: int) -> tuple[int, ...]:
-    """Indices, in order of depth, that ``blocks`` names in a model of ``depth`` blocks.
+    """Indices, in order of depth, that `blocks` names in a model of `depth` blocks.
 
     Args:
-        blocks: ``"all"``, ``"lower-half"``, ``"lower-third"``, ``"middle-third"``, ``"upper-third"``
+        blocks: `"all"`, `"lower-half"`, `"lower-third"`, `"middle-third"`, `"upper-third"`
             (lower is nearer to the input; a boundary between blocks is rounded), a list of indices, or
-            a list of ``[start, stop]`` pairs (stop excluded).
+            a list of `[start, stop]` pairs (stop excluded).
 
     Raises:
         ValueError: if it is none of these, names no block, a block twice, or one that does not exist.

@@ -24,7 +24,7 @@ class SitePlan:
 
     Attributes:
         name: Path of the FFN in the model.
-        action: ``"replace"`` (``init="paper"``) or ``"extend"`` (``init="preserve"``).
+        action: `"replace"` (`init="paper"`) or `"extend"` (`init="preserve"`).
         old, new: Class names before and after.
         weights: What becomes of the old weights, in words.
         parameters, macs: (before, after), the block's residual branch of the FFN included.
@@ -47,10 +47,10 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Printable, and JSON through :meth:`to_dict`.
+    """Printable, and JSON through `to_dict`.
 
-    ``macs`` is for one image of the configured size, ``None`` where it was not counted. ``blocks`` are
-    indices among the ``depth`` blocks of the model; ``also`` has the configurations of further groups.
+    `macs` is for one image of the configured size, `None` where it was not counted. `blocks` are
+    indices among the `depth` blocks of the model; `also` has the configurations of further groups.
     """
 
     model: str
@@ -97,11 +97,11 @@ def plan(
     *,
     also: Mapping[str, LocalityConfig] | None = None,
 ) -> Plan:
-    """What :func:`localvit.localize` would do (arguments as there); the model is left as it is.
+    """What `localvit.localize` would do (arguments as there); the model is left as it is.
 
     Raises:
         UnsupportedModelError: if the model cannot be localized.
-        ValueError: if ``blocks`` or ``also`` does not fit it, or a width that follows from ``config`` is
+        ValueError: if `blocks` or `also` does not fit it, or a width that follows from `config` is
             impossible.
     """
     return plan_changes(model, config, blocks, also)[0]
@@ -115,9 +115,9 @@ def plan_changes(
     *,
     count: bool = True,
 ) -> tuple[Plan, list[Change]]:
-    """The plan, and its sites to work on; every check of :func:`plan` is made.
+    """The plan, and its sites to work on; every check of `plan` is made.
 
-    Counting multiply-accumulates takes most of the time; ``count`` says whether to.
+    Counting multiply-accumulates takes most of the time; `count` says whether to.
     """
     config, also = config or LocalityConfig(), dict(also or {})
     refuse_wrapped(model)
@@ -149,7 +149,7 @@ def plan_changes(
 
 
 def refuse_wrapped(model: nn.Module, action: str = "localize") -> None:
-    """Raises :class:`UnsupportedModelError` for models inside another: they would keep the old graph."""
+    """Raises `UnsupportedModelError` for models inside another: they would keep the old graph."""
     wrappers: dict[type, str] = {
         nn.parallel.DistributedDataParallel: "wrapped in DistributedDataParallel",
         nn.DataParallel: "wrapped in DataParallel",
