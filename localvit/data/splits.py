@@ -1,4 +1,4 @@
-"""Three splits from what the user has: one to learn from, one to choose on, one to report."""
+"""Training, validation and test splits of the configured sources."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from localvit.data.sources import (
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Disjoint sets of labelled pictures over the same classes.
+    """Disjoint sets of labelled images over the same classes.
 
     Attributes:
-        train: Learned from.
-        validation: Chosen on: best epoch, learning rates.
-        test: Reported, never chosen on.
+        train: Training images.
+        validation: Images for choices: best epoch, learning rates.
+        test: Images for the reported results; no choice uses them.
         class_names: Name of each label.
-        notes: Sentences for the reader of the results: what was held out, and of what.
+        notes: Sentences for reports about the images that were held out.
     """
 
     train: Part
@@ -45,24 +45,24 @@ class Splits:
 
 
 def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
-    """Open the sources of `config` and hold out the splits that they lack.
+    """Open the sources of `config` and hold out missing splits.
 
-    No picture of a source is in two splits, and `test` is the same for every seed.
+    No image of a source is in two splits, and `test` is the same for every seed.
 
     Args:
         config: The sources.
-        seed: Which pictures a held-out validation part takes.
+        seed: Seed of a held-out validation split.
 
     Raises:
-        DataError: if a source does not exist, holds no pictures, has a class that the training pictures
-            lack, or shares images with another source; if there are fewer than two classes.
+        DataError: if a source does not exist, has no images, has a class that the training images lack, or
+            shares images with another source; if there are fewer than two classes.
     """
     _check_distinct(config)
     available = find_splits(config.train, config)
     train = _open(available, ("train", "all"), config.train)
     names = train.class_names
     if len(names) < 2:
-        raise DataError(f"{config.train!r} has {len(names)} class; at least 2 are needed")
+        raise DataError(f"{config.train!r} has {len(names)} class; use a source with at least 2")
     kept = np.arange(len(train))
     notes: list[str] = []
 
@@ -97,14 +97,14 @@ def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
 
 
 def open_reported(source: str, config: DataConfig) -> Part:
-    """The pictures of one source that are there to be reported on, all of them if it has no splits.
+    """Open the test split of a source: `test`, else `validation`, else all images of a source without splits.
 
     Args:
         source: The source.
-        config: For `root` and the names of splits.
+        config: Settings for `root` and the names of splits.
 
     Raises:
-        DataError: as `open_splits`.
+        DataError: as for `open_splits`.
     """
     images = _open(find_splits(source, config), ("test", "validation", "all"), source)
     return _whole(images, source, images.class_names)
@@ -116,7 +116,7 @@ def _given(source: str, config: DataConfig, names: Sequence[str]) -> Part:
 
 
 def _own_validation(available: dict[str, Opener], config: DataConfig, test: Part) -> Images | None:
-    """Open the validation split of the training source, unless its images are those that are reported."""
+    """Open the validation split of the training source, unless its images are the test images."""
     if config.validation is not None or "validation" not in available:
         return None
     if config.test is None and "test" not in available:
@@ -132,7 +132,9 @@ def _first(available: dict[str, Opener], keys: Sequence[str]) -> Opener | None:
 def _open(available: dict[str, Opener], keys: Sequence[str], source: str) -> Images:
     opener = _first(available, keys)
     if opener is None:
-        raise DataError(f"{source!r} has the splits {', '.join(available)}, but none of {', '.join(keys)}")
+        raise DataError(
+            f"{source!r} has the splits {', '.join(available)}; it needs one of {', '.join(keys)}"
+        )
     return opener()
 
 
@@ -144,13 +146,15 @@ def _whole(images: Images, source: str, names: Sequence[str]) -> Part:
 
 
 def _hold_out(
-    images: Images, candidates: np.ndarray, names: Sequence[str], share: float, seed: int
+    images: Images, candidates: np.ndarray, names: Sequence[str], fraction: float, seed: int
 ) -> tuple[np.ndarray, Part]:
-    """Indices that stay among `candidates`, and the part taken from them."""
+    """Return the candidates that are left, and the split held out of them."""
     labels = np.asarray(images.labels)[candidates]
-    kept, held = stratified_holdout(labels, max(1, round(share * len(labels))), seed)
+    kept, held = stratified_holdout(labels, max(1, round(fraction * len(labels))), seed)
     if len(held) == 0:
-        raise DataError(f"{len(labels)} training pictures are too few to hold some out")
+        raise DataError(
+            f"{len(labels)} training images are too few to hold some out; name a source for each split"
+        )
     return candidates[kept], Part(images, candidates[held], names)
 
 
@@ -159,7 +163,7 @@ def _note(split: str, part: Part, source: str, how: str) -> str:
 
 
 def _check_distinct(config: DataConfig) -> None:
-    """Refuse one plain source under two names; a source that tells its splits apart may be named twice."""
+    """Refuse a source without splits for two splits; a source with splits may be named twice."""
     given = [(name, getattr(config, name)) for name in ("train", "test", "validation")]
     sources = [(name, source) for name, source in given if source is not None]
     for i, (name, source) in enumerate(sources):
