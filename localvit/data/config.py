@@ -42,7 +42,7 @@ class DataConfig:
     `timm.data.create_dataset` knows (`torch/cifar10`, `hfds/NAME`, `wds/NAME`, ...).
 
     It gives three splits: the model trains on `train`; choices (best epoch, learning rate) are made on
-    `validation`; results are reported on `test`, which no choice uses. Missing splits are held out of `train`.
+    `validation`; results are reported on `test`, which no choice uses. Missing ones are held out of `train`.
 
     Attributes:
         train: Source of the training images.

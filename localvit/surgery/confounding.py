@@ -1,4 +1,4 @@
-"""What changes together with the depth-wise convolution, so that nobody credits it with the rest."""
+"""Confounders: changes that come together with the depth-wise convolution."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from localvit.surgery.preview import Plan
 
 
 def confounders(plan: Plan, drop_path_rate: float | None = None) -> list[str]:
-    """Sentences on how a localized model differs from its base beyond the depth-wise convolution.
+    """Return sentences on how a localized model differs from its base beyond the depth-wise convolution.
 
     Args:
-        plan: What `localvit.plan` says about its base model.
-        drop_path_rate: At which the base is trained, if that is settled.
+        plan: Result of `localvit.plan` for the base model.
+        drop_path_rate: Drop-path rate of the base in training; `None` if it is not decided.
     """
     locality = plan.config.resolve()
     found = [*_around(locality, drop_path_rate), *_inside(locality), *_tokens(locality, plan)]
