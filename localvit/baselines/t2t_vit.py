@@ -51,8 +51,8 @@ __all__ = [  # register_model adds the names of the models
 def sinusoid_table(length: int, dim: int) -> Tensor:
     """Return fixed positions `(1, length, dim)`, float64.
 
-    The angle of position p in column j is `p / 10000 ** (2 * (j // 2) / dim)`. Even columns have the sine, odd ones the cosine. Position 0 is the class token; patches follow in raster
-    order.
+    The angle of position p in column j is `p / 10000 ** (2 * (j // 2) / dim)`. Even columns have its sine,
+    odd ones its cosine. Position 0 is the class token; patches follow in raster order.
     """
     columns = torch.arange(dim, dtype=torch.float64, device="cpu")
     positions = torch.arange(length, dtype=torch.float64, device="cpu")

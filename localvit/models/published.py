@@ -1,8 +1,8 @@
 """The authors' released weights, with our names.
 
 Reference repository: ofsoundof/LocalViT (paper: arXiv 2104.05707). Its checkpoints have the model under
-`"model"`, besides optimizer state and an `argparse.Namespace`. Layers outside the feed-forward network have the
-names of each family's authors (`localvit.models.families`). The feed-forward network is one `Sequential`
+`"model"`, besides optimizer state and an `argparse.Namespace`. Layers outside the feed-forward network have
+the names of each family's authors (`localvit.models.families`). The feed-forward network is one `Sequential`
 (`BLOCK.conv.conv.K`) whose positions depend on its options; `reference_layers` lists them.
 """
 
