@@ -124,9 +124,9 @@ def name_of_start(store: dist.Store, rank: int, size: int, timeout: timedelta) -
     """Agree on a new name for this start, the same in all processes.
 
     torchrun has one store for all its restarts (the shared TCPStore in
-    torch/distributed/elastic/rendezvous/dynamic_rendezvous.py). The store still has the entries of dead processes:
-    a new process that reads the address of a dead one waits for it until the timeout. A new name for each start
-    separates their entries.
+    torch/distributed/elastic/rendezvous/dynamic_rendezvous.py). The store still has the entries of dead
+    processes: a new process that reads the address of a dead one waits for it until the timeout. A new name
+    for each start separates their entries.
 
     Each process calls with a random word of its own and accepts only an answer to that word. The main process
     answers every call, including those of dead processes, until all live processes have the name.
