@@ -51,7 +51,9 @@ def list_members(path: str) -> list[Member]:
                 Member(path, m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()
             ]
     except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path!r} is not an uncompressed tar file: {error}") from error
+        raise DataError(
+            f"{path!r} is not an uncompressed tar file ({error}); repack it without compression"
+        ) from error
 
 
 class TarReader(Reader):
@@ -87,7 +89,7 @@ def open_tar(path: str) -> ReaderImages:
     found = [member for member in list_members(path) if _is_image(member.name)]
     images = sorted(found, key=lambda member: name_order(member.name))
     if not images:
-        raise DataError(f"{path!r}: 0 images in it; accepted files: {', '.join(get_img_extensions())}")
+        raise DataError(f"{path!r}: 0 images in it; accepted files: {_accepted_names()}")
     folders = [os.path.basename(os.path.dirname(member.name)) for member in images]
     names = sorted(set(folders), key=name_order)
     index = {name: i for i, name in enumerate(names)}
@@ -116,8 +118,14 @@ def open_shards(root: str, split: str) -> ReaderImages:
                 images.append(member)
                 labels.append(_label(classes.get(key), member))
     if not images:
-        raise DataError(f"split {split!r} in {root!r}: 0 images in its shards")
+        raise DataError(
+            f"split {split!r} in {root!r}: 0 images in its shards; accepted files: {_accepted_names()}"
+        )
     return ReaderImages(TarReader(images), [str(i) for i in range(max(labels) + 1)], labels)
+
+
+def _accepted_names() -> str:
+    return ", ".join(get_img_extensions())
 
 
 def _is_image(name: str) -> bool:

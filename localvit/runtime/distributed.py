@@ -164,7 +164,7 @@ def _own_device(name: str, local_rank: int) -> torch.device:
     if name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
     if name.startswith("cuda:"):
-        raise ConfigError(f"device={name!r} is one GPU for several processes; use 'cuda' or 'auto'")
+        raise ConfigError(f"device={name!r} is not accepted for several processes; use 'cuda' or 'auto'")
     if name in ("auto", "cuda"):
         count = torch.cuda.device_count()
         if local_rank >= count:

@@ -181,8 +181,8 @@ def _install(change: PlannedChange, module: nn.Module) -> dict[str, nn.Module]:
     discarded = discarded_layers(change)
     if site.drop_path in discarded:
         separate_drop_path(site.block)
-    nothing = nn.Identity().train(site.block.training)
-    new = {site.ffn: module} | dict.fromkeys(discarded, nothing)
+    identity = nn.Identity().train(site.block.training)
+    new = {site.ffn: module} | dict.fromkeys(discarded, identity)
     originals = {f"{site.name}.{name}": site.block.get_submodule(name) for name in new}
     for name, layer in new.items():
         site.block.add_module(name, layer)

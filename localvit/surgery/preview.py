@@ -87,7 +87,7 @@ class Plan:
         macs = f", {_change(self.macs, 1e9, 'GMACs')}" if self.macs else ""
         lines.append(f"  parameters {_change(self.parameters, 1e6, 'M')}{macs}")
         if self.dead_parameters:
-            lines.append("  dead: no output depends on the patch tokens that leave the last block")
+            lines.append("  dead: no output depends on the patch tokens of the last block")
         return "\n".join(lines)
 
 
@@ -228,9 +228,9 @@ def _cost(change: PlannedChange, count: bool) -> _Cost:
     macs = None
     if count:
         length = site.grid.height * site.grid.width + site.grid.num_prefix_tokens
-        seen = site.hidden_dim if kept else site.dim
+        width = site.hidden_dim if kept else site.dim
         before = macs_of(site.module, torch.empty(1, length, site.dim, device="meta"))
-        after = macs_of(new, torch.empty(1, length, seen, device="meta"), site.grid) + kept * before
+        after = macs_of(new, torch.empty(1, length, width, device="meta"), site.grid) + kept * before
         macs = before * site.sequences, after * site.sequences
     return _Cost(new, (old, count_parameters(new) + kept * old), macs)
 
