@@ -63,32 +63,34 @@ def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
     names = train.class_names
     if len(names) < 2:
         raise DataError(f"{config.train!r} has {len(names)} class; use a source with at least 2")
-    kept = np.arange(len(train))
+    remaining = np.arange(len(train))
     notes: list[str] = []
 
     if config.test is not None:
-        test = _given(config.test, config, names)
+        test = _open_given(config.test, config, names)
     elif own := _first(available, ("test", "validation")):
-        test = _whole(own(), config.train, names)
+        test = _all_of(own(), config.train, names)
     else:
-        kept, test = _hold_out(train, kept, names, config.holdout, FIXED_SEED)
+        remaining, test = _hold_out(train, remaining, names, config.holdout, FIXED_SEED)
         notes.append(_note("test", test, config.train, "the same for every seed"))
 
     own_validation = _own_validation(available, config, test)
     if config.validation is not None:
-        validation = _given(config.validation, config, names)
+        validation = _open_given(config.validation, config, names)
     elif own_validation is not None:
-        validation = _whole(own_validation, config.train, names)
+        validation = _all_of(own_validation, config.train, names)
     else:
-        kept, validation = _hold_out(train, kept, names, config.holdout, seed)
+        remaining, validation = _hold_out(train, remaining, names, config.holdout, seed)
         notes.append(_note("validation", validation, config.train, f"chosen by seed {seed}"))
     check_disjoint(config, {"train": train, "test": test.images, "validation": validation.images})
     if config.fraction < 1.0:
-        whole = len(kept)
-        kept = nested_subset(np.asarray(train.labels), kept, config.fraction)
-        notes.append(f"train: {len(kept)} of {whole} images of {config.train!r}, the same for every seed")
+        total = len(remaining)
+        remaining = nested_subset(np.asarray(train.labels), remaining, config.fraction)
+        notes.append(
+            f"train: {len(remaining)} of {total} images of {config.train!r}, the same for every seed"
+        )
     return Splits(
-        train=Part(train, kept, names),
+        train=Part(train, remaining, names),
         validation=validation,
         test=test,
         class_names=names,
@@ -107,12 +109,12 @@ def open_reported(source: str, config: DataConfig) -> Part:
         DataError: as for `open_splits`.
     """
     images = _open(find_splits(source, config), ("test", "validation", "all"), source)
-    return _whole(images, source, images.class_names)
+    return _all_of(images, source, images.class_names)
 
 
-def _given(source: str, config: DataConfig, names: Sequence[str]) -> Part:
+def _open_given(source: str, config: DataConfig, names: Sequence[str]) -> Part:
     images = _open(find_splits(source, config), ("test", "validation", "all"), source)
-    return _whole(images, source, names)
+    return _all_of(images, source, names)
 
 
 def _own_validation(available: dict[str, Opener], config: DataConfig, test: Part) -> Images | None:
@@ -138,7 +140,7 @@ def _open(available: dict[str, Opener], keys: Sequence[str], source: str) -> Ima
     return opener()
 
 
-def _whole(images: Images, source: str, names: Sequence[str]) -> Part:
+def _all_of(images: Images, source: str, names: Sequence[str]) -> Part:
     try:
         return Part(images, np.arange(len(images)), names)
     except DataError as error:
@@ -150,12 +152,12 @@ def _hold_out(
 ) -> tuple[np.ndarray, Part]:
     """Return the candidates that are left, and the split held out of them."""
     labels = np.asarray(images.labels)[candidates]
-    kept, held = stratified_holdout(labels, max(1, round(fraction * len(labels))), seed)
-    if len(held) == 0:
+    remaining, held_out = stratified_holdout(labels, max(1, round(fraction * len(labels))), seed)
+    if len(held_out) == 0:
         raise DataError(
             f"{len(labels)} training images are too few to hold some out; name a source for each split"
         )
-    return candidates[kept], Part(images, candidates[held], names)
+    return candidates[remaining], Part(images, candidates[held_out], names)
 
 
 def _note(split: str, part: Part, source: str, how: str) -> str:

@@ -99,7 +99,8 @@ def open_run(config: TrainConfig, images: int | None = None) -> OpenRun:
     counted, classes = count_data(config, images)
     if counted.value is not None and int(counted.value) < config.batch_size:
         raise ConfigError(
-            f"batch_size={config.batch_size} does not fit {counted.value} training images; use fewer"
+            f"batch_size={config.batch_size} does not fit {counted.value} training images; "
+            "use at most as many"
         )
     number = int(classes.value or IMAGENET_CLASSES)
     with random_scope():

@@ -78,8 +78,8 @@ def plan_run(config: TrainConfig, machine: Machine, images: int | None = None) -
 def _batch_per_gpu(config: TrainConfig, gpus: int) -> int:
     """Return the number of images of a batch per GPU."""
     microbatches = gpus * config.engine.grad_accum
-    per_gpu, rest = divmod(config.batch_size, microbatches)
-    if rest or (config.augment.mixes and per_gpu % 2):
+    size, rest = divmod(config.batch_size, microbatches)
+    if rest or (config.augment.mixes and size % 2):
         even = " of even size, for mixup and cutmix" if not rest else ""
         raise ConfigError(
             f"batch_size={config.batch_size} cannot be split into {microbatches} equal microbatches{even}; "
