@@ -226,7 +226,7 @@ def _fit(
 
 
 def _in_shape_of(target: Tensor | None, value: Tensor) -> Tensor:
-    """Reshape a weight to the target's shape if it has the same values.
+    """Reshape a weight to the shape of `target` if only the form differs.
 
     A linear weight (out, in) becomes one of a 1x1 convolution; a position table (1, positions, channels)
     becomes (1, channels, height, width).
