@@ -1,4 +1,4 @@
-"""Files and folders that are whole at every instant, whatever interrupts their writing."""
+"""Atomic writing of files and folders: complete at every instant, also after an interruption."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class WriteFailed(RuntimeError):
 
 @contextmanager
 def writing(path: str | Path, remedy: str = "make room or name another place") -> Iterator[None]:
-    """Turn an `OSError` inside into one error that names the file that was to be written.
+    """Turn an `OSError` inside into an error that names the file.
 
     Args:
         path: The file.
-        remedy: What to do about it.
+        remedy: Advice at the end of the message.
 
     Raises:
         WriteFailed: for any `OSError`.
@@ -32,14 +32,14 @@ def writing(path: str | Path, remedy: str = "make room or name another place") -
 
 
 def write_atomically(path: Path, *contents: str | bytes | memoryview) -> None:
-    """Write a file so that a reader, now or after a crash, sees all of the old one or all of the new one.
+    """Write a file atomically: a reader, even after a crash, gets all of the old or all of the new content.
 
     Args:
         path: The file.
-        contents: What it holds, one after the other; text as UTF-8.
+        contents: Parts of the content, in order; text is encoded as UTF-8.
 
     Raises:
-        OSError: if it cannot be written; the old one is as it was.
+        OSError: if the file cannot be written; the old one does not change.
     """
     descriptor, temporary = tempfile.mkstemp(prefix=temporary_prefix(path.name), dir=path.parent)
     try:
@@ -61,9 +61,9 @@ def write_atomically(path: Path, *contents: str | bytes | memoryview) -> None:
 
 
 def move_into_place(new: Path, place: Path) -> None:
-    """Move the folder `new` to `place`; where `place` exists, its files are replaced one by one.
+    """Move the folder `new` to `place`; if `place` exists, its files are replaced one by one.
 
-    At every instant `place` holds whole files. Two saves of one run differ in their weights only, so a
+    `place` has complete files at every instant. Two checkpoints of one run differ in their weights only, so a
     mixture of old and new files is a valid model too.
     """
     sync(new)
@@ -77,12 +77,12 @@ def move_into_place(new: Path, place: Path) -> None:
 
 
 def temporary_prefix(name: str) -> str:
-    """How the names of unfinished versions of `name` begin."""
+    """Return the prefix of the names of unfinished versions of `name`."""
     return f".{name}-"
 
 
 def sync(path: Path) -> None:
-    """Have a file or folder on the disk, not only in memory."""
+    """Flush a file or folder from memory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -91,7 +91,7 @@ def sync(path: Path) -> None:
 
 
 def umask() -> int:
-    """The permissions that new files of this process do not get."""
+    """Return the permissions that new files of this process do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""What a module costs: parameters and multiply-accumulates. Knows torch only, so every room may use it."""
+"""Cost of a module: parameters and multiply-accumulates. It imports torch only, so every room may use it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,23 +10,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of parameters, shared ones once; buffers are not counted."""
+    """Count the parameters, shared ones once; buffers are not counted."""
     return sum(p.numel() for p in module.parameters())
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one forward pass on one image of ``input_size`` (channels, height, width).
+    """Count multiply-accumulates of a forward pass on one image of `input_size` (channels, height, width).
 
     Counted: convolutions, linear layers, attention and other matrix products. Not counted: norms,
-    activations, gating products, pooling. This is the counting of the papers' tables.
+    activations, gating products, pooling. The tables of the papers count in the same way.
     """
     return macs_of(model, torch.empty(1, *input_size, device="meta"))
 
 
 def macs_of(module: nn.Module, *inputs: Any) -> int:
-    """Multiply-accumulates of ``module(*inputs)``, where tensors among ``inputs`` are on the meta device.
+    """Count the multiply-accumulates of `module(*inputs)`; tensors in `inputs` must be on the meta device.
 
-    Nothing is computed and the module is left as it is, wherever its weights are.
+    Nothing is computed, and the module does not change, on any device.
     """
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     on_meta = {name: _as_meta(tensor) for name, tensor in tensors.items()}
@@ -42,13 +42,13 @@ def _as_meta(tensor: Tensor) -> Tensor:
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """``build()`` without memory and without random numbers: for counting."""
+    """Call `build()` on the meta device, without memory or random numbers."""
     with torch.device("meta"), _WithoutInit():
         return build()
 
 
 class _WithoutInit(TorchFunctionMode):
-    """Initial values are not drawn. On the meta device they are no values, and take most of the time."""
+    """Mode that skips initialisation, which takes most of the time and has no effect on the meta device."""
 
     _METHODS = frozenset(
         getattr(Tensor, name)
@@ -62,7 +62,7 @@ class _WithoutInit(TorchFunctionMode):
 
 
 def giga(macs: float) -> str:
-    """``"1.25 G"``, in units of 1e6, 1e9 or 1e12 as it suits the number."""
+    """Format a number in units of 1e6, 1e9 or 1e12, such as `"1.25 G"`."""
     if macs >= 1e12:
         return f"{macs / 1e12:,.3g} T"
     return f"{macs / 1e9:.3g} G" if macs >= 1e8 else f"{macs / 1e6:.3g} M"

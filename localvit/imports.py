@@ -1,4 +1,4 @@
-"""Imports that wait until they are needed: doors of rooms, and actions that follow an import."""
+"""Lazy imports: doors of rooms, and actions after an import."""
 
 import ast
 import sys
@@ -12,10 +12,10 @@ _waiting: list[Callable[[], object]] = []
 
 
 def door(room: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Return `__getattr__`, `__dir__` and `__all__` of a room's `__init__`, as PEP 562 has them.
+    """Return `__getattr__`, `__dir__` and `__all__` for a room's `__init__` (PEP 562).
 
-    The names are those that the `__init__` imports under `if TYPE_CHECKING:`, so that they stand there once,
-    where type checkers and import-linter see them. Each is imported when somebody asks for it.
+    The names are those that the `__init__` imports under `if TYPE_CHECKING:`, so they are listed once, where
+    type checkers and import-linter find them. Each is imported at its first use.
 
     Args:
         room: `__name__` of the package.
@@ -44,9 +44,10 @@ def door(room: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list
 
 
 def once_imported(module: str, action: Callable[[], object]) -> None:
-    """Call `action` once `module` is imported, at once if it already is.
+    """Call `action` after the import of `module`, at once if it is already imported.
 
-    Where one of our own modules imports it, `action` waits until that one is whole, because it may need it.
+    If one of our own modules imports it, `action` waits for the end of that import, because it may need that
+    module.
     """
 
     @when_imported(module)
@@ -62,6 +63,6 @@ def do_what_waits() -> None:
 
 
 def _half_imported() -> bool:
-    """Return whether the import of a module of this package is under way."""
+    """Return True during the import of a module of this package."""
     ours = [module for name, module in sys.modules.items() if name.startswith("localvit.")]
     return any(getattr(module.__spec__, "_initializing", False) for module in ours)

@@ -1,4 +1,4 @@
-"""Plain transformers of the paper that timm lacks. Importing a module registers its names with timm."""
+"""Plain transformers of the paper that timm lacks; importing a module registers its names with timm."""
 
 from typing import TYPE_CHECKING
 

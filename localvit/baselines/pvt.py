@@ -65,22 +65,22 @@ class PyramidVisionTransformer(nn.Module):
         patch_size: Patch size of the first stage; the later ones have 2.
         in_chans: Image channels.
         num_classes: Classes; 0 for no classifier.
-        global_pool: What the head reads: the class token, the mean of the last stage's patch tokens, or
-            (``""``) all tokens.
+        global_pool: Input of the head: `"token"` (class token), `"avg"` (mean of the last stage's patch
+            tokens) or `""` (all tokens).
         embed_dims, depths, num_heads, mlp_ratios, sr_ratios: One value per stage. The last ratio of spatial
             reduction must be 1, because of the class token.
         qkv_bias: Bias in the linear layers of query, key and value.
         drop_rate: Dropout in front of the classifier.
         pos_drop_rate, proj_drop_rate, attn_drop_rate: Dropout after the position tables; after attention's
-            projection and in the feed-forward; of attention weights. The reference's one ``drop_rate`` is the
-            first two.
+            projection and in the feed-forward network; of attention weights. The reference has one
+            `drop_rate` for the first two.
         drop_path_rate: Drop-path rate of the last block; it grows linearly from 0 at the first.
         norm_layer: Norm of the blocks and of the final tokens. The default has eps 1e-6, as in the reference.
-        dynamic_img_size: Accept images of other sizes, for which position tables are interpolated.
+        dynamic_img_size: Accept images of other sizes, with interpolated position tables.
 
     Raises:
-        ValueError: for an ``img_size`` that the stages do not divide, lengths that differ, or a
-            ``global_pool`` that there is not.
+        ValueError: for an `img_size` that the stages do not divide, sequences of different lengths, or an
+            unknown `global_pool`.
     """
 
     def __init__(
@@ -143,11 +143,13 @@ class PyramidVisionTransformer(nn.Module):
         self.init_weights(needs_reset=False)
 
     def init_weights(self, needs_reset: bool = True) -> None:
-        """As in the reference: std 0.02 for linear layers, tables and class token, else PyTorch's defaults.
+        """Initialise as in the reference: std 0.02 for linear layers, position tables and class token.
+
+        All other layers have PyTorch's defaults.
 
         Args:
-            needs_reset: Also draw what PyTorch draws at construction (convolutions, norms), for weights
-                that came from the meta device.
+            needs_reset: Also initialise the layers with PyTorch's defaults (convolutions, norms), for weights
+                that were on the meta device.
         """
         for stage in self.stages:
             trunc_normal_(stage.pos_embed, std=0.02)
@@ -157,14 +159,15 @@ class PyramidVisionTransformer(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The class token alone; position tables are decayed, as in the reference."""
+        """Return the class token only; position tables are decayed, as in the reference."""
         return {"cls_token"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of parameter groups, by stage (``coarse``) or by block.
+        """Return patterns of parameter groups, by stage (`coarse`) or by block.
 
-        What precedes a stage's first block is in its group, and so is the class token in the last stage's.
+        The layers before a stage's first block are in the group of that block. The class token is in the
+        group of the last stage.
         """
         last = len(self.stages) - 1
         blocks: list[tuple[str, tuple[int, ...] | None]]
@@ -190,11 +193,11 @@ class PyramidVisionTransformer(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
-        """New classifier for ``num_classes`` (0: none), and another pooling if given."""
+        """Replace the classifier by one for `num_classes` (0: none), and set `global_pool` if given."""
         if global_pool is not None:
             accepted = get_args(GlobalPool) if self.num_prefix_tokens else ("", "avg")
             if global_pool not in accepted:
-                raise ValueError(f"global_pool {global_pool!r}: accepted are {accepted}")
+                raise ValueError(f"global_pool {global_pool!r} is not accepted; use one of {accepted}")
             self.global_pool: str = global_pool
         self.num_classes = num_classes
         dd = get_device_dtype(self)
@@ -202,10 +205,10 @@ class PyramidVisionTransformer(nn.Module):
         self.head.train(self.training)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Take images of ``img_size`` from now on; the position tables are interpolated (bicubic).
+        """Set the image size; the position tables are interpolated (bicubic).
 
         Raises:
-            ValueError: if the stages do not divide it; the model is left as it is.
+            ValueError: if the stages do not divide `img_size`; the model does not change.
         """
         patch_size = self.stages[0].patch_embed.patch_size[0]
         map_size = image_size = _checked_img_size(img_size, patch_size, len(self.stages))
@@ -223,19 +226,18 @@ class PyramidVisionTransformer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """What :meth:`forward_features` returns, and the maps ``(B, C, H, W)`` after the stages.
+        """Return the result of `forward_features`, and the maps `(B, C, H, W)` after the stages.
 
         Args:
-            x: Images, ``(B, in_chans, H, W)``.
-            indices: Which stages: the last n, or these; ``None`` for all.
+            x: Images, `(B, in_chans, H, W)`.
+            indices: Number of last stages, or a list of stages; `None` for all.
             norm: Apply the final norm to the map of the last stage; the others have none.
-            stop_early: Leave out the stages behind the last of ``indices``. The features are then the map of
-                that one.
-            output_fmt: "NCHW".
-            intermediates_only: Return the maps alone.
+            stop_early: Do not run the stages after the last of `indices`, whose map is then the first result.
+            output_fmt: Only `"NCHW"` is accepted.
+            intermediates_only: Return only the maps.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt {output_fmt!r}: accepted is 'NCHW'")
+            raise ValueError(f"output_fmt {output_fmt!r} is not accepted; use 'NCHW'")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
         intermediates = []
@@ -250,7 +252,7 @@ class PyramidVisionTransformer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the maps at ``indices`` do not need; returns them, counted from the first stage."""
+        """Remove layers that the maps at `indices` do not need; return the indices from the first stage."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
@@ -265,7 +267,7 @@ class PyramidVisionTransformer(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images ``(B, in_chans, H, W)`` to the normed tokens of the last stage, ``(B, 1 + N, C)``."""
+        """Compute the normed tokens of the last stage: `(B, in_chans, H, W) -> (B, 1 + N, C)`."""
         last = len(self.stages) - 1
         for i, stage in enumerate(self.stages):
             x, feat_size = stage(x, self.cls_token if stage.num_prefix_tokens else None)
@@ -274,28 +276,30 @@ class PyramidVisionTransformer(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens ``(B, 1 + N, C)`` to logits, or (``pre_logits``) to what the classifier reads."""
+        """Compute logits from tokens `(B, 1 + N, C)`, or (`pre_logits`) the classifier's input."""
         x = global_pool_nlc(x, self.global_pool, self.num_prefix_tokens)
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images ``(B, in_chans, H, W)`` to logits ``(B, num_classes)``."""
+        """Compute logits: `(B, in_chans, H, W) -> (B, num_classes)`."""
         return self.forward_head(self.forward_features(x))
 
 
 def _per_stage(name: str, values: Any, num_stages: int) -> tuple[Any, ...]:
-    """One value per stage, where one value may stand for all."""
+    """Return one value per stage; a single value is repeated."""
     values = to_ntuple(num_stages)(values)
     if len(values) != num_stages:
-        raise ValueError(f"{name} {values}: {len(values)} values for {num_stages} stages (depths)")
+        raise ValueError(
+            f"{name} {values}: {len(values)} values for {num_stages} stages (depths); give one per stage"
+        )
     return values
 
 
 def _stages(
     map_size: tuple[int, int], each: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]
 ) -> nn.ModuleList:
-    """Stages one behind the other, from arguments of which each has its own and those that all share."""
+    """Build the stages in order, from arguments per stage (`each`) and common ones (`shared`)."""
     stages = nn.ModuleList()
     for values in zip(*each.values(), strict=True):
         stage = PyramidVisionTransformerStage(
@@ -307,19 +311,19 @@ def _stages(
 
 
 def _checked_img_size(img_size: int | tuple[int, int], patch_size: int, num_stages: int) -> tuple[int, int]:
-    """(height, width), of which no patch embedding drops a row or column."""
+    """Return (height, width) if no patch embedding drops a row or column of it."""
     size = to_2tuple(img_size)
     multiple = patch_size * 2 ** (num_stages - 1)
     if len(size) != 2 or any(side < multiple or side % multiple for side in size):
         raise ValueError(
-            f"img_size {img_size}: height and width must be multiples of {multiple}, by which the "
-            f"{num_stages} stages reduce the image"
+            f"img_size {img_size} is not accepted; use multiples of {multiple}, the reduction of the "
+            f"{num_stages} stages"
         )
     return size
 
 
 def to_own_key(key: str) -> str:
-    """Name of a weight here, from its name in the reference; names that are ours already are kept."""
+    """Return our name of a weight of the reference; our names stay the same."""
 
     def stage(match: re.Match[str]) -> str:
         layer, number = match.groups()
@@ -329,19 +333,22 @@ def to_own_key(key: str) -> str:
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: PyramidVisionTransformer) -> dict[str, Tensor]:
-    """A checkpoint of the reference, or our own, as a state dict for ``model``.
+    """Convert a checkpoint of the reference, or our own, to a state dict for `model`.
 
-    Position tables are interpolated (bicubic) where the checkpoint has another input size than ``model``.
+    Position tables are interpolated (bicubic) if the input sizes of checkpoint and `model` differ.
 
     Raises:
-        ValueError: if that size is not recorded (``pretrained_model_args``) and the tables are not square.
+        ValueError: if the checkpoint's size is not recorded (`pretrained_model_args`) and its tables are not
+            square.
     """
     weights = {to_own_key(key): value for key, value in state_dict.get("model", state_dict).items()}
     if "stages.0.pos_embed" not in weights:
         return weights
     first_kernel = weights.get("stages.0.patch_embed.proj.weight")
     num_patches = weights["stages.0.pos_embed"].shape[1] - model.stages[0].num_prefix_tokens
-    old_grid = get_pretrained_grid_size(model, first_kernel, num_patches)  # None: not what is recorded
+    old_grid = get_pretrained_grid_size(
+        model, first_kernel, num_patches
+    )  # None: it does not match the record
     new_grid = model.stages[0].patch_embed.grid_size
     if old_grid is None and num_patches == new_grid[0] * new_grid[1]:
         old_grid = new_grid
@@ -349,7 +356,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: PyramidVisionTran
         old_grid = (math.isqrt(num_patches), math.isqrt(num_patches))
         if old_grid[0] ** 2 != num_patches:
             raise ValueError(
-                f"pos_embed of the checkpoint: {num_patches} patches, of unknown rows and columns"
+                f"pos_embed of the checkpoint: {num_patches} patches, of unknown rows and columns; "
+                "record the size in pretrained_model_args"
             )
     for i, stage in enumerate(model.stages):
         new_grid = stage.patch_embed.grid_size
@@ -360,7 +368,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: PyramidVisionTran
 
 
 def _cfg(name: str) -> dict[str, Any]:
-    """Weights and evaluation of the reference: resize 256 bicubic, crop 224 (classification/datasets.py)."""
+    """Return weights and evaluation of the reference: resize 256, crop 224 (classification/datasets.py)."""
     return {
         "url": f"https://github.com/whai362/PVT/releases/download/v2/{name}.pth",
         "num_classes": 1000,

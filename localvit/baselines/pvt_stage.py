@@ -1,6 +1,6 @@
-"""The layers of PVT v1: attention over a spatially reduced map, block, stage.
+"""Layers of PVT v1: attention over a spatially reduced map, block, stage.
 
-Source, and what a stage is for: :mod:`localvit.baselines.pvt`. Shapes below: B batch, C channels, H and W
+Sources, and a description of the stages: `localvit.baselines.pvt`. Shapes below: B batch, C channels, H and W
 sides of a map, N = H * W patch tokens, P prefix tokens (0 or 1).
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 
 def to_map(tokens: Tensor, feat_size: tuple[int, int], num_prefix_tokens: int = 0) -> Tensor:
-    """Patch tokens as a map: ``(B, P + N, C) -> (B, C, H, W)``, a channels-last view."""
+    """Return the patch tokens as a map: `(B, P + N, C) -> (B, C, H, W)`, a channels-last view."""
     patches = tokens[:, num_prefix_tokens:]
     return patches.transpose(1, 2).reshape(patches.shape[0], -1, feat_size[0], feat_size[1])
 
@@ -31,14 +31,14 @@ def to_map(tokens: Tensor, feat_size: tuple[int, int], num_prefix_tokens: int = 
 class Attention(nn.Module):
     """Self-attention whose keys and values come from a spatially reduced copy of the tokens.
 
-    A rest of the map that ``sr_ratio`` does not divide is not seen by keys and values, as in the reference.
-    With the default ratios there is none: they reduce every stage to the resolution of the last.
+    If `sr_ratio` does not divide the map, keys and values do not cover the remaining rows and columns, as in
+    the reference. With the default ratios there is no remainder: they reduce every stage to the resolution of
+    the last.
 
     Args:
         dim: Token width.
-        num_heads: Heads; must divide ``dim``.
-        sr_ratio: Kernel and stride of the reducing convolution; 1 for plain attention, which is the only
-            kind that admits prefix tokens.
+        num_heads: Heads; must divide `dim`.
+        sr_ratio: Kernel and stride of the reducing convolution; 1 for plain attention. Prefix tokens need 1.
         qkv_bias: Bias in the linear layers of query, key and value.
         attn_drop, proj_drop: Dropout of attention weights and of the output.
     """
@@ -59,7 +59,9 @@ class Attention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"num_heads {num_heads} does not divide the embedding width {dim}")
+            raise ValueError(
+                f"num_heads {num_heads} does not divide the embedding width {dim}; use a divisor"
+            )
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5
@@ -75,7 +77,7 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(dim, **dd) if sr_ratio > 1 else nn.Identity()
 
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
-        """``(B, P + N, C) -> (B, P + N, C)``; ``feat_size`` is (H, W)."""
+        """Compute attention: `(B, P + N, C) -> (B, P + N, C)`; `feat_size` is (H, W)."""
         B, N, C = x.shape
         q = self.q(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
         if self.sr is not None:
@@ -96,7 +98,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; only its attention needs to know the map's size."""
+    """Pre-norm transformer block; only its attention uses the size of the map."""
 
     def __init__(
         self,
@@ -123,7 +125,7 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
-        """``(B, P + N, C) -> (B, P + N, C)``; ``feat_size`` is (H, W)."""
+        """Compute the block: `(B, P + N, C) -> (B, P + N, C)`; `feat_size` is (H, W)."""
         x = x + self.drop_path1(self.attn(self.norm1(x), feat_size))
         x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
@@ -133,16 +135,16 @@ class PyramidVisionTransformerStage(nn.Module):
     """Patch embedding, class token if any, position table, blocks.
 
     Args:
-        dim, dim_out: Channels of the map that comes in, width of the tokens that go out.
+        dim, dim_out: Channels of the input map, width of the output tokens.
         depth: Number of blocks.
-        img_size: Sides of the map that comes in.
-        patch_size: Factor by which the stage reduces them.
-        num_prefix_tokens: 1 where a class token is put in front, which asks for ``sr_ratio`` 1.
-        pos_drop: Dropout after the position table has been added.
+        img_size: Sides of the input map.
+        patch_size: Factor of the reduction of these sides.
+        num_prefix_tokens: 1 with a class token in front, which needs `sr_ratio` 1.
+        pos_drop: Dropout after the addition of the position table.
         drop_path: Drop-path rate, one for all blocks or one for each.
-        dynamic_img_size: Accept other sizes, for which the position table is interpolated.
+        dynamic_img_size: Accept other sizes, with an interpolated position table.
 
-    The other arguments are those of :class:`Block`.
+    The other arguments are those of `Block`.
     """
 
     dynamic_img_size: Final[bool]
@@ -166,7 +168,9 @@ class PyramidVisionTransformerStage(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         if num_prefix_tokens and sr_ratio > 1:
-            raise ValueError(f"sr_ratio {sr_ratio}: must be 1 in the stage with the class token (the last)")
+            raise ValueError(
+                f"sr_ratio {sr_ratio} is not accepted in the stage with the class token (the last); use 1"
+            )
         self.num_prefix_tokens = num_prefix_tokens
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
@@ -189,7 +193,7 @@ class PyramidVisionTransformerStage(nn.Module):
         )
 
     def set_input_size(self, img_size: tuple[int, int]) -> None:
-        """Take maps of ``img_size`` from now on; the position table is interpolated (bicubic)."""
+        """Set the size of the input map; the position table is interpolated (bicubic)."""
         old_size = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size)
         if self.patch_embed.grid_size != old_size:
@@ -199,14 +203,14 @@ class PyramidVisionTransformerStage(nn.Module):
             self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
 
     def forward(self, x: Tensor, cls_token: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
-        """Map to tokens.
+        """Compute tokens from a map.
 
         Args:
-            x: ``(B, dim, H, W)``.
-            cls_token: ``(1, 1, dim_out)`` where ``num_prefix_tokens`` is 1.
+            x: `(B, dim, H, W)`.
+            cls_token: `(1, 1, dim_out)` if `num_prefix_tokens` is 1.
 
         Returns:
-            ``(B, P + N, dim_out)`` and the size (H / patch size, W / patch size) of the N patch tokens.
+            `(B, P + N, dim_out)` and the grid (H / patch size, W / patch size) of the N patch tokens.
         """
         B, _, H, W = x.shape
         feat_size = self.patch_embed.dynamic_feat_size((H, W))

@@ -1,11 +1,11 @@
 """T2T-ViT (Yuan et al., "Tokens-to-Token ViT", ICCV 2021, arXiv 2101.11986): timm's ViT with another stem.
 
-The stem is :class:`TokensToToken`. Everything after it is :class:`timm.models.VisionTransformer`, apart from
-a fixed sinusoid in place of the learnt positions. Reference: yitu-opensource/T2T-ViT, ``models/t2t_vit.py``.
+The stem is `TokensToToken`. Everything after it is `timm.models.VisionTransformer`, with a fixed sinusoid in
+place of the learnt positions. Reference: yitu-opensource/T2T-ViT, `models/t2t_vit.py`.
 
-Attention in the blocks is scaled by ``head_dim ** -0.5``, as in timm. The reference's constructors switch to
-``embed_dim ** -0.5`` under ``pretrained=True``, a path that has no weights; the released ones are
-evaluated without it.
+Attention in the blocks is scaled by `head_dim ** -0.5`, as in timm. The reference's constructors use
+`embed_dim ** -0.5` under `pretrained=True`, which has no weights; the released weights are evaluated without
+it.
 """
 
 import argparse
@@ -49,9 +49,10 @@ __all__ = [  # register_model adds the names of the models
 
 
 def sinusoid_table(length: int, dim: int) -> Tensor:
-    """Fixed positions ``(1, length, dim)``, float64: angle ``p / 10000 ** (2 * (j // 2) / dim)`` in column j.
+    """Return fixed positions `(1, length, dim)`, float64.
 
-    Sine in even columns, cosine in odd ones. The position counts class token and raster order alike.
+    The angle of position p in column j is `p / 10000 ** (2 * (j // 2) / dim)`. Even columns have its sine,
+    odd ones its cosine. Position 0 is the class token; patches follow in raster order.
     """
     columns = torch.arange(dim, dtype=torch.float64, device="cpu")
     positions = torch.arange(length, dtype=torch.float64, device="cpu")
@@ -63,13 +64,12 @@ class T2TViT(VisionTransformer):
     """Tokens-to-Token ViT; defaults are those of T2T-ViT-14.
 
     Args:
-        tokens_type, token_dim, token_drop_rate: See :class:`TokensToToken`.
-        kwargs: All other arguments of timm's ``VisionTransformer``, except those that are given here
-            (``embed_layer``, ``pos_embed``).
+        tokens_type, token_dim, token_drop_rate: See `TokensToToken`.
+        kwargs: Further arguments of timm's `VisionTransformer`, except `embed_layer` and `pos_embed`.
 
     Attributes:
-        pos_embed: ``(1, num_prefix_tokens + num_patches, embed_dim)``, a fixed sinusoid, hence a buffer.
-            ``set_input_size`` resamples it, as timm does; a model built for a size has its own sinusoid.
+        pos_embed: `(1, num_prefix_tokens + num_patches, embed_dim)`, a fixed sinusoid in a buffer.
+            `set_input_size` resamples it, as timm does; a model built for a size has that size's sinusoid.
     """
 
     pos_embed: Tensor  # type: ignore[assignment]  # a parameter in timm
@@ -104,10 +104,10 @@ class T2TViT(VisionTransformer):
             **kwargs,
         )
         self._keep_positions_fixed()
-        self._reset_positions()  # also where weight_init="skip"
+        self._reset_positions()  # also for weight_init="skip"
 
     def _keep_positions_fixed(self) -> None:
-        """timm makes the table a parameter; a parameter without gradient would still count as one."""
+        """Turn timm's position parameter into a buffer, so that it does not count as a parameter."""
         table = self.pos_embed.detach()
         del self.pos_embed
         self.register_buffer("pos_embed", table)
@@ -117,7 +117,7 @@ class T2TViT(VisionTransformer):
             self.pos_embed.copy_(sinusoid_table(*self.pos_embed.shape[1:]))
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """As timm's ViT, but with the reference's class token (std 0.02) and the sinusoid."""
+        """Initialise as timm's ViT, with the reference's class token (std 0.02) and the sinusoid."""
         super().init_weights(mode, needs_reset)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
@@ -125,7 +125,7 @@ class T2TViT(VisionTransformer):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay, as in the reference."""
+        """Return the parameters without weight decay, as in the reference."""
         return {"cls_token"}
 
     def set_input_size(
@@ -140,28 +140,30 @@ class T2TViT(VisionTransformer):
 
 
 def to_own_key(key: str) -> str:
-    """Name here of an entry of the authors' state dicts; names that are ours already stay as they are."""
+    """Return our name of an entry of the authors' state dicts; our names stay the same."""
     key = re.sub(r"^(module\.)?tokens_to_token\.", "patch_embed.", key).removeprefix("module.")
     key = re.sub(r"^(patch_embed\.attention[12]\.mlp)\.0\.", r"\1.fc1.", key)
     return re.sub(r"^(patch_embed\.attention[12]\.mlp)\.2\.", r"\1.fc2.", key)
 
 
 def _resample_positions(table: Tensor, model: T2TViT) -> Tensor:
-    """A checkpoint's table for the lattice of ``model``; it is taken to belong to a square image."""
+    """Resample a checkpoint's table, of a square image, to the grid of `model`."""
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     count = table.shape[1] - prefix
     side = math.isqrt(count)
     if side**2 != count:
-        raise ValueError(f"pos_embed of {count} image positions is not of a square image; cannot resample it")
+        raise ValueError(
+            f"pos_embed of {count} image positions is not of a square image and cannot be resampled"
+        )
     return resample_abs_pos_embed(table, model.patch_embed.grid_size, (side, side), prefix)
 
 
 def _adapt_in_chans(state_dict: dict[str, Tensor], model: T2TViT) -> None:
     """Convert the first stage to the model's number of input channels, by timm's rule for convolutions.
 
-    Its features are channel-slowest windows, so a linear layer's row is a convolution kernel. The norm
-    before it takes the mean of the channels where the layer takes the sum. The transformer's scale depends
-    on the width of its input; queries and keys make up for the change.
+    Its features are windows with the channel slowest, so a row of a linear layer is a convolution kernel. The
+    norm before the layer averages over channels, while the layer sums over them. The transformer's scale
+    depends on the width of its input; queries and keys are rescaled to compensate.
     """
     side = model.patch_embed.soft_split0.kernel_size
     for name in ("norm1.weight", "norm1.bias", "kqv.weight", "attn.qkv.weight"):
@@ -182,13 +184,13 @@ def _adapt_in_chans(state_dict: dict[str, Tensor], model: T2TViT) -> None:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: T2TViT) -> dict[str, Tensor]:
-    """The authors' checkpoint as a state dict of ``model``; one of our own passes unchanged.
+    """Convert the authors' checkpoint to a state dict of `model`; our own checkpoints do not change.
 
-    Averaged weights are preferred, as the authors evaluate them. Positions are resampled where the lattice
-    is another, and the first stage is adapted to another number of input channels.
+    Averaged weights are preferred, because the authors evaluate them. Positions are resampled to another
+    grid, and the first stage is adapted to another number of input channels.
 
     Raises:
-        ValueError: Positions that would have to be resampled and are not of a square image.
+        ValueError: if positions must be resampled and are not of a square image.
     """
     for name in ("state_dict_ema", "state_dict"):
         if name in state_dict:
@@ -242,7 +244,7 @@ PUBLISHED: dict[str, float] = {
 
 
 def _cfg(name: str) -> dict[str, Any]:
-    """timm's pretrained configuration; evaluation as the authors' default_cfgs state it."""
+    """Return timm's pretrained configuration, with the evaluation of the authors' default_cfgs."""
     family = "T2T_ViTt" if VARIANTS[name]["tokens_type"] == "transformer" else "T2T_ViT"
     file = f"{PUBLISHED[name]}_{family}_{VARIANTS[name]['depth']}.pth.tar"
     return {
@@ -268,7 +270,7 @@ default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name) for name in VAR
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> T2TViT:
     out_indices = kwargs.pop("out_indices", 3)
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' files hold one
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' files contain one
         return build_model_with_cfg(
             T2TViT,
             name,

@@ -1,7 +1,7 @@
 """TNT-Ti, the size of TNT that timm lacks, as the LocalViT paper uses it.
 
-The model is timm's ``TNT`` with ``legacy=True``, the form in which pixels are normalised one by one before
-they are projected onto their patch. (``legacy=False``, timm's ``tnt_s_patch16_224``, is another function.)
+The model is timm's `TNT` with `legacy=True`: each pixel is normalised by itself before the projection to its
+patch. (`legacy=False`, timm's `tnt_s_patch16_224`, computes another function.)
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def tnt_t_legacy_patch16_224(pretrained: bool = False, **kwargs: Any) -> TNT:
-    """TNT-Ti: width 192, pixel width 12, 3 heads outside and inside (ofsoundof/LocalViT models/tnt.py)."""
+    """Create TNT-Ti: width 192, pixel width 12, 3 heads in each (ofsoundof/LocalViT models/tnt.py)."""
     sizes = {"patch_size": 16, "embed_dim": 192, "inner_dim": 12, "num_heads_outer": 3, "num_heads_inner": 3}
     return build_model_with_cfg(
         TNT,

@@ -1,7 +1,7 @@
-"""The stem of T2T-ViT (Yuan et al., ICCV 2021, arXiv 2101.11986): overlapping patches of overlapping patches.
+"""Stem of T2T-ViT (Yuan et al., ICCV 2021, arXiv 2101.11986): overlapping patches of overlapping patches.
 
-Reference: yitu-opensource/T2T-ViT, ``T2T_module`` in ``models/t2t_vit.py``, ``models/token_performer.py`` and
-``models/token_transformer.py``. Shapes: B batch, H x W image, N tokens, C channels.
+Reference: yitu-opensource/T2T-ViT, `T2T_module` in `models/t2t_vit.py`, `models/token_performer.py` and
+`models/token_transformer.py`. Shapes: B batch, H x W image, N tokens, C channels.
 """
 
 import math
@@ -23,16 +23,15 @@ layer_norm = partial(LayerNorm, eps=1e-5)
 
 
 class SoftSplit(nn.Module):
-    """Overlapping patches as tokens: ``(B, C, H, W) -> (B, N, C * kernel_size ** 2)``.
+    """Overlapping patches as tokens: `(B, C, H, W) -> (B, N, C * kernel_size ** 2)`.
 
     Features of a token are ordered channel, row, column (channel slowest); tokens are in raster order.
 
     Args:
-        kernel_size, stride, padding: Of the window, in pixels, equal in both directions.
+        kernel_size, stride, padding: Size, stride and padding of the window in pixels, in both directions.
 
     Attributes:
-        grid_size: Lattice (height, width) of the output for the image size that :class:`TokensToToken` is
-            configured for, which keeps it up to date.
+        grid_size: Grid (height, width) of the output for the configured image size; `TokensToToken` sets it.
     """
 
     grid_size: tuple[int, int]
@@ -44,7 +43,7 @@ class SoftSplit(nn.Module):
         self.padding = padding
 
     def dynamic_feat_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Lattice (height, width) of the tokens of an input of ``size``; symbolic integers are fine."""
+        """Return the grid (height, width) of the tokens of an input of `size`, which may be symbolic."""
         border = 2 * self.padding - self.kernel_size
         return (size[0] + border) // self.stride + 1, (size[1] + border) // self.stride + 1
 
@@ -56,11 +55,11 @@ class SoftSplit(nn.Module):
 
 
 def _positive_features(x: Tensor, w: Tensor) -> Tensor:
-    """``exp(w x - |x|^2 / 2) / sqrt(m)`` for m rows of ``w``: ``(B, N, C) -> (B, N, m)``.
+    """Compute `exp(w x - |x|^2 / 2) / sqrt(m)` for m rows of `w`: `(B, N, C) -> (B, N, m)`.
 
-    The exponent is ``|w|^2 / 2 - |x - w|^2 / 2``, hence at most ``m / 2`` for rows of norm ``sqrt(m)``: 16 in
-    the published models, and no overflow of float32 up to m = 80. Where it underflows, the epsilon of
-    the quotient has long made the attention zero, as in the reference; there the skip path remains.
+    The exponent is `|w|^2 / 2 - |x - w|^2 / 2`, so at most `m / 2` for rows of norm `sqrt(m)`: 16 in the
+    published models, and no overflow of float32 up to m = 80. Before it underflows, the epsilon in the
+    denominator has made the attention zero, as in the reference; the skip path remains.
     """
     exponent = x @ w.t() - x.square().sum(dim=-1, keepdim=True) / 2
     return exponent.exp() / math.sqrt(w.shape[0])
@@ -79,15 +78,15 @@ def _linear_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) ->
 @torch.fx.wrap
 @register_notrace_function
 def performer_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> Tensor:
-    """Softmax attention approximated with positive random features, linear in N (FAVOR+, arXiv 2009.14794).
+    """Approximate softmax attention with positive random features, linear in N (FAVOR+, arXiv 2009.14794).
 
-    Computed in at least float32, also under autocast: in float16 ``eps`` is 0 and ``exp(16)`` infinite.
-    TorchScript cannot leave an autocast region; there, give the model its precision with ``.half()``.
+    It computes in at least float32, even under autocast: in float16, `eps` is 0 and `exp(16)` infinite.
+    TorchScript cannot leave an autocast region; set the precision of a scripted model with `.half()`.
 
     Args:
-        k, q, v: ``(B, N, C)``.
-        w: Random directions ``(m, C)``.
-        eps: Added to the denominator.
+        k, q, v: Keys, queries and values `(B, N, C)`.
+        w: Random directions `(m, C)`.
+        eps: Term added to the denominator.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  # alone, so that TorchScript skips what is inside
         if v.device.type != "meta" and torch.is_autocast_enabled(v.device.type):  # autocast knows no meta
@@ -97,19 +96,20 @@ def performer_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) 
 
 
 class TokenPerformer(nn.Module):
-    """Attention stage of linear cost: ``(B, N, dim) -> (B, N, token_dim)``.
+    """Attention stage of linear cost: `(B, N, dim) -> (B, N, token_dim)`.
 
-    One head; the value, not the input, is the skip path, because the widths differ.
+    It has one head. The skip path is the value, not the input, because the widths differ.
 
     Args:
         dim: Width of the input tokens.
-        token_dim: Width of everything after the fused key, query, value projection (in that order).
-        drop: Dropout after the attention's projection and after the MLP. The reference has 0.1 hard-wired.
-        norm_layer: Makes both norms.
+        token_dim: Width after the fused projection to key, query and value (in that order).
+        drop: Dropout after the attention's projection and after the MLP; always 0.1 in the reference.
+        norm_layer: Constructor of both norms.
 
     Attributes:
-        w: Random directions ``(token_dim // 2, token_dim)``, orthogonal rows of norm ``sqrt(m)``. A buffer:
-            drawn once, saved and loaded, never trained. (The reference: a parameter without gradient.)
+        w: Random directions `(m, token_dim)`, `m = token_dim // 2` orthogonal rows of norm `sqrt(m)`, in a
+            buffer: drawn once, saved and loaded, not trained. (In the reference: a parameter without
+            gradient.)
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class TokenPerformer(nn.Module):
     w: Tensor
 
     def reset_parameters(self) -> None:
-        """Draw the random directions (timm calls this when it initialises a whole model anew)."""
+        """Draw the random directions (timm calls this to initialise a whole model again)."""
         directions = torch.empty_like(self.w, dtype=torch.float32)  # no QR decomposition in half precision
         nn.init.orthogonal_(directions, gain=math.sqrt(self.w.shape[0]))
         self.w.copy_(directions)
@@ -150,9 +150,9 @@ class TokenPerformer(nn.Module):
 
 
 class TokenAttention(nn.Module):
-    """One-head softmax attention to another width, with the value as skip path.
+    """Softmax attention with one head and another output width; the value is the skip path.
 
-    The scale is ``dim ** -0.5``, of the *input* width, as in the reference.
+    The scale is `dim ** -0.5` for the *input* width, as in the reference.
     """
 
     fused_attn: Final[bool]
@@ -177,11 +177,11 @@ class TokenAttention(nn.Module):
 
 
 class TokenTransformer(nn.Module):
-    """Attention stage of quadratic cost: ``(B, N, dim) -> (B, N, token_dim)``.
+    """Attention stage of quadratic cost: `(B, N, dim) -> (B, N, token_dim)`.
 
     Args:
-        dim, token_dim, norm_layer: As in :class:`TokenPerformer`.
-        drop: Dropout after the attention's projection and in the MLP; none in the reference.
+        dim, token_dim, norm_layer: See `TokenPerformer`.
+        drop: Dropout after the attention's projection and in the MLP; 0 in the reference.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class TokenTransformer(nn.Module):
         return x
 
 
-# Stage and the dropout that the reference has in it.
+# Class of the stage, and its dropout in the reference.
 _STAGES: dict[str, tuple[type[nn.Module], float]] = {
     "performer": (TokenPerformer, 0.1),
     "transformer": (TokenTransformer, 0.0),
@@ -214,25 +214,26 @@ _STAGES: dict[str, tuple[type[nn.Module], float]] = {
 
 
 class TokensToToken(nn.Module):
-    """T2T-ViT's stem, in the place of timm's ``PatchEmbed``: ``(B, in_chans, H, W) -> (B, N, embed_dim)``.
+    """Stem of T2T-ViT, in place of timm's `PatchEmbed`: `(B, in_chans, H, W) -> (B, N, embed_dim)`.
 
-    Three soft splits (7x7 stride 4, then twice 3x3 stride 2) with an attention stage after the first and the
-    second, and a linear projection. Any image of at least 3 x 3 pixels is taken, without padding.
+    It has three soft splits (7x7 stride 4, then twice 3x3 stride 2), an attention stage after each of the
+    first two, and a linear projection. It accepts any image of at least 3 x 3 pixels, without padding.
 
     Args:
         img_size: Image side, or height and width, in pixels.
-        patch_size: The product of the strides, 16; nothing else is accepted.
-        bias: Of the last projection.
-        strict_img_size: Refuse images of another size than ``img_size``.
-        output_fmt: None for tokens, "NHWC" for ``(B, height, width, embed_dim)``.
-        dynamic_img_pad: Not offered.
+        patch_size: Product of the strides; only 16 is accepted.
+        bias: Bias in the last projection.
+        strict_img_size: Refuse images of other sizes than `img_size`.
+        output_fmt: `None` for tokens, `"NHWC"` for `(B, height, width, embed_dim)`.
+        dynamic_img_pad: Only `False` is accepted.
         tokens_type: Kind of the attention stages.
-        token_dim: Their width, at least 2.
-        token_drop_rate: Their dropout. None: the reference's, 0.1 in the performer, else 0.
-        norm_layer: Makes their norms.
+        token_dim: Width of the attention stages, at least 2.
+        token_drop_rate: Dropout of the attention stages. `None`: the reference's (0.1 for the performer,
+            else 0).
+        norm_layer: Constructor of the norms of the attention stages.
 
     Raises:
-        ValueError: An argument outside of what is accepted.
+        ValueError: for an argument that is not accepted.
     """
 
     def __init__(
@@ -254,13 +255,15 @@ class TokensToToken(nn.Module):
     ) -> None:
         super().__init__()
         if tokens_type not in _STAGES:
-            raise ValueError(f"tokens_type {tokens_type!r} is not one of {', '.join(_STAGES)}")
+            raise ValueError(
+                f"tokens_type {tokens_type!r} is not accepted; use {' or '.join(map(repr, _STAGES))}"
+            )
         if token_dim < 2:
-            raise ValueError(f"token_dim {token_dim} is below 2: the performer has token_dim // 2 directions")
+            raise ValueError(f"token_dim {token_dim} is not accepted; use at least 2")
         if output_fmt not in (None, "NHWC"):
-            raise ValueError(f"output_fmt {output_fmt!r} is neither None nor 'NHWC'")
+            raise ValueError(f"output_fmt {output_fmt!r} is not accepted; use None or 'NHWC'")
         if dynamic_img_pad:
-            raise ValueError("dynamic_img_pad is not offered: soft splits take any size without padding")
+            raise ValueError("dynamic_img_pad=True is not accepted; soft splits need no padding")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         stage, drop = _STAGES[tokens_type]
         make_stage = partial(
@@ -286,18 +289,22 @@ class TokensToToken(nn.Module):
         img_size: int | tuple[int, int] | None = None,
         patch_size: int | tuple[int, int] | None = None,
     ) -> None:
-        """Expect another image size from now on.
+        """Set the image size.
 
         Raises:
-            ValueError: Another patch size, or an image that has no token.
+            ValueError: for another patch size, or an image without tokens.
         """
         if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
-            raise ValueError(f"patch_size {patch_size} cannot be set: the soft splits' strides make it 16")
+            raise ValueError(
+                f"patch_size {patch_size} is not accepted; the strides of the soft splits make it 16"
+            )
         if img_size is None:
             return
         size: tuple[int, int] = to_2tuple(img_size)
         if min(size) < 3:
-            raise ValueError(f"img_size {img_size} is below 3 pixels, the least that a 7x7 soft split takes")
+            raise ValueError(
+                f"img_size {img_size} is not accepted; use at least 3 pixels a side, for the 7x7 soft split"
+            )
         self.img_size = size
         for split in (self.soft_split0, self.soft_split1, self.soft_split2):
             split.grid_size = size = split.dynamic_feat_size(size)
@@ -305,11 +312,11 @@ class TokensToToken(nn.Module):
         self.num_patches = size[0] * size[1]
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels per token."""
+        """Return the number of pixels per token, in each direction."""
         return max(self.patch_size) if as_scalar else self.patch_size
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Lattice (height, width) of the tokens of an image of ``img_size``."""
+        """Return the grid (height, width) of the tokens of an image of `img_size`."""
         size = self.soft_split1.dynamic_feat_size(self.soft_split0.dynamic_feat_size(img_size))
         return self.soft_split2.dynamic_feat_size(size)
 

@@ -11,7 +11,7 @@ import tyro
 from localvit.cli.arguments import UsageError
 
 if TYPE_CHECKING:
-    from localvit.models import Card, Entry
+    from localvit.models import ModelCard, ModelEntry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +29,17 @@ def run(options: Options) -> int:
     import dataclasses
     import json
 
-    from localvit.models import card, catalogue, names
+    from localvit.models import model_card, names, registry
 
     if options.name is not None:
-        chosen = card(_known(options.name))
+        chosen = model_card(_known(options.name))
         print(json.dumps(dataclasses.asdict(chosen), indent=2) if options.json else "\n".join(_card(chosen)))
         return 0
     from rich.console import Console
     from rich.progress import track
 
     quiet = Console(stderr=True)  # counting takes some seconds
-    entries = list(track(catalogue(), "counting", total=len(names()), console=quiet, transient=True))
+    entries = list(track(registry(), "counting", total=len(names()), console=quiet, transient=True))
     if options.json:
         print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=2))
     else:
@@ -59,7 +59,7 @@ def _known(name: str) -> str:
     raise UsageError(f"there is no model {name!r} in the table; {hint}")
 
 
-def _print_table(entries: Sequence[Entry]) -> None:
+def _print_table(entries: Sequence[ModelEntry]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -85,7 +85,7 @@ def _print_table(entries: Sequence[Entry]) -> None:
     Console().print(table)
 
 
-def _card(card: Card) -> Iterator[str]:
+def _card(card: ModelCard) -> Iterator[str]:
     yield card.entry.name
     yield from _facts(card.entry)
     if card.base is None:
@@ -108,7 +108,7 @@ def _card(card: Card) -> Iterator[str]:
     yield from (f"note: {note}" for note in card.notes)
 
 
-def _facts(entry: Entry) -> Iterator[str]:
+def _facts(entry: ModelEntry) -> Iterator[str]:
     _, height, width = entry.input_size
     yield f"  cost            {entry.parameters:,} parameters, {entry.gmacs:.4f} GMACs at {height} x {width}"
     if entry.top1 is None:

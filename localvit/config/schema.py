@@ -1,4 +1,4 @@
-"""A training run as one frozen value: every field a JSON value, every default with its reason."""
+"""Configuration of a training run: frozen dataclasses with JSON fields, and a reason for each default."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimizer. Biases, one-dimensional parameters and what `no_decay` names are not decayed.
+    """Optimizer settings. Biases, one-dimensional parameters and those of `no_decay` have no weight decay.
 
     Attributes:
-        name: Any of ``timm.optim.list_optimizers()``.
-        lr: Peak learning rate. 5e-4 at batch 512 is DeiT's.
-        lr_batch: The batch size that `lr` is meant for: the peak is then ``lr * batch_size / lr_batch``, as
-            in DeiT (main.py), where it is 512. Warm-up start and minimum stay as they are, as there.
-            ``None``: `lr` as it is.
-        layer_decay: The rate of each layer is this times that of the layer above it (Clark et al., ELECTRA,
-            arXiv 2003.10555), for fine-tuning; the head has the full rate. ``None``: one rate for all.
-        weight_decay: DeiT's 0.05.
-        no_decay: Names of parameters that are not decayed, ``*`` for any characters; ``[]`` for none.
-            ``None``: what the model's own ``no_weight_decay()`` names, which is not for every family what
-            its authors do (timm excludes Swin's bias tables and DeiT's distillation token).
-        momentum: For optimizers that have one.
-        args: Further arguments of ``timm.optim.create_optimizer_v2`` (`betas`, `eps`, ...).
+        name: Any name of `timm.optim.list_optimizers()`.
+        lr: Peak learning rate. DeiT has 5e-4 at batch size 512.
+        lr_batch: Batch size of `lr`: the peak is `lr * batch_size / lr_batch`, as in DeiT (main.py), where it
+            is 512. Warm-up start and minimum are not scaled, as in DeiT. `None`: the peak is `lr`.
+        layer_decay: Ratio of the learning rates of a layer and the layer above it (Clark et al., ELECTRA,
+            arXiv 2003.10555), for fine-tuning; the head has the full rate. `None`: one rate for all.
+        weight_decay: Weight decay; DeiT has 0.05.
+        no_decay: Names of parameters without weight decay, `*` for any characters; `[]` for none. `None`: the
+            model's own `no_weight_decay()`, which for some families differs from the authors' code (timm
+            excludes Swin's bias tables and DeiT's distillation token).
+        momentum: Momentum, for optimizers that have one.
+        args: Further arguments of `timm.optim.create_optimizer_v2` (`betas`, `eps`, ...).
     """
 
     name: str = "adamw"
@@ -53,22 +52,22 @@ class OptimConfig:
             )
 
     def effective_lr(self, batch_size: int) -> float:
-        """The peak learning rate at `batch_size` pictures per update."""
+        """Return the peak learning rate at `batch_size` images per step."""
         return self.lr if self.lr_batch is None else self.lr * batch_size / self.lr_batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """How the learning rate moves, update by update, within `epochs`.
+    """Learning-rate schedule, which sets the rate at each step within `epochs`.
 
-    As in DeiT's recipe, the warm-up lies over the start of the schedule: after it, the rate is where the
-    schedule without a warm-up would be.
+    As in DeiT's recipe, the warm-up replaces the start of the schedule: after it, the rate is that of the
+    schedule without a warm-up.
 
     Attributes:
-        name: A schedule of timm.
-        warmup_epochs: Length of the linear warm-up; 5 is DeiT's.
-        warmup_lr: Where the warm-up starts; DeiT's.
-        min_lr: Where the decay ends; DeiT's.
+        name: Name of a schedule of timm.
+        warmup_epochs: Length of the linear warm-up; DeiT has 5.
+        warmup_lr: Learning rate at the start of the warm-up; DeiT has 1e-6.
+        min_lr: Learning rate at the end of the decay; DeiT has 1e-5.
     """
 
     name: Literal["cosine", "tanh", "poly", "wsd", "constant"] = "cosine"
@@ -82,21 +81,21 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Learning from a teacher's answers beside the labels (Touvron et al., arXiv 2012.12877, section 4).
+    """Distillation from a teacher, in addition to the labels (Touvron et al., arXiv 2012.12877, section 4).
 
-    The loss is ``(1 - alpha) * loss(labels) + alpha * loss(teacher)``. The teacher sees the same augmented
-    pictures, normalised as it wants them.
+    The loss is `(1 - alpha) * loss(labels) + alpha * loss(teacher)`. The teacher gets the same augmented
+    images, with its own normalisation.
 
     Attributes:
-        teacher: A name with published weights, a run's folder, or a ``local-dir:`` or ``hf-hub:``
-            reference. It must have the classes of the data and take the student's image size.
-        kind: ``"hard"``: cross-entropy with the teacher's choice, the better one in the paper (table 3).
-            ``"soft"``: Kullback-Leibler divergence from its probabilities at `temperature`, times
-            ``temperature ** 2``, averaged over the batch.
-        alpha: Weight of the teacher. DeiT's 0.5 (main.py); the paper's soft distillation has 0.1.
-        temperature: Of the soft kind. DeiT's 1 (main.py); the paper's soft distillation has 3.
-        token: The teacher is heard at a head of its own, on the distillation token of a model that has one
-            (``deit_*_distilled_*``). ``False``: at the classifier, with any model.
+        teacher: A name with published weights, a run's folder, or a `local-dir:` or `hf-hub:` reference. It
+            must have the classes of the data and accept the student's image size.
+        kind: `"hard"`: cross-entropy with the teacher's prediction, the better kind in the paper (table 3).
+            `"soft"`: Kullback-Leibler divergence from its probabilities at `temperature`, times
+            `temperature ** 2`, averaged over the batch.
+        alpha: Weight of the teacher's loss. DeiT has 0.5 (main.py); the paper's soft distillation has 0.1.
+        temperature: Temperature of the soft kind. DeiT has 1 (main.py); the paper's soft distillation has 3.
+        token: Distil through a separate head on the distillation token; the model must have one
+            (`deit_*_distilled_*`). `False`: distil through the classifier, with any model.
     """
 
     teacher: str
@@ -118,28 +117,28 @@ class DistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How an update is computed: precision, memory, batch norm, reproducibility.
+    """Computation of a step: precision, memory, batch norm, reproducibility.
 
     Attributes:
-        precision: Of the forward pass, by autocast; weights and optimizer stay float32. ``"fp16"`` scales
-            the loss and needs a GPU; ``"bf16"`` needs no scaling.
-        grad_accum: Pieces that a process cuts its share of a batch into, one after the other, to save
-            memory. Same gradients, except that batch norm sees a piece where it would see a share.
-        clip_grad: Largest norm of the gradient of all weights; ``None``: not clipped.
-        channels_last: Store images and maps channels last, which GPUs with tensor cores prefer.
-        compile: ``torch.compile`` the model.
+        precision: Precision of the forward pass, by autocast; weights and optimizer stay float32. `"fp16"`
+            scales the loss and needs a GPU; `"bf16"` needs no scaling.
+        grad_accum: Number of microbatches per step and process, to save memory. The gradients are the same,
+            except that batch norm uses the statistics of a microbatch.
+        clip_grad: Maximum norm of the gradient of all weights; `None`: no clipping.
+        channels_last: Store images and maps channels last, which is faster on GPUs with tensor cores.
+        compile: Compile the model with `torch.compile`.
         grad_checkpointing: Recompute activations in the backward pass to save memory.
         selective_checkpointing: Recompute only norms, activations and gates of feed-forward networks with
-            locality, where the native kernels do not apply (``localvit.set_selective_checkpointing``).
-        batch_norm: What batch norm does where several processes train, each on its share of a batch.
-            ``"local"``: every process normalises by its share; the running statistics of the first are
-            evaluated and saved. ``"average"``: the same, with the running statistics averaged over the
-            processes before each evaluation; the default because it uses all pictures, as timm's script
-            does. ``"sync"``: statistics of the whole batch, on GPUs only (PyTorch has no other).
-            ``"frozen"``: running statistics normalise in training too and never change (with any number
-            of processes); scale and shift still learn, so the parameters are those of the other modes.
-        deterministic: Only algorithms that give the same bits every time; an operation without one is an
-            error. CPUs need no such option.
+            locality, where the native kernels do not apply (`localvit.set_selective_checkpointing`).
+        batch_norm: Batch norm with several processes; each has a part of every batch.
+            `"local"`: each process uses the statistics of its part; the running statistics of the main
+            process are evaluated and saved. `"average"`: the same, with the running statistics averaged over
+            the processes before each evaluation; the default, as in timm's script, because it uses all
+            images. `"sync"`: statistics of the whole batch, on GPUs only (PyTorch has no CPU version).
+            `"frozen"`: training uses the running statistics too and does not change them (with any number of
+            processes); scale and shift are still trained, so the parameters are those of the other modes.
+        deterministic: Use only algorithms with reproducible bits; an operation without one is an error. CPUs
+            do not need this option.
     """
 
     precision: Precision = "fp32"
@@ -160,32 +159,32 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run.
+    """Configuration of a training run.
 
     Attributes:
-        model: Which model.
-        data: Which pictures.
+        model: The model.
+        data: Data sources and preprocessing.
         optim: The optimizer.
-        schedule: The learning rate over time.
-        augment: What is done to training pictures and labels.
-        distill: A teacher to learn from as well, or ``None``.
-        train_only: ``"all"`` parameters, or ``"locality"``: those that locality added, and the classifier,
-            which is new wherever the classes are. All others stay as they start.
-        engine: How an update is computed.
-        ema_decay: Decay per update of an exponential moving average of the weights and of batch norm's
-            statistics. Where it is on, the averaged model is validated, saved and reported. ``None``: off.
-        epochs: Passes over the training pictures.
-        batch_size: Pictures per update, over all processes. 128 fits ImageNet-size tiny models into a few
+        schedule: The learning-rate schedule.
+        augment: Augmentation of training images and labels.
+        distill: Distillation from a teacher, or `None`.
+        train_only: `"all"` parameters, or `"locality"`: the parameters that locality added, and the
+            classifier, which is new if the classes are. All others keep their initial values.
+        engine: Computation of a step.
+        ema_decay: Decay per step of an exponential moving average of the weights and of batch norm's running
+            statistics. If set, the averaged model is validated, saved and reported. `None`: off.
+        epochs: Number of epochs.
+        batch_size: Images per step, over all processes. With 128, tiny models at ImageNet's size need a few
             gigabytes.
-        seed: Decides the split, the initial weights, and order and augmentation of the pictures.
-        workers: Processes that load pictures; 0 loads in the training process. Results do not depend on it.
-        device: ``"auto"`` takes a GPU where there is one; otherwise a torch device.
-        output: Folder for the results, or ``None`` to keep them in memory only.
-        save_seconds: Time between two saves of the state that a killed run goes on from: what a kill
-            may cost, besides the start. Saves at the end of each epoch come on top.
-        max_bad_images: Training pictures that may be unreadable; each is named, counted and replaced by
-            another one that is drawn by its seed, so that batches stay full. 0: the first one stops the
-            run. Pictures to evaluate on must all be readable, as scores on fewer could not be compared.
+        seed: Seed of splits, initial weights, and order and augmentation of the images.
+        workers: Number of data workers; 0 loads in the training process. Results do not depend on it.
+        device: `"auto"` (a GPU if there is one, else the CPU) or a torch device.
+        output: Folder for the results; `None` keeps them in memory only.
+        save_seconds: Seconds between two checkpoints within an epoch: the most training time that a killed
+            run loses. Each epoch also ends with a checkpoint.
+        max_bad_images: Maximum number of unreadable training images. Each is reported and replaced by
+            another image, chosen by the sample's seed, so that batches stay full. 0: the first one stops the
+            run. All images for evaluation must be readable, because scores on fewer are not comparable.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -232,5 +231,5 @@ class TrainConfig:
 
     @property
     def effective_lr(self) -> float:
-        """The peak learning rate, scaled to `batch_size` where `optim.lr_batch` says so."""
+        """Peak learning rate, scaled to `batch_size` if `optim.lr_batch` is set."""
         return self.optim.effective_lr(self.batch_size)

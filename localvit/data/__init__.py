@@ -1,4 +1,4 @@
-"""Data sets as three honest splits, and batches that a seed decides."""
+"""Data sets as three disjoint splits, and batches that depend on the seed alone."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""How training pictures are changed: timm's transforms, on tensors where that is faster."""
+"""Augmentation of training images: timm's transforms, on tensors where that is faster."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from localvit.data.config import AugmentConfig, Preprocessing
 
 _FLIPS = (RandomHorizontalFlip, RandomVerticalFlip)
 _ON_TENSORS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
-"""Interpolations that PyTorch has for 8 bits, as Pillow computes them."""
+"""Interpolations that PyTorch computes on 8-bit images as Pillow does."""
 
 
 class TrainTransform:
-    """What is done to training pictures, from (C, H, W) uint8 to (C, H, W) float32, normalised.
+    """Transform of a training image, (C, H, W) uint8 to (C, H, W) float32, normalised.
 
-    It is timm's (`timm.data.create_transform`): the same steps with the same random numbers. Steps that are
-    slow are replaced: normalisation is equal to the bit, `TensorCrop` to the rounding of pixels.
+    It follows `timm.data.create_transform`: the same steps with the same random numbers. Two slow steps are
+    replaced. The normalisation gives the same bits; `TensorCrop` differs by the rounding of pixels.
 
     Args:
-        augment: What is done to them.
-        preprocessing: Of the model.
+        augment: Augmentation settings.
+        preprocessing: The model's preprocessing.
     """
 
     def __init__(self, augment: AugmentConfig, preprocessing: Preprocessing) -> None:
@@ -51,10 +51,10 @@ class TrainTransform:
         )
 
     def __call__(self, image: Any, out: torch.Tensor) -> None:
-        """Write what becomes of a picture into `out`, a place in a batch."""
+        """Transform an image and write the result to `out`, its slot in the batch."""
         for step in self.before:
             image = step(image)
-        # As torchvision's ToTensor and Normalize compute it, which copy the picture several times.
+        # As torchvision's ToTensor and Normalize compute it; those copy the image several times.
         out.copy_(image).div_(255).sub_(self.mean).div_(self.std)
         for step in self.after:
             step(out)  # random erasing, in place
@@ -83,22 +83,22 @@ def _timms_steps(augment: AugmentConfig, preprocessing: Preprocessing) -> list[A
 
 
 class TensorCrop(RandomResizedCropAndInterpolation):
-    """timm's random resized crop of a tensor of 8 bits.
+    """Random resized crop of timm, for 8-bit tensors.
 
     PyTorch's kernel takes half the time of Pillow's for bilinear and a third for bicubic interpolation. It
-    rounds its weights more coarsely: pixels differ by one level at most, save where bicubic interpolation
+    rounds its weights more coarsely: pixels differ by at most one level, except where bicubic interpolation
     overshoots at hard edges.
     """
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """(C, H, W) uint8 to (C, *size) uint8."""
+        """Crop and resize, (C, H, W) uint8 to (C, *size) uint8."""
         box = self.get_params(image, self.scale, self.ratio)
         cropped: torch.Tensor = resized_crop(image, *box, list(self.size), self.interpolation)
         return cropped
 
 
 def _from_tensors(steps: Sequence[Any]) -> Iterator[Any]:
-    """The same steps for an input that is a tensor, on Pillow's pictures only where they must be."""
+    """Yield the same steps for a tensor input; convert to a Pillow image only where a step needs one."""
     tensor = True
     for step in steps:
         if isinstance(step, MaybeToTensor):
@@ -116,10 +116,10 @@ def _from_tensors(steps: Sequence[Any]) -> Iterator[Any]:
 
 
 def _keep_a_bit(steps: Sequence[Any]) -> None:
-    """Have timm's automatic augmentations posterize to one bit where they ask for none.
+    """Make timm's automatic augmentations posterize to at least one bit.
 
-    timm 1.0.31 asks for 0 bits at the ends of its range of strengths (black pictures, once), which Pillow
-    from version 13 on refuses in the midst of training.
+    timm 1.0.31 asks for 0 bits at the ends of its range of strengths. Older versions of Pillow then returned
+    a black image; Pillow 13 and later raise an error, which would end the training.
     """
     for step in steps:
         rules = [rule for pair in getattr(step, "policy", ()) for rule in pair]  # AutoAugment

@@ -1,7 +1,7 @@
 """Images in folders, one folder per class.
 
-timm's reader sorts names by a key that is equal for some of them, so the order of such classes and files is
-not the same in every process (see `name_order`).
+timm's sort key is equal for some names, so its order of such classes and files differs between processes (see
+`name_order`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from localvit.data.order import name_order
 
 
 class FolderReader(ReaderImageFolder):
-    """timm's reader of a folder, with an order of classes and files that nothing but their names decides.
+    """Folder reader of timm, with an order of classes and files that depends on their names alone.
 
     Args:
-        root: The folder; it is searched to any depth, and the folder that holds an image is its class.
+        root: The folder, searched to any depth. The class of an image is the name of the folder it is in.
 
     Raises:
         DataError: if there are no images.
@@ -39,7 +39,7 @@ class FolderReader(ReaderImageFolder):
         ]
         if not files:
             accepted = ", ".join(get_img_extensions())
-            raise DataError(f"{root!r}: 0 images in its folders (accepted: {accepted})")
+            raise DataError(f"{root!r}: 0 images in its folders; accepted files: {accepted}")
         files.sort(key=name_order)
         labels = [os.path.basename(os.path.relpath(os.path.dirname(file), root)) for file in files]
         labels = ["" if label == "." else label for label in labels]
@@ -52,7 +52,7 @@ def open_folder(folder: str) -> ReaderImages:
     """Open the images of a folder.
 
     Raises:
-        DataError: if there are none.
+        DataError: if there are no images.
     """
     reader = FolderReader(folder)
     return ReaderImages(reader, list(reader.class_to_idx), [label for _, label in reader.samples])

@@ -1,4 +1,4 @@
-"""Names of pictures, and a short value that tells two data sets apart without reading pixels."""
+"""Names of images, and a fingerprint of a data set that needs no pixels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from localvit.data.splits import Splits
 
 
 def picture_name(part: Part, index: int) -> str:
-    """What a person finds the picture `part[index]` by: its file, or its number in the source."""
+    """Return the file of the image `part[index]`, or its number in the source."""
     position = int(part.indices[index])
     reader = getattr(part.images, "reader", None)
     name = reader.filename(position, absolute=True) if reader is not None else None
@@ -20,10 +20,10 @@ def picture_name(part: Part, index: int) -> str:
 
 
 def fingerprint(splits: Splits) -> str:
-    """Sizes of the splits, and a hash of their pictures' names and labels, and of the classes.
+    """Return the sizes of the splits, and a hash of image names, labels and class names.
 
-    Files count by their path within the source, so a copy elsewhere is the same data. Pixels are read only
-    where they lie in memory (`digits`): a file that changes under its name is not noticed.
+    Files count by their path within the source, so a copy elsewhere has the same fingerprint. Pixels are
+    hashed only if they are in memory (`digits`): a changed file with the same name is not noticed.
     """
     digest = hashlib.sha256(repr(splits.class_names).encode())
     parts = (splits.train, splits.validation, splits.test)
@@ -41,7 +41,7 @@ def _contents(images: Any) -> bytes:
     reader: Any = getattr(images, "reader", None)
     if hasattr(reader, "samples") or hasattr(reader, "members"):
         digest.update("\0".join(map(str, reader.filenames())).encode())
-    elif hasattr(reader, "dataset"):  # of the hub: it has a hash of its own, and names only beside pixels
+    elif hasattr(reader, "dataset"):  # from the hub: it has its own hash, and no names without pixels
         digest.update(str(getattr(reader.dataset, "_fingerprint", "")).encode())
     elif hasattr(images, "pixels"):
         digest.update(np.ascontiguousarray(images.pixels).tobytes())

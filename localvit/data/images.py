@@ -1,8 +1,7 @@
-"""Sets of labelled pictures, read by index, safe in any process, naming what they cannot read.
+"""Sets of labelled images, read by index from any process. An unreadable image is an error with its name.
 
-timm's readers and torchvision's data sets do the reading wherever they are right; `localvit.data.tar` does
-the rest. timm's `ImageDataset` puts the next picture in the place of one that it cannot read; here that is an
-error with the file's name.
+timm's readers and torchvision's data sets read most sources; `localvit.data.tar` reads the others. timm's
+`ImageDataset` returns the next image in place of one that it cannot read.
 """
 
 from __future__ import annotations
@@ -23,30 +22,30 @@ from localvit.data.config import DataError
 
 Sample = tuple[Image.Image, int]
 Mode = Literal["L", "RGB"]
-"""Gray or colour, as Pillow names them."""
+"""Pillow's names of gray and color images."""
 MAX_ASPECT = 100
-"""Longest side over shortest that is kept; panoramas stay below 10."""
+"""Largest ratio of long to short side that is not cropped; panoramas stay below 10."""
 FORMATS = (
     *("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000"),
     *("QOI", "ICO", "PCX", "SGI", "TGA"),  # the last one has no signature, so it is tried last
 )
-"""Image formats that are read, by Pillow's names. PostScript is not one: Pillow starts a program for it."""
+"""Accepted image formats, by Pillow's names. PostScript is left out: Pillow starts a program for it."""
 _CHANNELS = {"L": 1, "RGB": 3}
-# The operator, because `torchvision.io.decode_jpeg` around it warns since 0.29 that both will go one day;
-# Pillow then decodes to the same bits.
+# The operator itself: its wrapper `torchvision.io.decode_jpeg` warns since 0.29 that both will be removed.
+# Without it, Pillow decodes to the same bits.
 _torch_decode = getattr(torch.ops.image, "decode_jpeg", None)
 
 
 class UnreadableImage(RuntimeError):
-    """A picture that cannot be decoded.
+    """Image that cannot be decoded.
 
     Attributes:
         name: The file.
-        reason: What the decoder said.
+        reason: The decoder's message.
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)  # both are arguments, so that it survives pickling by a worker
+        super().__init__(name, reason)  # both are arguments, so that a data worker can pickle it
         self.name, self.reason = name, reason
 
     def __str__(self) -> str:
@@ -54,9 +53,9 @@ class UnreadableImage(RuntimeError):
 
 
 class Images(Protocol):
-    """Labelled pictures by index; `labels[i]` indexes `class_names` and is known without decoding.
+    """Labelled images by index; `labels[i]` indexes `class_names` and needs no decoding.
 
-    `read_pixels` gives ``self[index][0].convert(mode)`` as (C, H, W) uint8, to the bit but perhaps faster.
+    `read_pixels` returns `self[index][0].convert(mode)` as (C, H, W) uint8: the same bits, perhaps faster.
     """
 
     class_names: tuple[str, ...]
@@ -70,26 +69,26 @@ class Images(Protocol):
 
 
 def disable_ghostscript() -> None:
-    """Keep Pillow from starting Ghostscript in this process, whoever opens the image.
+    """Keep Pillow from starting Ghostscript in this process.
 
-    `FORMATS` protects what this package opens. Data sets of torchvision and of the Hugging Face hub open
-    images themselves, with every format that Pillow has.
+    `FORMATS` restricts the images that this package opens. Data sets of torchvision and of the Hugging Face
+    hub open images themselves, in every format that Pillow has.
     """
     EpsImagePlugin.gs_binary = False
 
 
 @lru_cache(maxsize=1)
 def accepted_formats() -> tuple[str, ...]:
-    """`FORMATS` without those that this Pillow does not have, such as AVIF in an older one."""
+    """Return those of `FORMATS` that the installed Pillow has; an older one lacks AVIF, for example."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def decode(file: BinaryIO | str, name: str) -> Image.Image:
-    """The picture in `file` as `plain` makes it; of an animation, the first frame.
+    """Decode an image file to 8 bits a channel (see `plain`); for an animation, its first frame.
 
     Raises:
-        UnreadableImage: whatever the decoder stumbled over.
+        UnreadableImage: for any error of the decoder.
     """
     with _naming(name), Image.open(file, formats=accepted_formats()) as image:
         image.load()
@@ -97,50 +96,52 @@ def decode(file: BinaryIO | str, name: str) -> Image.Image:
 
 
 def decode_pixels(data: bytes, name: str, mode: Mode) -> torch.Tensor:
-    """(C, H, W) uint8: what `decode` makes of a file with this content, converted to `mode`, bit for bit.
+    """Decode the content of an image file to (C, H, W) uint8: `decode` converted to `mode`, bit for bit.
 
-    Most JPEGs go through torchvision, which has the same decoder (libjpeg-turbo) and takes two thirds of
-    Pillow's time, because Pillow keeps pictures in memory with four bytes a pixel. What is anything else, or
-    what torchvision refuses, is Pillow's, and so are the errors.
+    torchvision decodes most JPEGs. It has the same decoder (libjpeg-turbo) and takes two thirds of Pillow's
+    time, because Pillow stores four bytes a pixel. Pillow decodes everything else, and all that torchvision
+    refuses, so errors are Pillow's.
 
     Raises:
-        UnreadableImage: as `decode`.
+        UnreadableImage: as for `decode`.
     """
     # Opening refuses an image with too many pixels.
     with _naming(name), Image.open(io.BytesIO(data), formats=accepted_formats()) as header:
         usual = header.format == "JPEG" and header.mode in ("L", mode) and not _is_long(header.size)
     if usual and _torch_decode is not None:
         try:
-            # A copy, because torch takes no memory that is read-only.
+            # A copy, because torch does not accept read-only memory.
             content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             pixels: torch.Tensor = _torch_decode(content, _CHANNELS[mode])
             return pixels
         except RuntimeError:
-            pass  # Pillow knows what is wrong with it
+            pass  # Pillow reports what is wrong with it
     return to_pixels(decode(io.BytesIO(data), name), mode)
 
 
 def to_pixels(image: Image.Image, mode: Mode) -> torch.Tensor:
-    """(C, H, W) uint8 of a picture converted to `mode`."""
+    """Convert an image to `mode`, as a (C, H, W) uint8 tensor."""
     pixels: torch.Tensor = pil_to_tensor(image if image.mode == mode else image.convert(mode))
     return pixels
 
 
 def plain(image: Image.Image) -> Image.Image:
-    """The picture with 8 bits a channel, mode ``"L"`` (gray) or ``"RGB"``.
+    """Convert an image to 8 bits a channel, mode `"L"` (gray) or `"RGB"`.
 
-    It looks as Pillow's ``convert`` makes it, on which timm and so the published numbers rest: the alpha
-    channel is dropped, whatever colour hides below it shows, and an EXIF orientation is not applied. Two
-    things are done otherwise. Gray of 16 bits is divided by 257, so that 65535 becomes 255; Pillow would
-    make all above 255 white. Of a picture longer than `MAX_ASPECT` times its width the middle is kept: to
-    resize the short side of 1 x 5000 pixels to 248 makes 300 million of them, for a crop out of the middle.
+    The result is that of Pillow's `convert`, as in timm and so in published accuracies: the alpha channel is
+    dropped, not composited, and the EXIF orientation is not applied. There are two exceptions. 16-bit gray is
+    divided by 257, so that 65535 becomes 255; Pillow would make every value above 255 white. An image with a
+    side ratio above `MAX_ASPECT` is cropped to its middle: resizing 1 x 5000 pixels to a short side of 248
+    makes 300 million pixels, and the evaluation crop takes the middle anyway.
 
     Raises:
-        ValueError: if the pixels are floating-point numbers, which have no defined range.
+        ValueError: for floating-point pixels, which have no defined range.
     """
     image.info.pop("transparency", None)  # dropped like alpha; Pillow would warn that it is
     if image.mode == "F":
-        raise ValueError("floating-point pixels (mode F) have no defined range; save it with 8 or 16 bits")
+        raise ValueError(
+            "floating-point pixels (mode F) are not accepted; save the image with 8 or 16 bits a channel"
+        )
     if image.mode.startswith("I"):
         deep = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
         image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
@@ -150,7 +151,7 @@ def plain(image: Image.Image) -> Image.Image:
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """What is kept of a picture that may be very long."""
+    """Crop the long side to `MAX_ASPECT` times the short side."""
     if not _is_long(image.size):
         return image
     width, height = image.size
@@ -165,20 +166,20 @@ def _is_long(size: tuple[int, int]) -> bool:
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Turn what goes wrong inside into an `UnreadableImage` of that name."""
+    """Turn any exception inside into an `UnreadableImage` with that name."""
     try:
         yield
     except UnidentifiedImageError as error:
         formats = ", ".join(accepted_formats())
-        raise UnreadableImage(name, f"it has none of the formats that are read: {formats}") from error
+        raise UnreadableImage(name, f"unknown format; accepted: {formats}") from error
     # Damaged bytes make Pillow's plugins raise almost anything: OSError, SyntaxError, ValueError,
-    # RuntimeError (AVIF), DecompressionBombError, MemoryError. Each means that this picture cannot be had.
+    # RuntimeError (AVIF), DecompressionBombError, MemoryError. Each means that this image cannot be read.
     except Exception as error:
         raise UnreadableImage(name, " ".join(str(error).split()) or type(error).__name__) from error
 
 
 class ReaderImages:
-    """Pictures behind a timm reader."""
+    """Images of a timm reader."""
 
     def __init__(self, reader: Any, class_names: Sequence[str], labels: Sequence[int]) -> None:
         self.reader, self.class_names, self.labels = reader, tuple(class_names), labels
@@ -192,7 +193,7 @@ class ReaderImages:
             return decode(file, name), int(self.labels[index])
 
     def read_pixels(self, index: int, mode: Mode) -> tuple[torch.Tensor, int]:
-        """As `Images`; JPEGs are decoded faster."""
+        """Return pixels and label (see `Images`); JPEGs are decoded faster."""
         file, name = self._open(index)
         with file, _naming(name):
             data = file.read()
@@ -205,19 +206,19 @@ class ReaderImages:
 
 
 class _Decoded:
-    """Pictures that come as Pillow's."""
+    """Images that are available as Pillow images only."""
 
     def __getitem__(self, index: int) -> Sample:
         raise NotImplementedError
 
     def read_pixels(self, index: int, mode: Mode) -> tuple[torch.Tensor, int]:
-        """As `Images`."""
+        """Return pixels and label (see `Images`)."""
         image, label = self[index]
         return to_pixels(image, mode), label
 
 
 class TorchvisionImages(_Decoded):
-    """Pictures of a torchvision data set, which decodes by itself."""
+    """Images of a torchvision data set, which does its own decoding."""
 
     def __init__(self, dataset: Any, name: str) -> None:
         self.dataset, self.name = dataset, name
@@ -239,12 +240,12 @@ class TorchvisionImages(_Decoded):
 
 
 class ArrayImages(_Decoded):
-    """Gray pictures held in memory.
+    """Gray images in memory.
 
     Args:
         pixels: (N, H, W) uint8.
         labels: N class indices.
-        class_names: A name per class.
+        class_names: Name of each class.
     """
 
     def __init__(self, pixels: np.ndarray, labels: Sequence[int], class_names: Sequence[str]) -> None:
@@ -258,12 +259,12 @@ class ArrayImages(_Decoded):
 
 
 class Part(Dataset[Sample]):
-    """Some of the pictures of a set, with labels counted in another order of classes.
+    """Subset of a set of images, with labels that index `class_names`.
 
     Args:
         images: The set.
-        indices: (N,) which of them, in this order.
-        class_names: The classes that labels index; every class of `images` must be among them.
+        indices: (N,) indices of the subset's images, in order.
+        class_names: Classes that the labels index; every class of `images` must be among them.
 
     Raises:
         DataError: if `images` has a class that `class_names` lacks.
@@ -275,14 +276,14 @@ class Part(Dataset[Sample]):
         if unknown:
             raise DataError(
                 f"class {unknown[0]!r} is not among the {len(class_names)} known classes "
-                f"({', '.join(class_names[:5])}, ...); {len(unknown)} such classes"
+                f"({', '.join(class_names[:5])}, ...); {len(unknown)} classes are unknown"
             )
         self.images, self.indices, self.class_names = images, indices, tuple(class_names)
         self.relabel = [position[name] for name in images.class_names]
 
     @property
     def labels(self) -> np.ndarray:
-        """(N,) int64: the label of each picture, known without decoding."""
+        """Label of each image, (N,) int64; needs no decoding."""
         own = np.asarray(self.images.labels, dtype=np.int64)[self.indices]
         return np.asarray(self.relabel, dtype=np.int64)[own]
 
@@ -294,6 +295,6 @@ class Part(Dataset[Sample]):
         return image, self.relabel[label]
 
     def read_pixels(self, index: int, mode: Mode) -> tuple[torch.Tensor, int]:
-        """(C, H, W) uint8 and the label; see `Images`."""
+        """Return pixels, (C, H, W) uint8, and label (see `Images`)."""
         image, label = self.images.read_pixels(int(self.indices[index]), mode)
         return image, self.relabel[label]

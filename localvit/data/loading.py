@@ -1,9 +1,10 @@
-"""Pictures to batches, so that a seed decides every pixel of every batch and nothing else does.
+"""Batches of images. Every pixel of every batch depends on the run's seed alone.
 
-Each picture of an epoch is a `Draw`: which picture, and the seed of its augmentation, derived from the run's
-seed, the epoch and the position in the epoch. So batches do not depend on the number of workers, on the model
-or its use of random numbers, nor on what was loaded before; two models trained with one seed see the same
-batches. (`timm.data.create_loader` shuffles and augments from global random states, which the model shares.)
+Each sample of an epoch is a `SampleSpec`: the index of an image, and the seed of its augmentation, derived
+from the run's seed, the epoch and the position in the epoch. Batches do not depend on the number of data
+workers, on the model's use of random numbers, or on earlier batches; two models trained with one seed see the
+same batches. (`timm.data.create_loader` shuffles and augments from the global random states, which the model
+uses too.)
 """
 
 from __future__ import annotations
@@ -26,28 +27,28 @@ from localvit.data.config import AugmentConfig, DataError, Preprocessing
 from localvit.data.images import Mode, Part, Sample, UnreadableImage, disable_ghostscript
 
 _MODES: dict[int, Mode] = {1: "L", 3: "RGB"}
-_NOTICE = 30
-"""Seconds that a process that loads lives on after SIGTERM."""
+_GRACE_SECONDS = 30
+"""Seconds that a data worker keeps running after SIGTERM."""
 _REPLACEMENTS = 100
-"""How many pictures are tried in the place of one that cannot be read."""
+"""Number of images to try in place of an unreadable one."""
 
 
-class Draw(NamedTuple):
-    """One picture of an epoch: which one, and the seed of its augmentation."""
+class SampleSpec(NamedTuple):
+    """One sample of an epoch: index of the image, and seed of its augmentation."""
 
     picture: int
     seed: int
 
 
 class Batch(NamedTuple):
-    """What a loader yields.
+    """Batch of images.
 
     Attributes:
         images: (B, C, H, W) float32, normalised.
         targets: (B,) int64.
-        indices: Index of each picture in its data set.
-        unreadable: Pictures that should have been in this batch, by their index; in training, others stand
-            in their places.
+        indices: Index of each image in its data set.
+        unreadable: Index -> error of each unreadable image of this batch. In training, another image takes
+            its place; in evaluation, the batch is smaller.
     """
 
     images: torch.Tensor
@@ -56,23 +57,23 @@ class Batch(NamedTuple):
     unreadable: dict[int, UnreadableImage]
 
 
-class Loaded(NamedTuple):
-    """One picture of a batch: its target, or the error in its place."""
+class LoadedSample(NamedTuple):
+    """One image of a batch: its index and its target, or an error."""
 
-    picture: int
+    image: int
     target: int
     error: UnreadableImage | None = None
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed below 2**32 (NumPy's limit) from any mixture of numbers and names."""
+    """Return a seed below 2**32 (NumPy's limit) that depends on all of `parts`."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=4)
     return int.from_bytes(digest.digest(), "big")
 
 
 @contextmanager
 def random_scope() -> Iterator[None]:
-    """Leave the global random states of Python, NumPy and torch (CPU) as they were on entry."""
+    """Restore the global random states of Python, NumPy and torch (CPU) on exit."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield
@@ -83,33 +84,33 @@ def random_scope() -> Iterator[None]:
 
 
 def seed_all(seed: int) -> None:
-    """Seed the global random states that `random_scope` keeps."""
+    """Seed the global random states that `random_scope` restores."""
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would also touch every GPU
 
 
-class EpochOrder(Sampler[list[Draw]]):
-    """Batches of draws: a new permutation for every epoch, whole batches only.
+class EpochBatchSampler(Sampler[list[SampleSpec]]):
+    """Sampler of batches: a new permutation for every epoch, full batches only.
 
-    A last batch of one picture would give BatchNorm nothing to average over, so the remainder is left out;
-    another permutation leaves out other pictures.
+    The remainder of an epoch is dropped, because BatchNorm needs more than one image. Each epoch drops other
+    images.
 
-    With `repeats`, every picture of the permutation comes that many times in a row, and the epoch ends at
-    the same length, as in DeiT (samplers.py). There too the copies of a picture are in one update (each in
-    another process) unless it ends between them. That it cuts an epoch to a multiple of 256 pictures as well
-    changes nothing where whole batches are filled and 256 is a multiple of their size or the reverse.
+    With `repeats`, every image of the permutation occurs that many times in a row, and the epoch has the same
+    length, as in DeiT (samplers.py). There, too, the copies of an image are in one step (each in another
+    process), unless a step ends between them. DeiT also cuts an epoch to a multiple of 256 images; this
+    makes no difference with full batches if 256 is a multiple of the batch size or the reverse.
 
     Args:
-        length: Number of pictures.
-        batch_size: Pictures in a batch.
+        length: Number of images.
+        batch_size: Images in a batch, over all processes.
         seed: The run's seed.
-        repeats: Times that a picture comes in a row.
-        rank: Which share of every batch to yield, of `world_size` equal ones (see `share`).
-        world_size: Processes that share the batches; it divides `batch_size`.
+        repeats: Number of times that an image occurs in a row.
+        rank: Index of this process, for its part of every batch (see `share`).
+        world_size: Number of processes; it divides `batch_size`.
 
     Raises:
-        DataError: if not one batch can be filled.
+        DataError: if there are fewer images than a batch has.
     """
 
     def __init__(
@@ -123,45 +124,47 @@ class EpochOrder(Sampler[list[Draw]]):
         world_size: int = 1,
     ) -> None:
         if not 1 <= batch_size <= length:
-            raise DataError(f"batch_size={batch_size} does not fit {length} training images (1 to {length})")
+            raise DataError(
+                f"batch_size={batch_size} does not fit {length} training images; use 1 to {length}"
+            )
         self.length, self.batch_size, self.seed, self.repeats = length, batch_size, seed, repeats
         self.rank, self.world_size = rank, world_size
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch (from 0) that the next iteration yields, and the batch that it begins with."""
+        """Set the epoch (from 0) of the next iteration, and the batch that it starts with."""
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Return the number of batches in an epoch."""
         return self.length // self.batch_size
 
-    def __iter__(self) -> Iterator[list[Draw]]:
-        draws = self._draws()
+    def __iter__(self) -> Iterator[list[SampleSpec]]:
+        specs = self._sample_specs()
         for number in range(self.start, len(self)):
-            batch = draws[number * self.batch_size : (number + 1) * self.batch_size]
+            batch = specs[number * self.batch_size : (number + 1) * self.batch_size]
             yield share(batch, self.rank, self.world_size)
 
-    def batch(self, number: int) -> list[Draw]:
-        """The draws of one batch of the chosen epoch, of all processes."""
-        return self._draws()[number * self.batch_size : (number + 1) * self.batch_size]
+    def batch(self, number: int) -> list[SampleSpec]:
+        """Return one batch of the current epoch, over all processes."""
+        return self._sample_specs()[number * self.batch_size : (number + 1) * self.batch_size]
 
-    def _draws(self) -> list[Draw]:
+    def _sample_specs(self) -> list[SampleSpec]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
-        pictures = torch.randperm(self.length, generator=generator)
-        order = pictures.repeat_interleave(self.repeats)[: self.length].tolist()
+        indices = torch.randperm(self.length, generator=generator)
+        order = indices.repeat_interleave(self.repeats)[: self.length].tolist()
         return [
-            Draw(index, derive_seed(self.seed, "augment", self.epoch, position))
+            SampleSpec(index, derive_seed(self.seed, "augment", self.epoch, position))
             for position, index in enumerate(order)
         ]
 
 
-def share(batch: list[Draw], part: int, parts: int) -> list[Draw]:
-    """One of `parts` equal parts of a batch.
+def share(batch: list[SampleSpec], part: int, parts: int) -> list[SampleSpec]:
+    """Return one of `parts` equal parts of a batch.
 
-    A part has as much from the front as from the back, mirrored: mixup and cutmix mix picture i with the
-    i-th from the end, so each pair is within one part, and parts mixed with one seed are the mixed batch.
-    (A part of odd size, which cannot be mixed, is a plain slice.)
+    Mixup and cutmix mix image i with the i-th image from the end. So each part has half of its images from
+    the front and half from the back, mirrored: both images of a pair are in one part, and parts mixed with
+    one seed equal the mixed batch. (A part of odd size cannot be mixed and is a plain slice.)
     """
     size = len(batch) // parts
     if size % 2:
@@ -170,14 +173,14 @@ def share(batch: list[Draw], part: int, parts: int) -> list[Draw]:
     return batch[part * half : (part + 1) * half] + batch[end - (part + 1) * half : end - part * half]
 
 
-class Prepared(Dataset[Any]):
-    """Pictures in the form that a model takes, by the batch.
+class BatchDataset(Dataset[Any]):
+    """Data set that reads, transforms and stacks a whole batch at a time.
 
     Args:
-        read: From an index to a picture in the mode that the model takes, and its target.
-        length: Number of pictures.
-        transform: Writes what becomes of such a picture to a place in the batch.
-        size: (C, H, W) of that place.
+        read: Function from an index to an image, in the model's mode (gray or RGB), and its target.
+        length: Number of images.
+        transform: Function that transforms such an image and writes it to its slot in the batch.
+        size: (C, H, W) of a transformed image.
     """
 
     def __init__(
@@ -192,48 +195,52 @@ class Prepared(Dataset[Any]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitems__(self, draws: Sequence[Draw | int]) -> Batch:
-        # torch's DataLoader calls this with all of a batch, so the states are kept once for all of it.
-        images = torch.empty(len(draws), *self.size)
+    def __getitems__(self, specs: Sequence[SampleSpec | int]) -> Batch:
+        # torch's DataLoader calls this once a batch, so the random states are saved once a batch.
+        images = torch.empty(len(specs), *self.size)
         with random_scope():
-            tries = [list(self._readable(*place)) for place in zip(draws, images, strict=True)]
-        good = [row for row, loaded in enumerate(tries) if loaded[-1].error is None]
-        found = [tries[row][-1] for row in good]
+            attempts = [list(self._readable(*pair)) for pair in zip(specs, images, strict=True)]
+        good = [row for row, loaded in enumerate(attempts) if loaded[-1].error is None]
+        found = [attempts[row][-1] for row in good]
         return Batch(
-            images=images if len(good) == len(draws) else images[good],
+            images=images if len(good) == len(specs) else images[good],
             targets=torch.tensor([loaded.target for loaded in found], dtype=torch.int64),
-            indices=[loaded.picture for loaded in found],
-            unreadable={t.picture: t.error for loaded in tries for t in loaded if t.error is not None},
+            indices=[loaded.image for loaded in found],
+            unreadable={
+                one.image: one.error for loaded in attempts for one in loaded if one.error is not None
+            },
         )
 
-    def _readable(self, draw: Draw | int, out: torch.Tensor) -> Iterator[Loaded]:
-        """The picture; if it is drawn and cannot be read, the error and then a picture in its place.
+    def _readable(self, spec: SampleSpec | int, out: torch.Tensor) -> Iterator[LoadedSample]:
+        """Yield the image; if it is unreadable and in training, yield the error and then another image.
 
-        The other picture depends on the draw's seed only, so the batch is as large as it should be, and the
-        same in every process and after every resume.
+        The other image depends on the sample's seed alone. The batch keeps its size, and is the same in every
+        process and after a resume.
         """
-        loaded = self._prepare(draw, out)
+        loaded = self._prepare(spec, out)
         yield loaded
         for _ in range(_REPLACEMENTS):
-            if loaded.error is None or not isinstance(draw, Draw):
+            if loaded.error is None or not isinstance(spec, SampleSpec):
                 return
-            draw = Draw(derive_seed(draw.seed, "picture") % len(self), derive_seed(draw.seed, "augment"))
-            loaded = self._prepare(draw, out)
+            spec = SampleSpec(
+                derive_seed(spec.seed, "picture") % len(self), derive_seed(spec.seed, "augment")
+            )
+            loaded = self._prepare(spec, out)
             yield loaded
 
-    def _prepare(self, draw: Draw | int, out: torch.Tensor) -> Loaded:
-        if isinstance(draw, Draw):
-            picture = draw.picture
-            seed_all(draw.seed)
+    def _prepare(self, spec: SampleSpec | int, out: torch.Tensor) -> LoadedSample:
+        if isinstance(spec, SampleSpec):
+            index = spec.picture
+            seed_all(spec.seed)
         else:  # evaluation: nothing is random
-            picture = draw
+            index = spec
         try:
-            image, target = self.read(picture)
+            image, target = self.read(index)
         except UnreadableImage as error:
-            # Returned, not raised: a worker's exception reaches the main process as a wall of text.
-            return Loaded(picture, -1, error)
+            # Returned, not raised: an exception of a data worker arrives as a long traceback.
+            return LoadedSample(index, -1, error)
         self.transform(image, out)
-        return Loaded(picture, target)
+        return LoadedSample(index, target)
 
 
 def train_loader(
@@ -248,24 +255,28 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader[Batch]:
-    """Shuffled, augmented, whole batches; ``loader.batch_sampler.set_epoch(e)`` before each epoch.
+    """Return a loader of shuffled, augmented, full batches.
+
+    Call `loader.batch_sampler.set_epoch(epoch)` before each epoch.
 
     Args:
-        images: Labelled pictures.
-        augment: What is done to them.
-        preprocessing: Of the model.
-        batch_size: Pictures in a batch, over all processes.
-        seed: Decides order and augmentation.
-        workers: Processes that load; the batches do not depend on it.
-        pin_memory: For a GPU.
-        rank: Which share of each batch this process takes.
-        world_size: Processes that train.
+        images: Labelled images.
+        augment: Augmentation settings.
+        preprocessing: The model's preprocessing.
+        batch_size: Images in a batch, over all processes.
+        seed: Seed of order and augmentation.
+        workers: Number of data workers; the batches do not depend on it.
+        pin_memory: Copy batches to pinned memory, for a GPU.
+        rank: Index of this process; it gets its part of each batch (see `share`).
+        world_size: Number of training processes.
     """
     read = partial(images.read_pixels, mode=_mode(preprocessing))
     transform = TrainTransform(augment, preprocessing)
-    prepared = Prepared(read, len(images), transform, preprocessing.input_size)
-    order = EpochOrder(len(prepared), batch_size, seed, augment.repeats, rank=rank, world_size=world_size)
-    return _loader(prepared, workers, pin_memory, batch_sampler=order)
+    dataset = BatchDataset(read, len(images), transform, preprocessing.input_size)
+    sampler = EpochBatchSampler(
+        len(dataset), batch_size, seed, augment.repeats, rank=rank, world_size=world_size
+    )
+    return _loader(dataset, workers, pin_memory, batch_sampler=sampler)
 
 
 def eval_loader(
@@ -278,10 +289,10 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader[Batch]:
-    """Every picture once, in order, as the model is meant to see it (arguments as `train_loader`).
+    """Return a loader of every image once, in order, with evaluation preprocessing.
 
-    Of several processes each takes every `world_size`-th picture: shares may differ by one picture, and
-    no picture is in two of them.
+    Arguments are those of `train_loader`. With several processes, each gets every `world_size`-th image: the
+    numbers of images differ by at most one, and no image is read by two processes.
     """
     transform = create_transform(
         preprocessing.input_size,
@@ -292,30 +303,30 @@ def eval_loader(
         crop_pct=preprocessing.crop_pct,
         crop_mode=preprocessing.crop_mode,
     )
-    read = partial(_converted, images, mode=_mode(preprocessing))
+    read = partial(_read_converted, images, mode=_mode(preprocessing))
     length: int = len(images)  # type: ignore[arg-type]
-    prepared = Prepared(read, length, partial(_into, transform), preprocessing.input_size)
-    own = range(rank, len(prepared), world_size)
-    return _loader(prepared, workers, pin_memory, batch_size=batch_size, sampler=own)
+    dataset = BatchDataset(read, length, partial(_transform_into, transform), preprocessing.input_size)
+    own = range(rank, len(dataset), world_size)
+    return _loader(dataset, workers, pin_memory, batch_size=batch_size, sampler=own)
 
 
 def _mode(preprocessing: Preprocessing) -> Mode:
     channels = preprocessing.input_size[0]
     if channels not in _MODES:
-        raise DataError(f"in_chans={channels}; pictures are loaded with 1 or 3 channels")
+        raise DataError(f"in_chans={channels} is not accepted; use 1 (gray) or 3 (RGB)")
     return _MODES[channels]
 
 
-def _converted(images: Dataset[Sample], index: int, mode: Mode) -> Sample:
+def _read_converted(images: Dataset[Sample], index: int, mode: Mode) -> Sample:
     image, target = images[index]
     return image.convert(mode), target
 
 
-def _into(transform: Callable[[Any], torch.Tensor], image: Any, out: torch.Tensor) -> None:
+def _transform_into(transform: Callable[[Any], torch.Tensor], image: Any, out: torch.Tensor) -> None:
     out.copy_(transform(image))
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
@@ -324,37 +335,37 @@ def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any)
         dataset,
         num_workers=workers,
         persistent_workers=workers > 0,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]  # the batch is made already
+        collate_fn=_unchanged,  # type: ignore[arg-type]  # the data set returns whole batches
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
-        # Its own: iterating a loader without one draws a number from torch's global state.
+        # A generator of its own: without one, each iteration draws a number from torch's global state.
         generator=torch.Generator().manual_seed(0),
         **order,
     )
 
 
 def _start_worker(_worker: int) -> None:
-    """Prepare a process that loads images."""
+    """Set up a data worker."""
     disable_ghostscript()
-    _leave_the_end_to_the_parent()
+    _leave_signals_to_the_parent()
 
 
-def _leave_the_end_to_the_parent() -> None:
-    """Let signals that reach a whole job be answered by the process that it is about, in one that loads.
+def _leave_signals_to_the_parent() -> None:
+    """Leave signals that reach a whole job to the training process, which ends its data workers itself.
 
-    That process may still need batches to finish its update, and ends its loaders by a message as a rule.
-    Ctrl-C in a terminal is ignored here. SIGTERM, which SLURM sends to all processes, is taken as notice to
-    end in half a minute, so that a parent that tries to end a loader by this signal does not wait for ever.
+    The training process may still need batches to finish its step. A data worker ignores Ctrl-C. SLURM sends
+    SIGTERM to all processes; a data worker then exits after half a minute, so that a parent that ends it by
+    this signal does not wait forever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_NOTICE))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
 
 
 def readable(batch: Batch) -> Batch:
-    """The batch, if every picture of it could be read.
+    """Return the batch if every image of it is readable.
 
     Raises:
-        UnreadableImage: the first that could not.
+        UnreadableImage: for the first unreadable image.
     """
     if batch.unreadable:
         raise next(iter(batch.unreadable.values()))

@@ -1,7 +1,7 @@
-"""Images that are in two splits, found by the folders and tar files that hold them.
+"""Check for images that are in two splits, by the folders and tar files that hold them.
 
-A folder that is read is read whole, so two splits that read one folder share its images. A link to a single
-file is not followed here.
+A source takes all images of a folder, so two splits with one folder share its images. Links to single files
+are not followed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from localvit.data.config import DataConfig, DataError
 from localvit.data.images import Images
 
 _FLAGS = {"train": " (--data)", "test": " (--val-data)", "validation": ""}
-_Identity = tuple[int, int]
+_Inode = tuple[int, int]
 
 
 def common_place(first: Images, second: Images) -> str | None:
-    """Find a folder or tar file whose images are in both sets; `None` if there is none."""
+    """Return a folder or tar file with images of both sets, or `None`."""
     there = _places(second)
-    return next((path for identity, path in _places(first).items() if identity in there), None)
+    return next((path for inode, path in _places(first).items() if inode in there), None)
 
 
 def check_disjoint(config: DataConfig, splits: Mapping[str, Images]) -> None:
@@ -28,11 +28,11 @@ def check_disjoint(config: DataConfig, splits: Mapping[str, Images]) -> None:
 
     Args:
         config: The sources, for the message.
-        splits: The images of `train`, `test` and `validation`, in this order. Splits that are held out of
-            one set are not compared.
+        splits: Images of `train`, `test` and `validation`, in this order. Splits held out of one set are not
+            compared.
 
     Raises:
-        DataError: naming both sources and what to do.
+        DataError: if two sources share images; the message names both.
     """
     names = list(splits)
     for i, name in enumerate(names):
@@ -45,7 +45,7 @@ def check_disjoint(config: DataConfig, splits: Mapping[str, Images]) -> None:
 
 
 def overlap_message(config: DataConfig, name: str, other: str, common: str) -> str:
-    """Say that two splits share images, and what to do."""
+    """Return the message for two splits that share images."""
     remedy = "name sources that do not contain each other"
     if getattr(config, name) is not None:
         remedy += f", or leave data.{name}{_FLAGS[name]} out"
@@ -59,8 +59,8 @@ def _shown(config: DataConfig, name: str) -> str:
     return f"data.{name}={source!r}{_FLAGS[name]}"
 
 
-def _places(images: Any) -> dict[_Identity, str]:
-    """Identity on the disk -> path of each folder or tar file that holds images of this set."""
+def _places(images: Any) -> dict[_Inode, str]:
+    """Return (device, inode) -> path of each folder or tar file with images of this set."""
     reader: Any = getattr(images, "reader", None)
     if hasattr(reader, "samples"):
         paths = {os.path.dirname(file) for file, _ in reader.samples}

@@ -1,4 +1,4 @@
-"""From the name of a source to the pictures of each split that it brings along."""
+"""Data sources by name, and the splits of each."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _SUBFOLDERS = {
     "test": ("test",),
 }
 DIGITS_TEST = 500
-"""Test images of `digits`: 28 % of them, for a standard error below one point at 95 %."""
+"""Number of test images of `digits`: 28 %, for a standard error below one point at 95 % accuracy."""
 FIXED_SEED = 20240
-"""Of the splits that must be the same in every run."""
+"""Seed of the splits that are the same in every run."""
 
 Opener = Callable[[], Images]
 
 
 def find_splits(source: str, config: DataConfig) -> dict[str, Opener]:
-    """The splits of a source, each as a function that opens it.
+    """Return the splits of a source, each as a function that opens it.
 
-    Keys are ``"train"``, ``"validation"`` and ``"test"`` where the source tells them apart, or the
-    single key ``"all"`` where it does not (a plain folder or tar).
+    Keys are `"train"`, `"validation"` and `"test"`, as far as the source has them, or the single key `"all"`
+    for a source without splits (a plain folder or tar).
 
     Raises:
         DataError: if there is no such source.
@@ -64,16 +64,16 @@ def find_splits(source: str, config: DataConfig) -> dict[str, Opener]:
 
 
 def same_source(first: str, second: str) -> bool:
-    """Whether two names mean the same source: equal, or one file or folder under two paths."""
+    """Return True if two names are equal, or are paths of one file or folder."""
     if os.path.exists(first) and os.path.exists(second):
         return os.path.samefile(first, second)
     return first == second
 
 
 def open_digits(split: str) -> ArrayImages:
-    """The 1,797 handwritten digits (8x8, gray) that scikit-learn ships.
+    """Open a split of scikit-learn's 1,797 handwritten digits (8x8, gray).
 
-    Test pictures are chosen once for all runs, the same share of each digit.
+    The test images are the same in every run, with the same fraction of each digit.
 
     Raises:
         DataError: if scikit-learn is not installed.
@@ -81,7 +81,9 @@ def open_digits(split: str) -> ArrayImages:
     try:
         from sklearn.datasets import load_digits  # an extra, and slow to import
     except ImportError as error:
-        raise DataError("data 'digits' needs scikit-learn: pip install 'localvit[study]'") from error
+        raise DataError(
+            "data source 'digits' needs scikit-learn; run: pip install 'localvit[study]'"
+        ) from error
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0..16
     kept, held = stratified_holdout(digits.target, DIGITS_TEST, seed=FIXED_SEED)
@@ -91,60 +93,60 @@ def open_digits(split: str) -> ArrayImages:
 
 
 def stratified_holdout(labels: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hold `count` items out, from each class in proportion to its size.
+    """Hold out `count` items, from each class in proportion to its size.
 
     Args:
         labels: (N,) class of each item.
-        count: Number of items to hold out; at least one of each class stays, so it may be fewer.
-        seed: Which ones.
+        count: Number of items to hold out. One item of each class is always kept, so it may be fewer.
+        seed: Seed of the choice.
 
     Returns:
         Indices kept and indices held out: disjoint, sorted, together 0..N-1.
     """
-    share = _shares(labels, seed)
-    order = np.argsort(share, kind="stable")
-    held = order[: min(count, int(np.isfinite(share).sum()))]
+    position = _class_positions(labels, seed)
+    order = np.argsort(position, kind="stable")
+    held = order[: min(count, int(np.isfinite(position).sum()))]
     return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
 
 
 def nested_subset(labels: np.ndarray, candidates: np.ndarray, fraction: float) -> np.ndarray:
-    """The same share of each class, where a smaller share is part of every larger one.
+    """Choose the same fraction of each class; a smaller subset is part of every larger one.
 
     Args:
         labels: (N,) class of each item.
-        candidates: Indices among which to choose; the order of preference is that of all N items, so that it
-            does not depend on what was held out before.
-        fraction: Share of the candidates that is kept; of each class that they have, at least one item.
+        candidates: Indices to choose from. The order of preference is one of all N items, so it does not
+            depend on the items held out before.
+        fraction: Fraction of the candidates to keep; at least one item of each of their classes is kept.
 
     Returns:
-        Sorted indices, a part of `candidates`.
+        Sorted indices, a subset of `candidates`.
     """
-    preferred = candidates[np.argsort(_shares(labels, FIXED_SEED)[candidates], kind="stable")]
+    preferred = candidates[np.argsort(_class_positions(labels, FIXED_SEED)[candidates], kind="stable")]
     own = np.asarray(labels)[preferred]
-    share = np.empty(len(own))
+    position = np.empty(len(own))
     for label in np.unique(own):
         members = np.flatnonzero(own == label)
-        share[members] = np.arange(len(members)) / len(members)  # 0 for the first: every class has one
-    order = np.argsort(share, kind="stable")
-    count = max(int((share == 0).sum()), round(fraction * len(candidates)))
+        position[members] = np.arange(len(members)) / len(members)  # 0 for the first: every class has one
+    order = np.argsort(position, kind="stable")
+    count = max(int((position == 0).sum()), round(fraction * len(candidates)))
     return np.sort(preferred[order[:count]])
 
 
-def _shares(labels: np.ndarray, seed: int) -> np.ndarray:
-    """(N,) position of each item among its class, as a share of the class; infinite for the last of it.
+def _class_positions(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Return the position of each item in its shuffled class, (N,), in 0..1; infinite for the last item.
 
-    Taking the smallest shares takes the same share of every class, and the remainder is spread instead of
-    rounded away class by class.
+    The items of lowest position are the same fraction of every class. The remainder is spread over the
+    classes instead of being rounded away in each.
     """
     labels = np.asarray(labels)
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(labels))
-    share = np.empty(len(labels))
+    position = np.empty(len(labels))
     for label in np.unique(labels):
         members = shuffled[labels[shuffled] == label]
-        share[members] = (np.arange(len(members)) + rng.random()) / len(members)
-        share[members[-1]] = np.inf
-    return share
+        position[members] = (np.arange(len(members)) + rng.random()) / len(members)
+        position[members[-1]] = np.inf
+    return position
 
 
 def _folder_splits(folder: str) -> dict[str, Opener]:
@@ -157,22 +159,22 @@ def _folder_splits(folder: str) -> dict[str, Opener]:
         for name in reversed(names)
         if name in entries
     }
-    if "train" not in found:  # then "val" and "test" may well be names of classes
+    if "train" not in found:  # then "val" and "test" may be names of classes
         return {"all": partial(open_folder, folder)}
     for names in found.values():
         if len(names) > 1:
             both = " and ".join(map(repr, names))
-            raise DataError(f"{folder!r} holds {both}, which mean the same split; rename one of them")
+            raise DataError(f"{folder!r} has {both}, which name the same split; rename one of them")
     return {split: partial(open_folder, os.path.join(folder, names[0])) for split, names in found.items()}
 
 
 def _open_torchvision(source: str, split: str, config: DataConfig) -> Images:
     if config.root is None:
-        raise DataError(f"data.root=None; {source!r} needs the folder in which its files are")
+        raise DataError(f"data.root=None is not accepted for {source!r}; use the folder that has its files")
     try:
         dataset = create_dataset(source, root=config.root, split=split, download=config.download)
     except (AssertionError, RuntimeError, OSError) as error:
-        hint = "" if config.download else " (data.download=true fetches it)"
+        hint = "" if config.download else "; data.download=true downloads it"
         raise DataError(f"data source {source!r} in {config.root!r}: {_first_line(error)}{hint}") from error
     return TorchvisionImages(dataset, source)
 
@@ -181,7 +183,9 @@ def _open_hub(source: str, split: str, config: DataConfig) -> ReaderImages:
     try:
         reader = create_dataset(source, root=config.root, split=split).reader
     except ImportError as error:
-        raise DataError(f"data source {source!r} needs datasets: pip install datasets") from error
+        raise DataError(
+            f"data source {source!r} needs the package datasets; run: pip install datasets"
+        ) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise DataError(f"data source {source!r}, split {split!r}: {_first_line(error)}") from error
     labels = [int(label) for label in reader.iter_targets()]
@@ -191,7 +195,9 @@ def _open_hub(source: str, split: str, config: DataConfig) -> ReaderImages:
 
 def _open_shards(source: str, split: str, config: DataConfig) -> ReaderImages:
     if config.root is None or not os.path.isdir(config.root):
-        raise DataError(f"data.root={config.root!r}; {source!r} needs the folder in which its shards are")
+        raise DataError(
+            f"data.root={config.root!r} is not accepted for {source!r}; use the folder that has its shards"
+        )
     return open_shards(config.root, split)
 
 

@@ -1,4 +1,4 @@
-"""Three splits from what the user has: one to learn from, one to choose on, one to report."""
+"""Training, validation and test splits of the configured sources."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from localvit.data.sources import (
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Disjoint sets of labelled pictures over the same classes.
+    """Disjoint sets of labelled images over the same classes.
 
     Attributes:
-        train: Learned from.
-        validation: Chosen on: best epoch, learning rates.
-        test: Reported, never chosen on.
+        train: Training images.
+        validation: Images for choices: best epoch, learning rates.
+        test: Images for the reported results; no choice uses them.
         class_names: Name of each label.
-        notes: Sentences for the reader of the results: what was held out, and of what.
+        notes: Sentences for reports about the images that were held out.
     """
 
     train: Part
@@ -45,50 +45,52 @@ class Splits:
 
 
 def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
-    """Open the sources of `config` and hold out the splits that they lack.
+    """Open the sources of `config` and hold out missing splits.
 
-    No picture of a source is in two splits, and `test` is the same for every seed.
+    No image of a source is in two splits, and `test` is the same for every seed.
 
     Args:
         config: The sources.
-        seed: Which pictures a held-out validation part takes.
+        seed: Seed of a held-out validation split.
 
     Raises:
-        DataError: if a source does not exist, holds no pictures, has a class that the training pictures
-            lack, or shares images with another source; if there are fewer than two classes.
+        DataError: if a source does not exist, has no images, has a class that the training images lack, or
+            shares images with another source; if there are fewer than two classes.
     """
     _check_distinct(config)
     available = find_splits(config.train, config)
     train = _open(available, ("train", "all"), config.train)
     names = train.class_names
     if len(names) < 2:
-        raise DataError(f"{config.train!r} has {len(names)} class; at least 2 are needed")
-    kept = np.arange(len(train))
+        raise DataError(f"{config.train!r} has {len(names)} class; use a source with at least 2")
+    remaining = np.arange(len(train))
     notes: list[str] = []
 
     if config.test is not None:
-        test = _given(config.test, config, names)
+        test = _open_given(config.test, config, names)
     elif own := _first(available, ("test", "validation")):
-        test = _whole(own(), config.train, names)
+        test = _all_of(own(), config.train, names)
     else:
-        kept, test = _hold_out(train, kept, names, config.holdout, FIXED_SEED)
+        remaining, test = _hold_out(train, remaining, names, config.holdout, FIXED_SEED)
         notes.append(_note("test", test, config.train, "the same for every seed"))
 
     own_validation = _own_validation(available, config, test)
     if config.validation is not None:
-        validation = _given(config.validation, config, names)
+        validation = _open_given(config.validation, config, names)
     elif own_validation is not None:
-        validation = _whole(own_validation, config.train, names)
+        validation = _all_of(own_validation, config.train, names)
     else:
-        kept, validation = _hold_out(train, kept, names, config.holdout, seed)
+        remaining, validation = _hold_out(train, remaining, names, config.holdout, seed)
         notes.append(_note("validation", validation, config.train, f"chosen by seed {seed}"))
     check_disjoint(config, {"train": train, "test": test.images, "validation": validation.images})
     if config.fraction < 1.0:
-        whole = len(kept)
-        kept = nested_subset(np.asarray(train.labels), kept, config.fraction)
-        notes.append(f"train: {len(kept)} of {whole} images of {config.train!r}, the same for every seed")
+        total = len(remaining)
+        remaining = nested_subset(np.asarray(train.labels), remaining, config.fraction)
+        notes.append(
+            f"train: {len(remaining)} of {total} images of {config.train!r}, the same for every seed"
+        )
     return Splits(
-        train=Part(train, kept, names),
+        train=Part(train, remaining, names),
         validation=validation,
         test=test,
         class_names=names,
@@ -97,26 +99,26 @@ def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
 
 
 def open_reported(source: str, config: DataConfig) -> Part:
-    """The pictures of one source that are there to be reported on, all of them if it has no splits.
+    """Open the test split of a source: `test`, else `validation`, else all images of a source without splits.
 
     Args:
         source: The source.
-        config: For `root` and the names of splits.
+        config: Settings for `root` and the names of splits.
 
     Raises:
-        DataError: as `open_splits`.
+        DataError: as for `open_splits`.
     """
     images = _open(find_splits(source, config), ("test", "validation", "all"), source)
-    return _whole(images, source, images.class_names)
+    return _all_of(images, source, images.class_names)
 
 
-def _given(source: str, config: DataConfig, names: Sequence[str]) -> Part:
+def _open_given(source: str, config: DataConfig, names: Sequence[str]) -> Part:
     images = _open(find_splits(source, config), ("test", "validation", "all"), source)
-    return _whole(images, source, names)
+    return _all_of(images, source, names)
 
 
 def _own_validation(available: dict[str, Opener], config: DataConfig, test: Part) -> Images | None:
-    """Open the validation split of the training source, unless its images are those that are reported."""
+    """Open the validation split of the training source, unless its images are the test images."""
     if config.validation is not None or "validation" not in available:
         return None
     if config.test is None and "test" not in available:
@@ -132,11 +134,13 @@ def _first(available: dict[str, Opener], keys: Sequence[str]) -> Opener | None:
 def _open(available: dict[str, Opener], keys: Sequence[str], source: str) -> Images:
     opener = _first(available, keys)
     if opener is None:
-        raise DataError(f"{source!r} has the splits {', '.join(available)}, but none of {', '.join(keys)}")
+        raise DataError(
+            f"{source!r} has the splits {', '.join(available)}; it needs one of {', '.join(keys)}"
+        )
     return opener()
 
 
-def _whole(images: Images, source: str, names: Sequence[str]) -> Part:
+def _all_of(images: Images, source: str, names: Sequence[str]) -> Part:
     try:
         return Part(images, np.arange(len(images)), names)
     except DataError as error:
@@ -144,14 +148,16 @@ def _whole(images: Images, source: str, names: Sequence[str]) -> Part:
 
 
 def _hold_out(
-    images: Images, candidates: np.ndarray, names: Sequence[str], share: float, seed: int
+    images: Images, candidates: np.ndarray, names: Sequence[str], fraction: float, seed: int
 ) -> tuple[np.ndarray, Part]:
-    """Indices that stay among `candidates`, and the part taken from them."""
+    """Return the candidates that are left, and the split held out of them."""
     labels = np.asarray(images.labels)[candidates]
-    kept, held = stratified_holdout(labels, max(1, round(share * len(labels))), seed)
-    if len(held) == 0:
-        raise DataError(f"{len(labels)} training pictures are too few to hold some out")
-    return candidates[kept], Part(images, candidates[held], names)
+    remaining, held_out = stratified_holdout(labels, max(1, round(fraction * len(labels))), seed)
+    if len(held_out) == 0:
+        raise DataError(
+            f"{len(labels)} training images are too few to hold some out; name a source for each split"
+        )
+    return candidates[remaining], Part(images, candidates[held_out], names)
 
 
 def _note(split: str, part: Part, source: str, how: str) -> str:
@@ -159,7 +165,7 @@ def _note(split: str, part: Part, source: str, how: str) -> str:
 
 
 def _check_distinct(config: DataConfig) -> None:
-    """Refuse one plain source under two names; a source that tells its splits apart may be named twice."""
+    """Refuse a source without splits for two splits; a source with splits may be named twice."""
     given = [(name, getattr(config, name)) for name in ("train", "test", "validation")]
     sources = [(name, source) for name, source in given if source is not None]
     for i, (name, source) in enumerate(sources):

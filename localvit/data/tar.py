@@ -1,9 +1,9 @@
-"""Pictures in tar files, read by index and right in any process.
+"""Images in tar files, read by index from any process.
 
-timm's reader of tar files keeps one file open: worker processes forked after its first read share one file
-position and return each other's pictures. timm's stream of WebDataset shards has an order that depends on the
-number of workers, leaves out what it cannot decode, and cannot give a part of itself away. Here members are
-listed once and each read opens the file anew (some 20 microseconds), so that nothing is shared.
+timm's tar reader keeps one file open: data workers forked after its first read share one file position and
+return each other's images. timm's stream of WebDataset shards has an order that depends on the number of
+workers, skips unreadable images, and has no subsets. Here the members are listed once and each read opens the
+file again (about 20 microseconds), so processes share nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from localvit.data.order import name_order
 
 
 class Member(NamedTuple):
-    """A file in a tar: where its bytes are."""
+    """Position of a file in a tar."""
 
     tar: str
     name: str
@@ -33,17 +33,17 @@ class Member(NamedTuple):
     size: int
 
     def read(self) -> bytes:
-        """Its content."""
+        """Read the content."""
         with open(self.tar, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
 
 
 def list_members(path: str) -> list[Member]:
-    """The files in an uncompressed tar, in its order.
+    """List the files in an uncompressed tar, in its order.
 
     Raises:
-        DataError: if it is none.
+        DataError: if it is not an uncompressed tar.
     """
     try:
         with tarfile.open(path, mode="r:") as tar:
@@ -51,14 +51,16 @@ def list_members(path: str) -> list[Member]:
                 Member(path, m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()
             ]
     except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path!r} is not an uncompressed tar file: {error}") from error
+        raise DataError(
+            f"{path!r} is not an uncompressed tar file ({error}); repack it without compression"
+        ) from error
 
 
 class TarReader(Reader):
-    """A reader in timm's form over members of any number of tar files.
+    """Reader in timm's form, for members of any number of tar files.
 
     Args:
-        members: The pictures.
+        members: The images.
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
@@ -79,61 +81,69 @@ class TarReader(Reader):
 
 
 def open_tar(path: str) -> ReaderImages:
-    """The pictures in a tar of ``.../class_name/file``, in natural order of their names.
+    """Open the images in a tar of `.../class_name/file`, in natural order of their names.
 
     Raises:
-        DataError: if it is no plain tar or holds no pictures.
+        DataError: if it is not an uncompressed tar or has no images.
     """
-    found = [member for member in list_members(path) if _is_picture(member.name)]
-    pictures = sorted(found, key=lambda member: name_order(member.name))
-    if not pictures:
-        raise DataError(f"{path!r} holds no pictures ({', '.join(get_img_extensions())})")
-    folders = [os.path.basename(os.path.dirname(member.name)) for member in pictures]
+    found = [member for member in list_members(path) if _is_image(member.name)]
+    images = sorted(found, key=lambda member: name_order(member.name))
+    if not images:
+        raise DataError(f"{path!r}: 0 images in it; accepted files: {_accepted_names()}")
+    folders = [os.path.basename(os.path.dirname(member.name)) for member in images]
     names = sorted(set(folders), key=name_order)
     index = {name: i for i, name in enumerate(names)}
-    return ReaderImages(TarReader(pictures), names, [index[folder] for folder in folders])
+    return ReaderImages(TarReader(images), names, [index[folder] for folder in folders])
 
 
 def open_shards(root: str, split: str) -> ReaderImages:
-    """The pictures in local WebDataset shards: ``KEY.jpg`` (or another format) beside ``KEY.cls``.
+    """Open the images in local WebDataset shards: `KEY.jpg` (or another format) beside `KEY.cls`.
 
     Args:
         root: Folder of the shards.
-        split: As timm names it: ``"train-{0000..0012}.tar"`` (``"|COUNT"`` behind it is ignored), or the
-            name of a split in ``_info.json`` or ``info.json``.
+        split: timm's name of a split: `"train-{0000..0012}.tar"` (a `"|COUNT"` after it is ignored), or the
+            name of a split in `_info.json` or `info.json`.
 
     Raises:
-        DataError: if there are no such shards, or a picture has no ``.cls`` with an integer.
+        DataError: if there are no such shards, or an image has no `.cls` file with an integer.
     """
-    pictures: list[Member] = []
+    images: list[Member] = []
     labels: list[int] = []
     for shard in _shards(root, split):
         members = list_members(shard)
         classes = {m.name.removesuffix(".cls"): m for m in members if m.name.endswith(".cls")}
         for member in members:
-            if _is_picture(member.name):
+            if _is_image(member.name):
                 key = os.path.splitext(member.name)[0]
-                pictures.append(member)
+                images.append(member)
                 labels.append(_label(classes.get(key), member))
-    if not pictures:
-        raise DataError(f"split {split!r} in {root!r} holds no pictures")
-    return ReaderImages(TarReader(pictures), [str(i) for i in range(max(labels) + 1)], labels)
+    if not images:
+        raise DataError(
+            f"split {split!r} in {root!r}: 0 images in its shards; accepted files: {_accepted_names()}"
+        )
+    return ReaderImages(TarReader(images), [str(i) for i in range(max(labels) + 1)], labels)
 
 
-def _is_picture(name: str) -> bool:
+def _accepted_names() -> str:
+    return ", ".join(get_img_extensions())
+
+
+def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in get_img_extensions(as_set=True)
 
 
-def _label(cls: Member | None, picture: Member) -> int:
+def _label(cls: Member | None, image: Member) -> int:
     text = cls.read().decode(errors="replace").strip() if cls else None
     if text is None or not text.isdecimal():
         found = "no .cls file" if text is None else f"a .cls file with {text[:20]!r}"
-        raise DataError(f"{picture.name!r} in {picture.tar!r} has {found}; it must hold the class number")
+        raise DataError(
+            f"{image.name!r} in {image.tar!r} has {found}; each image needs one with its class number"
+        )
     return int(text)
 
 
 def _shards(root: str, split: str) -> list[str]:
-    """Paths of the shards of a split."""
+    """Return the paths of the shards of a split."""
     pattern = split.partition("|")[0]
     if pattern.endswith(".tar"):
         span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
@@ -155,5 +165,5 @@ def _from_info(root: str, split: str) -> list[str]:
                 return list(splits[split]["filenames"])
             raise DataError(f"{path!r} has the splits {', '.join(splits)}, not {split!r}")
     raise DataError(
-        f"split {split!r} in {root!r}: name shards ('train-{{0000..0012}}.tar') or add _info.json"
+        f"split {split!r} is not in {root!r}; name shards ('train-{{0000..0012}}.tar') or add _info.json"
     )

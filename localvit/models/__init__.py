@@ -1,4 +1,4 @@
-"""Names of models, and the authors' weights."""
+"""Models by name, and the authors' weights."""
 
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     )
     from localvit.models.config import ModelConfig as ModelConfig
     from localvit.models.listing import (
-        Card as Card,
-        Entry as Entry,
-        card as card,
-        catalogue as catalogue,
+        ModelCard as ModelCard,
+        ModelEntry as ModelEntry,
+        model_card as model_card,
         names as names,
+        registry as registry,
     )
     from localvit.models.published import (
         CheckpointError as CheckpointError,

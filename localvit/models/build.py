@@ -1,4 +1,4 @@
-"""Models from their configurations; what cannot work fails before training."""
+"""Models from their configurations, with checks before training."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, KeyError, IndexError)
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    """The model of `config`.
+    """Build the model of `config`; its initial weights come from torch's global random state.
 
     Args:
-        config: Which model. Its initial weights come from torch's global random state.
-        num_classes: Classes of the data.
+        config: Name, locality and arguments of the model.
+        num_classes: Number of classes of the data.
 
     Raises:
-        ConfigError: for an unknown name, arguments that the model refuses, a locality that does not fit
-            it, or fewer outputs than `num_classes`.
+        ConfigError: for an unknown name, arguments that the model refuses, a locality that does not fit the
+            model, or fewer outputs than `num_classes`.
     """
     do_what_waits()  # a worker process may have come here past every door
     name = config.name
@@ -36,7 +36,8 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     args = {"num_classes": num_classes, **config.args}
     if args["num_classes"] < num_classes:
         raise ConfigError(
-            f"model.args.num_classes={args['num_classes']}, but the data has {num_classes} classes"
+            f"model.args.num_classes={args['num_classes']} is not accepted; "
+            f"the data has {num_classes} classes, so use {num_classes} or more"
         )
     if config.locality is not None:
         args |= {"base": name, "locality": config.locality.to_dict(), "blocks": config.blocks}
@@ -53,10 +54,10 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
 
 
 def preprocessing_for(model: nn.Module, config: DataConfig) -> Preprocessing:
-    """Return the preparation of images for `model`; what `config` leaves open is the model's own.
+    """Return the preprocessing for `model`; fields that are `None` in `config` are the model's own.
 
     Raises:
-        ConfigError: if `mean` or `std` do not fit the model's channels.
+        ConfigError: if `mean` or `std` has not one number per channel of the model.
     """
     names = ("mean", "std", "interpolation", "crop_pct")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
@@ -69,25 +70,30 @@ def preprocessing_for(model: nn.Module, config: DataConfig) -> Preprocessing:
 
 
 def _built_for(model: nn.Module) -> tuple[int, int] | None:
-    """The size of pictures that the model's patches say. For a model that takes any size
-    (``dynamic_img_size``) timm recommends that of the published one, whatever this one was built for."""
+    """Return the image size of the model's patch embedding, or `None`.
+
+    For a model with `dynamic_img_size`, timm recommends the size of the published model, not the size that
+    this one was built for.
+    """
     patches = (part for name, part in model.named_modules() if name.rpartition(".")[2] == "patch_embed")
     return getattr(next(patches, None), "img_size", None)
 
 
 def check_forward(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
-    """Run `model` once on zeros of `input_size` (C, H, W), in evaluation mode, where its weights are (on the
-    meta device this costs nothing and finds what shapes alone can tell).
+    """Run `model` once on zeros of `input_size` (C, H, W), in evaluation mode, on the device of its weights.
+
+    On the meta device this costs nothing and finds errors of shapes.
 
     Raises:
-        ConfigError: if its patches do not tile the image, if it fails, or returns other than class scores.
+        ConfigError: if its patches do not tile the image, or if it fails or does not return class scores.
     """
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch and any(size % side for size, side in zip(input_size[1:], patch, strict=True)):
-        # timm's patch embedding would drop the remaining pixels without a word.
+        # timm's patch embedding would silently drop the remaining pixels.
         size = "x".join(map(str, input_size[1:]))
         raise ConfigError(
-            f"model.args.img_size: {size} is not divisible by the patch size {patch[0]}x{patch[1]}"
+            f"model.args.img_size: {size} is not divisible by the patch size {patch[0]}x{patch[1]}; "
+            "use a multiple of it"
         )
     try:
         with torch.no_grad():
@@ -99,4 +105,6 @@ def check_forward(model: nn.Module, name: str, input_size: tuple[int, int, int])
     finally:
         model.train()
     if output.shape != (1, model.num_classes):
-        raise ConfigError(f"model {name!r} does not return (batch, classes) but {tuple(output.shape)}")
+        raise ConfigError(
+            f"model {name!r} returns {tuple(output.shape)}; accepted: class scores (batch, classes)"
+        )

@@ -1,4 +1,4 @@
-"""Choice of a model, as plain data."""
+"""Configuration of a model, as plain data."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from localvit.locality import LocalityConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which model; control and treatment of a comparison differ in `locality` only.
+    """Choice of a model; control and treatment of a comparison differ in `locality` only.
 
     Attributes:
-        name: Any name that ``timm.create_model`` knows.
-        locality: ``None`` takes the model as it is; otherwise its feed-forward networks are localized. In a
-            file or a setting, ``preset`` names a published design that the other fields change.
-        blocks: Which blocks: ``"all"``, ``"lower-half"``, ``"lower-third"``, ``"middle-third"``,
-            ``"upper-third"``, a list of indices, or a list of ``[start, stop]`` pairs.
+        name: Any name of `timm.create_model`.
+        locality: Locality of the feed-forward networks; `None`: the plain model. In a file or a setting,
+            `preset` names a published design, and the other fields change it.
+        blocks: Blocks with locality: `"all"`, `"lower-half"`, `"lower-third"`, `"middle-third"`,
+            `"upper-third"`, a list of indices, or a list of `[start, stop]` pairs.
         pretrained: Start from published weights.
-        args: Further arguments of ``timm.create_model`` (`img_size`, `patch_size`, `in_chans`,
-            `embed_dim`, `depth`, `num_heads`, `drop_path_rate`, ...). `num_classes` comes from the data
-            unless it is given here.
+        args: Further arguments of `timm.create_model` (`img_size`, `patch_size`, `in_chans`, `embed_dim`,
+            `depth`, `num_heads`, `drop_path_rate`, ...). By default, `num_classes` comes from the data.
     """
 
     name: str = "deit_tiny_patch16_224"
@@ -33,4 +32,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.locality is None and self.blocks != "all":
-            raise ConfigError(f"model.blocks={self.blocks!r} has no effect without model.locality")
+            raise ConfigError(
+                f"model.blocks={self.blocks!r} has no effect without model.locality; set both or neither"
+            )

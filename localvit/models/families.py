@@ -1,7 +1,7 @@
-"""How the authors' files of each family name their weights. A new family is a new row of ``FAMILIES``.
+"""Names of weights in the authors' files, by family. A new family is a new row of `FAMILIES`.
 
-A row renames only. What differs inside a feed-forward network with locality is the same in all families and
-stands in :mod:`localvit.models.published`.
+A row renames weights only. The names inside a feed-forward network with locality are the same in all families
+(`localvit.models.published`).
 """
 
 import re
@@ -20,15 +20,15 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Family:
-    """A row.
+    """Names of weights of one family.
 
     Attributes:
-        classes: Of its models.
-        marker: Pattern of a key that every file of the family has, and no file of a family further up.
-        bases: Patterns of the timm names of its plain models that a file without a name is tried against.
-        own_keys: Weights -> for each key its name in our (timm's) models.
-        adapt: A timm checkpoint filter that fits weights under our names to another input size.
-        unused: Pattern of weights, under our names, that the reference stores and never uses.
+        classes: Classes of its models.
+        marker: Pattern of a key in every file of the family and in no file of an earlier row.
+        bases: Patterns of timm names of plain models, to try for a file without a name.
+        own_keys: Function from weights to key of the file -> name in our (timm's) models.
+        adapt: timm checkpoint filter that fits weights with our names to another input size.
+        unused: Pattern of weights, by our names, that the reference stores and never uses.
     """
 
     classes: tuple[type[nn.Module], ...]
@@ -40,12 +40,12 @@ class Family:
 
 
 def family_of(model: nn.Module) -> Family | None:
-    """The row of a model's class."""
+    """Return the family of a model's class."""
     return next((family for family in FAMILIES if isinstance(model, family.classes)), None)
 
 
 def family_of_file(weights: Weights) -> Family:
-    """The row that the keys of a file point to; plain transformers where nothing else does."""
+    """Return the family of a file by its keys; plain transformers by default."""
     return next(family for family in FAMILIES if any(re.search(family.marker, key) for key in weights))
 
 
@@ -54,7 +54,7 @@ def _key_by_key(rename: Callable[[str], str]) -> Callable[[Weights], dict[str, s
 
 
 def _swin_keys(weights: Weights) -> dict[str, str]:
-    """The authors merge patches at the end of a stage, timm at the start of the next."""
+    """Rename Swin's keys: the authors merge patches at the end of a stage, timm at the start of the next."""
     if "layers.0.downsample.reduction.weight" not in weights:
         return {key: key for key in weights}
 

@@ -1,4 +1,4 @@
-"""The table of names: what each costs, and what its authors report."""
+"""Registry of models: the cost of each, and the accuracy that its authors report."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ from localvit.surgery import confounders, plan
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One name of the table; every field a JSON value.
+class ModelEntry:
+    """One model of the registry; every field is a JSON value.
 
     Attributes:
-        name: For ``timm.create_model``.
-        base: The plain model it is made from; its own name for a baseline.
-        locality: What is put into its feed-forward networks; ``None`` for a baseline.
-        also: What is put into further groups of them, by group.
+        name: Name for `timm.create_model`.
+        base: Name of its plain model; its own name for a baseline.
+        locality: Locality of its feed-forward networks; `None` for a baseline.
+        also: Locality of further groups of feed-forward networks, by group.
         args: Constructor arguments in which it differs from its base.
-        parameters: Counted on the built model, 1,000 classes.
-        gmacs: Multiply-accumulates of one image at `input_size`, in units of 1e9 (:func:`count_macs`).
+        parameters: Number of parameters, counted on the built model with 1,000 classes.
+        gmacs: Multiply-accumulates of one image at `input_size`, in units of 1e9 (`count_macs`).
         input_size: Channels, height, width.
-        top1, top5: ImageNet-1k validation accuracy in percent that the authors report, or ``None``.
-        source: Where they report it.
-        weights: Where ``pretrained=True`` fetches weights from, or ``None``.
+        top1, top5: ImageNet-1k validation accuracy in percent that the authors report, or `None`.
+        source: Source of that accuracy.
+        weights: Source of the weights of `pretrained=True`, or `None`.
     """
 
     name: str
@@ -46,42 +46,42 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Card:
-    """All that is known of one name; every field a JSON value.
+class ModelCard:
+    """Full description of one model of the registry; every field is a JSON value.
 
     Attributes:
-        entry: Its line of the table.
-        base: That of the plain model it is compared with; ``None`` for a baseline.
-        confounders: What differs between the two besides the depth-wise convolution, in sentences.
+        entry: Its entry in the registry.
+        base: Entry of its plain model; `None` for a baseline.
+        confounders: Sentences on differences between the two besides the depth-wise convolution.
         notes: Facts that do not follow from the configuration.
-        dead_parameters: Parameters that no output depends on (:class:`localvit.Plan`).
+        dead_parameters: Number of parameters that no output depends on (`localvit.Plan`).
         matched: Name of the variant without the confounders around the feed-forward network.
     """
 
-    entry: Entry
-    base: Entry | None
+    entry: ModelEntry
+    base: ModelEntry | None
     confounders: tuple[str, ...]
     notes: tuple[str, ...]
     dead_parameters: int
     matched: str | None
 
 
-def card(name: str) -> Card:
-    """The card of a name of the table.
+def model_card(name: str) -> ModelCard:
+    """Return the card of a model of the registry.
 
     Raises:
-        KeyError: for a name that is not in it.
+        KeyError: for a name that is not in the registry.
     """
     if name not in names():
         raise KeyError(name)
     variant, entry = VARIANTS.get(name), _entry(name)
     if variant is None:
-        return Card(entry, None, (), (), 0, None)
+        return ModelCard(entry, None, (), (), 0, None)
     base, model = _on_meta(variant.base), _on_meta(name)
     the_plan = plan(_on_meta(variant.base, **variant.args), variant.locality, also=variant.also)
     dead = set(the_plan.dead_parameters)
     matched = f"{name}_matched"
-    return Card(
+    return ModelCard(
         entry=entry,
         base=_entry(variant.base),
         confounders=(*_other_heads(base, model), *confounders(the_plan)),
@@ -99,23 +99,23 @@ def _other_heads(base: nn.Module, model: nn.Module) -> list[str]:
     return [f"Attention heads: {control} in the control, {local} with locality."]
 
 
-def catalogue() -> Iterator[Entry]:
-    """All names with locality, each after the baseline it is compared with; counted as they are asked for."""
+def registry() -> Iterator[ModelEntry]:
+    """Iterate over all models with locality, each after its baseline; each is counted when it is reached."""
     return map(_entry, names())
 
 
 def names() -> list[str]:
-    """The names of the table, in its order."""
+    """Return the names of the registry, in its order."""
     return list(dict.fromkeys(n for name, variant in VARIANTS.items() for n in (variant.base, name)))
 
 
-def _entry(name: str) -> Entry:
+def _entry(name: str) -> ModelEntry:
     variant = VARIANTS.get(name)
     published = variant.published if variant else BASELINES.get(name)
     cfg = get_pretrained_cfg(name)
     assert cfg is not None
     model = _on_meta(name)
-    return Entry(
+    return ModelEntry(
         name=name,
         base=variant.base if variant else name,
         locality=variant.locality.to_dict() if variant else None,
@@ -132,5 +132,5 @@ def _entry(name: str) -> Entry:
 
 
 def _on_meta(name: str, **args: Any) -> nn.Module:
-    """Built without memory, to be counted."""
+    """Build a model on the meta device, for counting."""
     return on_meta(lambda: timm.create_model(name, **args))

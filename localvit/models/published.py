@@ -1,10 +1,9 @@
-"""The authors' released weights, under our names.
+"""The authors' released weights, with our names.
 
-Reference repository: ofsoundof/LocalViT (paper: arXiv 2104.05707). Its checkpoints hold the model under
-``"model"``, beside optimizer state and an ``argparse.Namespace``. What surrounds the feed-forward network is
-named as by the authors of each family (:mod:`localvit.models.families`). The feed-forward network is one
-``Sequential`` (``BLOCK.conv.conv.K``) whose positions depend on its options; :func:`reference_layers` spells
-them out.
+Reference repository: ofsoundof/LocalViT (paper: arXiv 2104.05707). Its checkpoints have the model under
+`"model"`, besides optimizer state and an `argparse.Namespace`. Layers outside the feed-forward network have
+the names of each family's authors (`localvit.models.families`). The feed-forward network is one `Sequential`
+(`BLOCK.conv.conv.K`) whose positions depend on its options; `reference_layers` lists them.
 """
 
 import argparse
@@ -28,26 +27,26 @@ from localvit.models.table import VARIANTS
 
 _logger = logging.getLogger(__name__)
 
-# Buffers that a model computes from its own geometry (Swin).
+# Buffers that a model computes from its input size (Swin).
 _DERIVED = ("relative_position_index", "attn_mask")
-# Where a file may hold the weights; averaged ones are what T2T-ViT's authors evaluate.
+# Possible keys of the weights in a file; T2T-ViT's authors evaluate the averaged ones.
 _CONTAINERS = ("model", "state_dict_ema", "state_dict")
 
 
 class CheckpointError(ValueError):
-    """The file is not what it should be; the message names the first differences."""
+    """Checkpoint file that does not fit; the message names the first differences."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a file; kept on the loaded model as ``model.load_report``.
+    """Report on a loaded file, stored as `model.load_report`.
 
     Attributes:
         model: Name or class of the model.
         matched: Keys of the file that were loaded.
-        dropped: Entries of the file that were left out on purpose -> why.
+        dropped: Entries of the file that were left out on purpose -> reason.
         missing: Keys of the model that the file lacks.
-        unexpected: Keys of the file that the model lacks, or has in another shape.
+        unexpected: Keys of the file that the model lacks or has in another shape.
     """
 
     model: str
@@ -68,21 +67,21 @@ class LoadReport:
 def load_official(
     source: str | Path | Mapping[str, Any], model: str | nn.Module | None = None, *, strict: bool = True
 ) -> nn.Module:
-    """A model with the weights that the authors of LocalViT, DeiT, T2T-ViT, PVT, TNT or Swin published.
+    """Load weights published by the authors of LocalViT, DeiT, T2T-ViT, PVT, TNT or Swin.
 
     Args:
-        source: Path of a ``.pth`` or ``.safetensors`` file, or its content. Pickled files are read with
-            ``weights_only``, so nothing in them is executed.
-        model: A name for ``timm.create_model``, a model, or ``None`` to recognise it by keys and shapes.
-            (The number of heads leaves no trace in the weights: a wrong one loads without complaint.)
+        source: Path of a `.pth` or `.safetensors` file, or its content. Pickled files are read with
+            `weights_only`, so nothing in them is executed.
+        model: A name for `timm.create_model`, a model, or `None` to recognise it by keys and shapes.
+            (The weights do not show the number of heads: a model with a wrong number loads without an error.)
         strict: Refuse a file that does not fit exactly.
 
     Returns:
-        The model, in the file's floating dtype and in eval mode, with its ``load_report``.
+        The model in eval mode, with the file's floating dtype and a `load_report`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it cannot be read, is not recognised, or (``strict``) does not fit.
+        CheckpointError: if the file cannot be read, is not recognised, or (`strict`) does not fit.
     """
     content = read_checkpoint(Path(source)) if isinstance(source, (str, Path)) else source
     weights, dropped = weights_of(content)
@@ -94,7 +93,7 @@ def load_official(
         name = type(model).__name__
     fitting, report = _fit(name, weights, model, dropped)
     if strict and (report.missing or report.unexpected):
-        raise CheckpointError(f"the file does not fit {report}")
+        raise CheckpointError(f"the file does not fit {report}; strict=False loads the rest")
     dtypes = {tensor.dtype for tensor in fitting.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
@@ -105,9 +104,9 @@ def load_official(
 
 
 def to_own_keys(content: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Published weights as a state dict for ``model``: the checkpoint filter for timm's loaders.
+    """Convert published weights to a state dict for `model` (a checkpoint filter for timm's loaders).
 
-    Positions are interpolated where ``model`` has another input size than the file.
+    Position tables are interpolated if the input size of `model` is not that of the file.
     """
     weights, _ = weights_of(content)
     own, names = model.state_dict(), _own_names(weights, model)
@@ -121,11 +120,11 @@ def to_own_keys(content: Mapping[str, Any], model: nn.Module) -> dict[str, Tenso
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """Content of a checkpoint file, executing nothing that is in it.
+    """Read a checkpoint file without executing anything in it.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is truncated, of another kind, or holds other than weights and settings.
+        CheckpointError: if it is truncated, is not a checkpoint, or has more than weights and settings.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -140,16 +139,16 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     except (RuntimeError, SafetensorError, EOFError, OSError) as error:
         raise CheckpointError(f"{path}: truncated or not a checkpoint ({error})") from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary")
+        raise CheckpointError(f"{path} has a {type(content).__name__}; accepted: a dictionary")
     return content
 
 
 def weights_of(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors to load, and what is left out: other entries of the file, derived buffers."""
+    """Return the tensors to load, and entry -> reason of those left out (not weights, derived buffers)."""
     container = next((name for name in _CONTAINERS if name in content), None)
     inner = content if container is None else content[container]
     if not isinstance(inner, Mapping):
-        raise CheckpointError(f"{container!r} holds a {type(inner).__name__}, not a state dict")
+        raise CheckpointError(f"{container!r} has a {type(inner).__name__}; accepted: a state dict")
     dropped = dict.fromkeys((k for k in content if container and k != container), "not the model's weights")
     weights = {}
     for key, value in inner.items():
@@ -158,14 +157,14 @@ def weights_of(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
         elif isinstance(value, Tensor):
             weights[key] = value
         else:
-            raise CheckpointError(f"{key!r} holds a {type(value).__name__}, not a tensor")
+            raise CheckpointError(f"{key!r} has a {type(value).__name__}; accepted: a tensor")
     if not weights:
-        raise CheckpointError("no tensors in it")
+        raise CheckpointError("the checkpoint has no tensors")
     return weights, dropped
 
 
 def reference_layers(config: LocalityConfig) -> dict[str, str]:
-    """Position in the reference's ``Sequential`` -> name in :class:`LocalityFeedForward`."""
+    """Return position in the reference's `Sequential` -> name in `LocalityFeedForward`."""
     config = config.resolve()
     expand, convolve = ["fc1", "norm1", "act1"], ["conv", "norm2", "act2"]
     if not config.depthwise:
@@ -183,7 +182,7 @@ def reference_layers(config: LocalityConfig) -> dict[str, str]:
 
 
 def _own_names(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
-    """Key of the file -> own key (which the model need not have)."""
+    """Return key of the file -> our key (the model may lack it)."""
     local = {}
     for path, module in model.named_modules():
         if isinstance(module, LocalityFeedForward):
@@ -199,7 +198,7 @@ def _own_names(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, str
 
 
 def _is_unused(key: str, model: nn.Module) -> bool:
-    """Whether the reference stores this weight without using it."""
+    """Return True if the reference stores this weight and never uses it."""
     family = family_of(model)
     return family is not None and family.unused is not None and re.search(family.unused, key) is not None
 
@@ -227,8 +226,11 @@ def _fit(
 
 
 def _in_shape_of(target: Tensor | None, value: Tensor) -> Tensor:
-    """The same weight where only its form differs: a linear weight (out, in) for a 1x1 convolution, a table
-    (1, positions, channels) for one (1, channels, height, width)."""
+    """Reshape a weight to the shape of `target` if only the form differs.
+
+    A linear weight (out, in) becomes one of a 1x1 convolution; a position table (1, positions, channels)
+    becomes (1, channels, height, width).
+    """
     if target is not None and target.ndim == 4 and target.numel() == value.numel():
         if value.ndim == 2:
             return value[:, :, None, None]

@@ -1,4 +1,4 @@
-"""The table of names: each a baseline, a locality configuration, and what the reference does differently.
+"""Table of the named models: a baseline, a locality configuration, and arguments of the reference.
 
 "The reference" is the authors' repository, ofsoundof/LocalViT; the paper is arXiv 2104.05707.
 """
@@ -20,7 +20,7 @@ _T2T = "yitu-opensource/T2T-ViT README.md"
 
 @dataclass(frozen=True)
 class Published:
-    """ImageNet-1k validation accuracy in percent, as its source states it."""
+    """Published ImageNet-1k validation accuracy, in percent."""
 
     top1: float
     top5: float | None
@@ -29,14 +29,14 @@ class Published:
 
 @dataclass(frozen=True)
 class Variant:
-    """One name.
+    """Definition of one named model.
 
     Attributes:
         base: timm name of the baseline.
-        locality: What is put into the FFNs of its blocks.
-        also: What is put into other groups of FFNs (:func:`localvit.localize`).
+        locality: Locality of the FFNs of its blocks.
+        also: Locality of further groups of FFNs (`localvit.localize`).
         args: Constructor arguments in which the reference differs from the baseline.
-        published: Accuracy that the authors report.
+        published: Accuracy reported by the authors.
         file: Name of the authors' weights among their releases.
         notes: Facts that do not follow from the other fields.
     """
@@ -51,7 +51,7 @@ class Variant:
 
 
 def _matched(variant: Variant) -> Variant:
-    """The same comparison without its confounders: what stands around the FFN is as in the baseline."""
+    """Return the variant without confounders: the layers around the FFN are those of the baseline."""
     locality = replace(variant.locality, prenorm=True, drop_path=True, prefix="mlp")
     also = {
         group: replace(config, prenorm=True, drop_path=True, prefix="mlp")
@@ -65,11 +65,11 @@ def _matched(variant: Variant) -> Variant:
 _BY_DIM = LocalityConfig(gate_reduction="dim")
 _SWIN_GATE = LocalityConfig(gate_width=16)
 _T2T_GATE = LocalityConfig(gate_reduction=128)
-# The two stages in front of a T2T-ViT: expansion 1 as in the baseline, no gate.
+# The two stages before the blocks of T2T-ViT: expansion 1 as in the baseline, no gate.
 _T2T_STAGES = {"tokens_to_token": LocalityConfig(gate="none")}
 _UNUSED_NORM = (
-    "The reference keeps the norm in front of the FFN of the two tokens-to-token stages in its state dict "
-    "and never uses it; here it is not built, so parameters are counted without it."
+    "The reference has a norm before the FFN of the two tokens-to-token stages in its state dict and never "
+    "uses it; here it is not built, so it does not count as parameters."
 )
 _NOT_TRAINED = "A size that the authors did not train: no published weights or accuracy."
 
@@ -125,7 +125,7 @@ _PAPER: dict[str, Variant] = {
 }
 
 _FURTHER: dict[str, Variant] = {
-    # 12 heads: the reference has no base size to differ in.
+    # 12 heads, as in DeiT-B: the reference has no base size.
     "localvit_base_patch16_224": Variant("deit_base_patch16_224", LocalityConfig(gate_reduction="dim")),
     **{
         f"localvit_t2t_vit_{size}": Variant(f"t2t_vit_{size}", _T2T_GATE, _T2T_STAGES)
@@ -157,7 +157,7 @@ VARIANTS: dict[str, Variant] = {
     **_MATCHED,
 }
 
-# The plain models that the variants are compared with, where their authors report an accuracy.
+# The baselines of the variants, as far as their authors report an accuracy.
 BASELINES: dict[str, Published] = {
     "deit_tiny_patch16_224": Published(72.2, 91.1, _DEIT),
     "deit_small_patch16_224": Published(79.9, 95.0, _DEIT),
@@ -165,7 +165,7 @@ BASELINES: dict[str, Published] = {
     "swin_tiny_patch4_window7_224": Published(81.2, 95.5, _SWIN),
     "swin_small_patch4_window7_224": Published(83.2, 96.2, _SWIN),
     "swin_base_patch4_window7_224": Published(83.5, 96.5, _SWIN),
-    # That of its other form (legacy=False), which is the one released.
+    # The accuracy of its other form (legacy=False), which is the released one.
     "tnt_s_legacy_patch16_224": Published(81.5, 95.7, _TNT),
     **{name: Published(top1, None, _PVT) for name, top1 in pvt.PUBLISHED.items()},
     **{name: Published(top1, None, _T2T) for name, top1 in t2t_vit.PUBLISHED.items()},

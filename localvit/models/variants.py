@@ -1,7 +1,7 @@
-"""The names of the table, registered with timm on ``import localvit``.
+"""Registration of the named models with timm, on `import localvit`.
 
-So ``timm.create_model("localvit_tiny_patch16_224")`` works with all that timm's factory offers.
-:func:`localized` makes any other localized model by its parts.
+`timm.create_model("localvit_tiny_patch16_224")` then works with all options of timm's factory. `localized`
+creates any other localized model from its parts.
 """
 
 import argparse
@@ -21,15 +21,17 @@ from localvit.models.published import to_own_keys
 from localvit.models.table import VARIANTS, Variant
 from localvit.surgery import LOCALIZED, BlockSpec, localize
 
-# Factory arguments that are not the base's.
+# Arguments of timm's factory that are not passed to the base.
 _FACTORY_ARGS = ("features_only", "out_indices", "feature_cls", "pretrained_model_args")
 
 _RELEASES = "https://github.com/ofsoundof/LocalViT/releases/download/v1.0.0/"
 
 
 def _default_cfg(variant: Variant) -> dict[str, Any]:
-    """timm's pretrained configuration: the base's, with evaluation as in the reference, which resizes to 256,
-    crops 224 and normalises with ImageNet's statistics in all families."""
+    """Return timm's pretrained configuration: the base's, with the evaluation of the reference.
+
+    The reference resizes to 256, crops 224 and normalises with ImageNet's statistics in all families.
+    """
     base = get_pretrained_cfg(variant.base)
     assert base is not None
     return {
@@ -56,7 +58,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _features(base: str) -> dict[str, Any]:
-    """How timm's features_only reads the model: the four stages of a pyramid, the last blocks of the rest."""
+    """Return timm's features_only settings: the four stages of a pyramid, the last blocks of other models."""
     cfg = get_pretrained_cfg(base)
     pyramid = cfg is not None and cfg.pool_size is not None
     return {"out_indices": (0, 1, 2, 3) if pyramid else 3, "feature_cls": "getter"}
@@ -71,7 +73,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         )
 
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' files hold one
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' files contain one
             return build_model_with_cfg(
                 build,
                 name,
@@ -83,8 +85,8 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     except URLError as error:
         url = _RELEASES + str(variant.file)
         raise RuntimeError(
-            f"pretrained weights of {name} are missing: {url} could not be fetched ({error.reason}). Fetch "
-            "the file elsewhere and use localvit.load_official(path), or pass pretrained=False"
+            f"pretrained weights of {name} are missing: {url} could not be fetched ({error.reason}); "
+            "download the file elsewhere and use localvit.load_official(path), or pass pretrained=False"
         ) from error
 
 
@@ -113,19 +115,19 @@ def localized(
     cache_dir: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Any model with locality, by its parts: ``timm.create_model("localized", base=..., locality=...)``.
+    """Create a localized model from its parts: `timm.create_model("localized", base=..., locality=...)`.
 
-    All arguments are JSON values, so a model saved by timm's ``save_for_hf`` is created again from its
-    configuration alone (``local-dir:``, ``hf-hub:``), in a process that has imported localvit.
+    All arguments are JSON values. So a process that has imported localvit can create a model saved by timm's
+    `save_for_hf` from its configuration alone (`local-dir:`, `hf-hub:`).
 
     Args:
-        pretrained: Load weights: of the localized model where a saved configuration is given, else of
-            the base, before surgery.
+        pretrained: Load weights: those of the localized model if a saved configuration is given, otherwise
+            those of the base, before surgery.
         base: timm name of the plain model.
-        locality: :meth:`LocalityConfig.to_dict`; default: the paper's.
-        blocks: Which blocks (:func:`localvit.surgery.select_blocks`).
-        also: Further groups of FFNs (:func:`localvit.localize`), each a :meth:`LocalityConfig.to_dict`.
-        kwargs: Further arguments of the base (``num_classes``, ``img_size``, ``features_only``, ...).
+        locality: Result of `LocalityConfig.to_dict`; default: the paper's.
+        blocks: Blocks with locality (`localvit.surgery.select_blocks`).
+        also: Further groups of FFNs (`localvit.localize`), each a result of `LocalityConfig.to_dict`.
+        kwargs: Further arguments of the base (`num_classes`, `img_size`, `features_only`, ...).
     """
     saved = pretrained_cfg is not None
     config = LocalityConfig.from_dict(locality or {})

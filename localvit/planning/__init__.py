@@ -1,4 +1,4 @@
-"""Cost of a run, before it is started."""
+"""Cost of a training run, before it starts."""
 
 from typing import TYPE_CHECKING
 

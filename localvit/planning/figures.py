@@ -1,4 +1,4 @@
-"""What a configuration comes to: learning rate, updates, size of its model, each with its basis."""
+"""Figures of a configuration: learning rate, steps, size of the model, each with its basis."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from localvit.training import build_optimizer, build_scheduler, check_student, f
 
 Basis = Literal["measured", "computed", "assumed"]
 IMAGENET = "imagenet"
-"""The folder that recipes for ImageNet-1k name; where it is not there, the published figures stand for it."""
+"""Folder of the ImageNet-1k recipes; if it does not exist, published figures are used."""
 IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
 
 
@@ -26,12 +26,12 @@ class Figure:
     """One line of a plan.
 
     Attributes:
-        name: What it is.
-        value: A number or a word; ``None`` where it cannot be known.
-        how: From what, in words.
-        unit: Of the number.
-        basis: ``"measured"`` here and now, ``"computed"`` from the configuration and what was measured, or
-            ``"assumed"``.
+        name: Name of the quantity.
+        value: A number or a word; `None` if it is unknown.
+        how: Source of the value, in words.
+        unit: Unit of the number.
+        basis: `"measured"` on this machine, `"computed"` from the configuration and measured values, or
+            `"assumed"`.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Figure:
     basis: Basis = "computed"
 
     def to_dict(self) -> dict[str, Any]:
-        """Field -> JSON value."""
+        """Return field -> JSON value."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenRun:
-    """A configuration with its model and the size of its data, ready to be asked."""
+    """Configuration with its model, its optimizer and the size of its data."""
 
     config: TrainConfig
     model: nn.Module
@@ -65,20 +65,20 @@ class OpenRun:
     classes: Figure
 
     @property
-    def updates_per_epoch(self) -> int | None:
+    def steps_per_epoch(self) -> int | None:
         images = self.images.value
         return None if images is None else int(images) // self.config.batch_size
 
     @property
-    def updates(self) -> int | None:
-        each = self.updates_per_epoch
+    def steps(self) -> int | None:
+        each = self.steps_per_epoch
         return None if each is None else each * self.config.epochs
 
 
 def effective(config: TrainConfig) -> list[Figure]:
-    """What `config` comes to: learning rate, updates, size of the model.
+    """Return learning rate, steps and size of the model of `config`.
 
-    Where the data cannot be opened, what depends on its size is unknown, with the reason; nothing fails.
+    If the data cannot be opened, figures that depend on its size are unknown, with the reason.
 
     Raises:
         ConfigError: if the model or the optimizer cannot be built.
@@ -87,18 +87,21 @@ def effective(config: TrainConfig) -> list[Figure]:
 
 
 def open_run(config: TrainConfig, images: int | None = None) -> OpenRun:
-    """Build what `config` asks for, without published weights, and look at its data.
+    """Build model and optimizer of `config`, without published weights, and count its data.
 
     Args:
         config: The run.
-        images: Pictures that are learned from, for those who know. ``None``: they are counted.
+        images: Number of training images. `None`: they are counted.
 
     Raises:
-        ConfigError: if the model or the optimizer cannot be built, or the pictures do not fill a batch.
+        ConfigError: if the model or the optimizer cannot be built, or the images do not fill a batch.
     """
     counted, classes = count_data(config, images)
     if counted.value is not None and int(counted.value) < config.batch_size:
-        raise ConfigError(f"batch_size={config.batch_size} does not fit {counted.value} training images")
+        raise ConfigError(
+            f"batch_size={config.batch_size} does not fit {counted.value} training images; "
+            "use at most as many"
+        )
     number = int(classes.value or IMAGENET_CLASSES)
     with random_scope():
         model = build_model(replace(config.model, pretrained=False), number)
@@ -119,11 +122,11 @@ def open_run(config: TrainConfig, images: int | None = None) -> OpenRun:
 
 
 def count_data(config: TrainConfig, images: int | None = None) -> tuple[Figure, Figure]:
-    """Pictures that are learned from, and classes; where the data is not there, what is known without it."""
+    """Count training images and classes; they are assumed or unknown if the data is not available."""
 
     def figures(count: int | None, classes: int, basis: Basis, how: str, named: str) -> tuple[Figure, Figure]:
         return (
-            Figure(name="training pictures", value=count, basis=basis, how=how),
+            Figure(name="training images", value=count, basis=basis, how=how),
             Figure(name="classes", value=classes, basis=basis, how=named),
         )
 
@@ -144,8 +147,8 @@ def count_data(config: TrainConfig, images: int | None = None) -> tuple[Figure, 
 
 
 def schedule_figures(run: OpenRun) -> list[Figure]:
-    """Learning rate, batch, pictures and updates."""
-    config, each = run.config, run.updates_per_epoch
+    """Return learning rate, batch, images and steps."""
+    config, each = run.config, run.steps_per_epoch
     optim, repeats = config.optim, config.augment.repeats
     scaled = f"optim.lr x {config.batch_size} / {optim.lr_batch}" if optim.lr_batch else "optim.lr"
     drawn = None if each is None else each * config.batch_size
@@ -153,21 +156,21 @@ def schedule_figures(run: OpenRun) -> list[Figure]:
     if each is not None:
         scheduler = build_scheduler(run.optimizer, config.schedule, config.epochs, each)
         warmup = int(getattr(scheduler, "warmup_t", 0))
-    how = "whole batches" if repeats == 1 else f"whole batches; each of them {repeats} times"
+    how = "full batches" if repeats == 1 else f"full batches; each image {repeats} times"
     return [
         Figure(name="peak learning rate", value=config.effective_lr, how=scaled),
-        Figure(name="global batch", value=config.batch_size, unit="pictures", how="batch_size"),
+        Figure(name="global batch", value=config.batch_size, unit="images", how="batch_size"),
         run.images,
         Figure(name="epochs", value=config.epochs, how="epochs"),
-        Figure(name="pictures per epoch", value=drawn, how=how),
-        Figure(name="updates per epoch", value=each, how="training pictures // global batch"),
-        Figure(name="updates", value=run.updates, how="updates per epoch x epochs"),
-        Figure(name="warm-up updates", value=warmup, how="schedule.warmup_epochs x updates per epoch"),
+        Figure(name="images per epoch", value=drawn, how=how),
+        Figure(name="steps per epoch", value=each, how="training images // global batch"),
+        Figure(name="steps", value=run.steps, how="steps per epoch x epochs"),
+        Figure(name="warm-up steps", value=warmup, how="schedule.warmup_epochs x steps per epoch"),
     ]
 
 
 def size_figures(run: OpenRun) -> list[Figure]:
-    """Classes, parameters and multiply-accumulates."""
+    """Return classes, parameters and multiply-accumulates."""
     trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     size = "x".join(map(str, run.input_size))
     return [
@@ -179,6 +182,6 @@ def size_figures(run: OpenRun) -> list[Figure]:
             value=count_macs(run.model, run.input_size) / 1e9,
             unit="GMACs",
             basis="measured",
-            how=f"counted, one picture of {size}",
+            how=f"counted, one image of {size}",
         ),
     ]

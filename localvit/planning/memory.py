@@ -1,4 +1,4 @@
-"""What training a model takes of memory, found out by one small update of it."""
+"""Memory of training, measured in one small step."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class StepMemory:
 
     Attributes:
         weights: Parameters and buffers.
-        saved: Those of them that are in the state dict.
-        gradients: Of the trainable parameters.
-        optimizer: The optimizer's state.
-        activations: What the forward pass of one picture keeps for the backward pass.
-        activations_fixed: What it keeps for any number of pictures.
+        saved: Parameters and buffers in the state dict.
+        gradients: Gradients of the trainable parameters.
+        optimizer: State of the optimizer.
+        activations: Tensors saved for the backward pass, per image.
+        activations_fixed: Tensors saved for the backward pass, for any number of images.
     """
 
     weights: int
@@ -41,16 +41,16 @@ def measure_step(
     input_size: tuple[int, int, int],
     precision: Precision = "fp32",
 ) -> StepMemory:
-    """Count the memory of a real update on the CPU; the model's weights move.
+    """Count the memory of a real step on the CPU, which changes the model's weights.
 
-    Activations are counted as the distinct storages that autograd keeps, on 2 and on 4 pictures; the
-    difference is what a picture takes. GPU kernels may keep a little more or less.
+    Activations are the distinct storages that autograd saves, counted with 2 and with 4 images; the
+    difference gives the memory per image. GPU kernels may save slightly more or less.
 
     Args:
-        model: On the CPU.
-        optimizer: Over its trainable parameters.
-        input_size: (C, H, W).
-        precision: Of the forward pass, by autocast, as in training.
+        model: Model on the CPU.
+        optimizer: Optimizer of its trainable parameters.
+        input_size: (C, H, W) of an image.
+        precision: Precision of the forward pass, by autocast, as in training.
     """
     model.train()
     few, _ = _forward(model, 2, input_size, precision)
@@ -72,22 +72,22 @@ def measure_step(
 def _forward(
     model: nn.Module, images: int, input_size: tuple[int, int, int], precision: Precision
 ) -> tuple[int, Tensor]:
-    """Bytes that autograd keeps of a forward pass, and something to differentiate."""
+    """Return the bytes that autograd saves in a forward pass, and a loss to differentiate."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    # While the graph lives nothing that it keeps is freed, so no address is counted for two tensors.
+    # The graph keeps its saved tensors alive, so no address is counted for two tensors.
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(precision, _CPU):
         output = model(torch.zeros(images, *input_size))
         parts = output if isinstance(output, tuple) else (output,)
         loss: Tensor = sum((part.float().square().mean() for part in parts), torch.zeros(()))
-    return sum(kept.values()), loss
+    return sum(saved.values()), loss
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -8,10 +8,10 @@ from localvit.errors import ConfigError, one_line
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; ``"auto"`` is the first GPU if there is one, else the CPU.
+    """Return the device of that name; `"auto"` is the first GPU if there is one, else the CPU.
 
     Raises:
-        ConfigError: if there is no such device here.
+        ConfigError: if this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -19,5 +19,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device={name!r} cannot be used here: {one_line(error)}") from error
+        raise ConfigError(
+            f"device={name!r} cannot be used here: {one_line(error)}; use auto, cpu or cuda"
+        ) from error
     return device

@@ -1,4 +1,4 @@
-"""The processes that train one model together, as ``torchrun`` starts them; one process is the plain case."""
+"""Processes that train one model together, started by `torchrun`; by default there is one process."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from localvit.runtime.devices import pick_device
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
-"""How long processes wait for one that vanished without a word (a host without power); a process that ends is
-noticed at once. Long enough for what the first does alone: to look at the data and to write states."""
+"""Time to wait for a process that stops responding (a host without power); a process that exits is noticed at
+once. It covers the work of the main process alone: opening the data and writing checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among all of them. All processes must call each of its methods.
+    """One process and its connection to the others. All processes must call each method together.
 
     Attributes:
-        device: Where this process computes.
-        rank: 0 to `size` - 1.
+        device: Device of this process.
+        rank: Index of this process, 0 to `size` - 1.
         size: Number of processes.
     """
 
@@ -40,26 +40,26 @@ class World:
 
     @property
     def is_main_process(self) -> bool:
-        """Return whether this is the process that writes and speaks."""
+        """True in the main process, which writes files and messages."""
         return self.rank == 0
 
     def all_reduce_max(self, *values: float) -> list[float]:
-        """Return the largest of each value over the processes."""
+        """Return the maximum of each value over all processes."""
         if self.size == 1:
             return list(values)
-        largest = torch.tensor(values, dtype=torch.float64)  # on the CPU: no GPU has to wait
+        largest = torch.tensor(values, dtype=torch.float64)  # on the CPU, so no GPU has to wait
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.tolist()
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sum over the processes."""
+        """Return the sum over all processes."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank; in all but the main one, an empty list."""
+        """Return the values of all processes, by rank, in the main process; an empty list in the others."""
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_main_process else None
@@ -67,7 +67,7 @@ class World:
         return values or []
 
     def broadcast_from_main(self, make: Callable[[], T]) -> T:
-        """Call `make` in the main process alone; return its value, or raise its error, in all of them."""
+        """Call `make` in the main process only; return its result, or raise its error, in all processes."""
         if self.size == 1:
             return make()
         box: list[Any] = [None, None]
@@ -84,13 +84,13 @@ class World:
 
 @contextmanager
 def open_world(device: str) -> Iterator[World]:
-    """The processes that ``torchrun`` started (it says so in the environment), or this one alone.
+    """Connect the processes that `torchrun` started (by its environment variables), or use this one alone.
 
-    Gloo connects CPUs, NCCL GPUs. A process group that is there already is used and left open.
+    Gloo connects CPUs, NCCL connects GPUs. An existing process group is used and stays open.
 
     Args:
-        device: As in `TrainConfig`; with several processes, ``"auto"`` and ``"cuda"`` give each its own GPU
-            of its machine.
+        device: Device as in `TrainConfig`. With several processes, `"auto"` and `"cuda"` give each one its
+            own GPU of its machine.
 
     Raises:
         ConfigError: if there is no such device for this process.
@@ -108,7 +108,9 @@ def open_world(device: str) -> Iterator[World]:
         try:
             store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         except ValueError as error:  # a variable is missing
-            raise ConfigError(f"WORLD_SIZE={size} is set, but not by torchrun: {error}") from error
+            raise ConfigError(
+                f"WORLD_SIZE={size} is set, but not by torchrun: {error}; unset it or use torchrun"
+            ) from error
         fresh = dist.PrefixStore(name_of_start(store, rank, size, TIMEOUT), store)
         dist.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
@@ -119,23 +121,24 @@ def open_world(device: str) -> Iterator[World]:
 
 
 def name_of_start(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
-    """A name for this start of the processes: the same in all of them, and like none before it.
+    """Agree on a new name for this start, the same in all processes.
 
-    torchrun keeps one store for all its restarts (torch/distributed/elastic/rendezvous/dynamic_rendezvous.py,
-    where the TCPStore is shared), and what dead processes wrote still stands in it: a new one that reads the
-    address of a dead one waits for it until the timeout. Under a new name there is nothing to be mistaken.
+    torchrun has one store for all its restarts (the shared TCPStore in
+    torch/distributed/elastic/rendezvous/dynamic_rendezvous.py). The store still has the entries of dead
+    processes: a new process that reads the address of a dead one waits for it until the timeout. A new name
+    for each start separates their entries.
 
-    Each process calls with a word of its own, and only an answer to that very word can be meant for it; the
-    first process answers every call, those of the dead too, until all of the living have heard its name.
+    Each process calls with a random word of its own and accepts only an answer to that word. The main process
+    answers every call, including those of dead processes, until all live processes have the name.
 
     Args:
-        store: Where all processes of this start, and perhaps of earlier ones, write.
-        rank: Of this process.
+        store: Store of all processes of this start, and perhaps of earlier ones.
+        rank: Index of this process.
         size: Number of processes.
-        timeout: How long to wait for the others.
+        timeout: Time to wait for the others.
 
     Raises:
-        RuntimeError: if a process does not call, or is not answered, within `timeout`.
+        RuntimeError: if a process does not call, or gets no answer, within `timeout`.
     """
     word = uuid4().hex
     store.set_timeout(timeout)
@@ -157,16 +160,17 @@ def name_of_start(store: dist.Store, rank: int, size: int, timeout: timedelta) -
 
 
 def _own_device(name: str, local_rank: int) -> torch.device:
-    """The device of one process among several on its machine."""
+    """Return the device of one of several processes on a machine."""
     if name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
     if name.startswith("cuda:"):
-        raise ConfigError(f"device={name!r} is one GPU for several processes; use 'cuda' or 'auto'")
+        raise ConfigError(f"device={name!r} is not accepted for several processes; use 'cuda' or 'auto'")
     if name in ("auto", "cuda"):
         count = torch.cuda.device_count()
         if local_rank >= count:
             raise ConfigError(
-                f"device={name!r}: process {local_rank} of this machine, which has {count} GPUs"
+                f"device={name!r}: no GPU for process {local_rank}; this machine has {count} GPUs, so start "
+                "fewer processes"
             )
         return torch.device("cuda", local_rank)
     return pick_device(name)

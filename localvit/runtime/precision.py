@@ -1,4 +1,4 @@
-"""The precision of a forward pass; weights and optimizer stay float32."""
+"""Precision of a forward pass; weights and optimizer stay float32."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTYPES: dict[Precision, torch.dtype] = {
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """Matrix products and convolutions in `precision`, where it is less than ``"fp32"``."""
+    """Return a context with matrix products and convolutions in `precision`; no effect for `"fp32"`."""
     dtype = DTYPES[precision]
     enabled = dtype != torch.float32
     return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)

@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM and SIGINT ask, training stops after the update under way."""
+"""Clean stop on SIGTERM and SIGINT: training stops after the current step."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _requested = False
 
 @contextmanager
 def stop_on_signals(*others: int) -> Iterator[set[int]]:
-    """Within, SIGTERM or SIGINT makes `train` save its state and stop; a second Ctrl-C ends it at once.
+    """Make `train` save a checkpoint and stop on SIGTERM or SIGINT; a second Ctrl-C stops it at once.
 
-    Only the main thread can do this. A library's caller who does not want it gets the usual
-    `KeyboardInterrupt`, and the state is that of the last save.
+    This works in the main thread only. Without this context, Ctrl-C raises the usual `KeyboardInterrupt`, and
+    the checkpoint is the last one saved.
 
     Args:
-        others: Signals that ask too.
+        others: Further signals that stop the training.
 
     Yields:
-        Those that have come, as they come.
+        The set of received signals, which grows as they arrive.
     """
     global _requested
     before = {number: signal.getsignal(number) for number in (*_SIGNALS, *others)}
@@ -33,7 +33,7 @@ def stop_on_signals(*others: int) -> Iterator[set[int]]:
     def request(number: int, _frame: FrameType | None) -> None:
         global _requested
         nonlocal first
-        # Within a second it is not impatience: torchrun passes on what its processes got already.
+        # A signal within a second may not be a second Ctrl-C: torchrun forwards signals to its processes.
         if _requested and number == signal.SIGINT and time.monotonic() - first > 1.0:
             raise KeyboardInterrupt
         first = first or time.monotonic()
@@ -51,5 +51,5 @@ def stop_on_signals(*others: int) -> Iterator[set[int]]:
 
 
 def stop_requested() -> bool:
-    """Whether a signal has asked for the end."""
+    """Return True if a signal has requested a stop."""
     return _requested

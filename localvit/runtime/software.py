@@ -1,4 +1,4 @@
-"""Versions of what a result depends on."""
+"""Versions of the software that a result depends on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from localvit.version import __version__
 
 
 def versions() -> dict[str, str]:
-    """Package -> version of what a result depends on."""
+    """Return package -> version of the software that a result depends on."""
     return {
         "localvit": __version__,
         "torch": torch.__version__,
@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str | None:
-    """The git commit of the checkout that this package is imported from, or ``None``."""
+    """Return the git commit of the checkout of this package, or `None`."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

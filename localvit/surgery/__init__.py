@@ -1,4 +1,4 @@
-"""The idea put into a model: plan, apply, report, restore."""
+"""Locality in existing models: plan, apply, report, restore."""
 
 from typing import TYPE_CHECKING
 

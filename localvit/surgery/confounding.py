@@ -1,4 +1,4 @@
-"""What changes together with the depth-wise convolution, so that nobody credits it with the rest."""
+"""Confounders: changes that come together with the depth-wise convolution."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from localvit.surgery.preview import Plan
 
 
 def confounders(plan: Plan, drop_path_rate: float | None = None) -> list[str]:
-    """Sentences on how a localized model differs from its base beyond the depth-wise convolution.
+    """Return sentences on how a localized model differs from its base beyond the depth-wise convolution.
 
     Args:
-        plan: What :func:`localvit.plan` says about its base model.
-        drop_path_rate: At which the base is trained, if that is settled.
+        plan: Result of `localvit.plan` for the base model.
+        drop_path_rate: Drop-path rate of the base in training; `None` if it is not decided.
     """
     locality = plan.config.resolve()
     found = [*_around(locality, drop_path_rate), *_inside(locality), *_tokens(locality, plan)]
@@ -22,7 +22,7 @@ def confounders(plan: Plan, drop_path_rate: float | None = None) -> list[str]:
 def _around(locality: LocalityConfig, drop_path_rate: float | None) -> list[str]:
     found = []
     if not locality.prenorm:
-        found.append("No pre-norm: the block's LayerNorm in front of the feed-forward network is gone.")
+        found.append("No pre-norm: the block's LayerNorm before the feed-forward network is removed.")
     if not locality.drop_path:
         if drop_path_rate is None:
             effect = "which the control has in training"
@@ -37,13 +37,13 @@ def _around(locality: LocalityConfig, drop_path_rate: float | None) -> list[str]
 def _inside(locality: LocalityConfig) -> list[str]:
     found = []
     if locality.activation is not None:
-        found.append(f"Activation {locality.activation} in the place of the control's (GELU in DeiT).")
+        found.append(f"Activation {locality.activation} instead of the control's (GELU in DeiT).")
     if locality.norm not in (None, "none"):
-        found.append(f"Norm ({locality.norm}) inside the feed-forward network, where the control has none.")
+        found.append(f"Norm ({locality.norm}) inside the feed-forward network; the control has none.")
     if locality.glu != "none":
-        found.append("A gated linear unit, where the control activates one hidden map.")
+        found.append("A gated linear unit; the control has one activated hidden map.")
     if locality.gate not in (None, "none"):
-        found.append(f"A channel gate ({locality.gate}) on the hidden map, which the control lacks.")
+        found.append(f"A channel gate ({locality.gate}) on the hidden map; the control has none.")
     return found
 
 
@@ -57,13 +57,13 @@ def _tokens(locality: LocalityConfig, plan: Plan) -> list[str]:
         )
     if locality.prefix == "passthrough" and sites:
         found.append(
-            "The feed-forward networks return the class token as it came; in the control they transform it."
+            "The feed-forward networks return the class token unchanged; in the control they transform it."
         )
     for site in plan.sites:
         if site.dead_parameters:
             found.append(
                 f"{site.name} of the last block has {site.parameters[1]:,} parameters that no output depends "
-                "on (the head reads the class token only): the treatment works with one such network fewer."
+                "on (the head reads the class token only): in effect, the treatment has one network less."
             )
     return found
 

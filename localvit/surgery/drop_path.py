@@ -1,8 +1,8 @@
-"""TNT's blocks with a drop-path of its own for each FFN.
+"""TNT blocks with a separate drop-path for each FFN.
 
-One ``drop_path`` serves all four branches of a TNT block, so that of the FFN cannot be taken away alone, as
-LocalViT does. The class of the block is changed in place, and back by :func:`localvit.restore`; names and
-values of parameters are not touched.
+All four branches of a TNT block use one `drop_path`. LocalViT removes the drop-path of the FFN only, so the
+class of the block is changed in place; `localvit.restore` changes it back. Names and values of parameters do
+not change.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class BlockWithOwnDropPath(tnt.Block):
-    """Computes what ``timm.models.tnt.Block`` does, with ``drop_path_mlp`` and ``drop_path_mlp_in``."""
+    """Block equal to `timm.models.tnt.Block`, with `drop_path_mlp` and `drop_path_mlp_in` for its FFNs."""
 
     def forward(self, pixel_embed: Tensor, patch_embed: Tensor) -> tuple[Tensor, Tensor]:
         pixel_embed = pixel_embed + self.drop_path(self.attn_in(self.norm_in(pixel_embed)))
@@ -33,7 +33,7 @@ class BlockWithOwnDropPath(tnt.Block):
 
 
 def separate_drop_path(block: nn.Module) -> None:
-    """Give a TNT block the two layers; any other block has its own already."""
+    """Add the two layers to a TNT block; blocks of other families have them already."""
     if type(block) is not tnt.Block:
         return
     block.__class__ = BlockWithOwnDropPath
@@ -42,7 +42,7 @@ def separate_drop_path(block: nn.Module) -> None:
 
 
 def join_drop_path(block: nn.Module) -> None:
-    """Undo :func:`separate_drop_path`."""
+    """Undo `separate_drop_path`."""
     if type(block) is BlockWithOwnDropPath:
         del block.drop_path_mlp
         del block.drop_path_mlp_in

@@ -1,17 +1,17 @@
-"""How each family of models hands tokens to its feed-forward networks (FFNs).
+"""Feed-forward networks (FFNs) of each family of models, and the tokens that they get.
 
-``LAYOUTS`` is the table: a new family is a new row. A class without a row is refused, because many
-classes look alike and order or drop their tokens differently.
+`ADAPTERS` has one row per class of models. A class without a row is refused, because many classes look alike
+and order or drop their tokens differently.
 
-| family, group | FFN | tokens it is given | lattice |
+| family, group | FFN | its input tokens | grid |
 |---|---|---|---|
-| ViT, DeiT | ``blocks.i.mlp`` | (B, P + N, C), P from the model | the patch embedding's |
-| Swin | ``layers.s.blocks.i.mlp`` | (B, N, C), raster order, windows merged | the stage's |
-| PVT | ``stages.s.blocks.i.mlp`` | (B, P + N, C), P 0, then 1 | the stage's patch embedding's |
-| T2T | ``blocks.i.mlp`` | (B, 1 + N, C) | the last soft split's |
-| T2T, tokens_to_token | ``patch_embed.attention{1,2}.mlp`` | (B, N, C) | the soft split's before |
-| TNT | ``blocks.i.mlp`` | (B, 1 + N, C) | the pixel embedding's |
-| TNT, inner | ``blocks.i.mlp_in`` | (B N, pixels of a patch, c) | pixels of a patch, always |
+| ViT, DeiT | `blocks.i.mlp` | (B, P + N, C), P from the model | the patch embedding's |
+| Swin | `layers.s.blocks.i.mlp` | (B, N, C), raster order, windows merged | the stage's |
+| PVT | `stages.s.blocks.i.mlp` | (B, P + N, C), P 0, then 1 | the stage's patch embedding's |
+| T2T | `blocks.i.mlp` | (B, 1 + N, C) | the last soft split's |
+| T2T, tokens_to_token | `patch_embed.attention{1,2}.mlp` | (B, N, C) | the soft split's before |
+| TNT | `blocks.i.mlp` | (B, 1 + N, C) | the pixel embedding's |
+| TNT, inner | `blocks.i.mlp_in` | (B N, pixels of a patch, c) | pixels of a patch, always |
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,27 +27,27 @@ from torch import nn
 from localvit.baselines import Block as PvtBlock, PyramidVisionTransformer, T2TViT
 from localvit.locality import Grid
 
-# FFNs whose hidden state passes through `drop1` on its way to `fc2`.
+# FFNs whose hidden state passes through `drop1` before `fc2`.
 FFN_CLASSES: tuple[type[nn.Module], ...] = (Mlp, GluMlp, SwiGLU)
 
-# The group of FFNs that `localize` takes unless told otherwise.
+# The group of FFNs that `localize` changes by default.
 MAIN_GROUP = "blocks"
 
 
 class UnsupportedModelError(ValueError):
-    """The model cannot be localized; the message says why."""
+    """Model that cannot be localized; the message says why."""
 
 
 @dataclass(frozen=True)
 class GridSource:
-    """Where the lattice of some FFNs becomes known.
+    """Source of the grid of some FFNs.
 
     Attributes:
-        module: Its forward is hooked.
-        reads: ``"input"``: ``module.dynamic_feat_size`` says what becomes of the size of its input map
-            (B, C, H, W). ``"output"``: the lattice is that of its output (B, H, W, C). ``"never"``: the
-            lattice is always the configured one, so nothing is hooked.
-        static: Module that knows the lattice for the configured input size, and its attribute.
+        module: Module with a forward hook that records the grid.
+        reads: `"input"`: `module.dynamic_feat_size` gives the grid for the size of its input map
+            (B, C, H, W). `"output"`: the grid is that of its output (B, H, W, C). `"never"`: the grid is
+            always the configured one, so there is no hook.
+        static: Module with the grid for the configured input size, and the name of its attribute.
     """
 
     module: nn.Module
@@ -56,19 +56,19 @@ class GridSource:
 
 
 @dataclass(frozen=True)
-class Site:
+class FeedForwardSite:
     """One FFN of a model, with the layers of its residual branch.
 
     Attributes:
-        name: Path of the block in the model, e.g. ``"blocks.3"``.
-        block: The block, of which the following are attributes.
-        ffn, norm, layer_scale, drop_path: Attribute names of the FFN and of what stands around it;
-            ``layer_scale`` and ``drop_path`` are ``None`` where the family has none.
+        name: Path of the block in the model, e.g. `"blocks.3"`.
+        block: The block.
+        ffn, norm, layer_scale, drop_path: Names of the block's attributes: the FFN and the layers around it.
+            `layer_scale` and `drop_path` are `None` if the family has none.
         dim: Token width.
-        grid: Lattice and prefix tokens that the FFN sees at the configured input size.
-        source: Where that lattice comes from.
-        dead_patches: Whether no later layer reads the patch tokens that leave this block.
-        sequences: Token sequences per image (in TNT every patch is one for the inner transformer).
+        grid: Grid and number of prefix tokens of the FFN's input at the configured input size.
+        source: Source of that grid.
+        dead_patches: True if no later layer reads the patch tokens of this block's output.
+        sequences: Token sequences per image (in TNT, every patch is one for the inner transformer).
     """
 
     name: str
@@ -98,45 +98,45 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ModelAdapter:
     """Adapter of one family.
 
     Attributes:
-        check: Raises :class:`UnsupportedModelError` for a model of the class that cannot be localized.
-        groups: Name of a group -> its FFNs, in order of depth. The first is :data:`MAIN_GROUP`.
-        image_size: Configured (height, width).
+        check: Function that raises `UnsupportedModelError` for a model that cannot be localized.
+        groups: Function that returns name of a group -> its FFNs by depth. The first group is `MAIN_GROUP`.
+        image_size: Function that returns the configured (height, width).
     """
 
     check: Callable[[nn.Module], None]
-    groups: Callable[[nn.Module], Mapping[str, Sequence[Site]]]
+    groups: Callable[[nn.Module], Mapping[str, Sequence[FeedForwardSite]]]
     image_size: Callable[[nn.Module], tuple[int, int]]
 
 
-def layout_of(model: nn.Module) -> Layout:
-    """The row for exactly this class (a subclass may treat its tokens otherwise).
+def adapter_for(model: nn.Module) -> ModelAdapter:
+    """Return the adapter of exactly this class (a subclass may order its tokens differently).
 
     Raises:
-        UnsupportedModelError: without a row, or if the row's check refuses the model.
+        UnsupportedModelError: if the class has no adapter, or its check refuses the model.
     """
-    layout = LAYOUTS.get(type(model))
-    if layout is None:
+    adapter = ADAPTERS.get(type(model))
+    if adapter is None:
         raise UnsupportedModelError(
-            f"{type(model).__module__}.{type(model).__name__} has no row in the layout table "
-            f"(accepted: {', '.join(cls.__name__ for cls in LAYOUTS)})"
+            f"{type(model).__module__}.{type(model).__name__} cannot be localized; "
+            f"accepted classes: {', '.join(cls.__name__ for cls in ADAPTERS)}"
         )
-    layout.check(model)
-    return layout
+    adapter.check(model)
+    return adapter
 
 
 def _check_blocks(blocks: Mapping[str, nn.Module], kind: type[nn.Module], *ffns: str) -> None:
     for path, block in blocks.items():
         if type(block) is not kind:
-            raise UnsupportedModelError(f"{path} is a {type(block).__name__} (accepted: {kind.__name__})")
+            raise UnsupportedModelError(f"{path} is a {type(block).__name__}; accepted: {kind.__name__}")
         for ffn in ffns:
             found = type(block.get_submodule(ffn))
             if found not in FFN_CLASSES:
                 names = ", ".join(cls.__name__ for cls in FFN_CLASSES)
-                raise UnsupportedModelError(f"{path}.{ffn} is a {found.__name__} (accepted: {names})")
+                raise UnsupportedModelError(f"{path}.{ffn} is a {found.__name__}; accepted: {names}")
 
 
 def _numbered(prefix: str, modules: nn.Module) -> dict[str, nn.Module]:
@@ -152,12 +152,12 @@ def _staged(prefix: str, stages: nn.Module) -> dict[str, nn.Module]:
 
 
 def _embedding(module: nn.Module) -> GridSource:
-    """A patch embedding, or anything else with ``dynamic_feat_size`` and ``grid_size``."""
+    """Return the source for a module with `dynamic_feat_size` and `grid_size`, such as a patch embedding."""
     return GridSource(module, "input", (module, "grid_size"))
 
 
 def _width(block: nn.Module, ffn: str) -> int:
-    """Of the tokens that an FFN is given."""
+    """Return the width of an FFN's input tokens."""
     return int(block.get_submodule(f"{ffn}.fc1").in_features)  # type: ignore[arg-type]
 
 
@@ -174,8 +174,8 @@ def _check_plain(model: nn.Module) -> None:
     assert isinstance(model, VisionTransformer)
     if isinstance(model.patch_drop, PatchDropout) and model.patch_drop.prob > 0:
         raise UnsupportedModelError(
-            f"patch_drop_rate={model.patch_drop.prob} removes tokens in training, so they have no lattice "
-            "(accepted: 0)"
+            f"patch_drop_rate={model.patch_drop.prob} removes tokens in training, so they have no grid; "
+            "use patch_drop_rate=0"
         )
     _check_blocks(_numbered("blocks", model.blocks), Block, "mlp")
 
@@ -183,16 +183,16 @@ def _check_plain(model: nn.Module) -> None:
 def _check_vit(model: nn.Module) -> None:
     if type(model.patch_embed) is not PatchEmbed:
         raise UnsupportedModelError(
-            f"patch_embed is a {type(model.patch_embed).__name__}, whose token lattice is not known "
-            "(accepted: PatchEmbed)"
+            f"patch_embed is a {type(model.patch_embed).__name__}, whose token grid is not known; "
+            "accepted: PatchEmbed"
         )
     _check_plain(model)
 
 
-def _plain_sites(model: nn.Module, source: GridSource) -> list[Site]:
+def _plain_sites(model: nn.Module, source: GridSource) -> list[FeedForwardSite]:
     assert isinstance(model, VisionTransformer)
     return [
-        Site(
+        FeedForwardSite(
             name=path,
             block=block,
             ffn="mlp",
@@ -208,14 +208,14 @@ def _plain_sites(model: nn.Module, source: GridSource) -> list[Site]:
     ]
 
 
-def _vit_groups(model: nn.Module) -> dict[str, Sequence[Site]]:
+def _vit_groups(model: nn.Module) -> dict[str, Sequence[FeedForwardSite]]:
     return {MAIN_GROUP: _plain_sites(model, _embedding(model.get_submodule("patch_embed")))}
 
 
-def _t2t_groups(model: nn.Module) -> dict[str, Sequence[Site]]:
+def _t2t_groups(model: nn.Module) -> dict[str, Sequence[FeedForwardSite]]:
     splits = [_embedding(model.get_submodule(f"patch_embed.soft_split{i}")) for i in range(3)]
     stages = [
-        Site(
+        FeedForwardSite(
             name=f"patch_embed.attention{i}",
             block=model.get_submodule(f"patch_embed.attention{i}"),
             ffn="mlp",
@@ -239,12 +239,12 @@ def _check_swin(model: nn.Module) -> None:
     _check_blocks(_staged("layers", model.layers), swin_transformer.SwinTransformerBlock, "mlp")
 
 
-def _swin_groups(model: nn.Module) -> dict[str, Sequence[Site]]:
+def _swin_groups(model: nn.Module) -> dict[str, Sequence[FeedForwardSite]]:
     assert isinstance(model, swin_transformer.SwinTransformer)
-    sites: list[Site] = []
+    sites: list[FeedForwardSite] = []
     for index, stage in enumerate(model.layers):
         downsample = stage.get_submodule("downsample")
-        if isinstance(downsample, nn.Identity):  # of the first stage; an fx trace does not run its hooks
+        if isinstance(downsample, nn.Identity):  # in the first stage; an fx trace does not run its hooks
             source = _embedding(model.patch_embed)
         else:
             source = GridSource(downsample, "output", (stage, "output_resolution"))
@@ -256,9 +256,9 @@ def _check_pvt(model: nn.Module) -> None:
     _check_blocks(_staged("stages", model.get_submodule("stages")), PvtBlock, "mlp")
 
 
-def _pvt_groups(model: nn.Module) -> dict[str, Sequence[Site]]:
+def _pvt_groups(model: nn.Module) -> dict[str, Sequence[FeedForwardSite]]:
     assert isinstance(model, PyramidVisionTransformer)
-    sites: list[Site] = []
+    sites: list[FeedForwardSite] = []
     for index, stage in enumerate(model.stages):
         source = _embedding(stage.get_submodule("patch_embed"))
         sites += _stage_sites(f"stages.{index}.blocks", stage, source, stage.num_prefix_tokens)
@@ -266,9 +266,9 @@ def _pvt_groups(model: nn.Module) -> dict[str, Sequence[Site]]:
     return {MAIN_GROUP: sites}
 
 
-def _stage_sites(path: str, stage: nn.Module, source: GridSource, prefix: int) -> list[Site]:
+def _stage_sites(path: str, stage: nn.Module, source: GridSource, prefix: int) -> list[FeedForwardSite]:
     return [
-        Site(
+        FeedForwardSite(
             name=name,
             block=block,
             ffn="mlp",
@@ -290,16 +290,16 @@ def _check_tnt(model: nn.Module) -> None:
     _check_blocks(_numbered("blocks", model.get_submodule("blocks")), tnt.Block, "mlp", "mlp_in")
 
 
-def _tnt_groups(model: nn.Module) -> dict[str, Sequence[Site]]:
+def _tnt_groups(model: nn.Module) -> dict[str, Sequence[FeedForwardSite]]:
     assert isinstance(model, tnt.TNT)
-    # Its embedding refuses any size but the configured one. (And it takes two inputs, so that a hook on it
-    # could not be scripted.)
+    # Its embedding refuses any size but the configured one. (It also takes two inputs, so a hook on it could
+    # not be scripted.)
     outer = GridSource(model.pixel_embed, "never", (model.pixel_embed, "grid_size"))
     inner = GridSource(model.pixel_embed, "never", (model.pixel_embed, "new_patch_size"))
     blocks = _numbered("blocks", model.blocks)
     return {
         MAIN_GROUP: [
-            Site(
+            FeedForwardSite(
                 name=path,
                 block=block,
                 ffn="mlp",
@@ -314,7 +314,7 @@ def _tnt_groups(model: nn.Module) -> dict[str, Sequence[Site]]:
             for path, block in blocks.items()
         ],
         "inner": [
-            Site(
+            FeedForwardSite(
                 name=path,
                 block=block,
                 ffn="mlp_in",
@@ -335,13 +335,13 @@ def _size_of(path: str) -> Callable[[nn.Module], tuple[int, int]]:
     return lambda model: tuple(model.get_submodule(path).img_size)  # type: ignore[arg-type]
 
 
-_VIT = Layout(_check_vit, _vit_groups, _size_of("patch_embed"))
+_VIT = ModelAdapter(_check_vit, _vit_groups, _size_of("patch_embed"))
 
-LAYOUTS: dict[type[nn.Module], Layout] = {
+ADAPTERS: dict[type[nn.Module], ModelAdapter] = {
     VisionTransformer: _VIT,
     VisionTransformerDistilled: _VIT,
-    T2TViT: Layout(_check_plain, _t2t_groups, _size_of("patch_embed")),
-    PyramidVisionTransformer: Layout(_check_pvt, _pvt_groups, _size_of("stages.0.patch_embed")),
-    swin_transformer.SwinTransformer: Layout(_check_swin, _swin_groups, _size_of("patch_embed")),
-    tnt.TNT: Layout(_check_tnt, _tnt_groups, _size_of("pixel_embed")),
+    T2TViT: ModelAdapter(_check_plain, _t2t_groups, _size_of("patch_embed")),
+    PyramidVisionTransformer: ModelAdapter(_check_pvt, _pvt_groups, _size_of("stages.0.patch_embed")),
+    swin_transformer.SwinTransformer: ModelAdapter(_check_swin, _swin_groups, _size_of("patch_embed")),
+    tnt.TNT: ModelAdapter(_check_tnt, _tnt_groups, _size_of("pixel_embed")),
 }

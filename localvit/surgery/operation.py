@@ -1,4 +1,4 @@
-"""Locality put into a model in place, and taken out again."""
+"""Insertion of locality into a model in place, and its removal."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,21 +13,28 @@ from localvit.locality import GridRecord, HiddenLocality, LocalityConfig
 from localvit.surgery.drop_path import join_drop_path, separate_drop_path
 from localvit.surgery.layouts import GridSource
 from localvit.surgery.placement import BlockSpec
-from localvit.surgery.preview import HIDDEN_SLOT, Change, Plan, discarded_layers, plan_changes, replacement
+from localvit.surgery.preview import (
+    HIDDEN_SLOT,
+    Plan,
+    PlannedChange,
+    discarded_layers,
+    plan_changes,
+    replacement,
+)
 
-# Name of the generic model (localvit.models) that a saved configuration of a localized model refers to.
+# Name of the generic model (localvit.models) in the saved configuration of a localized model.
 LOCALIZED = "localized"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was done to a model; kept on it as ``model.localization``, outside the state dict.
+    """Record of a localization, stored as `model.localization`, outside the state dict.
 
     Attributes:
-        plan: The plan that was carried out.
+        plan: The plan that was applied.
         seed: Seed of the new weights.
-        originals: Path in the model -> the layer that stood there, with its weights at the time.
-            ``None`` where they were not kept.
+        originals: Path in the model -> original layer, with its weights at that time. `None` if the original
+            layers were not kept.
     """
 
     plan: Plan
@@ -39,7 +46,7 @@ class Report:
 
 
 class RestoreError(RuntimeError):
-    """The model cannot be given back the layers it had."""
+    """Model whose original layers cannot be restored."""
 
 
 def localize(
@@ -52,34 +59,34 @@ def localize(
     keep_originals: bool = True,
     count_macs: bool = True,
 ) -> Report:
-    """Put locality into the FFNs of a timm model, in place.
+    """Insert locality into the FFNs of a timm model, in place.
 
-    The model stays the class it was. New modules take device, dtype and mode (train or eval) from what
-    they replace. Every FFN draws its new weights from a seed of its own, so the global random state is
-    as before and a block starts alike whichever other blocks are chosen: seeds stay paired.
+    The class of the model stays the same. New modules have the device, dtype and mode (train or eval) of
+    those they replace. Each FFN draws its new weights from its own seed: the global random state does not
+    change, and the initial weights of a block do not depend on which other blocks are chosen.
 
-    The model then takes any image size it took before, with one forward pass at a time per instance
-    (threads that run at once need a copy each), and under gradient checkpointing one image size per
-    backward pass.
+    The model accepts the same image sizes as before. An instance runs one forward pass at a time (each thread
+    needs its own copy), and with gradient checkpointing one image size per backward pass.
 
     Args:
-        model: A timm model with a row in the layout table (:mod:`localvit.surgery.layouts`).
-        config: Default: the paper's. ``LocalityConfig(init="preserve")`` for pretrained weights.
-        blocks: Which blocks (:func:`localvit.surgery.placement.select_blocks`). In a pyramid they are
-            counted through all stages.
-        also: Name of a further group of FFNs -> its configuration: ``"tokens_to_token"`` (the two stages
-            in front of a T2T-ViT's blocks), ``"inner"`` (the pixel transformers of TNT). They are left
-            alone otherwise.
-        seed: Seed of the new weights; default: what ``torch.manual_seed`` was last given.
-        keep_originals: Keep the replaced layers (their memory too) for :func:`restore`.
+        model: A timm model with an adapter (`localvit.surgery.layouts`).
+        config: Configuration; default: the paper's. Use `LocalityConfig(init="preserve")` for pretrained
+            weights.
+        blocks: Blocks to change (`localvit.surgery.placement.select_blocks`). In a pyramid they are counted
+            through all stages.
+        also: Name of a further group of FFNs -> its configuration: `"tokens_to_token"` (the two stages
+            before the blocks of T2T-ViT), `"inner"` (the pixel transformers of TNT). By default they do not
+            change.
+        seed: Seed of the new weights; default: the seed of the last `torch.manual_seed`.
+        keep_originals: Keep the replaced layers (and their memory) for `restore`.
         count_macs: Count multiply-accumulates for the report, which takes most of the time of this call.
 
     Returns:
-        What was done; also ``model.localization``.
+        The report, which is also `model.localization`.
 
     Raises:
-        UnsupportedModelError: for a model that cannot be localized.
-        ValueError: if ``blocks`` or ``config`` does not fit it. In both cases the model is as it was.
+        UnsupportedModelError: if the model cannot be localized.
+        ValueError: if `blocks` or `config` does not fit it. In both cases the model does not change.
     """
     the_plan, changes = plan_changes(model, config, blocks, also, count=count_macs)
     seed = torch.initial_seed() if seed is None else seed
@@ -99,23 +106,23 @@ def localize(
 
 
 def restore(model: nn.Module) -> None:
-    """Undo :func:`localize`, in place.
+    """Undo `localize`, in place.
 
-    After ``init="preserve"`` the original FFNs come back with their *current* weights (what the
-    convolution learnt is dropped). After ``init="paper"`` the layers come back as they were at surgery.
+    After `init="preserve"` the FFNs keep their *current* weights, and only the convolutions are removed.
+    After `init="paper"` the original layers return with their weights at the time of `localize`.
 
     Raises:
-        RestoreError: if the model is not localized; or after ``init="paper"`` if the original layers
-            were not kept, as in a model that was created or loaded in localized form.
+        RestoreError: if the model is not localized, or if the original layers of `init="paper"` were not
+            kept, as in a model that was created or loaded in localized form.
     """
     report = getattr(model, "localization", None)
     if not isinstance(report, Report):
-        raise RestoreError("the model is not localized")
+        raise RestoreError("the model is not localized; localvit.localize does that")
     configs = (report.plan.config, *report.plan.also.values())
     if report.originals is None and any(config.init == "paper" for config in configs):
         raise RestoreError(
-            "the original layers are not there: the model was created or loaded in localized form, and a "
-            "saved model holds only the layers in use (create the plain model by its own name instead)"
+            "the model was created or loaded in localized form, or its original layers were not kept; "
+            "create the plain model by its own name"
         )
     for name, module in list(model.named_modules()):
         if isinstance(module, HiddenLocality):
@@ -131,17 +138,17 @@ def restore(model: nn.Module) -> None:
 
 
 def record_input_grid(self: nn.Module, inputs: Tuple[Tensor], output: Tensor) -> None:  # noqa: UP006
-    """Forward hook of an embedding: note the lattice of the images under way.
+    """Record the grid of the current images (forward hook of an embedding).
 
-    A plain function that finds the record on the module it is called for, so that a copy of the model
-    writes to its own record. (A closure or bound method would write to the original's.)
+    This is a plain function that finds the record on its module, so that a copy of the model writes to its
+    own record. (A closure or a bound method would write to the original's.)
     """
     if not torch.jit.is_scripting():
         self.grid_record.size = self.dynamic_feat_size(inputs[0].shape[-2:])  # type: ignore
 
 
 def record_output_grid(self: nn.Module, inputs: Tuple[Tensor], output: Tensor) -> None:  # noqa: UP006
-    """The same for a module whose output is a map (B, H, W, C)."""
+    """Record the grid of an output map (B, H, W, C) (forward hook)."""
     if not torch.jit.is_scripting():
         self.grid_record.size = (output.shape[1], output.shape[2])  # type: ignore
 
@@ -155,7 +162,7 @@ def _hook(source: GridSource, record: GridRecord) -> None:
         source.module.register_forward_hook(_HOOKS[source.reads])
 
 
-def _build(change: Change, record: GridRecord, seed: int) -> nn.Module:
+def _build(change: PlannedChange, record: GridRecord, seed: int) -> nn.Module:
     site = change.site
     like = site.module.get_parameter("fc2.weight")
     digest = hashlib.sha256(f"{seed}:{site.path}".encode()).digest()
@@ -165,17 +172,17 @@ def _build(change: Change, record: GridRecord, seed: int) -> nn.Module:
     return module.to(like.device, like.dtype).train(site.module.training)
 
 
-def _install(change: Change, module: nn.Module) -> dict[str, nn.Module]:
-    """Put ``module`` in its place. Returns path -> original of what no longer has a place."""
+def _install(change: PlannedChange, module: nn.Module) -> dict[str, nn.Module]:
+    """Install `module` at its site; return path -> original of each layer that it replaces."""
     site = change.site
     if change.config.init == "preserve":
-        site.module.add_module(HIDDEN_SLOT, module)  # it holds the layer it takes the place of
+        site.module.add_module(HIDDEN_SLOT, module)  # it contains the layer that it replaces
         return {}
     discarded = discarded_layers(change)
     if site.drop_path in discarded:
         separate_drop_path(site.block)
-    nothing = nn.Identity().train(site.block.training)
-    new = {site.ffn: module} | dict.fromkeys(discarded, nothing)
+    identity = nn.Identity().train(site.block.training)
+    new = {site.ffn: module} | dict.fromkeys(discarded, identity)
     originals = {f"{site.name}.{name}": site.block.get_submodule(name) for name in new}
     for name, layer in new.items():
         site.block.add_module(name, layer)
@@ -196,7 +203,7 @@ def _unhook(model: nn.Module) -> None:
 
 
 def _record_for_saving(model: nn.Module, plan: Plan, blocks: BlockSpec) -> None:
-    """Make timm's save_for_hf write a configuration from which the localized model can be created."""
+    """Make timm's `save_for_hf` write a configuration that creates the localized model."""
     cfg: Any = getattr(model, "pretrained_cfg", None)
     if not cfg or not cfg.get("architecture"):
         return  # not made by timm.create_model, or under construction by localvit.models
@@ -218,4 +225,4 @@ def _forget_for_saving(model: nn.Module) -> None:
 def _set_architecture(model: nn.Module, name: str) -> None:
     cfg: Any = model.pretrained_cfg
     model.pretrained_cfg = {**cfg, "architecture": name}  # type: ignore[assignment]
-    model.default_cfg = model.pretrained_cfg  # timm's older name for the same
+    model.default_cfg = model.pretrained_cfg  # timm's older name of it

@@ -1,4 +1,4 @@
-"""Which blocks of a model: the JSON values that ``blocks`` takes, and what they mean."""
+"""Choice of blocks: the JSON values of `blocks`, and the indices that they select."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -17,40 +17,42 @@ _FRACTIONS = {
 
 
 def select_blocks(blocks: BlockSpec, depth: int) -> tuple[int, ...]:
-    """Indices, in order of depth, that ``blocks`` names in a model of ``depth`` blocks.
+    """Return the indices that `blocks` selects in a model of `depth` blocks, in order of depth.
 
     Args:
-        blocks: ``"all"``, ``"lower-half"``, ``"lower-third"``, ``"middle-third"``, ``"upper-third"``
-            (lower is nearer to the input; a boundary between blocks is rounded), a list of indices, or
-            a list of ``[start, stop]`` pairs (stop excluded).
+        blocks: `"all"`, `"lower-half"`, `"lower-third"`, `"middle-third"`, `"upper-third"` (lower is nearer
+            to the input; boundaries are rounded), a list of indices, or a list of `[start, stop]` pairs (stop
+            excluded).
+        depth: Number of blocks of the model.
 
     Raises:
-        ValueError: if it is none of these, names no block, a block twice, or one that does not exist.
+        ValueError: for any other value, and for one that selects no block, a block twice, or a block that
+            does not exist.
     """
     if isinstance(blocks, str):
         if blocks not in _FRACTIONS:
             raise ValueError(
-                f"blocks={blocks!r} is not accepted (accepted: {', '.join(map(repr, _FRACTIONS))}, "
-                "a list of indices, or a list of [start, stop] pairs)"
+                f"blocks={blocks!r} is not accepted; use {', '.join(map(repr, _FRACTIONS))}, "
+                "a list of indices, or a list of [start, stop] pairs"
             )
         start, stop, parts = _FRACTIONS[blocks]
         chosen = list(range(round(depth * start / parts), round(depth * stop / parts)))
     else:
         chosen = [index for item in _as_list(blocks) for index in _indices(item, blocks)]
     if not chosen:
-        raise ValueError(f"blocks={blocks!r} names no block of {depth}")
+        raise ValueError(f"blocks={blocks!r} selects no block; the model has {depth}")
     outside = [i for i in chosen if not 0 <= i < depth]
     if outside:
-        raise ValueError(f"blocks={blocks!r} names block {outside[0]} (accepted: 0 to {depth - 1})")
+        raise ValueError(f"blocks={blocks!r} selects block {outside[0]}; accepted: 0 to {depth - 1}")
     if len(set(chosen)) < len(chosen):
-        raise ValueError(f"blocks={blocks!r} names a block more than once")
+        raise ValueError(f"blocks={blocks!r} selects a block more than once; name each block once")
     return tuple(sorted(chosen))
 
 
 def _as_list(blocks: object) -> Sequence[object]:
     if isinstance(blocks, (list, tuple)):
         return blocks
-    raise ValueError(f"blocks={blocks!r} is not accepted (accepted: a name, or a list)")
+    raise ValueError(f"blocks={blocks!r} is not accepted; use a name or a list")
 
 
 def _indices(item: object, blocks: object) -> Sequence[int]:
@@ -58,4 +60,4 @@ def _indices(item: object, blocks: object) -> Sequence[int]:
         return (item,)
     if isinstance(item, (list, tuple)) and len(item) == 2 and all(type(i) is int for i in item):
         return range(item[0], item[1])
-    raise ValueError(f"blocks={blocks!r}: {item!r} is neither an index nor a [start, stop] pair")
+    raise ValueError(f"blocks={blocks!r}: {item!r} is not accepted; use an index or a [start, stop] pair")

@@ -1,4 +1,4 @@
-"""What a localization will do to a model, worked out before anything is done."""
+"""Plan of a localization, made without changing the model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,27 +11,27 @@ from torch import nn
 from localvit.cost import count_macs, count_parameters, macs_of, on_meta
 from localvit.errors import ConfigError
 from localvit.locality import GridRecord, HiddenLocality, LocalityConfig, LocalityFeedForward
-from localvit.surgery.layouts import MAIN_GROUP, Site, UnsupportedModelError, layout_of
+from localvit.surgery.layouts import MAIN_GROUP, FeedForwardSite, UnsupportedModelError, adapter_for
 from localvit.surgery.placement import BlockSpec, select_blocks
 
-# The layer in front of which the hidden state of an FFN stands complete (after activation and gating).
+# The layer whose input is the complete hidden state of an FFN (after activation and gating).
 HIDDEN_SLOT = "drop1"
 
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What happens to one FFN.
+    """Planned change of one FFN.
 
     Attributes:
         name: Path of the FFN in the model.
-        action: ``"replace"`` (``init="paper"``) or ``"extend"`` (``init="preserve"``).
+        action: `"replace"` the FFN (`init="paper"`) or `"insert"` a convolution (`init="preserve"`).
         old, new: Class names before and after.
-        weights: What becomes of the old weights, in words.
-        parameters, macs: (before, after), the block's residual branch of the FFN included.
-        dead_parameters: Trainable parameters that no output of the model depends on, as full names. The
-            head of many models reads only prefix tokens, and then what the last block does to patch
-            tokens is never read. They are kept for compatibility with published weights.
-        num_prefix_tokens: Class, distillation and register tokens that the FFN is given.
+        weights: Sentence on the old and new weights.
+        parameters, macs: (before, after), including the block's residual branch of the FFN.
+        dead_parameters: Full names of trainable parameters that no output of the model depends on. The head
+            of many models reads prefix tokens only, so nothing reads the patch tokens of the last block.
+            These parameters are kept for compatibility with published weights.
+        num_prefix_tokens: Number of class, distillation and register tokens in the FFN's input.
     """
 
     name: str
@@ -47,10 +47,18 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Printable, and JSON through :meth:`to_dict`.
+    """Plan of a localization; `print` shows it, and `to_dict` returns JSON values.
 
-    ``macs`` is for one image of the configured size, ``None`` where it was not counted. ``blocks`` are
-    indices among the ``depth`` blocks of the model; ``also`` has the configurations of further groups.
+    Attributes:
+        model: Class of the model.
+        config: Configuration of the chosen blocks.
+        blocks: Indices of the chosen blocks.
+        depth: Number of blocks of the model.
+        also: Configurations of further groups.
+        sites: Planned changes, one per FFN.
+        parameters: Parameters of the model (before, after).
+        macs: Multiply-accumulates for one image of the configured size (before, after); `None` if they were
+            not counted.
     """
 
     model: str
@@ -79,14 +87,14 @@ class Plan:
         macs = f", {_change(self.macs, 1e9, 'GMACs')}" if self.macs else ""
         lines.append(f"  parameters {_change(self.parameters, 1e6, 'M')}{macs}")
         if self.dead_parameters:
-            lines.append("  dead: no output depends on the patch tokens that leave the last block")
+            lines.append("  dead: no output depends on the patch tokens of the last block")
         return "\n".join(lines)
 
 
-class Change(NamedTuple):
-    """One FFN and what it is to become."""
+class PlannedChange(NamedTuple):
+    """One FFN, and the configuration of its locality."""
 
-    site: Site
+    site: FeedForwardSite
     config: LocalityConfig
 
 
@@ -97,12 +105,11 @@ def plan(
     *,
     also: Mapping[str, LocalityConfig] | None = None,
 ) -> Plan:
-    """What :func:`localvit.localize` would do (arguments as there); the model is left as it is.
+    """Return the plan of `localvit.localize` with the same arguments; the model does not change.
 
     Raises:
         UnsupportedModelError: if the model cannot be localized.
-        ValueError: if ``blocks`` or ``also`` does not fit it, or a width that follows from ``config`` is
-            impossible.
+        ValueError: if `blocks` or `also` does not fit it, or if `config` gives an impossible width.
     """
     return plan_changes(model, config, blocks, also)[0]
 
@@ -114,27 +121,29 @@ def plan_changes(
     also: Mapping[str, LocalityConfig] | None,
     *,
     count: bool = True,
-) -> tuple[Plan, list[Change]]:
-    """The plan, and its sites to work on; every check of :func:`plan` is made.
+) -> tuple[Plan, list[PlannedChange]]:
+    """Return the plan and its changes, after all checks of `plan`.
 
-    Counting multiply-accumulates takes most of the time; ``count`` says whether to.
+    Args:
+        model, config, blocks, also: As for `plan`.
+        count: Count multiply-accumulates, which takes most of the time.
     """
     config, also = config or LocalityConfig(), dict(also or {})
     refuse_wrapped(model)
     if any(isinstance(m, (LocalityFeedForward, HiddenLocality)) for m in model.modules()):
-        raise UnsupportedModelError("the model is localized already (localvit.restore undoes that)")
-    layout = layout_of(model)
-    groups = layout.groups(model)
+        raise UnsupportedModelError("the model is localized already; localvit.restore undoes that")
+    adapter = adapter_for(model)
+    groups = adapter.groups(model)
     _refuse_shared([site for sites in groups.values() for site in sites])
     chosen = select_blocks(blocks, len(groups[MAIN_GROUP]))
-    changes = [Change(groups[MAIN_GROUP][i], config) for i in chosen] + _elsewhere(groups, also)
+    changes = [PlannedChange(groups[MAIN_GROUP][i], config) for i in chosen] + _elsewhere(groups, also)
 
     costs: dict[Any, _Cost] = {}
     sites = tuple(_plan_site(change, costs, count) for change in changes)
     parameters, macs = count_parameters(model), None
     if count:
         channels = int(get_model_input_config(model)["input_size"][0])
-        macs = _total(count_macs(model, (channels, *layout.image_size(model))), [s.macs for s in sites])
+        macs = _total(count_macs(model, (channels, *adapter.image_size(model))), [s.macs for s in sites])
     the_plan = Plan(
         model=type(model).__name__,
         config=config,
@@ -149,7 +158,7 @@ def plan_changes(
 
 
 def refuse_wrapped(model: nn.Module, action: str = "localize") -> None:
-    """Raises :class:`UnsupportedModelError` for models inside another: they would keep the old graph."""
+    """Raise `UnsupportedModelError` for a wrapped or compiled model, which would keep the old graph."""
     wrappers: dict[type, str] = {
         nn.parallel.DistributedDataParallel: "wrapped in DistributedDataParallel",
         nn.DataParallel: "wrapped in DataParallel",
@@ -164,8 +173,8 @@ def refuse_wrapped(model: nn.Module, action: str = "localize") -> None:
         raise UnsupportedModelError(f"the model is compiled; {action} it before that")
 
 
-def replacement(change: Change, record: GridRecord | None = None) -> Callable[[], nn.Module]:
-    """Builder of the module that carries locality at a site."""
+def replacement(change: PlannedChange, record: GridRecord | None = None) -> Callable[[], nn.Module]:
+    """Return a function that builds the new module of a site."""
     site, config = change
     common: dict[str, Any] = {"num_prefix_tokens": site.grid.num_prefix_tokens, "grid_record": record}
     if config.init == "paper":
@@ -174,22 +183,22 @@ def replacement(change: Change, record: GridRecord | None = None) -> Callable[[]
     return lambda: HiddenLocality(site.hidden_dim, then, config, **common)
 
 
-def discarded_layers(change: Change) -> tuple[str, ...]:
-    """Attributes of the block that locality as configured does without."""
+def discarded_layers(change: PlannedChange) -> tuple[str, ...]:
+    """Return the attributes of the block that the configured locality removes."""
     site, config = change.site, change.config.resolve()
     keep = {site.norm: config.prenorm, site.layer_scale: config.layer_scale, site.drop_path: config.drop_path}
     return tuple(name for name, kept in keep.items() if name is not None and not kept)
 
 
 class _Cost(NamedTuple):
-    """Of one FFN before and after; equal ones are counted once."""
+    """Cost of one FFN before and after; equal FFNs are counted once."""
 
     new: nn.Module
     parameters: tuple[int, int]
     macs: tuple[int, int] | None
 
 
-def _plan_site(change: Change, costs: dict[Any, _Cost], count: bool) -> SitePlan:
+def _plan_site(change: PlannedChange, costs: dict[Any, _Cost], count: bool) -> SitePlan:
     site, config = change
     replaces = config.init == "paper"
     key = (repr(site.module), site.dim, site.grid, config)
@@ -201,10 +210,10 @@ def _plan_site(change: Change, costs: dict[Any, _Cost], count: bool) -> SitePlan
     dropped = sum(count_parameters(layer) for layer in layers if layer is not None)
     return SitePlan(
         name=site.path,
-        action="replace" if replaces else "extend",
+        action="replace" if replaces else "insert",
         old=old_class,
         new=type(new).__name__ if replaces else f"{old_class} + {type(new).__name__}",
-        weights="discarded, new ones drawn" if replaces else "kept, a zero kernel added",
+        weights="discarded, new ones drawn" if replaces else "kept, a zero kernel inserted",
         parameters=(parameters[0] + dropped, parameters[1]),
         macs=macs,
         dead_parameters=tuple(_dead_parameters(change, new)) if site.dead_patches else (),
@@ -212,16 +221,16 @@ def _plan_site(change: Change, costs: dict[Any, _Cost], count: bool) -> SitePlan
     )
 
 
-def _cost(change: Change, count: bool) -> _Cost:
+def _cost(change: PlannedChange, count: bool) -> _Cost:
     site, config = change
     new, old = on_meta(replacement(change)), count_parameters(site.module)
-    kept = 0 if config.init == "paper" else 1  # the old FFN stays, and the new module works on its hidden map
+    kept = 0 if config.init == "paper" else 1  # the old FFN stays, and the new module gets its hidden map
     macs = None
     if count:
         length = site.grid.height * site.grid.width + site.grid.num_prefix_tokens
-        seen = site.hidden_dim if kept else site.dim
+        width = site.hidden_dim if kept else site.dim
         before = macs_of(site.module, torch.empty(1, length, site.dim, device="meta"))
-        after = macs_of(new, torch.empty(1, length, seen, device="meta"), site.grid) + kept * before
+        after = macs_of(new, torch.empty(1, length, width, device="meta"), site.grid) + kept * before
         macs = before * site.sequences, after * site.sequences
     return _Cost(new, (old, count_parameters(new) + kept * old), macs)
 
@@ -230,13 +239,13 @@ def _total(before: int, changes: list[Any]) -> tuple[int, int]:
     return before, before + sum(new - old for old, new in changes)
 
 
-def _dead_parameters(change: Change, new: nn.Module) -> list[str]:
+def _dead_parameters(change: PlannedChange, new: nn.Module) -> list[str]:
     site, config = change.site, change.config.resolve()
     path = f"{site.path}." + ("" if config.init == "paper" else f"{HIDDEN_SLOT}.")
     names = [name for name, _ in new.named_parameters()]
-    if config.prefix == "mlp":  # prefix tokens keep the point-wise path alive
+    if config.prefix == "mlp":  # prefix tokens still use the point-wise path
         norms = config.norm if isinstance(config.norm, tuple) else (config.norm,) * 3
-        # and these norms tie them to what happened to the patches before: their statistics are over both
+        # batch and group statistics are over prefix and patch tokens, so these norms tie them together
         tied = [norm in ("batch", "group") for norm in norms]
         past = ("gate",) if config.position == "first" and tied[0] else ("conv", "norm2", "gate")
         return [] if tied[2] else [path + name for name in names if name.split(".")[0] in past]
@@ -250,19 +259,23 @@ def _dead_parameters(change: Change, new: nn.Module) -> list[str]:
     return outside + [path + name for name in names]
 
 
-def _elsewhere(groups: Mapping[str, Sequence[Site]], also: Mapping[str, LocalityConfig]) -> list[Change]:
+def _elsewhere(
+    groups: Mapping[str, Sequence[FeedForwardSite]], also: Mapping[str, LocalityConfig]
+) -> list[PlannedChange]:
     further = {name: sites for name, sites in groups.items() if name != MAIN_GROUP}
     for name in also:
         if name not in further:
             known = ", ".join(map(repr, further)) or "none in this model"
-            raise ConfigError(f"also={name!r} is no further group of FFNs (accepted: {known})")
-    return [Change(site, config) for name, config in also.items() for site in further[name]]
+            raise ConfigError(f"also={name!r} is not a further group of FFNs; accepted: {known}")
+    return [PlannedChange(site, config) for name, config in also.items() for site in further[name]]
 
 
-def _refuse_shared(sites: list[Site]) -> None:
+def _refuse_shared(sites: list[FeedForwardSite]) -> None:
     modules = [id(site.module) for site in sites]
     if len(set(modules)) < len(modules):
-        raise UnsupportedModelError("two blocks share one FFN, so one of them cannot be changed alone")
+        raise UnsupportedModelError(
+            "two blocks share one FFN, so one cannot change without the other; give each block its own"
+        )
 
 
 def _change(values: tuple[int, int], unit: float, name: str) -> str:

@@ -198,8 +198,8 @@ def test_other_images_than_configured_are_refused():
         ({"num_heads": (1, 2)}, r"num_heads \(1, 2\): 2 values for 4 stages"),
         ({"embed_dims": (8, 16)}, r"embed_dims \(8, 16\): 2 values for 4 stages"),
         ({"num_heads": 3}, "num_heads 3 does not divide the embedding width 8"),
-        ({"sr_ratios": (8, 4, 2, 2)}, "sr_ratio 2: must be 1 in the stage with the class token"),
-        ({"global_pool": "max"}, r"global_pool 'max': accepted are \('', 'token', 'avg'\)"),
+        ({"sr_ratios": (8, 4, 2, 2)}, "sr_ratio 2 is not accepted in the stage with the class token"),
+        ({"global_pool": "max"}, r"global_pool 'max' is not accepted; use one of \('', 'token', 'avg'\)"),
     ],
 )
 def test_wrong_arguments_are_named(args, message):

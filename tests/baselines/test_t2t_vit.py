@@ -308,11 +308,13 @@ def test_sizes_that_are_refused():
     model = small()
     with pytest.raises(AssertionError, match=r"Input height \(64\) doesn't match model \(48\)"):
         model(images(64, 48))
-    with pytest.raises(ValueError, match="patch_size 8 cannot be set: the soft splits' strides make it 16"):
+    with pytest.raises(
+        ValueError, match="patch_size 8 is not accepted; the strides of the soft splits make it 16"
+    ):
         model.set_input_size((64, 64), patch_size=8)
-    with pytest.raises(ValueError, match="patch_size 8 cannot"):
+    with pytest.raises(ValueError, match="patch_size 8 is not"):
         small(patch_size=8)
-    with pytest.raises(ValueError, match="img_size 2 is below 3 pixels"):
+    with pytest.raises(ValueError, match="img_size 2 is not accepted; use at least 3 pixels"):
         small(img_size=2)
     assert model.patch_embed.grid_size == (3, 3)
 
@@ -320,9 +322,12 @@ def test_sizes_that_are_refused():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"tokens_type": "convolution"}, "tokens_type 'convolution' is not one of performer, transformer"),
-        ({"token_dim": 1}, "token_dim 1 is below 2"),
-        ({"dynamic_img_pad": True}, "dynamic_img_pad is not offered"),
+        (
+            {"tokens_type": "convolution"},
+            "tokens_type 'convolution' is not accepted; use 'performer' or 'transformer'",
+        ),
+        ({"token_dim": 1}, "token_dim 1 is not accepted; use at least 2"),
+        ({"dynamic_img_pad": True}, "dynamic_img_pad=True is not accepted"),
     ],
 )
 def test_arguments_that_are_refused(args, message):

@@ -208,7 +208,7 @@ def test_a_folder_and_a_tar_of_jpegs_give_the_same_batches_with_any_number_of_wo
 
     def batches(source, workers):
         augment = AugmentConfig(erase=0.5)
-        seen = Preprocessing(
+        preprocessing = Preprocessing(
             input_size=(3, 24, 24),
             mean=MEAN,
             std=STD,
@@ -221,7 +221,7 @@ def test_a_folder_and_a_tar_of_jpegs_give_the_same_batches_with_any_number_of_wo
             train_loader(
                 train,
                 augment,
-                Preprocessing(**seen, crop_pct=1.0, crop_mode="center"),
+                preprocessing,
                 batch_size=6,
                 seed=1,
                 workers=workers,

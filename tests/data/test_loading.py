@@ -10,7 +10,14 @@ from timm.data.distributed_sampler import RepeatAugSampler
 
 from localvit.data.config import AugmentConfig, DataConfig, DataError, Preprocessing
 from localvit.data.images import UnreadableImage
-from localvit.data.loading import EpochOrder, eval_loader, random_scope, readable, seed_all, train_loader
+from localvit.data.loading import (
+    EpochBatchSampler,
+    eval_loader,
+    random_scope,
+    readable,
+    seed_all,
+    train_loader,
+)
 from localvit.data.splits import open_splits
 
 PREPROCESSING = Preprocessing(
@@ -69,7 +76,7 @@ def test_random_scope_keeps_the_seed_that_surgery_reads():
 
 
 def test_every_epoch_is_another_permutation_in_whole_batches():
-    order = EpochOrder(10, 4, seed=0)
+    order = EpochBatchSampler(10, 4, seed=0)
     first = [draw.picture for batch in order for draw in batch]
     order.set_epoch(1)
     second = [draw.picture for batch in order for draw in batch]
@@ -78,13 +85,13 @@ def test_every_epoch_is_another_permutation_in_whole_batches():
 
 
 def test_repeats_by_hand():
-    plain = [draw.picture for batch in EpochOrder(10, 1, seed=0) for draw in batch]  # the permutation
-    batches = list(EpochOrder(10, 4, seed=0, repeats=3))
+    plain = [draw.picture for batch in EpochBatchSampler(10, 1, seed=0) for draw in batch]  # the permutation
+    batches = list(EpochBatchSampler(10, 4, seed=0, repeats=3))
     # Ten places: three pictures three times and one once, of which two whole batches take eight.
     expected = [plain[0]] * 3 + [plain[1]] * 3 + [plain[2]] * 2
     assert [[draw.picture for draw in batch] for batch in batches] == [expected[:4], expected[4:]]
     assert len({draw.seed for batch in batches for draw in batch}) == 8  # each augmented in its own way
-    order = EpochOrder(10, 4, seed=0, repeats=3)
+    order = EpochBatchSampler(10, 4, seed=0, repeats=3)
     order.set_epoch(1)
     again = list(order)
     assert again != batches
@@ -95,9 +102,9 @@ def test_an_epoch_with_repeats_holds_what_timms_sampler_deals_out_to_all_process
     ranks = [
         list(RepeatAugSampler(range(1000), num_replicas=4, rank=rank, num_repeats=3)) for rank in range(4)
     ]
-    assert len(EpochOrder(1000, 256, seed=0, repeats=3)) * 256 == sum(map(len, ranks)) == 768
+    assert len(EpochBatchSampler(1000, 256, seed=0, repeats=3)) * 256 == sum(map(len, ranks)) == 768
     theirs = Counter(Counter(picture for rank in ranks for picture in rank).values())
-    drawn = Counter(d.picture for batch in EpochOrder(1000, 256, seed=0, repeats=3) for d in batch)
+    drawn = Counter(d.picture for batch in EpochBatchSampler(1000, 256, seed=0, repeats=3) for d in batch)
     assert Counter(drawn.values()) == theirs == {3: 256}
 
 
@@ -113,7 +120,7 @@ def test_repeated_pictures_are_augmented_differently():
 @pytest.mark.parametrize("batch_size", [0, 11])
 def test_a_batch_size_that_fills_no_batch_is_refused(batch_size):
     with pytest.raises(DataError, match=f"batch_size={batch_size} does not fit 10"):
-        EpochOrder(10, batch_size, seed=0)
+        EpochBatchSampler(10, batch_size, seed=0)
 
 
 def test_evaluation_sees_every_picture_once_in_order():

@@ -122,8 +122,8 @@ def test_bad_files_are_clear_errors_and_nothing_in_them_runs(checkpoint, tmp_pat
     [
         ({}, "no tensors"),
         ({"model": {}}, "no tensors"),
-        ({"model": 3}, "'model' holds a int"),
-        ({"model": {"a": 3}}, "'a' holds a int"),
+        ({"model": 3}, "'model' has a int"),
+        ({"model": {"a": 3}}, "'a' has a int"),
     ],
 )
 def test_contents_that_are_not_weights(content, reason):

@@ -61,11 +61,11 @@ def test_what_the_recipe_of_deit_comes_to_on_imagenet(tmp_path, monkeypatch):
     figures = plan_run(config, Machine(nodes=8, gpus=8, images_per_second=500.0, memory_gb=1.0))
     found = values(figures)
     images = 1_281_167 - 12_812
-    assert found["training pictures"] == images
-    assert named(figures, "training pictures").basis == "assumed"
-    assert found["updates per epoch"] == images // 1024 == 1238
-    assert found["updates"] == 1238 * 300
-    assert found["warm-up updates"] == 1238 * 5
+    assert found["training images"] == images
+    assert named(figures, "training images").basis == "assumed"
+    assert found["steps per epoch"] == images // 1024 == 1238
+    assert found["steps"] == 1238 * 300
+    assert found["warm-up steps"] == 1238 * 5
     assert found["peak learning rate"] == 1e-3
     assert (found["GPUs"], found["batch per GPU"]) == (64, 16)
     assert found["training"] == pytest.approx(1238 * 300 * 1024 / (500 * 64) / 3600)
@@ -84,7 +84,7 @@ def test_memory_adds_up():
     assert mb["one GPU"] == pytest.approx(expected, rel=0.02)  # on top is what any number of pictures keeps
     assert found["fits"] == ("yes" if mb["one GPU"] <= 10 else "no")
     assert found["model file"] == weights
-    assert found["state to go on from"] == pytest.approx(2 * weights + mb["optimizer"])
+    assert found["training state"] == pytest.approx(2 * weights + mb["optimizer"])
     alone = values(plan_run(resolve("digits"), Machine()))
     assert alone["memory: exchange"] == alone["memory: average"] == 0
     assert alone["training"] is None
@@ -105,34 +105,49 @@ def test_most_pictures_at_once_is_the_border(tmp_path):
     total = found["memory: one GPU"]
     at = [values(plan_run(config, Machine(memory_gb=(total + slack) / 1000))) for slack in (-0.05, 0.05)]
     assert [plan["fits"] for plan in at] == ["no", "yes"]
-    assert at[0]["most pictures at once"] < 32 <= at[1]["most pictures at once"]
+    assert at[0]["most images at once"] < 32 <= at[1]["most images at once"]
 
 
 def test_effective_values_of_data_that_is_there_and_of_data_that_is_not():
     found = values(effective(resolve("digits", ["augment.repeats=3"])))
-    assert found["training pictures"] == 1038
-    assert (found["updates per epoch"], found["pictures per epoch"]) == (32, 1024)
+    assert found["training images"] == 1038
+    assert (found["steps per epoch"], found["images per epoch"]) == (32, 1024)
     assert found["parameters"] == 58_234
     figures = effective(resolve("small_images", ["train_only=locality", "model.locality={init: preserve}"]))
     missing = values(figures)
-    assert missing["updates"] is missing["training pictures"] is None
-    assert "no data source 'DATA'" in str(named(figures, "training pictures"))
+    assert missing["steps"] is missing["training images"] is None
+    assert "no data source 'DATA'" in str(named(figures, "training images"))
     assert missing["trainable parameters"] == 6 * 512 * 9 + 128 * 1000 + 1000
 
 
 @pytest.mark.parametrize(
     ("settings", "machine", "images", "message"),
     [
-        ([], {"gpus": 0}, None, "gpus=0 must be at least 1"),
-        ([], {"images_per_second": -1.0}, None, r"images_per_second=-1\.0 must be a positive number"),
-        ([], {"images_per_second": float("nan")}, None, "images_per_second=nan must be"),
-        ([], {"memory_gb": 0.0}, None, r"memory_gb=0\.0 must be"),
-        ([], {"gpus": 5}, None, "batch_size=32 cannot be cut into 5 equal parts"),
-        (["engine.grad_accum=5"], {"gpus": 2}, None, "batch_size=32 cannot be cut into 10 equal parts"),
-        (["augment.mixup=0.8"], {"gpus": 32}, None, "cut into 32 equal parts of an even number, which mixup"),
+        ([], {"gpus": 0}, None, "gpus=0 is not accepted; use 1 or more"),
+        (
+            [],
+            {"images_per_second": -1.0},
+            None,
+            r"images_per_second=-1\.0 is not accepted; use a positive number",
+        ),
+        ([], {"images_per_second": float("nan")}, None, "images_per_second=nan is not accepted"),
+        ([], {"memory_gb": 0.0}, None, r"memory_gb=0\.0 is not accepted"),
+        ([], {"gpus": 5}, None, "batch_size=32 cannot be split into 5 equal microbatches"),
+        (
+            ["engine.grad_accum=5"],
+            {"gpus": 2},
+            None,
+            "batch_size=32 cannot be split into 10 equal microbatches",
+        ),
+        (
+            ["augment.mixup=0.8"],
+            {"gpus": 32},
+            None,
+            "split into 32 equal microbatches of even size, for mixup",
+        ),
         ([], {}, 20, "batch_size=32 does not fit 20 training images"),
         (["batch_size=2000"], {}, None, "batch_size=2000 does not fit 1038 training images"),
-        (["data.train=nowhere"], {}, None, "no data source 'nowhere'.*--images N says"),
+        (["data.train=nowhere"], {}, None, "no data source 'nowhere'.*--images N"),
         (["model.name=deit_tny_patch16_224"], {}, None, "did you mean"),
         (["model.args.img_size=9"], {}, None, "9x9 is not divisible by the patch size"),
         (["distill.teacher=nowhere"], {}, None, "has no distillation token"),

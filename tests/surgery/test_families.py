@@ -1,4 +1,4 @@
-"""Surgery on every family of the layout table: what is replaced, what is kept, and that locality is local."""
+"""Surgery on every family with an adapter: what is replaced, what is kept, and that locality is local."""
 
 import copy
 
@@ -136,9 +136,9 @@ def test_what_one_half_of_the_depth_draws_does_not_depend_on_the_other(name):
 
 
 def test_groups_that_a_model_lacks_are_named():
-    with pytest.raises(ConfigError, match=r"also='inner' is no further group of FFNs \(accepted: none"):
+    with pytest.raises(ConfigError, match=r"also='inner' is not a further group of FFNs; accepted: none"):
         localvit.localize(make("swin_tiny_patch4_window7_224"), also={"inner": LocalityConfig()})
-    with pytest.raises(ConfigError, match=r"also='blocks' is no further group.*'tokens_to_token'"):
+    with pytest.raises(ConfigError, match=r"also='blocks' is not a further group.*'tokens_to_token'"):
         localvit.localize(make("t2t_vit_7"), also={"blocks": LocalityConfig()})
 
 

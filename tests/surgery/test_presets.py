@@ -72,7 +72,7 @@ def test_script_export_and_save(name, preset, tmp_path):
 def test_what_a_design_changes_besides_the_convolution_is_said():
     model = make("deit_tiny_patch16_224")
     said = {preset: " ".join(confounders(localvit.plan(model, PRESETS[preset]))) for preset in PRESETS}
-    assert "return the class token as it came" in said["ceit_leff"]
+    assert "return the class token unchanged" in said["ceit_leff"]
     assert "Norm (batch)" in said["ceit_leff"]
     for preset in PRESETS:
         assert ("gated linear unit" in said[preset]) == (preset in ("conv_glu", "gdfn"))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import distributed as dist
 
 from localvit.config.files import dump, resolve
-from localvit.data.loading import Draw, EpochOrder, share
+from localvit.data.loading import EpochBatchSampler, SampleSpec, share
 from localvit.errors import ConfigError
 from localvit.runtime.distributed import World, name_of_start, open_world
 from localvit.training.loop import train
@@ -139,7 +139,7 @@ def test_a_start_in_which_a_process_is_missing_ends_with_the_timeout(rank):
 
 @pytest.mark.parametrize(("size", "parts"), [(8, 1), (8, 2), (8, 4), (9, 3), (12, 4), (6, 6)])
 def test_shares_are_the_batch_and_keep_mixed_pairs_together(size, parts):
-    batch = [Draw(i, i) for i in range(size)]
+    batch = [SampleSpec(i, i) for i in range(size)]
     shares = [share(batch, part, parts) for part in range(parts)]
     assert sorted(itertools.chain(*shares)) == batch
     assert {len(each) for each in shares} == {size // parts}
@@ -150,8 +150,8 @@ def test_shares_are_the_batch_and_keep_mixed_pairs_together(size, parts):
 
 
 def test_all_shares_of_an_epoch_are_the_epoch():
-    whole = EpochOrder(50, 12, seed=3)
-    parts = [EpochOrder(50, 12, seed=3, rank=rank, world_size=3) for rank in range(3)]
+    whole = EpochBatchSampler(50, 12, seed=3)
+    parts = [EpochBatchSampler(50, 12, seed=3, rank=rank, world_size=3) for rank in range(3)]
     for order in (whole, *parts):
         order.set_epoch(4, 1)
     assert len(list(whole)) == 3

@@ -92,14 +92,14 @@ def test_the_replacement_depends_on_the_draw_alone(pictures):
 
 
 def test_a_process_that_loads_and_dies_is_named_in_one_line(tiny, tmp_path, monkeypatch):
-    main, real = os.getpid(), loading.Prepared._prepare
+    main, real = os.getpid(), loading.BatchDataset._prepare
 
     def deadly(self, draw, out):
-        if os.getpid() != main and isinstance(draw, loading.Draw) and draw.picture == 7:
+        if os.getpid() != main and isinstance(draw, loading.SampleSpec) and draw.picture == 7:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, draw, out)
 
-    monkeypatch.setattr(loading.Prepared, "_prepare", deadly)
+    monkeypatch.setattr(loading.BatchDataset, "_prepare", deadly)
     with pytest.raises(TrainingFailed, match=r"a data worker died \(DataLoader worker") as caught:
         train(tiny("workers=1", f"output={tmp_path / 'run'}"))
     assert "\n" not in str(caught.value)
