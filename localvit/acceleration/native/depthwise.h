@@ -2,37 +2,54 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+#include <vector>
 
 #include "gate.h"
+#include "norm.h"
 #include "rows.h"
-#include "sums.h"
 
 namespace {
 
-constexpr int64_t PARTS = 8;  // of an image, by rows: sums are those of its parts, and so many threads may share it
+// One call, in the order of `Mix.call` in mix.py: every field takes eight bytes. The maps depend on the function.
+struct Arguments {
+    Shape s;
+    int64_t k, act, act2, threads;
+    Norm norm1;
+    const float *weight, *bias;  // of the convolution: (D, k * k), (D)
+    Norm norm2;
+    Gate gate;
+    float* maps[16];
+};
 
-// Whether threads share each image, by its parts: where that is faster by an eighth, which it costs, than to give
-// each thread images of its own.
+constexpr int64_t PARTS = 8;  // bands of an image's rows: sums are taken in each, and so many threads may share it
+
+// Whether threads share each image by its bands: where that is faster, although it costs an eighth, than giving each
+// thread its own images.
 bool shared(int64_t batch, int64_t threads) {
     const int64_t rounds = (batch + threads - 1) / threads;
     return 7 * rounds * smaller(threads, PARTS) > 8 * batch;
 }
 
-// With activations ACT and ACT2, the paper's in inference and in training, or with any: no branch saves an eighth.
-// `y` may be `x`, so rows that another thread is to overwrite are staged before any is written.
-template <int K, int64_t ACT, int64_t ACT2> struct Depthwise {
-    Shape s;
+// A convolution of `x` by norm 1, to `y`, with means and squares (B, D) where they are not null. `y` may be `x`: rows
+// that another thread overwrites are staged before any row is written.
+struct Convolution {
+    const Arguments& a;
     const float *x, *weight, *bias;
-    Affine affine;
     float *y, *means, *squares;
-    Gate gate;
-    int64_t act, act2;
+    bool gated;
+};
 
-    // Memory of one thread; `sums` (PARTS, D) are in common for those who share an image.
+// With constant activations ACT and ACT2 (the paper's) or any: without branches it is an eighth faster.
+template <int K, int64_t ACT, int64_t ACT2> struct Depthwise : Convolution {
+    int64_t act2;
+    const Shape& s = a.s;
+
+    Depthwise(const Convolution& c, int64_t last) : Convolution(c), act2(last) {}
+
+    // Memory of one thread; threads that share an image have `sums` (PARTS, D) in common.
     struct Desk {
         float *rows, *taps, *sums, *mean, *factor, *squeezed;
-        int64_t first = -1, channels = 0;  // that rows and taps are laid out for
+        int64_t first = -1, channels = 0;  // the block that rows and taps are laid out for
 
         static int64_t floats(const Shape& s, int64_t block, int64_t reduced) {
             return (Ring<K>::ROWS * span<K>(s) + K * K) * block + (PARTS + 2) * s.channels + reduced;
@@ -49,9 +66,10 @@ template <int K, int64_t ACT, int64_t ACT2> struct Depthwise {
         float* to = ring.inside(i);
         const float* from = x + s.start(image) + i * s.width * s.channels + c;
         for_strips(s.width, ring.channels, [&](int64_t j, int64_t end, int64_t v) {
+            const Vec scale = load(a.norm1.scale + c + v), shift = load(a.norm1.shift + c + v);
             for (; j < end; ++j) {
-                const Vec value = affine(load(from + j * s.channels + v), c + v);
-                store(to + ring.at(j, v), activate(value, ACT == ANY ? act : ACT));
+                const Vec value = load(from + j * s.channels + v) * scale + shift;
+                store(to + ring.at(j, v), activate(value, ACT == ANY ? a.act : ACT));
             }
         });
     }
@@ -97,7 +115,7 @@ template <int K, int64_t ACT, int64_t ACT2> struct Depthwise {
         }
     }
 
-    // This thread's parts of a block of channels.
+    // Convolves this thread's bands of a block of channels.
     void band(const Team& team, Desk& desk, int64_t image, int64_t c, int64_t n) const {
         const int64_t first = top(team.first(PARTS)), end = top(team.end(PARTS)), reach = K / 2;
         const Ring<K> ring{desk.rows, span<K>(s), n, end};
@@ -117,16 +135,26 @@ template <int K, int64_t ACT, int64_t ACT2> struct Depthwise {
         }
     }
 
-    // What needs the means of the whole image.
+    // The sum over the bands (n).
+    void total_of(const float* sums, float* out) const {
+        for (int64_t v = 0; v < s.channels; v += LANES) {
+            Vec total{};
+            for (int64_t part = 0; part < PARTS; ++part) total += load(sums + part * s.channels + v);
+            store(out + v, total);
+        }
+    }
+
+    // Computes what needs the means of the whole image.
     void finish(const Team& team, const Desk& desk, int64_t image) const {
         const int64_t n = s.channels;
         float* out = y + s.start(image);
         team.wait();
-        total_of(desk.sums, PARTS, n, desk.mean);
+        total_of(desk.sums, desk.mean);
         to_mean(s, desk.mean, n);
-        if (means && team.rank == 0) memcpy(means + image * n, desk.mean, n * sizeof(float));
-        if (gate.kind != NO_GATE) {
-            gate.values(desk.mean, n, desk.squeezed, desk.factor);
+        if (means && team.rank == 0)
+            for (int64_t v = 0; v < n; v += LANES) store(means + image * n + v, load(desk.mean + v));
+        if (gated && a.gate.kind != NO_GATE) {
+            a.gate.values(desk.mean, n, desk.squeezed, desk.factor);
             for (int64_t t = top(team.first(PARTS)) * s.width; t < top(team.end(PARTS)) * s.width; ++t)
                 for (int64_t v = 0; v < n; v += LANES)
                     store(out + t * n + v, load(out + t * n + v) * load(desk.factor + v));
@@ -138,14 +166,14 @@ template <int K, int64_t ACT, int64_t ACT2> struct Depthwise {
             about_mean(tokens, n, out + first * n, desk.mean, desk.sums + part * n, n);
         }
         team.wait();
-        if (team.rank == 0) total_of(desk.sums, PARTS, n, squares + image * n);
+        if (team.rank == 0) total_of(desk.sums, squares + image * n);
     }
 
-    void run(int64_t threads) const {
-        const int64_t block = staged_block_of<K>(s, 1), floats = Desk::floats(s, block, gate.reduced);
-        const bool together = shared(s.batch, threads);
+    void run() const {
+        const int64_t block = staged_block_of<K>(s, 1), floats = Desk::floats(s, block, a.gate.reduced);
+        const bool together = shared(s.batch, a.threads);
         float* common = Desk(s, block, scratch_of(floats)).sums;
-        for_team(together ? smaller(threads, PARTS) : threads, [&](const Team& all) {
+        for_team(together ? smaller(a.threads, PARTS) : a.threads, [&](const Team& all) {
             Desk desk(s, block, scratch_of(floats));
             if (together) desk.sums = common;
             const Team alone{0, 1}, team = together ? all : alone, share = together ? alone : all;

@@ -8,8 +8,10 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import SqueezeExcite
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import localvit
 from localvit import Grid, LocalityConfig
@@ -336,3 +338,76 @@ def test_hidden_locality_on_timms_mlps(stages):
     assert_same(localvit.fuse(model)(photos()), model(photos()))
     assert [arguments[-2:] for arguments in stages] == [(0, 0)]
     assert isinstance(localvit.fuse(model).blocks[0].mlp.drop1, fast.FoldedHiddenLocality)
+
+
+class _Twice(TorchFunctionMode):
+    """Doubles what a convolution of maps of 128 channels gives."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        return 2 * out if function is F.conv2d and args[0].shape[1] == 128 else out
+
+
+def later() -> dict[str, Callable]:
+    """Return what may happen to a feed-forward network that is fused already."""
+
+    def conv(**changes) -> Callable:
+        settings = {"kernel_size": 3, "padding": 1, "groups": 128, "bias": True} | changes
+        return lambda mlp: setattr(mlp, "conv", random_weights(nn.Conv2d(128, 128, **settings)).eval())
+
+    def doubled(name: str) -> Callable:
+        def patch(mlp: nn.Module) -> None:
+            stage = getattr(mlp, name)
+            setattr(mlp, name, lambda *args: 2 * stage(*args))
+
+        return patch
+
+    return {
+        "dilation": conv(padding=2, dilation=2),
+        "padding": conv(padding="same"),
+        "another padding mode": conv(padding_mode="circular"),
+        "a kernel that is not covered": conv(kernel_size=9, padding=4),
+        "groups": conv(groups=64),
+        "settings": lambda mlp: (setattr(mlp.conv, "dilation", (2, 2)), setattr(mlp.conv, "padding", (2, 2))),
+        "float64": lambda mlp: mlp.conv.double(),
+        "a patched mix": doubled("mix"),
+        "a patched transform": doubled("transform"),
+        "a patched convolution": doubled("_convolve"),
+        "a patched forward": lambda mlp: setattr(mlp.conv, "forward", lambda x: 2 * x),
+        "another activation": lambda mlp: setattr(mlp, "act2", nn.Tanh()),
+        "another norm": lambda mlp: setattr(mlp, "norm2", nn.LocalResponseNorm(2)),
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", later().values(), ids=later())
+def test_changes_of_a_fused_network(monkeypatch, change):
+    """With and without the kernels it computes the same."""
+    mlp = localvit.fuse(local()).blocks[0].mlp
+    tokens, grid = torch.randn(2, 17, 32), Grid(4, 4, 1)
+
+    def outcome() -> torch.Tensor | str:
+        try:
+            return mlp(tokens, grid)
+        except RuntimeError as error:
+            return str(error)
+
+    before = outcome()
+    change(mlp)
+    after = outcome()
+    monkeypatch.setattr(mlp, "native", False)
+    want = outcome()
+    if isinstance(want, str):
+        assert after == want
+    else:
+        assert_same(after, want)
+        assert not torch.allclose(after, before)
+
+
+@torch.no_grad()
+def test_a_function_mode_sees_the_convolution():
+    mlp = localvit.fuse(local()).blocks[0].mlp
+    tokens, grid = torch.randn(2, 17, 32), Grid(4, 4, 1)
+    before = mlp(tokens, grid)
+    with _Twice():
+        assert not torch.allclose(mlp(tokens, grid), before)
