@@ -68,7 +68,7 @@ class Form:
         self.channels = self.conv.out_channels
         self.norms = [n if type(n) is nn.BatchNorm2d else None for n in (stage["norm1"], stage["norm2"])]
         self.act, self.act2 = (ACTIVATIONS.get(type(stage[n] or nn.Identity())) for n in ("act1", "act2"))
-        self.gate = _gate_kind(gate)
+        self.gate = gate_kind(gate)
         owners = {name: stage[name] for name in ("norm1", "conv", "norm2")}
         owners |= {f"gate.{name}": self.inner[name] for name in _GATE_LAYERS.get(self.gate, ())}
         self.names = [f"{name}.{kind}" for name in owners for kind in ("weight", "bias")]
@@ -160,7 +160,8 @@ def covers_convolution(conv: Any) -> bool:
     return _settings(conv.__dict__) == ours and k in KERNEL_SIZES and channels % LANES == 0
 
 
-def _gate_kind(gate: Any) -> int | None:
+def gate_kind(gate: Any) -> int | None:
+    """Return the number of a channel gate, `None` for one that the kernels do not compute."""
     if gate is None:
         return NO_GATE
     if type(gate) is SqueezeExcite:
@@ -210,9 +211,7 @@ def _only_a_default_device() -> bool:
 
 def is_dense(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     """Return whether `tensor` is an ordinary dense one that the kernels can read."""
-    return (
-        type(tensor) in _ORDINARY and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()
-    )
+    return type(tensor) in _ORDINARY and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()
 
 
 def address(tensor: Tensor | None) -> int:

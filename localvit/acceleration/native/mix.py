@@ -147,7 +147,13 @@ class _Mix(torch.autograd.Function):
         ctx.stage.call("backward", addresses, statistics, size, grads[0].contiguous(), x, convolved, *gates, of_x,
                        *of_parameters)  # fmt: skip
         needs = zip(of_parameters, parameters, ctx.needs_input_grad[4:], strict=True)
-        return of_x, None, None, None, *(g if p is not None and needs_grad else None for g, p, needs_grad in needs)
+        return (
+            of_x,
+            None,
+            None,
+            None,
+            *(g if p is not None and needs_grad else None for g, p, needs_grad in needs),
+        )
 
 
 def _saved(ctx: Any) -> Any:
