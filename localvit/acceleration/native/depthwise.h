@@ -21,68 +21,30 @@ struct Arguments {
     float* maps[16];
 };
 
-constexpr int64_t PARTS = 8;  // bands of an image's rows: sums are taken in each, and so many threads may share it
-
-// Whether threads share each image by its bands: where that is faster, although it costs an eighth, than giving each
-// thread its own images.
-bool shared(int64_t batch, int64_t threads) {
-    const int64_t rounds = (batch + threads - 1) / threads;
-    return 7 * rounds * smaller(threads, PARTS) > 8 * batch;
-}
-
-// A convolution of `x` by norm 1, to `y`, with means and squares (B, D) where they are not null. `y` may be `x`: rows
-// that another thread overwrites are staged before any row is written.
-struct Convolution {
+// A convolution of act(x by norm 1) to `y`, with means and squares about them (B, D); squares may be null. `y` may be
+// `x`: rows are staged before they are overwritten.
+template <int K> struct Depthwise {
     const Arguments& a;
-    const float *x, *weight, *bias;
+    const float* x;
     float *y, *means, *squares;
-    bool gated;
-};
-
-// With constant activations ACT and ACT2 (the paper's) or any: without branches it is an eighth faster.
-template <int K, int64_t ACT, int64_t ACT2> struct Depthwise : Convolution {
-    int64_t act2;
     const Shape& s = a.s;
 
-    Depthwise(const Convolution& c, int64_t last) : Convolution(c), act2(last) {}
-
-    // Memory of one thread; threads that share an image have `sums` (PARTS, D) in common.
-    struct Desk {
-        float *rows, *taps, *sums, *mean, *factor, *squeezed;
-        int64_t first = -1, channels = 0;  // the block that rows and taps are laid out for
-
-        static int64_t floats(const Shape& s, int64_t block, int64_t reduced) {
-            return (Ring<K>::ROWS * span<K>(s) + K * K) * block + (PARTS + 2) * s.channels + reduced;
-        }
-        Desk(const Shape& s, int64_t block, float* memory)
-            : rows(memory), taps(rows + Ring<K>::ROWS * span<K>(s) * block), sums(taps + K * K * block),
-              mean(sums + PARTS * s.channels), factor(mean + s.channels), squeezed(factor + s.channels) {}
-    };
-
-    int64_t top(int64_t part) const { return s.height * part / PARTS; }
-
-    void enter(const Ring<K>& ring, int64_t image, int64_t i, int64_t c) const {
-        if (i < 0 || i >= s.height) return ring.leave_out(i);
-        float* to = ring.inside(i);
-        const float* from = x + s.start(image) + i * s.width * s.channels + c;
-        for_strips(s.width, ring.channels, [&](int64_t j, int64_t end, int64_t v) {
+    void stage(float* to, const float* from, int64_t c, int64_t n) const {
+        const int64_t act = a.act, stride = s.channels, span_ = span<K>(s);
+        for_strips(s.width, n, [=](int64_t j, int64_t end, int64_t v) {
             const Vec scale = load(a.norm1.scale + c + v), shift = load(a.norm1.shift + c + v);
-            for (; j < end; ++j) {
-                const Vec value = load(from + j * s.channels + v) * scale + shift;
-                store(to + ring.at(j, v), activate(value, ACT == ANY ? a.act : ACT));
-            }
+            for (; j < end; ++j)
+                store(to + v * span_ + j * LANES, activate(load(from + j * stride + v) * scale + shift, act));
         });
     }
 
-    void row(const Ring<K>& ring, int64_t image, int64_t i, const float* taps, int64_t c, float* sum) const {
-        const int64_t width = s.width, n = ring.channels;
-        float* out = y + s.start(image) + i * width * s.channels + c;
+    void row(const Ring<K>& ring, float* out, int64_t i, const float* taps, int64_t c, float* sum) const {
         const float* in[K];
         for (int d = 0; d < K; ++d) in[d] = ring.row(i + d - K / 2);
-        for (int64_t v = 0; v < n; v += LANES) {
-            const Vec start = bias ? load(bias + c + v) : Vec{};
+        for (int64_t v = 0; v < ring.channels; v += LANES) {
+            const Vec start = a.bias ? load(a.bias + c + v) : Vec{};
             Vec total{};
-            for (int64_t j = 0; j < width; j += COLUMNS) {
+            for (int64_t j = 0; j < s.width; j += COLUMNS) {
                 Vec o[COLUMNS] = {start, start, start, start};
                 const auto taps_row = [&](int dy) INLINE_LAMBDA {
                     const float* from = in[dy] + ring.at(j, v);
@@ -105,84 +67,32 @@ template <int K, int64_t ACT, int64_t ACT2> struct Depthwise : Convolution {
                 }
 #pragma GCC unroll 8
                 for (int q = 0; q < COLUMNS; ++q)
-                    if (j + q < width) {
-                        const Vec value = activate(o[q], ACT2 == ANY ? act2 : ACT2);
-                        store(out + (j + q) * s.channels + v, value);
-                        total += value;
+                    if (j + q < s.width) {
+                        store(out + (j + q) * s.channels + v, o[q]);
+                        total += o[q];
                     }
             }
             add(sum + v, total);
         }
     }
 
-    // Convolves this thread's bands of a block of channels.
-    void band(const Team& team, Desk& desk, int64_t image, int64_t c, int64_t n) const {
-        const int64_t first = top(team.first(PARTS)), end = top(team.end(PARTS)), reach = K / 2;
-        const Ring<K> ring{desk.rows, span<K>(s), n, end};
-        if (desk.channels != n) ring.reset(s.width);
-        if (desk.channels != n || desk.first != c) taps_of<K>(weight, c, n, false, desk.taps);
-        desk.channels = n, desk.first = c;
-        for (int64_t i = first - reach; i < smaller(first + reach, end); ++i) enter(ring, image, i, c);
-        for (int64_t i = end; i < end + reach; ++i) enter(ring, image, i, c);
-        team.wait();
-        for (int64_t part = team.first(PARTS); part < team.end(PARTS); ++part) {
-            float* sum = desk.sums + part * s.channels + c;
-            clear(sum, n);
-            for (int64_t i = top(part); i < top(part + 1); ++i) {
-                if (i + reach < end) enter(ring, image, i + reach, c);
-                row(ring, image, i, desk.taps, c, sum);
-            }
-        }
-    }
-
-    // The sum over the bands (n).
-    void total_of(const float* sums, float* out) const {
-        for (int64_t v = 0; v < s.channels; v += LANES) {
-            Vec total{};
-            for (int64_t part = 0; part < PARTS; ++part) total += load(sums + part * s.channels + v);
-            store(out + v, total);
-        }
-    }
-
-    // Computes what needs the means of the whole image.
-    void finish(const Team& team, const Desk& desk, int64_t image) const {
-        const int64_t n = s.channels;
-        float* out = y + s.start(image);
-        team.wait();
-        total_of(desk.sums, desk.mean);
-        to_mean(s, desk.mean, n);
-        if (means && team.rank == 0)
-            for (int64_t v = 0; v < n; v += LANES) store(means + image * n + v, load(desk.mean + v));
-        if (gated && a.gate.kind != NO_GATE) {
-            a.gate.values(desk.mean, n, desk.squeezed, desk.factor);
-            for (int64_t t = top(team.first(PARTS)) * s.width; t < top(team.end(PARTS)) * s.width; ++t)
-                for (int64_t v = 0; v < n; v += LANES)
-                    store(out + t * n + v, load(out + t * n + v) * load(desk.factor + v));
-        }
-        if (!squares) return;
-        team.wait();  // until all have read the sums
-        for (int64_t part = team.first(PARTS); part < team.end(PARTS); ++part) {
-            const int64_t first = top(part) * s.width, tokens = top(part + 1) * s.width - first;
-            about_mean(tokens, n, out + first * n, desk.mean, desk.sums + part * n, n);
-        }
-        team.wait();
-        if (team.rank == 0) total_of(desk.sums, squares + image * n);
+    void unit(int64_t image, int64_t c, int64_t n, float* scratch) const {
+        const Ring<K> ring{scratch, span<K>(s), n};
+        const int64_t start = s.start(image) + c, line = s.width * s.channels;
+        float *taps = scratch + K * ring.span * n, *mean = means + image * s.channels + c;
+        taps_of<K>(a.weight, c, n, false, taps);
+        clear(mean, n);
+        ring.pass(
+            s.height, [&](int64_t i) { stage(ring.inside(i), x + start + i * line, c, n); },
+            [&](int64_t i) { row(ring, y + start + i * line, i, taps, c, mean); });
+        to_mean(s, mean, n);
+        if (squares) about_mean(s.tokens(), s.channels, y + start, mean, squares + image * s.channels + c, n);
     }
 
     void run() const {
-        const int64_t block = staged_block_of<K>(s, 1), floats = Desk::floats(s, block, a.gate.reduced);
-        const bool together = shared(s.batch, a.threads);
-        float* common = Desk(s, block, scratch_of(floats)).sums;
-        for_team(together ? smaller(a.threads, PARTS) : a.threads, [&](const Team& all) {
-            Desk desk(s, block, scratch_of(floats));
-            if (together) desk.sums = common;
-            const Team alone{0, 1}, team = together ? all : alone, share = together ? alone : all;
-            for (int64_t image = share.first(s.batch); image < share.end(s.batch); ++image) {
-                for (int64_t c = 0; c < s.channels; c += block)
-                    band(team, desk, image, c, smaller(block, s.channels - c));
-                finish(team, desk, image);
-            }
-        });
+        const int64_t block = staged_block_of<K>(s, a.threads), floats = (K * span<K>(s) + K * K) * block;
+        for_units(s, block, floats, a.threads,
+                  [this](int64_t image, int64_t c, int64_t n, float* p) { unit(image, c, n, p); });
     }
 };
 

@@ -67,28 +67,24 @@ template <int K> struct DepthwiseBackward {
     }
 
     void unit(int64_t image, int64_t c, int64_t n, float* scratch) const {
-        const Ring<K> ring{scratch, span<K>(s), n, s.height};
-        float *w = scratch + ring.ROWS * ring.span * n, *sum = w + K * K * n;
-        const int64_t start = s.start(image) + c;
-        const float *g = grad + start, *in = x + start;
-        ring.reset(s.width);
-        for (int64_t i = 1; i <= K / 2; ++i) ring.leave_out(-i), ring.leave_out(s.height - 1 + i);
+        const Ring<K> ring{scratch, span<K>(s), n};
+        float *w = scratch + K * ring.span * n, *sum = w + K * K * n;
+        const int64_t start = s.start(image) + c, line = s.width * s.channels;
         taps_of<K>(a.weight, c, n, true, w);
         clear(sum, K * K * n);
         clear(total + image * s.channels + c, n);
         clear(moment + image * s.channels + c, n);
-        for (int64_t i = -(K / 2); i < s.height; ++i) {
-            const int64_t entering = i + K / 2, at = entering * s.width * s.channels;
-            if (entering < s.height) stage(ring, ring.inside(entering), g + at, in + at, image, c);
-            if (i >= 0) row(ring, i, w, image, c, sum);
-        }
+        ring.pass(
+            s.height,
+            [&](int64_t i) { stage(ring, ring.inside(i), grad + start + i * line, x + start + i * line, image, c); },
+            [&](int64_t i) { row(ring, i, w, image, c, sum); });
         for (int t = 0; t < K * K; ++t)  // (B, D, K * K)
             for (int64_t v = 0; v < n; ++v)
                 taps[(image * s.channels + c + v) * K * K + K * K - 1 - t] = sum[tap<K>(t, v)];
     }
 
     void run() const {
-        const int64_t block = staged_block_of<K>(s, a.threads), floats = (Ring<K>::ROWS * span<K>(s) + 2 * K * K) * block;
+        const int64_t block = staged_block_of<K>(s, a.threads), floats = (K * span<K>(s) + 2 * K * K) * block;
         for_units(s, block, floats, a.threads,
                   [this](int64_t image, int64_t c, int64_t n, float* p) { unit(image, c, n, p); });
     }

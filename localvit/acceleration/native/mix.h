@@ -12,25 +12,14 @@ namespace {
 struct Mix : Arguments {
     explicit Mix(const Arguments& arguments) : Arguments(arguments) {}
 
-    // y = act2(conv(act(x by norm 1))) * gate, with norm 2 folded into the convolution. `y` may be `x`.
-    void inference(const float* x, float* y) const {
-        norm1.prepare(nullptr, nullptr, s), norm2.prepare(nullptr, nullptr, s);
-        std::vector<float> taps(s.channels * k * k), start(s.channels);
-        for (int64_t c = 0; c < s.channels; ++c) {
-            for (int64_t t = c * k * k; t < (c + 1) * k * k; ++t) taps[t] = weight[t] * norm2.scale[c];
-            start[c] = norm2.shift[c] + (bias ? bias[c] * norm2.scale[c] : 0.0f);
-        }
-        convolve({*this, x, taps.data(), start.data(), y, nullptr, nullptr, true}, act2);
-    }
-
-    // The same by statistics of the batch where norms ask for them. `pooled` and `values` (B, D) are the input and
-    // output of the gate.
+    // gated = act2(convolved by norm 2) * gate, where convolved = conv(act(x by norm 1)). `pooled` and `values` (B, D)
+    // are the input and output of the gate. All maps may be the same.
     void forward(const float* x, float* convolved, float* gated, float* pooled, float* values) const {
         std::vector<float> means(s.maps()), squares(s.maps());
         if (norm1.mode == BATCH) moments(x, means.data(), squares.data());
         norm1.prepare(means.data(), squares.data(), s);
         float* const measured = norm2.mode == BATCH ? squares.data() : nullptr;
-        convolve({*this, x, weight, bias, convolved, means.data(), measured, false}, 0);
+        by_size([&](auto side) { Depthwise<side>{*this, x, convolved, means.data(), measured}.run(); });
         norm2.prepare(means.data(), squares.data(), s);
         activate_and_gate(convolved, gated, pooled, values);
     }
@@ -81,12 +70,6 @@ struct Mix : Arguments {
         if (k == 7) run(std::integral_constant<int, 7>{});
     }
 
-    void convolve(const Convolution& c, int64_t last) const {
-        if (k == 3 && act == HARD_SWISH && last == HARD_SWISH) Depthwise<3, HARD_SWISH, HARD_SWISH>{c, last}.run();
-        else if (k == 3 && act == HARD_SWISH && last == 0) Depthwise<3, HARD_SWISH, 0>{c, last}.run();
-        else by_size([&](auto side) { Depthwise<side, ANY, ANY>{c, last}.run(); });
-    }
-
     // Means over an image's tokens (B, D), and squares about them.
     void moments(const float* x, float* means, float* squares) const {
         for_units(s, block_of(s, threads, s.channels), 0, threads, [=](int64_t image, int64_t c, int64_t n, float*) {
@@ -98,29 +81,24 @@ struct Mix : Arguments {
         });
     }
 
-    // gated = act2(convolved by norm 2) * gate, one image at a time, so that its gate finds it in the core's cache. The
-    // gate's values are computed with `pooled`, else given.
+    // The gate's values are computed with `pooled`, else given. One image at a time: its gate finds it in the cache.
     void activate_and_gate(const float* convolved, float* gated, float* pooled, float* values) const {
-        const int64_t n = s.channels;
-        for_team(s.batch > 1 ? threads : 1, [&](const Team& team) {
-            float* squeezed = scratch_of(gate.reduced + 1);
-            for (int64_t image = team.first(s.batch); image < team.end(s.batch); ++image) {
-                const float* in = convolved + s.start(image);
-                float *out = gated + s.start(image), *value = values + image * n;
-                if (pooled) {
-                    float* mean = pooled + image * n;
-                    sum_tokens(gate.kind == NO_GATE ? 0 : s.tokens(), n, mean, [&](int64_t t, int64_t v) INLINE_LAMBDA {
-                        return activate(load(in + t * n + v) * load(norm2.scale + v) + load(norm2.shift + v), act2);
-                    });
-                    to_mean(s, mean, n);
-                    gate.values(mean, n, squeezed, value);
-                }
-                for_strips(s.tokens(), n, [&](int64_t t, int64_t end, int64_t v) {
-                    const Vec scale = load(norm2.scale + v), shift = load(norm2.shift + v), factor = load(value + v);
-                    for (; t < end; ++t)
-                        store(out + t * n + v, activate(load(in + t * n + v) * scale + shift, act2) * factor);
+        const int64_t act = act2;
+        for_units(s, s.channels, gate.reduced + 1, threads, [=](int64_t image, int64_t, int64_t n, float* squeezed) {
+            const float *in = convolved + s.start(image), *scales = norm2.scale, *shifts = norm2.shift;
+            float *out = gated + s.start(image), *value = values + image * n, *mean = pooled + image * n;
+            if (pooled) {
+                sum_tokens(gate.kind == NO_GATE ? 0 : s.tokens(), n, mean, [=](int64_t t, int64_t v) INLINE_LAMBDA {
+                    return activate(load(in + t * n + v) * load(scales + v) + load(shifts + v), act);
                 });
+                to_mean(s, mean, n);
+                gate.values(mean, n, squeezed, value);
             }
+            for_strips(s.tokens(), n, [=](int64_t t, int64_t end, int64_t v) {
+                const Vec scale = load(scales + v), shift = load(shifts + v), factor = load(value + v);
+                for (; t < end; ++t)
+                    store(out + t * n + v, activate(load(in + t * n + v) * scale + shift, act) * factor);
+            });
         });
     }
 

@@ -86,10 +86,8 @@ def mixed(form: Form, ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
         result: Tensor = _Mix.apply(x, stage, ffn, addresses, *parameters)
         return result
     size = parameters[2].shape[-1]
-    if BATCH in (norms[0].mode, norms[1].mode):
-        return _forward(stage, x, addresses, size)[1]
     y = torch.empty_like(x)
-    stage.call("inference", addresses, x.new_empty((2, 4, x.shape[2])), size, x, y)
+    _forward(stage, addresses, size, x, y, y)
     return y
 
 
@@ -110,22 +108,25 @@ def reduced_of(first: Tensor | None) -> int:
     return 0 if first is None else first.shape[-1] if first.dim() == 3 else len(first)
 
 
-def _forward(stage: Stage, x: Tensor, p: list[int], size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the convolved map, the output, the norms' statistics, and the gate's input and output
-    `(2, B, D)`; move the running statistics."""
+def _forward(stage: Stage, p: list[int], size: int, x: Tensor, convolved: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the convolved map and the output; move the running statistics.
+
+    Returns:
+        The norms' statistics, and the gate's input and output `(2, B, D)`.
+    """
     batch, _, channels = x.shape
-    # As a map: activation checkpointing compares shapes, and so notices that it runs again on another grid.
-    convolved = x.new_empty((batch, stage.grid.height, stage.grid.width, channels))
-    y = torch.empty_like(x)
     statistics, gates = x.new_empty((2, 4, channels)), x.new_empty((2, batch, channels))
     stage.call("forward", p, statistics, size, x, convolved, y, *gates)
-    return convolved, y, statistics, gates
+    return statistics, gates
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, stage: Stage, ffn: Any, p: list[int], *parameters: Any) -> Tensor:
-        convolved, y, statistics, gates = _forward(stage, x, p, parameters[2].shape[-1])
+        # As a map: activation checkpointing compares shapes, and so notices another grid of as many tokens.
+        convolved = x.new_empty((len(x), stage.grid.height, stage.grid.width, x.shape[2]))
+        y = torch.empty_like(x)
+        statistics, gates = _forward(stage, p, parameters[2].shape[-1], x, convolved, y)
         ctx.stage, ctx.ffn = stage, ffn
         ctx.save_for_backward(x, convolved, statistics, gates, *parameters)
         return y
@@ -261,7 +262,7 @@ def _mix_in_place(
             )
     stage = Stage(Grid(height, width), (Norm(), Norm()), act, act2, kind, reduced_of(gate[0]))
     addresses = [*map(address, parameters), *[0] * 6]
-    stage.call("inference", addresses, x.new_empty((2, 4, x.shape[2])), kernel[-1], x, x)
+    _forward(stage, addresses, kernel[-1], x, x, x)
 
 
 # Not by `custom_op`, which takes three times as long to call: a model calls it in every block.

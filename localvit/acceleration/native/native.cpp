@@ -8,8 +8,6 @@
 
 extern "C" {
 
-void localvit_inference(const Arguments* a) { Mix(*a).inference(a->maps[0], a->maps[1]); }
-
 void localvit_forward(const Arguments* a) {
     Mix(*a).forward(a->maps[0], a->maps[1], a->maps[2], a->maps[3], a->maps[4]);
 }

@@ -19,22 +19,24 @@ template <int K> int64_t staged_block_of(const Shape& s, int64_t threads) {
 }
 
 // The K rows around one row of a map, with zeros around them. The columns of a vector of channels are side by side,
-// because columns a whole token apart fall on the same few sets of a cache. Rows enter in order. Rows from `end` on have
-// their own places: another thread is about to write them, so they enter first.
+// because columns a whole token apart fall on the same few sets of a cache. Rows enter in order.
 template <int K> struct Ring {
-    static constexpr int64_t ROWS = K + K / 2;
     float* rows;
-    int64_t span, channels, end;
-    float* row(int64_t i) const { return rows + (i < end ? (i + K) % K : K + i - end) * span * channels; }
+    int64_t span, channels;
+    float* row(int64_t i) const { return rows + (i + K) % K * span * channels; }
     float* inside(int64_t i) const { return row(i) + K / 2 * LANES; }
     int64_t at(int64_t j, int64_t v) const { return v * span + j * LANES; }  // column j, channels from v on
-    void reset(int64_t width) const {  // the columns around those of `inside`
-        for (float* column = rows; column < rows + ROWS * span * channels; column += span * LANES) {
-            clear(column, K / 2 * LANES);
-            clear(column + (K / 2 + width) * LANES, (span - K / 2 - width) * LANES);
+    void leave_out(int64_t i) const { clear(row(i), span * channels); }
+
+    // Calls `stage(i)` for every row, to fill `inside(i)`, and `use(i)` once all rows around it are staged.
+    template <class Stage, class Use> void pass(int64_t height, Stage stage, Use use) const {
+        clear(rows, K * span * channels);
+        for (int64_t i = -(K / 2); i < height; ++i) {
+            const int64_t entering = i + K / 2;
+            entering < height ? stage(entering) : leave_out(entering);
+            if (i >= 0) use(i);
         }
     }
-    void leave_out(int64_t i) const { clear(row(i), span * channels); }
 };
 
 // Place of tap t of channel i: vectors of channels, tap by tap.

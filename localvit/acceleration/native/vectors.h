@@ -40,8 +40,7 @@ INLINE Vec at_least(Vec x, Vec low) { return x < low ? low : x; }
 INLINE Vec at_most(Vec x, Vec high) { return x > high ? high : x; }
 #endif
 
-// Activations by number: 0 none, 1 ReLU, 2 ReLU6, 3 hard swish; ANY is one that only the call knows.
-constexpr int64_t HARD_SWISH = 3, ANY = -1;
+constexpr int64_t HARD_SWISH = 3;  // activations by number: 0 none, 1 ReLU, 2 ReLU6
 
 INLINE Vec activate(Vec x, int64_t act) {
     if (act == 0) return x;

@@ -3,9 +3,6 @@
 
 #include <cstdint>
 #include <cstdlib>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "vectors.h"
 
@@ -47,39 +44,15 @@ float* scratch_of(int64_t floats) {
     return static_cast<float*>(owner.memory);
 }
 
-// A thread among those that work together, and its range of n items.
-struct Team {
-    int64_t rank, size;
-    int64_t first(int64_t n) const { return n * rank / size; }
-    int64_t end(int64_t n) const { return n * (rank + 1) / size; }
-    void wait() const {
-        if (size > 1) {
-#pragma omp barrier
-        }
-    }
-};
-
-// Calls `work(team)` in every thread; there may be fewer threads than asked for.
-template <class Work> void for_team(int64_t threads, Work work) {
-#ifdef _OPENMP
-#pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1)
-    work(Team{omp_get_thread_num(), omp_get_num_threads()});
-#else
-    (void)threads;
-    work(Team{0, 1});
-#endif
-}
-
 // Calls `work(image, first channel, channels, scratch)` for every unit of work, with `floats` of scratch memory.
 template <class Work> void for_units(const Shape& s, int64_t block, int64_t floats, int64_t threads, Work work) {
     const int64_t blocks = (s.channels + block - 1) / block, units = s.batch * blocks;
-    for_team(units > 1 ? threads : 1, [&](const Team& team) {
-        float* scratch = scratch_of(floats);
-        for (int64_t unit = team.first(units); unit < team.end(units); ++unit) {
-            const int64_t c = unit % blocks * block;
-            work(unit / blocks, c, smaller(block, s.channels - c), scratch);
-        }
-    });
+    (void)threads;
+#pragma omp parallel for num_threads(static_cast<int>(threads)) if (threads > 1 && units > 1)
+    for (int64_t unit = 0; unit < units; ++unit) {
+        const int64_t c = unit % blocks * block;
+        work(unit / blocks, c, smaller(block, s.channels - c), scratch_of(floats));
+    }
 }
 
 // Calls `work(first token, last token + 1, channel)` for vectors of channels, STRIP tokens at a time.
