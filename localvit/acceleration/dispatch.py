@@ -33,7 +33,7 @@ def training_form(ffn: LocalityFeedForward, x: Tensor) -> Form | None:
     if plain_kernels() or not _are_ours(ffn):
         return None
     form = native_form(ffn, x)
-    return None if form is None or None in (form.act, form.act2, form.gate) else form
+    return None if form is None or None in form.numbers else form
 
 
 def _are_ours(ffn: LocalityFeedForward) -> bool:
@@ -51,7 +51,7 @@ def _computable(form: Form, x: Tensor) -> bool:
     """Return whether there are tokens, and statistics of the batch where norms ask for them: of one value per
     channel PyTorch's own norm says that there are none."""
     tokens = x.shape[0] * x.shape[1]
-    return tokens > 1 or (tokens == 1 and not any(norm_now(norm).mode == BATCH for norm in form.norms))
+    return tokens > 1 or (tokens == 1 and not any(norm_now(norm).mode >= BATCH for norm in form.norms))
 
 
 def _natively(form: Form, ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:

@@ -220,7 +220,7 @@ def kernel_numbers(module: Any, x: Tensor) -> tuple[int | None, int | None, int 
         form = native_form(module, x)
         if form is None or form.norms != [None, None] or form.addresses() is None:
             return None
-        return form.act, form.act2, form.gate
+        return form.numbers
     if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
     act, act2 = (ACTIVATIONS.get(type(getattr(module, name, nn.Identity()))) for name in ("act1", "act2"))

@@ -18,7 +18,8 @@ struct Arguments {
     const float *weight, *bias;  // of the convolution: (D, k * k), (D)
     Norm norm2;
     Gate gate;
-    float* maps[16];
+    float *pooled, *values;  // (B, D): input and output of the gate
+    float* maps[14];
 };
 
 // A convolution of act(x by norm 1) to `y`, with means and squares about them (B, D); squares may be null. `y` may be

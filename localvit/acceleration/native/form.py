@@ -44,7 +44,7 @@ class Form:
 
     Attributes:
         norms: The batch norms after the expansion and after the convolution, `None` for none.
-        act, act2, gate: Activations and gate as the kernels number them; `None` for one that they do not
+        numbers: Both activations and the gate as the kernels number them; `None` for one that they do not
             cover.
         channels: Width D of the hidden state.
         parameters: Weights and biases of norm 1, the convolution, norm 2 and the gate's two layers, `None`
@@ -67,10 +67,10 @@ class Form:
         self.settings = _settings(self.conv.__dict__)
         self.channels = self.conv.out_channels
         self.norms = [n if type(n) is nn.BatchNorm2d else None for n in (stage["norm1"], stage["norm2"])]
-        self.act, self.act2 = (ACTIVATIONS.get(type(stage[n] or nn.Identity())) for n in ("act1", "act2"))
-        self.gate = gate_kind(gate)
+        acts = [ACTIVATIONS.get(type(stage[name] or nn.Identity())) for name in ("act1", "act2")]
+        self.numbers = (*acts, gate_kind(gate))
         owners = {name: stage[name] for name in ("norm1", "conv", "norm2")}
-        owners |= {f"gate.{name}": self.inner[name] for name in _GATE_LAYERS.get(self.gate, ())}
+        owners |= {f"gate.{name}": self.inner[name] for name in _GATE_LAYERS.get(self.numbers[2], ())}
         self.names = [f"{name}.{kind}" for name in owners for kind in ("weight", "bias")]
         places = [getattr(owner, "_parameters", {}) for owner in owners.values()]
         self.parameters: list[Any] = [place.get(kind) for place in places for kind in ("weight", "bias")]
@@ -101,7 +101,7 @@ class Form:
         """Return whether a hook or another `forward` of a layer is to be called."""
         if any(self.hooks):
             return True
-        for attributes in self.attributes:  # a generator takes three times as long
+        for attributes in self.attributes:  # noqa: SIM110 (a generator takes three times as long)
             if "forward" in attributes:
                 return True
         return False
@@ -122,7 +122,7 @@ class Form:
         """Return whether all tensors have the type and shape that the kernels expect."""
         d, first = self.channels, self.parameters[6]
         shapes: list[Any] = [(d,), (d,), (d, 1, *self.conv.kernel_size), (d,), (d,), (d,)]
-        if self.gate == SQUEEZE:
+        if self.numbers[2] == SQUEEZE:
             shapes += [(len(first), d, 1, 1), (len(first),), (d, len(first), 1, 1), (d,)]
         else:
             shapes += [() if first is None else (1, 1, first.shape[-1]), (), (), ()]

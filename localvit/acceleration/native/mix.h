@@ -12,21 +12,37 @@ namespace {
 struct Mix : Arguments {
     explicit Mix(const Arguments& arguments) : Arguments(arguments) {}
 
-    // gated = act2(convolved by norm 2) * gate, where convolved = conv(act(x by norm 1)). `pooled` and `values` (B, D)
-    // are the input and output of the gate. All maps may be the same.
-    void forward(const float* x, float* convolved, float* gated, float* pooled, float* values) const {
+    // gated = act2(convolved by norm 2) * gate, where convolved = conv(act(x by norm 1)). All maps may be the same.
+    void forward(const float* x, float* convolved, float* gated) const {
         std::vector<float> means(s.maps()), squares(s.maps());
-        if (norm1.mode == BATCH) moments(x, means.data(), squares.data());
+        if (norm1.by_batch()) moments(x, means.data(), squares.data());
         norm1.prepare(means.data(), squares.data(), s);
-        float* const measured = norm2.mode == BATCH ? squares.data() : nullptr;
+        float* const measured = norm2.by_batch() ? squares.data() : nullptr;
         by_size([&](auto side) { Depthwise<side>{*this, x, convolved, means.data(), measured}.run(); });
         norm2.prepare(means.data(), squares.data(), s);
-        activate_and_gate(convolved, gated, pooled, values);
+        activate_and_gate(convolved, gated, true);
     }
 
-    // The output once more, from what the forward pass saved.
-    void again(const float* convolved, float* gated, float* values) const {
-        activate_and_gate(convolved, gated, nullptr, values);
+    // The second half of `forward`; with `measure` it also computes the gate's values. One image at a time: its gate
+    // finds it in the cache.
+    void activate_and_gate(const float* convolved, float* gated, bool measure) const {
+        const int64_t act = act2;
+        for_units(s, s.channels, gate.reduced + 1, threads, [=](int64_t image, int64_t, int64_t n, float* squeezed) {
+            const float *in = convolved + s.start(image), *scales = norm2.scale, *shifts = norm2.shift;
+            float *out = gated + s.start(image), *value = values + image * n, *mean = pooled + image * n;
+            if (measure) {
+                sum_tokens(gate.kind == NO_GATE ? 0 : s.tokens(), n, mean, [=](int64_t t, int64_t v) INLINE_LAMBDA {
+                    return activate(load(in + t * n + v) * load(scales + v) + load(shifts + v), act);
+                });
+                to_mean(s, mean, n);
+                gate.values(mean, n, squeezed, value);
+            }
+            for_strips(s.tokens(), n, [=](int64_t t, int64_t end, int64_t v) {
+                const Vec scale = load(scales + v), shift = load(shifts + v), factor = load(value + v);
+                for (; t < end; ++t)
+                    store(out + t * n + v, activate(load(in + t * n + v) * scale + shift, act) * factor);
+            });
+        });
     }
 
     struct Gradients {
@@ -34,8 +50,7 @@ struct Mix : Arguments {
         float *gate_first, *gate_bias, *gate_second, *gate_bias2;
     };
 
-    void backward(const float* grad, const float* x, const float* convolved, const float* pooled, const float* values,
-                  const Gradients& g) const {
+    void backward(const float* grad, const float* x, const float* convolved, const Gradients& g) const {
         const int64_t n = s.channels;
         std::vector<float> sums(5 * s.maps()), terms(s.maps()), totals(2 * s.maps()), taps(s.maps() * k * k);
         gate_sums(grad, convolved, sums.data());
@@ -50,7 +65,7 @@ struct Mix : Arguments {
         }
         const Norm::Back back2 = norm2.back(g.norm2_weight, g.norm2_bias, s);
         for (int64_t c = 0; c < n; ++c)  // statistics of the batch cancel a constant
-            g.bias[c] = norm2.mode == BATCH ? 0.0f : norm2.scale[c] * g.norm2_bias[c];
+            g.bias[c] = norm2.by_batch() ? 0.0f : norm2.scale[c] * g.norm2_bias[c];
         by_size([&](auto side) {
             DepthwiseBackward<side>{*this, grad, g.x, convolved, x, values, terms.data(), back2,
                                     totals.data(), totals.data() + s.maps(), taps.data()}
@@ -78,27 +93,6 @@ struct Mix : Arguments {
             sum_tokens(s.tokens(), n, mean, [=](int64_t t, int64_t v) { return load(in + t * s.channels + v); });
             to_mean(s, mean, n);
             about_mean(s.tokens(), s.channels, in, mean, squares + image * s.channels + c, n);
-        });
-    }
-
-    // The gate's values are computed with `pooled`, else given. One image at a time: its gate finds it in the cache.
-    void activate_and_gate(const float* convolved, float* gated, float* pooled, float* values) const {
-        const int64_t act = act2;
-        for_units(s, s.channels, gate.reduced + 1, threads, [=](int64_t image, int64_t, int64_t n, float* squeezed) {
-            const float *in = convolved + s.start(image), *scales = norm2.scale, *shifts = norm2.shift;
-            float *out = gated + s.start(image), *value = values + image * n, *mean = pooled + image * n;
-            if (pooled) {
-                sum_tokens(gate.kind == NO_GATE ? 0 : s.tokens(), n, mean, [=](int64_t t, int64_t v) INLINE_LAMBDA {
-                    return activate(load(in + t * n + v) * load(scales + v) + load(shifts + v), act);
-                });
-                to_mean(s, mean, n);
-                gate.values(mean, n, squeezed, value);
-            }
-            for_strips(s.tokens(), n, [=](int64_t t, int64_t end, int64_t v) {
-                const Vec scale = load(scales + v), shift = load(shifts + v), factor = load(value + v);
-                for (; t < end; ++t)
-                    store(out + t * n + v, activate(load(in + t * n + v) * scale + shift, act) * factor);
-            });
         });
     }
 

@@ -10,22 +10,18 @@ from localvit.acceleration.native.build import library
 from localvit.acceleration.native.form import KERNEL_SIZES, LANES, Form, address, is_dense
 from localvit.locality import Grid
 
-# How a norm normalises, as the kernels number it.
-NO_NORM, RUNNING, BATCH = range(3)
-# `Arguments` in depthwise.h; the second number of integers is that of the maps.
+# How a norm normalises, as the kernels number it. MOVING: by statistics of the batch, which also move the
+# running ones.
+NO_NORM, RUNNING, BATCH, MOVING = range(4)
+# `Arguments` in depthwise.h; the number of maps follows.
 _NORM = "6q2d4q"
-_LAYOUT = f"8q{_NORM}2q{_NORM}%dq"
+_LAYOUT = f"8q{_NORM}2q{_NORM}8q%dq"
 
 
 class Norm(NamedTuple):
-    """A norm in one call; the defaults are those of no norm.
-
-    `reads`, `counts`: whether it has running statistics and a number of batches to read or move.
-    """
+    """A norm in one call; the defaults are those of no norm."""
 
     mode: int = NO_NORM
-    reads: bool = False
-    counts: bool = False
     eps: float = 0.0
     momentum: float = 0.0
 
@@ -41,32 +37,30 @@ class Stage(NamedTuple):
     reduced: int = 0
     names: Any = ()
 
-    def call(self, kernel: str, p: list[int], statistics: Tensor, size: int, *maps: Tensor) -> None:
+    def call(self, kernel: str, p: list[int], work: Tensor, size: int, *maps: Tensor) -> None:
         """Call a kernel of native.cpp.
 
         Args:
             kernel: Its name.
             p: Addresses of parameters and buffers, as `Form.addresses` returns them.
-            statistics: `(2, 4, D)`: mean, reciprocal standard deviation, scale and shift of both norms.
+            work: What the backward pass needs beside the maps `(8 + 2 B, D)`: mean, reciprocal standard
+                deviation, scale and shift of both norms, input and output of the gate.
             size: Side of the convolution's kernel.
-            maps: Maps of tokens `(B, N, D)` and other results; the first is one of tokens.
+            maps: Maps of tokens `(B, N, D)` and other results.
         """
-        batch, channels = len(maps[0]), statistics.shape[2]
-        norms = [
-            (
-                *(norm.mode, p[4 * i], p[4 * i + 1]),
-                *(p[10 + 3 * i : 12 + 3 * i] if norm.reads else (0, 0)),
-                *(p[12 + 3 * i] if norm.counts else 0, norm.eps, norm.momentum),
-                *(statistics.data_ptr() + 4 * channels * (4 * i + j) for j in range(4)),
-            )
-            for i, norm in enumerate(self.norms)
-        ]
+        rows, channels = work.shape
+        batch, start, line = (rows - 8) // 2, work.data_ptr(), 4 * channels
+        first, second = self.norms
         values = (
             *(batch, self.grid.height, self.grid.width, channels, size, self.act, self.act2),
-            *(torch.get_num_threads(), *norms[0], p[2], p[3], *norms[1]),
-            *(self.gate, *p[6:10], self.reduced, *map(address, maps)),
+            *(torch.get_num_threads(), first.mode, p[0], p[1], *p[10:13], first.eps, first.momentum),
+            *range(start, start + 4 * line, line),
+            *(p[2], p[3], second.mode, p[4], p[5], *p[13:16], second.eps, second.momentum),
+            *range(start + 4 * line, start + 8 * line, line),
+            *(self.gate, *p[6:10], self.reduced, start + 8 * line, start + (8 + batch) * line),
+            *map(address, maps),
         )
-        getattr(library(), f"localvit_{kernel}")(struct.pack(_LAYOUT % (6 + len(maps)), *values))
+        getattr(library(), f"localvit_{kernel}")(struct.pack(_LAYOUT % len(maps), *values))
 
 
 def mixed(form: Form, ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
@@ -79,9 +73,8 @@ def mixed(form: Form, ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
     addresses = form.addresses()
     if addresses is None:
         return None
-    assert form.act is not None and form.act2 is not None and form.gate is not None
-    norms, parameters = (norm_now(form.norms[0]), norm_now(form.norms[1])), form.parameters
-    stage = Stage(grid, norms, form.act, form.act2, form.gate, reduced_of(parameters[6]), form.names)
+    norms, parameters, numbers = tuple(map(norm_now, form.norms)), form.parameters, form.numbers
+    stage = Stage(grid, norms, *numbers, reduced_of(parameters[6]), form.names)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
         result: Tensor = _Mix.apply(x, stage, ffn, addresses, *parameters)
         return result
@@ -95,12 +88,10 @@ def norm_now(layer: nn.BatchNorm2d | None) -> Norm:
     """Return how `layer` would normalise in a forward pass now."""
     if layer is None:
         return Norm()
-    reads = layer._buffers["running_mean"] is not None
-    if not layer.training and reads:
-        return Norm(RUNNING, True, False, layer.eps)
-    if not layer.training or not layer.track_running_stats:
-        return Norm(BATCH, eps=layer.eps)
-    return Norm(BATCH, reads, True, layer.eps, -1.0 if layer.momentum is None else layer.momentum)
+    if not layer.training:
+        return Norm(BATCH if layer._buffers["running_mean"] is None else RUNNING, layer.eps)
+    mode = MOVING if layer.track_running_stats else BATCH
+    return Norm(mode, layer.eps, -1.0 if layer.momentum is None else layer.momentum)
 
 
 def reduced_of(first: Tensor | None) -> int:
@@ -108,16 +99,12 @@ def reduced_of(first: Tensor | None) -> int:
     return 0 if first is None else first.shape[-1] if first.dim() == 3 else len(first)
 
 
-def _forward(stage: Stage, p: list[int], size: int, x: Tensor, convolved: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the convolved map and the output; move the running statistics.
-
-    Returns:
-        The norms' statistics, and the gate's input and output `(2, B, D)`.
-    """
+def _forward(stage: Stage, p: list[int], size: int, x: Tensor, convolved: Tensor, y: Tensor) -> Tensor:
+    """Compute the convolved map and the output, and move the running statistics. Return `work` of `call`."""
     batch, _, channels = x.shape
-    statistics, gates = x.new_empty((2, 4, channels)), x.new_empty((2, batch, channels))
-    stage.call("forward", p, statistics, size, x, convolved, y, *gates)
-    return statistics, gates
+    work = x.new_empty((8 + 2 * batch, channels))
+    stage.call("forward", p, work, size, x, convolved, y)
+    return work
 
 
 class _Mix(torch.autograd.Function):
@@ -126,9 +113,9 @@ class _Mix(torch.autograd.Function):
         # As a map: activation checkpointing compares shapes, and so notices another grid of as many tokens.
         convolved = x.new_empty((len(x), stage.grid.height, stage.grid.width, x.shape[2]))
         y = torch.empty_like(x)
-        statistics, gates = _forward(stage, p, parameters[2].shape[-1], x, convolved, y)
+        work = _forward(stage, p, parameters[2].shape[-1], x, convolved, y)
         ctx.stage, ctx.ffn = stage, ffn
-        ctx.save_for_backward(x, convolved, statistics, gates, *parameters)
+        ctx.save_for_backward(x, convolved, work, *parameters)
         return y
 
     @staticmethod
@@ -136,7 +123,7 @@ class _Mix(torch.autograd.Function):
         # Recorded under create_graph=True; without storage under is_grads_batched=True and vmap.
         if torch.is_grad_enabled() or not torch._C._has_storage(grads[0]):
             return _differentiable(ctx, grads[0])
-        x, convolved, statistics, gates, *parameters = _saved(ctx)
+        x, convolved, work, *parameters = _saved(ctx)
         addresses = [*map(address, parameters), *[0] * 6]  # running statistics stay
         shapes = [(0,) if p is None else p.shape for p in parameters]
         for i in (0, 1, 3, 4, 5):  # the kernels write these even for layers without them
@@ -145,8 +132,8 @@ class _Mix(torch.autograd.Function):
         parts = x.new_zeros(sum(sizes)).split(sizes)
         of_x, of_parameters = torch.empty_like(x), [g.view(s) for g, s in zip(parts, shapes, strict=True)]
         size = parameters[2].shape[-1]
-        ctx.stage.call("backward", addresses, statistics, size, grads[0].contiguous(), x, convolved, *gates, of_x,
-                       *of_parameters)  # fmt: skip
+        maps = (grads[0].contiguous(), x, convolved, of_x, *of_parameters)
+        ctx.stage.call("backward", addresses, work, size, *maps)
         needs = zip(of_parameters, parameters, ctx.needs_input_grad[4:], strict=True)
         return (
             of_x,
@@ -166,7 +153,7 @@ def _saved(ctx: Any) -> Any:
 
 def _differentiable(ctx: Any, grad: Tensor) -> Any:
     """Return the gradients with a graph of their own, by the plain modules."""
-    ffn, (x, _, _, _, *parameters) = ctx.ffn, _saved(ctx)
+    ffn, (x, _, _, *parameters) = ctx.ffn, _saved(ctx)
     for layer, norm in zip((ffn.norm1, ffn.norm2), ctx.stage.norms, strict=True):
         if isinstance(layer, nn.BatchNorm2d) and norm_now(layer).mode != norm.mode:
             raise RuntimeError(
@@ -220,10 +207,10 @@ def not_saved(y: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
     def unpack(packed: Any) -> Tensor:
         if not isinstance(packed, _Again):
             return outer[1](packed) if outer else packed
-        x, convolved, statistics, gates, *_ = saved = _saved(node)
+        x, convolved, work, *_ = saved = _saved(node)
         node.unpacked = torch._C._current_graph_task_id(), saved
         again = torch.empty_like(x)
-        node.stage.call("again", [0] * 16, statistics, 0, convolved, again, gates[1])
+        node.stage.call("again", [0] * 16, work, 0, convolved, again)
         return again.as_strided(packed.shape, packed.stride, packed.offset)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -8,15 +8,13 @@
 
 extern "C" {
 
-void localvit_forward(const Arguments* a) {
-    Mix(*a).forward(a->maps[0], a->maps[1], a->maps[2], a->maps[3], a->maps[4]);
-}
+void localvit_forward(const Arguments* a) { Mix(*a).forward(a->maps[0], a->maps[1], a->maps[2]); }
 
-void localvit_again(const Arguments* a) { Mix(*a).again(a->maps[0], a->maps[1], a->maps[2]); }
+void localvit_again(const Arguments* a) { Mix(*a).activate_and_gate(a->maps[0], a->maps[1], false); }
 
 void localvit_backward(const Arguments* a) {
-    float* const* g = a->maps + 5;
-    Mix(*a).backward(a->maps[0], a->maps[1], a->maps[2], a->maps[3], a->maps[4],
+    float* const* g = a->maps + 3;
+    Mix(*a).backward(a->maps[0], a->maps[1], a->maps[2],
                      {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10]});
 }
 

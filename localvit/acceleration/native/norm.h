@@ -9,7 +9,8 @@
 
 namespace {
 
-constexpr int64_t NO_NORM = 0, RUNNING = 1, BATCH = 2;  // as mix.py numbers them
+// As mix.py numbers them. MOVING: by statistics of the batch, which also move the running ones.
+constexpr int64_t NO_NORM = 0, RUNNING = 1, BATCH = 2, MOVING = 3;
 
 // A norm of D channels, or none: then it multiplies by 1 and adds 0. Fields in the order of mix.py.
 struct Norm {
@@ -20,12 +21,14 @@ struct Norm {
     double eps, momentum;               // momentum below zero: the average over all batches
     float *mean, *rstd, *scale, *shift;  // (D): written by the forward pass, read by the backward pass
 
+    bool by_batch() const { return mode == BATCH || mode == MOVING; }
+
     // Computes statistics of the batch from the means (B, D) of images and their squares about them, of `tokens` each.
     void measure(const float* means, const float* squares, const Shape& s) const {
         const double tokens = static_cast<double>(s.tokens()), batch = static_cast<double>(s.batch);
         const double count = batch * tokens;
         double step = momentum;
-        if (tracked) ++*tracked;
+        if (tracked && mode == MOVING) ++*tracked;
         if (momentum < 0.0) step = tracked ? 1.0 / static_cast<double>(*tracked) : 0.0;
         for (int64_t c = 0; c < s.channels; ++c) {
             double sum = 0.0, between = 0.0, within = 0.0;
@@ -39,15 +42,15 @@ struct Norm {
             const double total = between * tokens + within;
             mean[c] = static_cast<float>(middle);
             rstd[c] = static_cast<float>(1.0 / std::sqrt(total / count + eps));
-            if (!running_mean) continue;
+            if (!running_mean || mode != MOVING) continue;
             running_mean[c] += static_cast<float>(step * (middle - running_mean[c]));
             running_var[c] += static_cast<float>(step * (total / (count - 1.0) - running_var[c]));
         }
     }
 
-    // Computes scale and shift; `means` and `squares` as for `measure`, where the mode is BATCH.
+    // Computes scale and shift; `means` and `squares` as for `measure`, if by the batch.
     void prepare(const float* means, const float* squares, const Shape& s) const {
-        if (mode == BATCH) measure(means, squares, s);
+        if (by_batch()) measure(means, squares, s);
         for (int64_t c = 0; c < s.channels; ++c) {
             if (mode == RUNNING) {
                 mean[c] = running_mean[c];
@@ -67,7 +70,7 @@ struct Norm {
     Back back(const float* of_weight, const float* of_bias, const Shape& s) const {
         Back b{std::vector<float>(s.channels), std::vector<float>(s.channels)};
         const double count = static_cast<double>(s.batch) * static_cast<double>(s.tokens());
-        for (int64_t c = 0; c < s.channels && mode == BATCH; ++c) {
+        for (int64_t c = 0; c < s.channels && by_batch(); ++c) {
             b.by_x[c] = static_cast<float>(-scale[c] * rstd[c] * of_weight[c] / count);
             b.rest[c] = static_cast<float>(-scale[c] * of_bias[c] / count) - b.by_x[c] * mean[c];
         }
