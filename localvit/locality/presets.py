@@ -1,7 +1,7 @@
 """Published designs of a feed-forward network (FFN) with locality, as configurations of the one block.
 
-A preset is the design of the FFN alone. The hidden width stays that of the FFN in place (``expansion``), and
-so do the weights' initial values, which are the block's own. ``docs/decisions.md`` says what is equal to the
+A preset is the design of the FFN alone. The hidden width stays that of the FFN in place (`expansion`), and
+so do the weights' initial values, which are the block's own. `docs/decisions.md` says what is equal to the
 published code and what is not.
 """
 
@@ -53,11 +53,11 @@ PRESETS: Mapping[str, LocalityConfig] = MappingProxyType(
 
 
 def preset(name: str, **changes: Any) -> LocalityConfig:
-    """The published design ``name`` with fields changed: ``preset("mix_ffn", kernel_size=5)``.
+    """Return the published design `name` with fields changed: `preset("mix_ffn", kernel_size=5)`.
 
     Args:
-        name: A key of :data:`PRESETS`.
-        changes: Fields of :class:`LocalityConfig`.
+        name: A key of `PRESETS`.
+        changes: Fields of `LocalityConfig`.
 
     Raises:
         ConfigError: for an unknown name or field, or a value that is not accepted.

@@ -38,7 +38,7 @@ _function_modes = torch._C._len_torch_function_stack
 
 
 class Form:
-    """Structure of a module's middle stage, valid while :meth:`holds`.
+    """Structure of a module's middle stage, valid while `holds`.
 
     A copy or a pickle of the module starts without it.
 

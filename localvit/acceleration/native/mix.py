@@ -192,7 +192,7 @@ class _Again(NamedTuple):
 
 
 def not_saved(y: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
-    """Return a context in which layers do not save `y`, an output of :func:`mixed`: it is computed again
+    """Return a context in which layers do not save `y`, an output of `mixed`: it is computed again
     when their backward pass asks for it."""
     node: Any = y.grad_fn
     storage, version = y.untyped_storage().data_ptr(), y._version

@@ -19,8 +19,7 @@ from localvit.acceleration.fusing import feed_forward as fast
 from localvit.locality.layers import HardSigmoid
 
 from ..test_build import needs_compiler
-from .conftest import set_packed
-from .test_fuse import assert_same, local, photos, plain_and_packed, random_weights, vit
+from .test_fuse import assert_same, local, photos, random_weights, vit
 
 pytestmark = needs_compiler
 
