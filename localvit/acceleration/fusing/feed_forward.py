@@ -24,7 +24,7 @@ from localvit.acceleration.fusing.folding import (
     rescale,
 )
 from localvit.acceleration.native.build import library
-from localvit.acceleration.native.form import ACTIVATIONS, covers_convolution, gate_kind, native_form
+from localvit.acceleration.native.form import Numbers, covers_convolution, native_form, numbers_of
 from localvit.acceleration.native.mix import mix_
 from localvit.locality import Grid, HiddenLocality, LocalityFeedForward, map_to_tokens, tokens_to_map
 from localvit.locality.grid import check_grid, tokens_to_row
@@ -204,7 +204,7 @@ class FastSwiGLU(_FastMlp, SwiGLU):
         return self.act(self.fc1_g(x)).mul_(self.fc1_x(x))
 
 
-def kernel_numbers(module: Any, x: Tensor) -> tuple[int | None, int | None, int | None] | None:
+def kernel_numbers(module: Any, x: Tensor) -> Numbers | None:
     """Return activations and gate of a stage as the kernels number them, `None` for one that they do not
     cover; `None` if the kernels must not compute it now.
 
@@ -223,8 +223,7 @@ def kernel_numbers(module: Any, x: Tensor) -> tuple[int | None, int | None, int 
         return form.numbers
     if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
-    act, act2 = (ACTIVATIONS.get(type(getattr(module, name, nn.Identity()))) for name in ("act1", "act2"))
-    return act, act2, gate_kind(getattr(module, "gate", None))
+    return numbers_of(*(getattr(module, name, None) for name in ("act1", "act2", "gate")))
 
 
 @torch.compiler.assume_constant_result

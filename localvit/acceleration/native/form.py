@@ -23,6 +23,7 @@ LANES = 16
 ACTIVATIONS: dict[type[nn.Module], int] = {nn.Identity: 0, nn.ReLU: 1, nn.ReLU6: 2, nn.Hardswish: 3}
 NO_GATE, SQUEEZE, ECA, ECA_HARD = range(4)
 
+Numbers = tuple[int | None, int | None, int | None]
 _GATE_LAYERS = {SQUEEZE: ("fc1", "fc2"), ECA: ("conv",), ECA_HARD: ("conv",)}
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _STAGE = ("norm1", "act1", "conv", "norm2", "act2", "gate")
@@ -67,10 +68,11 @@ class Form:
         self.settings = _settings(self.conv.__dict__)
         self.channels = self.conv.out_channels
         self.norms = [n if type(n) is nn.BatchNorm2d else None for n in (stage["norm1"], stage["norm2"])]
-        acts = [ACTIVATIONS.get(type(stage[name] or nn.Identity())) for name in ("act1", "act2")]
-        self.numbers = (*acts, gate_kind(gate))
+        self.numbers = numbers_of(stage["act1"], stage["act2"], gate)
         owners = {name: stage[name] for name in ("norm1", "conv", "norm2")}
-        owners |= {f"gate.{name}": self.inner[name] for name in _GATE_LAYERS.get(self.numbers[2], ())}
+        owners |= {
+            f"gate.{name}": self.inner[name] for name in _GATE_LAYERS.get(self.numbers[2] or NO_GATE, ())
+        }
         self.names = [f"{name}.{kind}" for name in owners for kind in ("weight", "bias")]
         places = [getattr(owner, "_parameters", {}) for owner in owners.values()]
         self.parameters: list[Any] = [place.get(kind) for place in places for kind in ("weight", "bias")]
@@ -160,8 +162,13 @@ def covers_convolution(conv: Any) -> bool:
     return _settings(conv.__dict__) == ours and k in KERNEL_SIZES and channels % LANES == 0
 
 
-def gate_kind(gate: Any) -> int | None:
-    """Return the number of a channel gate, `None` for one that the kernels do not compute."""
+def numbers_of(act1: Any, act2: Any, gate: Any) -> Numbers:
+    """Return activations and gate as the kernels number them; `None` for one that they do not cover."""
+    first, second = (0 if act is None else ACTIVATIONS.get(type(act)) for act in (act1, act2))
+    return first, second, _gate_kind(gate)
+
+
+def _gate_kind(gate: Any) -> int | None:
     if gate is None:
         return NO_GATE
     if type(gate) is SqueezeExcite:

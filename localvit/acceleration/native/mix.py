@@ -73,8 +73,9 @@ def mixed(form: Form, ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
     addresses = form.addresses()
     if addresses is None:
         return None
-    norms, parameters, numbers = tuple(map(norm_now, form.norms)), form.parameters, form.numbers
-    stage = Stage(grid, norms, *numbers, reduced_of(parameters[6]), form.names)
+    parameters, (act, act2, gate) = form.parameters, form.numbers
+    norms = norm_now(form.norms[0]), norm_now(form.norms[1])
+    stage = Stage(grid, norms, act or 0, act2 or 0, gate or 0, reduced_of(parameters[6]), form.names)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
         result: Tensor = _Mix.apply(x, stage, ffn, addresses, *parameters)
         return result
