@@ -1,4 +1,6 @@
-"""Time what is asked at every call before the native kernels stand in for the plain modules.
+"""Time the question that is asked at every call before the native kernels stand in for the plain modules.
+
+CPU time of one thread, so other processes count little.
 
 python benchmarks/question.py
 """
@@ -22,10 +24,10 @@ def main() -> None:
             raise SystemExit("there are no native kernels here")
         times = []
         for _ in range(ROUNDS):
-            start = time.perf_counter()
+            start = time.thread_time()
             for _ in range(CALLS):
                 training_form(ffn, x)
-            times.append((time.perf_counter() - start) / CALLS * 1e6)
+            times.append((time.thread_time() - start) / CALLS * 1e6)
         print(f"gate {gate}: {Quartiles.of(times)} us")
 
 
