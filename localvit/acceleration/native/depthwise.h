@@ -20,11 +20,22 @@ struct Arguments {
     Gate gate;
     float *pooled, *values;  // (B, D): input and output of the gate
     float* maps[14];
+
+    // Multiplies the gate's values into one image; `pooled` is known.
+    void apply_gate(float* y, int64_t image) const {
+        const int64_t n = s.channels;
+        std::vector<float> squeezed(gate.reduced);
+        float *out = y + s.start(image), *value = values + image * n;
+        gate.values(pooled + image * n, n, squeezed.data(), value);
+        for (int64_t t = 0; t < s.tokens(); ++t)
+            for (int64_t v = 0; v < n; v += LANES) store(out + t * n + v, load(out + t * n + v) * load(value + v));
+    }
 };
 
 // A convolution of act(x by norm 1) to `y`, with means and squares about them (B, D); squares may be null. `y` may be
-// `x`: rows are staged before they are overwritten.
-template <int K> struct Depthwise {
+// `x`: rows are staged before they are overwritten. With FINAL, `y` is the output of the whole stage, for norms whose
+// statistics are known.
+template <int K, bool FINAL> struct Depthwise {
     const Arguments& a;
     const float* x;
     float *y, *means, *squares;
@@ -43,6 +54,7 @@ template <int K> struct Depthwise {
         const float* in[K];
         for (int d = 0; d < K; ++d) in[d] = ring.row(i + d - K / 2);
         for (int64_t v = 0; v < ring.channels; v += LANES) {
+            const Vec scale = load(a.norm2.scale + c + v), shift = load(a.norm2.shift + c + v);
             const Vec start = a.bias ? load(a.bias + c + v) : Vec{};
             Vec total{};
             for (int64_t j = 0; j < s.width; j += COLUMNS) {
@@ -69,8 +81,9 @@ template <int K> struct Depthwise {
 #pragma GCC unroll 8
                 for (int q = 0; q < COLUMNS; ++q)
                     if (j + q < s.width) {
-                        store(out + (j + q) * s.channels + v, o[q]);
-                        total += o[q];
+                        const Vec value = FINAL ? activate(o[q] * scale + shift, a.act2) : o[q];
+                        store(out + (j + q) * s.channels + v, value);
+                        total += value;
                     }
             }
             add(sum + v, total);
@@ -87,6 +100,7 @@ template <int K> struct Depthwise {
             s.height, [&](int64_t i) { stage(ring.inside(i), x + start + i * line, c, n); },
             [&](int64_t i) { row(ring, y + start + i * line, i, taps, c, mean); });
         to_mean(s, mean, n);
+        if (FINAL && n == s.channels && a.gate.kind != NO_GATE) a.apply_gate(y, image);  // it is in the cache
         if (squares) about_mean(s.tokens(), s.channels, y + start, mean, squares + image * s.channels + c, n);
     }
 
@@ -94,6 +108,8 @@ template <int K> struct Depthwise {
         const int64_t block = staged_block_of<K>(s, a.threads), floats = (K * span<K>(s) + K * K) * block;
         for_units(s, block, floats, a.threads,
                   [this](int64_t image, int64_t c, int64_t n, float* p) { unit(image, c, n, p); });
+        if (!FINAL || block >= s.channels || a.gate.kind == NO_GATE) return;
+        for_units(s, s.channels, 0, a.threads, [this](int64_t image, int64_t, int64_t, float*) { a.apply_gate(y, image); });
     }
 };
 

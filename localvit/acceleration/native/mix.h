@@ -12,13 +12,19 @@ namespace {
 struct Mix : Arguments {
     explicit Mix(const Arguments& arguments) : Arguments(arguments) {}
 
+    // The stage at once, where no norm asks for statistics of the batch. `y` may be `x`.
+    void inference(const float* x, float* y) const {
+        norm1.prepare(nullptr, nullptr, s), norm2.prepare(nullptr, nullptr, s);
+        by_size([&](auto side) { Depthwise<side, true>{*this, x, y, pooled, nullptr}.run(); });
+    }
+
     // gated = act2(convolved by norm 2) * gate, where convolved = conv(act(x by norm 1)). All maps may be the same.
     void forward(const float* x, float* convolved, float* gated) const {
         std::vector<float> means(s.maps()), squares(s.maps());
         if (norm1.by_batch()) moments(x, means.data(), squares.data());
         norm1.prepare(means.data(), squares.data(), s);
         float* const measured = norm2.by_batch() ? squares.data() : nullptr;
-        by_size([&](auto side) { Depthwise<side>{*this, x, convolved, means.data(), measured}.run(); });
+        by_size([&](auto side) { Depthwise<side, false>{*this, x, convolved, means.data(), measured}.run(); });
         norm2.prepare(means.data(), squares.data(), s);
         activate_and_gate(convolved, gated, true);
     }

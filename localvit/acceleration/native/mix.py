@@ -81,7 +81,8 @@ def mixed(form: Form, ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
         return result
     size = parameters[2].shape[-1]
     y = torch.empty_like(x)
-    _forward(stage, addresses, size, x, y, y)
+    kernel = "forward" if max(norms[0].mode, norms[1].mode) >= BATCH else "inference"
+    _forward(kernel, stage, addresses, size, x, *([y] if kernel == "inference" else [y, y]))
     return y
 
 
@@ -100,11 +101,14 @@ def reduced_of(first: Tensor | None) -> int:
     return 0 if first is None else first.shape[-1] if first.dim() == 3 else len(first)
 
 
-def _forward(stage: Stage, p: list[int], size: int, x: Tensor, convolved: Tensor, y: Tensor) -> Tensor:
-    """Compute the convolved map and the output, and move the running statistics. Return `work` of `call`."""
-    batch, _, channels = x.shape
-    work = x.new_empty((8 + 2 * batch, channels))
-    stage.call("forward", p, work, size, x, convolved, y)
+def _forward(kernel: str, stage: Stage, p: list[int], size: int, x: Tensor, *results: Tensor) -> Tensor:
+    """Compute the output, after the convolved map for "forward"; move the running statistics.
+
+    Returns:
+        `work` of `Stage.call`.
+    """
+    work = x.new_empty((8 + 2 * len(x), x.shape[2]))
+    stage.call(kernel, p, work, size, x, *results)
     return work
 
 
@@ -114,7 +118,7 @@ class _Mix(torch.autograd.Function):
         # As a map: activation checkpointing compares shapes, and so notices another grid of as many tokens.
         convolved = x.new_empty((len(x), stage.grid.height, stage.grid.width, x.shape[2]))
         y = torch.empty_like(x)
-        work = _forward(stage, p, parameters[2].shape[-1], x, convolved, y)
+        work = _forward("forward", stage, p, parameters[2].shape[-1], x, convolved, y)
         ctx.stage, ctx.ffn = stage, ffn
         ctx.save_for_backward(x, convolved, work, *parameters)
         return y
@@ -250,7 +254,7 @@ def _mix_in_place(
             )
     stage = Stage(Grid(height, width), (Norm(), Norm()), act, act2, kind, reduced_of(gate[0]))
     addresses = [*map(address, parameters), *[0] * 6]
-    _forward(stage, addresses, kernel[-1], x, x, x)
+    _forward("inference", stage, addresses, kernel[-1], x, x)
 
 
 # Not by `custom_op`, which takes three times as long to call: a model calls it in every block.

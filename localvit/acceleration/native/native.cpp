@@ -8,6 +8,8 @@
 
 extern "C" {
 
+void localvit_inference(const Arguments* a) { Mix(*a).inference(a->maps[0], a->maps[1]); }
+
 void localvit_forward(const Arguments* a) { Mix(*a).forward(a->maps[0], a->maps[1], a->maps[2]); }
 
 void localvit_again(const Arguments* a) { Mix(*a).activate_and_gate(a->maps[0], a->maps[1], false); }
