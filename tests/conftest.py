@@ -6,7 +6,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from hypothesis import settings
 
+settings.register_profile("tests", deadline=None)  # time depends on what else the machine does
+settings.load_profile("tests")
 os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start: another number gives other last bits
 
 

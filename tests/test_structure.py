@@ -171,7 +171,9 @@ def test_messages_of_dataclasses_stay_and_get_the_path_that_they_lack():
         "arms.wide: optim.lr=0.0 must be positive"
     )
     # A `DataError`, which is another kind of `ValueError`.
-    assert refused(build, TrainConfig, {"data": {"holdout": 2}}).startswith("data.holdout=2.0 is not accepted")
+    assert refused(build, TrainConfig, {"data": {"holdout": 2}}).startswith(
+        "data.holdout=2.0 is not accepted"
+    )
     wrong = {"model": {"locality": {"kernel_size": 4}}}
     assert refused(build, TrainConfig, wrong, "arms.a").startswith(
         "arms.a.model.locality: kernel_size=4 is not"

@@ -7,60 +7,63 @@ from torch import Tensor
 
 from localvit.acceleration.kernels import plain_kernels
 from localvit.acceleration.memory import can_checkpoint, checkpointed
-from localvit.acceleration.native.form import Form, applies, form_of, is_dense
-from localvit.acceleration.native.mix import BATCH, mixed, norm_now, not_kept
+from localvit.acceleration.native.form import Form, is_dense, native_form
+from localvit.acceleration.native.mix import BATCH, mixed, norm_now, not_saved
 from localvit.locality import Grid, LocalityFeedForward
+
+# The stages that the native kernels stand in for.
+_STAGES = {name: getattr(LocalityFeedForward, name) for name in ("transform", "mix", "_convolve")}
 
 
 def accelerated(ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
     """Compute `ffn.transform(x, grid)` by the form that applies; `None`: by the plain modules."""
     if not isinstance(ffn, LocalityFeedForward):
         return None
-    form = None if plain_kernels() else native_form(ffn)
+    form = training_form(ffn, x)
     # Without gradients, models of real size stay plain: their published numbers are those of plain modules,
-    # and who wants speed fuses them. In small ones, calling the plain modules takes most of the time.
+    # and users who need speed fuse them. In small models most of the time is spent calling plain modules.
     worth = torch.is_grad_enabled() or getattr(ffn.fc1, "small", False)
-    if form is not None and worth and grid.num_prefix_tokens == 0 and applies(form, x) and _fits(form, x):
+    if form is not None and worth and grid.num_prefix_tokens == 0 and _computable(form, x):
         return _natively(form, ffn, x, grid)
     return checkpointed(ffn, x, grid) if ffn.selective_checkpointing and can_checkpoint(x) else None
 
 
-def native_form(ffn: LocalityFeedForward) -> Form | None:
-    """Return what the native kernels know of `ffn` until its mode or device changes; `None`: they do not
-    cover it."""
-    known = ffn.noted
-    if known is None:
-        known = ffn.noted = Noted(ffn)
-    # Neither a shallow copy, which shares the notes, nor a gate that was added later.
-    same = known.modules is ffn._modules and known.gate is ffn._modules.get("gate")
-    return known.form if same else None
+def training_form(ffn: LocalityFeedForward, x: Tensor) -> Form | None:
+    """Return the form by which the native kernels compute all of `ffn.mix` now; `None`: they must not."""
+    if plain_kernels() or not _are_ours(ffn):
+        return None
+    form = native_form(ffn, x)
+    return None if form is None or None in form.numbers else form
 
 
-class Noted:
-    """Notes about a module. A copy or a pickle of the module starts without them."""
+def _are_ours(ffn: LocalityFeedForward) -> bool:
+    """Return whether neither a subclass nor a patch has stages of its own."""
+    kind = type(ffn)
+    return (
+        kind.mix is _STAGES["mix"]
+        and kind.transform is _STAGES["transform"]
+        and kind._convolve is _STAGES["_convolve"]
+        and ffn.__dict__.keys().isdisjoint(_STAGES)
+    )
 
-    def __init__(self, ffn: LocalityFeedForward) -> None:
-        self.modules, self.gate, self.form = ffn._modules, ffn._modules.get("gate"), form_of(ffn)
 
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-
-def _fits(form: Form, x: Tensor) -> bool:
-    """Return whether statistics can be had: of one value per channel PyTorch's own norm says that they
-    cannot."""
-    return x.shape[0] * x.shape[1] > 1 or not any(norm_now(norm).mode == BATCH for norm in form.norms)
+def _computable(form: Form, x: Tensor) -> bool:
+    """Return whether there are tokens, and statistics of the batch where norms ask for them: of one value per
+    channel PyTorch's own norm says that there are none."""
+    tokens = x.shape[0] * x.shape[1]
+    return tokens > 1 or (tokens == 1 and not any(norm_now(norm).mode >= BATCH for norm in form.norms))
 
 
 def _natively(form: Form, ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:
     hidden = ffn.expand(x)
     if not is_dense(hidden):
         hidden = hidden.contiguous()
-    if not is_dense(hidden) or hidden.shape != (len(x), grid.height * grid.width, form.channels):
-        return ffn.project(ffn.mix(hidden, grid))  # a layer that somebody put there may give anything
-    y = mixed(form, ffn, hidden, grid)
+    expected = is_dense(hidden) and hidden.shape == (len(x), grid.height * grid.width, form.channels)
+    y = mixed(form, ffn, hidden, grid) if expected else None  # somebody may have replaced the expansion
+    if y is None:
+        return ffn.project(ffn.mix(hidden, grid))
     hooks: Any = torch._C._autograd
     if y.grad_fn is None or not hooks._saved_tensors_hooks_is_enabled():
         return ffn.project(y)
-    with not_kept(y):
+    with not_saved(y):
         return ffn.project(y)

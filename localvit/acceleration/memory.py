@@ -1,6 +1,6 @@
 """Selective activation checkpointing of feed-forward networks with locality, for every design.
 
-The outputs of linear layers and convolutions of maps are kept for the backward pass, and everything else is
+The outputs of linear layers and convolutions of maps are saved for the backward pass, and everything else is
 computed again: norms, activations and gates move memory and compute little. Outputs and gradients are those
 of the plain modules, bit for bit.
 """
@@ -19,11 +19,11 @@ _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default}
 
 
 def set_selective_checkpointing(model: nn.Module, enable: bool = True) -> int:
-    """Keep only the outputs of linear layers and convolutions of each `LocalityFeedForward` for the backward
+    """Save only the outputs of linear layers and convolutions of each `LocalityFeedForward` for the backward
     pass.
 
     It changes no number. It costs the time of the other layers once more, and applies where the native
-    kernels, which keep as little by themselves, do not: other designs, CUDA, no C++ compiler. Off by default,
+    kernels, which save as little by themselves, do not: other designs, CUDA, no C++ compiler. Off by default,
     because time is measured there and memory is not always short (`docs/performance.md`). PyTorch computes no
     second derivatives (`create_graph=True`) with it, and it stands back for `torch.func`.
 
@@ -41,7 +41,7 @@ def set_selective_checkpointing(model: nn.Module, enable: bool = True) -> int:
 
 
 def checkpointed(ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:
-    """Compute `ffn.transform(x, grid)`, keeping little for the backward pass."""
+    """Compute `ffn.transform(x, grid)`, saving little for the backward pass."""
     contexts = partial(create_selective_checkpoint_contexts, _policy)
     result: Tensor = checkpoint(_transform, ffn, x, grid, use_reentrant=False, context_fn=contexts)
     return result
@@ -59,9 +59,9 @@ def can_checkpoint(x: Tensor) -> bool:
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep maps, but not the gate's layers, which are small and whose activation works in place."""
-    kept = operator in _PRODUCTS or (operator is _aten.convolution.default and args[0].shape[2:].numel() > 1)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    """Save maps, but not the gate's layers, which are small and whose activation works in place."""
+    save = operator in _PRODUCTS or (operator is _aten.convolution.default and args[0].shape[2:].numel() > 1)
+    return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _transform(ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:

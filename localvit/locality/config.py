@@ -20,8 +20,8 @@ Norm = Literal["none", "batch", "layer", "group"]
 NormOrder = Literal["norm-act", "act-norm"]
 Prefix = Literal["bypass", "mlp", "passthrough"]
 
-# What a field left at None becomes. "base" is not a value of any field: it says that the FFN which is there
-# decides, so the field stays None. (Under init="preserve" an explicit value then contradicts `init`.)
+# Values of fields left at None. "base" is not a value of any field: the FFN in place decides, so the field
+# stays None. (Under init="preserve" an explicit value then contradicts `init`.)
 _BASE = "base"
 _DECIDED: dict[Init, dict[str, Any]] = {
     "paper": {
@@ -60,50 +60,50 @@ DEFAULT_EXPANSION = 4.0
 class LocalityConfig:
     """How locality enters a feed-forward network (FFN).
 
-    Two starting points. ``LocalityConfig()`` is the FFN of LocalViT-T/-S (Li et al., arXiv 2104.05707,
-    sections 3.3-3.5): it *replaces* the FFN of a block. ``LocalityConfig(init="preserve")`` *adds* a
+    Two starting points. `LocalityConfig()` is the FFN of LocalViT-T/-S (Li et al., arXiv 2104.05707,
+    sections 3.3-3.5): it *replaces* the FFN of a block. `LocalityConfig(init="preserve")` *adds* a
     depth-wise convolution to the FFN that is there, starting as an exact no-op, which suits pretrained
-    weights. Fields left at ``None`` are decided by ``init``; :meth:`resolve` shows the outcome.
+    weights. Fields left at `None` are decided by `init`; `resolve` shows the outcome.
 
     Args:
-        init: ``"paper"`` or ``"preserve"``.
+        init: `"paper"` or `"preserve"`.
         kernel_size: Odd side of the square depth-wise kernel. 3 is the paper's.
-        depthwise: ``False`` leaves the convolution out (the paper's control, table 1); the depth-wise
+        depthwise: `False` leaves the convolution out (the paper's control, table 1); the depth-wise
             fields must then keep their defaults.
-        position: ``"mid"``: between expansion and projection, on the expanded channels. ``"first"``:
-            before the expansion, on ``dim`` channels.
+        position: `"mid"`: between expansion and projection, on the expanded channels. `"first"`:
+            before the expansion, on `dim` channels.
         activation: One value for both places, or a pair (after the expansion, after the depth-wise
-            convolution). With ``glu`` one value, for the gate. Paper: ``"hardswish"``. Preserve: the
+            convolution). With `glu` one value, for the gate. Paper: `"hardswish"`. Preserve: the
             FFN's own.
         glu: Gated linear unit (Shazeer, arXiv 2002.05202): the expansion makes two maps, a gate and a
-            value, and the hidden map is ``activation(gate) * value``. ``"gate"``: the depth-wise
-            convolution is on the gate, ``"both"``: on both maps. Paper: ``"none"``.
-        gate: Channel gate on the hidden map: ``"se"`` (squeeze-and-excitation with a hard sigmoid),
-            ``"eca"`` (sigmoid), ``"eca_hard"`` (hard sigmoid) or ``"none"``. Paper: ``"se"``.
-        gate_reduction: SE squeeze width as ``hidden // gate_reduction`` (the paper's "reduction").
-            ``"dim"`` stands for the token width, as in the paper's PVT and TNT.
+            value, and the hidden map is `activation(gate) * value`. `"gate"`: the depth-wise
+            convolution is on the gate, `"both"`: on both maps. Paper: `"none"`.
+        gate: Channel gate on the hidden map: `"se"` (squeeze-and-excitation with a hard sigmoid),
+            `"eca"` (sigmoid), `"eca_hard"` (hard sigmoid) or `"none"`. Paper: `"se"`.
+        gate_reduction: SE squeeze width as `hidden // gate_reduction` (the paper's "reduction").
+            `"dim"` stands for the token width, as in the paper's PVT and TNT.
         gate_width: SE squeeze width in units. With neither given it is 4, as in LocalViT-T and -S.
-        expansion: Hidden width as a multiple of ``dim``. Default: that of the FFN which is there (4 in
-            DeiT, Swin and TNT, 8 and 4 in PVT, 2 in T2T-ViT-7), which is the paper's choice; with ``glu``
+        expansion: Hidden width as a multiple of `dim`. Default: that of the FFN which is there (4 in
+            DeiT, Swin and TNT, 8 and 4 in PVT, 2 in T2T-ViT-7), which is the paper's choice; with `glu`
             two thirds of that, so that the point-wise layers keep their number of parameters.
         norm: One value, or a triple (after the expansion, the depth-wise convolution, the projection).
-            Paper: ``"batch"``.
-        norm_groups: Number of groups where ``norm`` is ``"group"``; it must divide the channels. 32 is
+            Paper: `"batch"`.
+        norm_groups: Number of groups where `norm` is `"group"`; it must divide the channels. 32 is
             the default of Wu & He, "Group Normalization", 2018.
         norm_order: Whether the norm stands before or after the activation.
-        bias: Whether convolutions have a bias: one value, or a triple as for ``norm``. Paper: no (a norm
+        bias: Whether convolutions have a bias: one value, or a triple as for `norm`. Paper: no (a norm
             follows each).
         inner_skip: Add the input of the depth-wise stage to the output of its convolution. Paper: no.
         prenorm: Keep the block's norm in front of the FFN. Paper: no.
         drop_path: Keep stochastic depth on the FFN branch. Paper: no.
         layer_scale: Keep LayerScale on the FFN branch where the base has it. Paper: no.
-        prefix: What happens to class, distillation and register tokens. ``"bypass"`` (paper): they skip
-            the FFN. ``"mlp"``: they take the point-wise path without the depth-wise stage and the gate
-            (but with the activation of that stage where it is the only one, lest the path be linear).
-            ``"passthrough"``: the FFN returns them as they came, so the block's residual adds them.
+        prefix: What happens to class, distillation and register tokens. `"bypass"` (paper): they skip
+            the FFN. `"mlp"`: they take the point-wise path without the depth-wise stage and the gate, but
+            with the activation of that stage if it is the only one, so that the path is not linear.
+            `"passthrough"`: the FFN returns them unchanged, so the block's residual adds them.
 
     Raises:
-        ConfigError: for a value outside these, and for an explicit value that contradicts ``init``.
+        ConfigError: for a value outside these, and for an explicit value that contradicts `init`.
     """
 
     init: Init = "paper"
@@ -186,15 +186,15 @@ class LocalityConfig:
             )
 
     def resolve(self) -> Self:
-        """The same configuration with every field that ``init`` decides filled in.
+        """Fill in every field that `init` decides.
 
-        Fields that the FFN being replaced decides stay ``None`` (``init="preserve"`` only).
+        Fields that the FFN being replaced decides stay `None` (`init="preserve"` only).
         """
         decided = {k: v for k, v in _DECIDED[self.init].items() if v != _BASE}
         return dataclasses.replace(self, **{k: v for k, v in decided.items() if getattr(self, k) is None})
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields that differ from their defaults, as JSON values.
+        """Return the fields that differ from their defaults, as JSON values.
 
         Defaults are left out so that a stored hash of this dictionary survives the addition of fields.
         """
@@ -228,7 +228,7 @@ def _error(name: str, value: object, accepted: str) -> ConfigError:
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """Return `value` as its annotation has it (a list as a tuple, an integer as a float), or refuse it."""
+    """Convert `value` to the type of its annotation (a list to a tuple, an int to a float), or refuse it."""
     is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     options = typing.get_args(kind) if is_union else (kind,)
     value = tuple(value) if isinstance(value, list) else value

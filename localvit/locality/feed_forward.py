@@ -1,12 +1,12 @@
 """The mechanism: a depth-wise convolution over the token grid, inside a feed-forward network (FFN).
 
-Two forms, both built on the two views in :mod:`localvit.locality.grid`:
+Two forms, both built on the two views in `localvit.locality.grid`:
 
-* :class:`LocalityFeedForward` *replaces* an FFN (``init="paper"``),
-* :class:`HiddenLocality` *adds* to the FFN that is there, at first as an exact no-op
-  (``init="preserve"``).
+* `LocalityFeedForward` *replaces* an FFN (`init="paper"`),
+* `HiddenLocality` *adds* to the FFN that is there, at first as an exact no-op
+  (`init="preserve"`).
 
-Shapes: B batch, P prefix tokens, N patch tokens on a grid of H rows and W columns, C = ``dim``,
+Shapes: B batch, P prefix tokens, N patch tokens on a grid of H rows and W columns, C = `dim`,
 D = hidden width. A "row" is a map (B, C, 1, T): point-wise layers run on it over all T tokens at once.
 """
 
@@ -35,26 +35,26 @@ from localvit.locality.layers import ACTIVATIONS, Pointwise, channel_gate, depth
 class LocalityFeedForward(GridModule):
     """Feed-forward network with locality (LocalViT, arXiv 2104.05707, figure 3 and equation 9).
 
-    Three stages: :meth:`expand`, a point-wise layer; :meth:`mix`, the depth-wise k x k convolution over the
-    grid with norms, activations and channel gate; :meth:`project`, a point-wise layer. This is the *branch*:
+    Three stages: `expand`, a point-wise layer; `mix`, the depth-wise k x k convolution over the
+    grid with norms, activations and channel gate; `project`, a point-wise layer. This is the *branch*:
     the residual belongs to the transformer block, as with timm's MLPs. (The authors' module adds its input
     itself, and their block adds nothing; the sum is the same.)
 
-    Other published designs are :data:`localvit.PRESETS`.
+    Other published designs are `localvit.PRESETS`.
 
-    Equal to timm's ``InvertedResidual`` with a squeeze-and-excitation gate; what that lacks, and this
+    Equal to timm's `InvertedResidual` with a squeeze-and-excitation gate; what that lacks, and this
     has, is tokens in and out, prefix tokens and the rest of the design space.
 
     Args:
         dim: Token width C.
-        config: Design; ``init`` must be ``"paper"``.
-        hidden_dim: Hidden width D of the FFN in place, for where ``config.expansion`` leaves it open (with
+        config: Design; `init` must be `"paper"`.
+        hidden_dim: Hidden width D of the FFN in place, for where `config.expansion` leaves it open (with
             a gated linear unit two thirds of it are taken); default: 4 C.
         num_prefix_tokens: P, used when the grid is looked up rather than passed.
-        grid_record: Where to look the grid up; without it, ``grid`` must be passed.
+        grid_record: Where to look the grid up; without it, `grid` must be passed.
 
     Raises:
-        ConfigError: if a width that follows from ``dim`` is impossible, or ``init`` is ``"preserve"``.
+        ConfigError: if a width that follows from `dim` is impossible, or `init` is `"preserve"`.
     """
 
     # So that TorchScript leaves out the branch whose layers are not there.
@@ -115,7 +115,7 @@ class LocalityFeedForward(GridModule):
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor, grid: Optional[Grid] = None) -> Tensor:  # noqa: UP045 (TorchScript)
-        """Compute the branch: ``(B, P + N, C) -> (B, P + N, C)``; ``grid`` beats the recorded grid."""
+        """Compute the branch: `(B, P + N, C) -> (B, P + N, C)`; `grid` beats the recorded grid."""
         if grid is None:
             grid = self.current_grid()
         check_grid(tokens, grid)
@@ -128,18 +128,18 @@ class LocalityFeedForward(GridModule):
         return F.pad(x, (0, 0, prefix, 0))  # the branch is zero where a token bypasses it
 
     def transform(self, x: Tensor, grid: Grid) -> Tensor:
-        """Compute the branch, of the prefix tokens in ``grid`` too: ``(B, P + N, C) -> (B, P + N, C)``."""
+        """Compute the branch, of the prefix tokens in `grid` too: `(B, P + N, C) -> (B, P + N, C)`."""
         if self.conv_first:
             x = self._convolve(x, grid)
         return self.project(self.mix(self.expand(x), grid))
 
     def expand(self, x: Tensor) -> Tensor:
-        """Expand the tokens, to two maps with a gated linear unit: ``(B, T, C) -> (B, T, D or 2 D)``."""
+        """Expand the tokens, to two maps with a gated linear unit: `(B, T, C) -> (B, T, D or 2 D)`."""
         return map_to_tokens(self.fc1(tokens_to_row(x)))
 
     def mix(self, x: Tensor, grid: Grid) -> Tensor:
-        """Compute all that stands between the point-wise layers: ``(B, P + N, D or 2 D) -> (B, P + N,
-        D)``."""
+        """Compute all that stands between the point-wise layers: `(B, P + N, D or 2 D) -> (B, P + N,
+        D)`."""
         row = tokens_to_row(x)
         row = self.act1(self.norm1(row)) if self.norm_before_act else self.norm1(self.act1(row))
         x = map_to_tokens(row)
@@ -157,7 +157,7 @@ class LocalityFeedForward(GridModule):
         return x
 
     def project(self, x: Tensor) -> Tensor:
-        """Project the hidden state: ``(B, T, D) -> (B, T, C)``."""
+        """Project the hidden state: `(B, T, D) -> (B, T, C)`."""
         return map_to_tokens(self.norm3(self.fc2(tokens_to_row(x))))
 
     def _convolve(self, x: Tensor, grid: Grid) -> Tensor:
@@ -172,7 +172,7 @@ class LocalityFeedForward(GridModule):
 
 
 class HiddenLocality(GridModule):
-    """Depth-wise convolution added to the hidden state of an existing FFN: ``h + conv(h)`` on the patch
+    """Depth-wise convolution added to the hidden state of an existing FFN: `h + conv(h)` on the patch
     tokens, then the layer it stands in front of.
 
     The kernel starts at zero, so the FFN computes bit for bit what it did; the gradient of a zero kernel
@@ -181,8 +181,8 @@ class HiddenLocality(GridModule):
     Args:
         hidden_dim: Width D of the hidden state.
         then: The layer that follows (the dropout in front of the projection, in timm's MLPs).
-        config: Design; ``init`` must be ``"preserve"``.
-        num_prefix_tokens, grid_record: As for :class:`LocalityFeedForward`.
+        config: Design; `init` must be `"preserve"`.
+        num_prefix_tokens, grid_record: As for `LocalityFeedForward`.
     """
 
     def __init__(
@@ -206,20 +206,20 @@ class HiddenLocality(GridModule):
         nn.init.zeros_(self.conv.weight)
 
     def forward(self, hidden: Tensor, grid: Optional[Grid] = None) -> Tensor:  # noqa: UP045 (TorchScript)
-        """Add locality: ``(B, P + N, D) -> (B, P + N, D)``; ``grid`` beats the recorded grid."""
+        """Add locality: `(B, P + N, D) -> (B, P + N, D)`; `grid` beats the recorded grid."""
         if grid is None:
             grid = self.current_grid()
         check_grid(hidden, grid)
         return self.then(self.transform(hidden, grid))
 
     def transform(self, hidden: Tensor, grid: Grid) -> Tensor:
-        """Add the convolution to the patch tokens: ``(B, P + N, D) -> (B, P + N, D)``."""
+        """Add the convolution to the patch tokens: `(B, P + N, D) -> (B, P + N, D)`."""
         patches = tokens_to_map(hidden, grid)
         return after_prefix(hidden, grid.num_prefix_tokens, patches + self.conv(patches))
 
 
 def _hidden_width(dim: int, of_base: int | None, config: LocalityConfig) -> int:
-    """Return the hidden width D that ``config`` gives, or leaves to the FFN in place."""
+    """Return the hidden width D that `config` gives, or leaves to the FFN in place."""
     if config.expansion is not None:
         hidden = int(dim * config.expansion)
     else:

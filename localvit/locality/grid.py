@@ -2,7 +2,7 @@
 grid.
 
 Shapes: B batch, P prefix tokens (class, distillation, registers), N = H * W patch tokens, C channels. Patch
-token ``i`` is in row ``i // W`` and column ``i % W`` (raster order).
+token `i` is in row `i // W` and column `i % W` (raster order).
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from localvit.locality.config import LocalityConfig
 
 
 class Grid(NamedTuple):
-    """Lattice of the patch tokens and the number of prefix tokens in front of them."""
+    """Rows and columns of the patch tokens, and the number of prefix tokens in front of them."""
 
     height: int
     width: int
@@ -24,7 +24,7 @@ class Grid(NamedTuple):
 
 
 class GridRecord:
-    """Where a model's hook leaves the grid of the forward pass under way, for its FFNs to read.
+    """Record of the grid of the forward pass under way: a model's hook writes it, its FFNs read it.
 
     All localized FFNs that work on one grid share one record, and so does the module whose forward is
     hooked: one per model in a plain transformer, one per stage in a pyramid. A record is transient: in a
@@ -37,7 +37,7 @@ class GridRecord:
     Args:
         source: Module that knows the grid for the configured input size. TorchScript cannot run hooks,
             so scripted models use that one.
-        attribute: Its attribute (height, width): ``grid_size`` in timm's patch embeddings.
+        attribute: Its attribute (height, width): `grid_size` in timm's patch embeddings.
         constant: The grid is always the configured one (TNT), so there is no hook.
     """
 
@@ -51,7 +51,7 @@ class GridRecord:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Lattice of the forward pass under way; ``None`` where none was recorded."""
+        """Rows and columns in the forward pass under way; `None` where none were recorded."""
         return self.static_size if self.constant else self._size
 
     @size.setter
@@ -60,7 +60,7 @@ class GridRecord:
 
     @property
     def static_size(self) -> tuple[int, int]:
-        """Lattice for the configured input size, (0, 0) where there is none."""
+        """Rows and columns for the configured input size, (0, 0) where there is none."""
         size = getattr(self.source, self.attribute, None)
         return (int(size[0]), int(size[1])) if size is not None else (0, 0)
 
@@ -69,28 +69,28 @@ class GridRecord:
 
 
 def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
-    """View patch tokens as a feature map: ``(B, P + N, C) -> (B, C, H, W)``.
+    """View patch tokens as a feature map: `(B, P + N, C) -> (B, C, H, W)`.
 
     A view: tokens in memory order *are* a channels-last map, so nothing is copied. Rows are split before
     channels move: the other way round gives the batch axis of a single image a stride that PyTorch does not
-    take for channels-last, and its convolution then copies the map to and fro.
+    take for channels-last, and its convolution then copies the map there and back.
     """
     patches = tokens[:, grid.num_prefix_tokens :] if grid.num_prefix_tokens else tokens
     return patches.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)
 
 
 def map_to_tokens(feature_map: Tensor) -> Tensor:
-    """Invert :func:`tokens_to_map` without prefix tokens: ``(B, C, H, W) -> (B, H * W, C)``.
+    """Invert `tokens_to_map` without prefix tokens: `(B, C, H, W) -> (B, H * W, C)`.
 
     A view if the map is channels-last. Channels move before rows are joined: the other way round, the
     backward pass gives a single image's gradient a batch stride that PyTorch's batch norm misreads on a CPU
-    (``docs/upstream.md``).
+    (`docs/upstream.md`).
     """
     return feature_map.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def tokens_to_row(tokens: Tensor) -> Tensor:
-    """View tokens as a channels-last map for point-wise layers: ``(B, T, C) -> (B, C, 1, T)``.
+    """View tokens as a channels-last map for point-wise layers: `(B, T, C) -> (B, C, 1, T)`.
 
     A row, not a column: oneDNN's point-wise convolution works along rows and is two to three times
     slower on a map of width 1.
@@ -99,8 +99,8 @@ def tokens_to_row(tokens: Tensor) -> Tensor:
 
 
 def after_prefix(tokens: Tensor, prefix: int, patches: Tensor) -> Tensor:
-    """Put the first ``prefix`` tokens before those of the map ``patches``: ``(B, T, C), (B, C, H, W) ->
-    (B, T, C)``."""
+    """Put the first `prefix` tokens before those of the map `patches`: `(B, T, C), (B, C, H, W) ->
+    (B, T, C)`."""
     rest = map_to_tokens(patches)
     return rest if prefix == 0 else torch.cat([tokens[:, :prefix], rest], dim=1)
 
@@ -115,8 +115,7 @@ def check_grid(tokens: Tensor, grid: Grid) -> None:
     )
 
 
-# Computes what `module.transform(x, grid)` computes, faster or with less memory; `None` where it does not
-# apply.
+# Computes `module.transform(x, grid)`, faster or with less memory; returns `None` where it does not apply.
 Accelerator = Callable[[Any, Tensor, Grid], Tensor | None]
 _accelerator: Accelerator | None = None
 
@@ -128,9 +127,9 @@ def set_accelerator(accelerator: Accelerator | None) -> None:
 
 
 class GridModule(nn.Module):
-    """A module that needs the grid of the tokens that it is given. All that TorchScript asks for is here.
+    """A module that needs the grid of its tokens. All support for TorchScript is here.
 
-    The grid comes with the call, or from the model's :class:`GridRecord`. It is never guessed from the number
+    The grid comes with the call, or from the model's `GridRecord`. It is never guessed from the number
     of tokens. Subclasses define `transform(x, grid)`, and call `run(x, grid)`.
     """
 
@@ -141,7 +140,7 @@ class GridModule(nn.Module):
     __jit_ignored_attributes__ = ("config", "grid_record", "noted")
 
     noted: Any = None
-    """What an accelerator found out about the module. Forgotten when the mode, device or type changes."""
+    """Notes of an accelerator about the module. Forgotten when the mode, device or type changes."""
     selective_checkpointing: bool = False
     """Whether `localvit.set_selective_checkpointing` is on."""
     transform: Any

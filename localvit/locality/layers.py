@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class HardSigmoid(nn.Module):
-    """``relu6(x + 3) / 6``. PyTorch's own has 1/6 in single precision in its backward pass, which is a
+    """Hard sigmoid `relu6(x + 3) / 6`. PyTorch's own has 1/6 in single precision in its backward pass, a
     relative error of 1e-8 in float64."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,12 +50,12 @@ class Pointwise(nn.Conv2d):
 
 
 def depthwise(channels: int, kernel_size: int, bias: bool) -> nn.Conv2d:
-    """Depth-wise convolution that keeps the size of the map."""
+    """Make a depth-wise convolution that preserves the size of the map."""
     return nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
 
 
 def norm(kind: str, channels: int, config: LocalityConfig) -> nn.Module:
-    """Norm of ``kind`` for a map of so many channels."""
+    """Make a norm of this kind for a map of this many channels."""
     if kind == "batch":
         return nn.BatchNorm2d(channels)
     if kind == "layer":
@@ -68,7 +68,7 @@ def norm(kind: str, channels: int, config: LocalityConfig) -> nn.Module:
 
 
 def channel_gate(dim: int, hidden: int, config: LocalityConfig) -> nn.Module | None:
-    """Channel gate that ``config`` names, for a hidden map of ``hidden`` channels and tokens of ``dim``."""
+    """Make the channel gate of a hidden map of `hidden` channels, for tokens of width `dim`."""
     if config.gate in ("eca", "eca_hard"):
         return EcaModule(hidden, gate_layer=HardSigmoid if config.gate == "eca_hard" else nn.Sigmoid)
     if config.gate != "se":

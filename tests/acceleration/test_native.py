@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from localvit import Grid, LocalityConfig, LocalityFeedForward
-from localvit.acceleration.dispatch import native_form
+from localvit.acceleration.dispatch import training_form
 from localvit.acceleration.kernels import VARIABLE
 from localvit.acceleration.native.mix import mix_, mixed
 
@@ -92,7 +93,7 @@ def stage(ffn: LocalityFeedForward, tokens: Tensor, grid: Grid) -> tuple[Tensor,
     ffn = copy.deepcopy(ffn)
     hidden = tokens.detach().repeat(1, 1, ffn.fc1.out_channels // tokens.shape[2]).requires_grad_()
     grid = Grid(grid.height, grid.width)
-    form = native_form(ffn)
+    form = training_form(ffn, hidden)
     out = mixed(form, ffn, hidden, grid)
     wanted = [
         hidden,
@@ -100,7 +101,7 @@ def stage(ffn: LocalityFeedForward, tokens: Tensor, grid: Grid) -> tuple[Tensor,
     ]
     gradients = torch.autograd.grad(out, wanted, out.detach().cos())
     ffn.eval()
-    return out.detach(), *gradients, mixed(native_form(ffn), ffn, hidden.detach(), grid).detach()
+    return out.detach(), *gradients, mixed(training_form(ffn, hidden), ffn, hidden.detach(), grid).detach()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -144,6 +145,11 @@ def test_other_designs_stay_plain(monkeypatch, config):
     torch.testing.assert_close(got, step(ffn, tokens), rtol=0, atol=0)
 
 
+class Doubled(LocalityFeedForward):
+    def mix(self, x: Tensor, grid: Grid) -> Tensor:
+        return 2 * super().mix(x, grid)
+
+
 class _Twice(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return 2 * weight
@@ -158,7 +164,28 @@ def changes() -> dict[str, Callable[[LocalityFeedForward], object]]:
     def patched(ffn: LocalityFeedForward) -> None:
         ffn.act2.forward = lambda x: 2 * x  # type: ignore[method-assign]
 
+    def doubled(name: str) -> Callable:
+        """Patch a stage of one instance."""
+
+        def patch(ffn: LocalityFeedForward) -> None:
+            stage = getattr(ffn, name)
+            setattr(ffn, name, lambda *args: 2 * stage(*args))
+
+        return patch
+
+    def other_data(change: Callable[[Tensor], Tensor]) -> Callable:
+        return lambda ffn: setattr(ffn.conv.weight, "data", change(ffn.conv.weight.data))
+
+    def narrower_gate(ffn: LocalityFeedForward) -> None:
+        ffn.gate.fc1.weight = nn.Parameter(ffn.gate.fc1.weight.detach()[:2].clone())
+
     return {
+        "a patched mix": doubled("mix"),
+        "a patched transform": doubled("transform"),
+        "a patched convolution": doubled("_convolve"),
+        "another class": lambda ffn: setattr(ffn, "__class__", Doubled),
+        "a transposed kernel in the same memory": other_data(lambda t: t.transpose(2, 3)),
+        "a gate of other shapes": narrower_gate,
         "a hook": lambda ffn: ffn.act2.register_forward_hook(lambda *_: None),
         "a hook that changes": lambda ffn: ffn.norm1.register_forward_hook(lambda _m, _i, out: 2 * out),
         "a pre-hook in the gate": lambda ffn: ffn.gate.fc1.register_forward_pre_hook(lambda *_: None),
@@ -169,7 +196,6 @@ def changes() -> dict[str, Callable[[LocalityFeedForward], object]]:
         "another norm": replace("norm2", nn.GroupNorm(1, 64)),
         "another activation": replace("act1", nn.Tanh()),
         "another gate function": lambda ffn: setattr(ffn.gate, "gate", nn.Sigmoid()),
-        "no gate": lambda ffn: setattr(ffn, "gate", None),
         "dilation": replace("conv", nn.Conv2d(64, 64, 3, padding=2, dilation=2, groups=64)),
         "a parametrization": lambda ffn: nn.utils.parametrize.register_parametrization(
             ffn.conv, "weight", _Twice()
@@ -216,6 +242,10 @@ def test_it_stands_back_after_a_change(monkeypatch, change):
         lambda ffn: setattr(ffn.norm1, "weight", nn.Parameter(torch.ones(64))),
         lambda ffn: ffn.to(memory_format=torch.channels_last),
         lambda ffn: ffn.eval(),
+        lambda ffn: setattr(ffn, "gate", None),
+        lambda ffn: setattr(ffn, "gate", feed_forward(LocalityConfig(gate="eca")).gate),
+        lambda ffn: setattr(ffn.conv.weight, "data", ffn.conv.weight.data * 2),
+        lambda ffn: setattr(ffn, "conv", nn.Conv2d(64, 64, 5, padding=2, groups=64)),
         lambda ffn: setattr(ffn, "fc1", nn.Sequential(nn.Conv2d(16, 64, 1), nn.Tanh())),
         lambda ffn: ffn.fc2.register_forward_hook(lambda _m, _i, out: 2 * out),
         lambda ffn: setattr(ffn, "norm3", nn.BatchNorm2d(16, affine=False)),
@@ -246,6 +276,15 @@ def contexts() -> dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], objec
         with FlopCounterMode(display=False):
             return f(x)
 
+    def function_mode(f, x):
+        class Mode(TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                out = function(*args, **(kwargs or {}))
+                return 2 * out if function is F.conv2d else out
+
+        with Mode():
+            return f(x)
+
     def trace(f, x):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -261,6 +300,7 @@ def contexts() -> dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], objec
         "autocast": autocast,
         "forward AD": dual,
         "a dispatch mode": dispatch_mode,
+        "a function mode": function_mode,
         "vmap": lambda f, x: torch.vmap(lambda one: f(one[None])[0])(x),
         "grad": lambda f, x: torch.func.grad(lambda t: f(t).sum())(x),
         "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
@@ -281,6 +321,14 @@ def test_it_stands_back_for_what_wants_single_operations(monkeypatch, way):
     monkeypatch.setenv(VARIABLE, "plain")
     want = way(lambda x: ffn(x, GRID), tokens)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_a_default_device_is_no_reason_to_stand_back(monkeypatch):
+    """It is a function mode as well."""
+    ffn, used = feed_forward(), spy(monkeypatch)
+    with torch.device("cpu"):
+        ffn(images(), GRID)
+    assert used == ["native"]
 
 
 def test_global_hooks_see_every_layer(monkeypatch):
@@ -508,13 +556,12 @@ def test_layers_in_front_of_the_projection_that_work_in_place(monkeypatch):
     assert_close(got, plain_step(monkeypatch, ffn, tokens))
 
 
-def test_a_gate_that_comes_later_and_settings_that_change(monkeypatch):
+def test_settings_that_change(monkeypatch):
     for change in (
-        lambda ffn: setattr(ffn, "gate", feed_forward().gate),
         lambda ffn: setattr(ffn.conv, "padding_mode", "circular"),
         lambda ffn: (setattr(ffn.conv, "dilation", (2, 2)), setattr(ffn.conv, "padding", (2, 2))),
     ):
-        ffn, tokens = feed_forward(LocalityConfig(gate="none")), images()
+        ffn, tokens = feed_forward(), images()
         before = ffn(tokens, GRID)
         change(ffn)
         if ffn.conv.padding_mode == "circular":
@@ -526,10 +573,6 @@ def test_a_gate_that_comes_later_and_settings_that_change(monkeypatch):
 
 
 def test_a_subclass_computes_what_it_says():
-    class Doubled(LocalityFeedForward):
-        def mix(self, x: Tensor, grid: Grid) -> Tensor:
-            return 2 * super().mix(x, grid)
-
     ffn = feed_forward(LocalityConfig(norm="none", bias=True)).eval()
     tokens, before = images(), ffn(images(), GRID)
     before = ffn(tokens, GRID)
@@ -586,7 +629,7 @@ def test_a_weight_that_is_no_parameter_any_more(monkeypatch):
 @pytest.mark.parametrize("shape", [(32, 1, 3, 3), (64, 1, 4, 4), (64, 1, 9, 9)])
 def test_the_operator_refuses_other_kernels(shape):
     with pytest.raises(ValueError, match="is not accepted"):
-        mix_(torch.randn(1, 12, 64), None, torch.randn(shape), None, [], 3, 4, 0, 0)
+        mix_(torch.randn(1, 12, 64), torch.randn(shape), None, [None] * 4, 3, 4, 0, 0, 0)
 
 
 def test_one_value_per_channel_is_still_an_error():
@@ -595,33 +638,26 @@ def test_one_value_per_channel_is_still_an_error():
 
 
 @pytest.mark.parametrize(
-    ("batch", "height", "width", "channels", "reduced", "prefix"),
-    [(1, 1, 1, 16, 1, 0), (3, 3, 11, 48, 4, 1), (2, 10, 7, 16, 37, 2), (1, 40, 33, 80, 4, 0)],
+    ("batch", "height", "width", "channels", "reduced"),
+    [(1, 1, 1, 16, 1), (3, 3, 11, 48, 4), (2, 10, 7, 16, 37), (1, 40, 33, 80, 4)],
 )
-def test_the_operator_of_fused_models(batch, height, width, channels, reduced, prefix):
-    """In place, between two activations, with and without the gate; prefix tokens stay what they were."""
-    x, weight = torch.randn(batch, prefix + height * width, channels), torch.randn(channels, 1, 3, 3)
-    shift, bias = torch.randn(2, channels).unbind()
-    shapes = (reduced, channels), (reduced,), (channels, reduced), (channels,)
-    layers = [torch.randn(shape) / shape[-1] ** 0.5 for shape in shapes]
+def test_the_operator_of_fused_models(batch, height, width, channels, reduced):
+    """In place, between two activations, with and without the gate."""
+    x, weight, bias = (
+        torch.randn(shape) for shape in ((batch, height * width, channels), (channels, 1, 3, 3), (channels,))
+    )
+    shapes = (reduced, channels, 1, 1), (reduced,), (channels, reduced, 1, 1), (channels,)
+    layers = [torch.randn(shape) / shape[1 if len(shape) == 4 else 0] ** 0.5 for shape in shapes]
     y, z = x.clone(), x.clone()
-    means = mix_(y, shift, weight, bias, [], height, width, 1, 3)
-    patches = F.relu(x[:, prefix:].double() + shift).transpose(1, 2).unflatten(2, (height, width))
-    want = (
-        F.hardswish(F.conv2d(patches, weight.double(), bias.double(), padding=1, groups=channels))
-        .flatten(2)
-        .mT
-    )
-    torch.testing.assert_close(y[:, prefix:].double(), want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(means.double(), want.mean(1), rtol=1e-5, atol=1e-5)
+    mix_(y, weight, bias, [None] * 4, height, width, 1, 3, 0)
+    patches = F.relu(x.double()).transpose(1, 2).unflatten(2, (height, width))
+    want = F.hardswish(F.conv2d(patches, weight.double(), bias.double(), padding=1, groups=channels))
+    torch.testing.assert_close(y.double(), want.flatten(2).mT, rtol=1e-5, atol=1e-5)
     first, first_bias, second, second_bias = (layer.double() for layer in layers)
-    gate = (F.relu(means.double() @ first.t() + first_bias) @ second.t() + second_bias).clamp(0, 1)
-    torch.testing.assert_close(
-        mix_(z, shift, weight, bias, layers, height, width, 1, 3), means, rtol=0, atol=0
-    )
-    torch.testing.assert_close(z[:, prefix:].double(), want * gate[:, None], rtol=1e-5, atol=1e-5)
-    assert torch.equal(y[:, :prefix], x[:, :prefix])
-    assert torch.equal(z[:, :prefix], x[:, :prefix])
+    squeezed = F.relu(F.conv2d(want.mean((2, 3), keepdim=True), first, first_bias))
+    want = want * F.hardsigmoid(F.conv2d(squeezed, second, second_bias))
+    mix_(z, weight, bias, layers, height, width, 1, 3, 1)
+    torch.testing.assert_close(z.double(), want.flatten(2).mT, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("act", ["none", "relu", "relu6", "hardswish"])
@@ -644,3 +680,36 @@ def test_not_a_number_stays_one():
     out = ffn(tokens, GRID)
     assert out[0, 2:].isnan().all()  # the gate takes the mean of the whole image
     assert not out[1:].isnan().any()
+
+
+@pytest.mark.parametrize("act", ["hardswish", "relu", "relu6", "none"])
+@pytest.mark.parametrize("gate", ["se", "eca", "eca_hard"])
+def test_not_a_number_in_gradients_of_the_gate(monkeypatch, act, gate):
+    ffn, tokens = feed_forward(LocalityConfig(activation=act, gate=gate)).eval(), images()
+    with torch.no_grad():
+        tokens[0, 5, 0] = float("nan")
+    got, want = step(ffn, tokens), plain_step(monkeypatch, ffn, tokens, exact=False)
+    for name in (name for name in want if name.startswith("gate")):
+        assert torch.equal(got[name].isnan(), want[name].isnan()), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(("batch", "height", "width"), [(0, 3, 4), (2, 0, 0), (2, 0, 4), (0, 0, 0)])
+def test_nothing_to_compute(monkeypatch, training, grad, batch, height, width):
+    """No images or an empty grid give what the plain modules give, errors included."""
+    grid = Grid(height, width, 2)
+
+    def outcome() -> object:
+        ffn = feed_forward().train(training)
+        try:
+            with torch.set_grad_enabled(grad):
+                return tuple(ffn(images(batch, grid=grid), grid).shape)
+        except (RuntimeError, ValueError) as error:
+            return type(error), str(error)
+
+    used = spy(monkeypatch)
+    got = outcome()
+    assert not used
+    monkeypatch.setenv(VARIABLE, "plain")
+    assert got == outcome()

@@ -1,9 +1,7 @@
 """Transformer blocks in their fast form, and models that read out prefix tokens only.
 
-The sum with attention is a new tensor, because a block's input may be a feature that somebody kept; the
-feed-forward network (FFN) adds its branch to it in place. As in
-:mod:`localvit.acceleration.fusing.feed_forward`, the copied block changes its class and stays what it was
-otherwise.
+The sum with attention is a new tensor, because a hook may have saved a block's input; the feed-forward
+network (FFN) adds its branch to it in place. A fast form is the copied block with its class changed.
 """
 
 from typing import Any
@@ -16,13 +14,12 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from localvit.acceleration.fusing.feed_forward import FastFeedForward, hooked
-from localvit.acceleration.fusing.folding import rescale
-from localvit.acceleration.fusing.inference import InferenceOnly
+from localvit.acceleration.fusing.folding import InferenceOnly, rescale
 from localvit.baselines import Block as PvtBlock, T2TViT
 
 
 def _add_branch(ffn: nn.Module, residual: Tensor, x: Tensor) -> Tensor:
-    """``residual + ffn(x)``, in place."""
+    """Compute `residual + ffn(x)` in place."""
     if isinstance(ffn, FastFeedForward) and not hooked(ffn):
         return ffn.add_to(residual, x)
     return residual.add_(ffn(x))
@@ -34,8 +31,8 @@ class FastBlock(InferenceOnly, Block):
     attn: Any
     mlp: Any
     plain_attention: bool
-    """Whether :func:`_attend` computes a part of ``attn``. Noted when the block was made fast: an exporter
-    may show modules as other classes than they are."""
+    """Whether `_attend` computes a part of `attn`. Noted when the block is made fast, because an
+    exporter shows modules as instances of other classes."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         y = x + self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
@@ -45,7 +42,7 @@ class FastBlock(InferenceOnly, Block):
 
     @property
     def reads_out(self) -> bool:
-        """Whether :meth:`prefix_tokens` is right for this block."""
+        """Whether `prefix_tokens` is right for this block."""
         return (
             self.plain_attention
             and isinstance(self.attn, Attention)
@@ -55,14 +52,14 @@ class FastBlock(InferenceOnly, Block):
         )
 
     def prefix_tokens(self, x: Tensor, count: int) -> Tensor:
-        """The first ``count`` tokens of ``forward(x)``, without the work for the others."""
+        """Compute the first `count` tokens of `forward(x)`, without the work for the others."""
         y = x[:, :count] + self.ls1(_attend(self.attn, self.norm1(x), count))
         branch = self.mlp.on_prefix(self.norm2(y))
         return y if branch is None else y.add_(branch)
 
 
 def _attend(attn: Attention, x: Tensor, count: int) -> Tensor:
-    """The first ``count`` tokens of ``attn(x)``: all keys and values, but only their queries."""
+    """Compute the first `count` tokens of `attn(x)`: all keys and values, but only their queries."""
     batch, tokens, _ = x.shape
     first, width = x[:, :count], attn.attn_dim
     weight, bias = attn.qkv.weight, attn.qkv.bias
@@ -91,7 +88,7 @@ class FastPvtBlock(InferenceOnly, PvtBlock):
 
 
 def fuse_block(block: Any) -> str | None:
-    """Change a plain transformer's block to its fast form, which every one of them has."""
+    """Change a plain transformer's block to its fast form."""
     attn, mlp = block.attn, block.mlp
     projections = {
         "ls1": attn.proj if type(attn) is Attention else None,
@@ -110,8 +107,8 @@ def fuse_block(block: Any) -> str | None:
 class _ReadsPrefix(InferenceOnly):
     """A plain transformer whose head may read prefix tokens only: then the last block computes no others.
 
-    Only :meth:`forward` does so; features are those of all tokens. A hook on a module of the last block sees
-    to it that the block runs as ever.
+    Only `forward` does so; features are those of all tokens. With a hook on one of its modules, the last
+    block computes all tokens.
     """
 
     blocks: nn.Sequential

@@ -1,7 +1,7 @@
 """Exact rewritings of weights: batch norm into the layer before it, an added input into a depth-wise kernel,
-LayerScale into a projection. Sums are made in float64, so that folding adds no error of its own."""
+LayerScale into a projection. Sums are in float64, so that folding adds no error of its own."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,30 @@ from torchvision.ops import FrozenBatchNorm2d
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
+class InferenceOnly(nn.Module):
+    """A module that cannot be trained, because what training needs was folded away."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode.
+
+        Raises:
+            RuntimeError: for training mode.
+        """
+        if mode:
+            raise RuntimeError(
+                f"{type(self).__name__} is for inference only: train the model it was made from and fuse it "
+                "again (localvit.fuse returns a new model and leaves its argument as it was)"
+            )
+        return super().train(False)
+
+
 def has_statistics(norm: nn.Module) -> bool:
-    """Whether ``norm`` is a batch norm that normalises by recorded statistics in evaluation."""
+    """Return whether `norm` is a batch norm that normalises by recorded statistics in evaluation."""
     return type(norm) in BATCH_NORMS and getattr(norm, "running_mean", None) is not None
 
 
 def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
-    """Scale and shift per channel that a batch norm with recorded statistics amounts to, in float64."""
+    """Return scale and shift per channel of a batch norm with recorded statistics, in float64."""
     mean, var = norm.running_mean.double(), norm.running_var.double()
     scale = (var + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -28,7 +45,7 @@ def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def rescale(layer: nn.Linear | nn.Conv2d, scale: Tensor, shift: Tensor | None = None) -> None:
-    """Make ``layer`` give ``scale * output + shift`` per output channel, in place."""
+    """Make `layer` give `scale * output + shift` per output channel, in place."""
     weight = layer.weight.double() * scale.double().view(-1, *[1] * (layer.weight.dim() - 1))
     bias = 0 if layer.bias is None else layer.bias.double() * scale.double()
     bias = bias if shift is None else bias + shift
@@ -39,7 +56,7 @@ def rescale(layer: nn.Linear | nn.Conv2d, scale: Tensor, shift: Tensor | None = 
 
 @torch.no_grad()
 def add_input(conv: nn.Conv2d) -> None:
-    """Make a depth-wise convolution of odd size give ``output + input``, in place."""
+    """Make a depth-wise convolution of odd size give `output + input`, in place."""
     weight = conv.weight.double()
     weight[:, 0, weight.shape[2] // 2, weight.shape[3] // 2] += 1
     conv.weight = _frozen(weight, conv.weight)

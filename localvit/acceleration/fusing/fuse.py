@@ -1,4 +1,4 @@
-"""``localvit.fuse``: a model in its fast inference form."""
+"""A model in its fast inference form: `localvit.fuse`."""
 
 import copy
 import warnings
@@ -20,7 +20,7 @@ from localvit.baselines import Block as PvtBlock, T2TViT
 from localvit.locality import LocalityFeedForward
 from localvit.surgery import refuse_wrapped
 
-# Changes a module to its fast form, or says why it stays plain.
+# Changes a module to its fast form, or returns the reason why it stays plain.
 Fuser = Callable[[Any], str | None]
 
 # They do nothing in evaluation.
@@ -34,7 +34,7 @@ def _to(fast: type[nn.Module]) -> Fuser:
     return change
 
 
-# Class -> how it becomes fast, inner ones first. A subclass is another class: it may compute something else.
+# Class -> its fuser, inner modules first. A subclass is another class: it may compute something else.
 FAST_FORMS: dict[type[nn.Module], Fuser] = {
     LocalityFeedForward: fuse_locality,
     Mlp: fuse_mlp,
@@ -54,31 +54,31 @@ def fuse(model: nn.Module, *, compile: bool = False) -> nn.Module:
 
     Batch norms, LayerScale and added inputs are folded into the layers before them, activations and residual
     sums are in place, a feed-forward network (FFN) whose hidden map exceeds the cache runs image by image,
-    and where the head reads prefix tokens only, the last block computes no others (in ``forward``; features
+    and where the head reads prefix tokens only, the last block computes no others (in `forward`; features
     are complete). Outputs are the same to rounding: logits to 1e-5 in float32, 1e-10 in float64.
 
-    The result is a model of the same kind (a subclass: ``forward_features``, ``forward_intermediates``,
-    ``reset_classifier`` and ``set_input_size`` work) with these differences:
+    The result is a model of the same kind (a subclass: `forward_features`, `forward_intermediates`,
+    `reset_classifier` and `set_input_size` work) with these differences:
 
     * It is in evaluation mode, cannot be trained, and its parameters require no gradients.
-    * Its state dict is its own: what was folded is missing, and ``fc1`` and ``fc2`` are linear layers. Save
+    * Its state dict is its own: what was folded is missing, and `fc1` and `fc2` are linear layers. Save
       the model it was made from.
-    * It can be copied, pickled, moved, converted (``half()``) and exported (``torch.export`` with
-      ``strict=False``), but not scripted. Folding is in the type that the model has: convert afterwards from
+    * It can be copied, pickled, moved, converted (`half()`) and exported (`torch.export` with
+      `strict=False`), but not scripted. Folding is in the type that the model has: convert afterwards from
       float32, not before.
 
     Layers whose class has no fast form stay as they are; so does an FFN with forward hooks on its layers.
 
-    With the environment variable ``LOCALVIT_KERNELS=plain`` the result is a plain copy in evaluation mode.
+    With the environment variable `LOCALVIT_KERNELS=plain` the result is a plain copy in evaluation mode.
 
     Args:
         model: A model with at least one of timm's or localvit's transformer blocks or FFNs, localized or not.
-        compile: Compile ``forward`` with ``torch.compile`` (Inductor with frozen weights, which apply where
-            gradients are off, as under ``torch.inference_mode()``). The first call of each input shape takes
+        compile: Compile `forward` with `torch.compile` (Inductor with frozen weights, which apply where
+            gradients are off, as under `torch.inference_mode()`). The first call of each input shape takes
             minutes.
 
     Returns:
-        A new model; ``model`` is left as it was.
+        A new model; `model` is left as it was.
 
     Raises:
         UnsupportedModelError: for a model that is compiled, scripted or wrapped.
@@ -114,7 +114,7 @@ def _check_fusable(model: nn.Module) -> None:
 
 
 def _evaluation_copy(model: nn.Module) -> nn.Module:
-    """Without the layers that `localize` kept for `restore`."""
+    """Copy a model without the layers that `localize` saved for `restore`."""
     report = getattr(model, "localization", None)
     fused = copy.deepcopy(model, {id(report): None} if report is not None else {})
     if report is not None:
@@ -151,7 +151,7 @@ def _pack_linears(model: nn.Module) -> None:
 
 
 def _compile(model: nn.Module) -> None:
-    """``torch.compile`` with frozen weights where this PyTorch has that option."""
+    """Compile `forward`, with frozen weights where this PyTorch has that option."""
     options: dict[str, Any] = {"freezing": True}
     if not set(options) <= set(torch._inductor.list_options()):
         warnings.warn("this PyTorch cannot freeze weights in compiled models; compiled without", stacklevel=3)

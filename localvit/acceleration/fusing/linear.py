@@ -12,14 +12,18 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from localvit.acceleration.cpu import processor
-from localvit.acceleration.fusing.inference import InferenceOnly
+from localvit.acceleration.fusing.folding import InferenceOnly
 
 # Smaller layers (those of a channel gate) take no time.
 _SMALLEST = 2**13
 
 
 class PackedLinear(InferenceOnly, nn.Linear):
-    """A linear layer by oneDNN with packed weights; parameters as in :class:`torch.nn.Linear`.
+    """A linear layer by oneDNN with packed weights; parameters as in `torch.nn.Linear`.
+
+    The weight is packed again after an in-place change of the parameter (`load_state_dict`, `copy_` under
+    `torch.no_grad()`) and after an assignment to it or its `.data`. PyTorch does not count an in-place change
+    through `.data` (`weight.data.mul_(2)`), so that one is not noticed: change the parameter itself.
 
     The operators are private to PyTorch, so wherever they do not apply (another type or device, autocast,
     export) it is `F.linear`.
@@ -39,13 +43,13 @@ class PackedLinear(InferenceOnly, nn.Linear):
             and x.device.type == self.weight.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")
             and not (torch.is_grad_enabled() and x.requires_grad)
-            # Of these nobody knows when they change; compilation holds them for constant anyway.
+            # Inference tensors do not count their changes; compilation takes weights as constants anyway.
             and (torch.compiler.is_compiling() or not self.weight.is_inference())
         )
 
 
 def prefers_packed(weight: Tensor) -> bool:
-    """Return whether a layer with this weight should be a :class:`PackedLinear`."""
+    """Return whether a layer with this weight should be a `PackedLinear`."""
     ours = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= _SMALLEST
     return ours and processor("vendor_id") not in (None, "GenuineIntel") and packed_available()
 
@@ -57,7 +61,7 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute `F.linear` with weights from :func:`pack`."""
+    """Compute `F.linear` with weights from `pack`."""
     return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
 
 
@@ -73,15 +77,15 @@ def packed_available() -> bool:
         return False
 
 
-_packs = WeakTensorKeyDictionary()  # of weights: what tells that they were moved or changed, packed weights
+_packs = WeakTensorKeyDictionary()  # weight -> (address and version, packed weight)
 
 
 def _packed_weight(weight: Tensor) -> Tensor:
     state = (weight.data_ptr(), None if weight.is_inference() else weight._version)
-    found = _packs.get(weight)
-    if found is None or found[0] != state:
-        found = _packs[weight] = (state, pack(weight))
-    packed: Tensor = found[1]
+    entry = _packs.get(weight)
+    if entry is None or entry[0] != state:
+        entry = _packs[weight] = (state, pack(weight))
+    packed: Tensor = entry[1]
     return packed
 
 
@@ -89,7 +93,7 @@ def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return packed_linear(x, _packed_weight(weight), bias)
 
 
-# A compiled graph takes no packed weights, only an operator that packs them when it first meets them.
+# A compiled graph cannot hold packed weights, so it has an operator that packs them at its first call.
 torch.library.define("localvit::frozen_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 torch.library.impl("localvit::frozen_linear", "cpu", _frozen_linear)
 frozen_linear = torch.ops.localvit.frozen_linear.default
@@ -98,11 +102,3 @@ frozen_linear = torch.ops.localvit.frozen_linear.default
 @torch.library.register_fake("localvit::frozen_linear")
 def _(x, weight, bias):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], len(weight)))
-
-
-def without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return `layer(x)` without its bias, and the bias, for a caller who can add it at no cost: to
-    `F.linear` it is one more pass over the result. All of it and `None` where that is not so."""
-    if type(layer) is nn.Linear:
-        return F.linear(x, layer.weight), layer.bias
-    return layer(x), None

@@ -1,8 +1,8 @@
-"""The kernels of ``native.cpp``, compiled for this machine when they are first needed.
+"""The kernels of `native.cpp`, compiled for this machine when they are first needed.
 
-A C++ compiler takes some three seconds, once: the library is kept in the user's cache folder, under a name
-that tells source, compiler and kind of processor apart. Loading a library runs it, so one that another user
-could have put there or changed is not loaded: this process then compiles its own.
+A C++ compiler takes some three seconds, once: the library stays in the user's cache folder, under a name made
+from the source, the compiler and the kind of processor. Loading a library runs it, so a library that another
+user could have written is not loaded: this process then compiles its own.
 """
 
 import atexit
@@ -27,7 +27,7 @@ _VARIANTS = tuple(product((("-march=native",), ("-mcpu=native",)), (("-fopenmp",
 
 
 class Unavailable(Exception):
-    """Why there are no native kernels."""
+    """Reason why there are no native kernels."""
 
 
 class Untrusted(Exception):
@@ -36,7 +36,7 @@ class Untrusted(Exception):
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; ``None``, after a warning that says why, where they cannot be had."""
+    """Load the compiled kernels; `None`, after a warning with the reason, if that is impossible."""
     try:
         return load(cache_folder())
     except (Unavailable, Untrusted, OSError, RuntimeError) as error:  # RuntimeError: no home directory
@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def cache_folder() -> Path:
-    """``localvit`` in ``XDG_CACHE_HOME``, by default ``~/.cache``."""
+    """Return `localvit` in `XDG_CACHE_HOME`, by default in `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "localvit"
 
 
@@ -101,7 +101,7 @@ def _trusted(compiler: list[str], path: Path) -> Path:
     """
     if not os.path.lexists(path.parent):
         path.parent.parent.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(mode=0o700, exist_ok=True)  # another process may be at the same
+        path.parent.mkdir(mode=0o700, exist_ok=True)  # another process may be making it
     _check_owner(path.parent, "folder")
     if not os.path.lexists(path):
         _compile(compiler, path)
@@ -110,7 +110,7 @@ def _trusted(compiler: list[str], path: Path) -> Path:
 
 
 def _check_owner(path: Path, kind: str) -> None:
-    """Refuse what is not of this user alone."""
+    """Refuse a file or folder that others own or can change."""
     status = os.lstat(path)
     mode = status.st_mode
     user = os.geteuid() if hasattr(os, "geteuid") else status.st_uid  # Windows has no such numbers
@@ -128,7 +128,7 @@ def _check_owner(path: Path, kind: str) -> None:
 
 
 def _compiler() -> list[str]:
-    """``CXX`` of the environment, or the first that is installed."""
+    """Return `CXX` of the environment, or the first compiler that is installed."""
     asked = shlex.split(os.environ.get("CXX", ""))
     found = [path for name in (asked[:1] or _COMPILERS) if (path := shutil.which(name))]
     if not found:
@@ -137,7 +137,7 @@ def _compiler() -> list[str]:
 
 
 def _identity(compiler: list[str]) -> bytes:
-    """What tells this compiler, and the processor that it compiles for, from others."""
+    """Identify the compiler and the processor that it compiles for."""
     version = _run([*compiler, "--version"]).stdout
     for arch, _ in _VARIANTS:
         macros = _run([*compiler, *arch, "-dM", "-E", "-x", "c++", os.devnull])
@@ -147,7 +147,7 @@ def _identity(compiler: list[str]) -> bytes:
 
 
 def _compile(compiler: list[str], path: Path) -> None:
-    """Under another name first: another process may be at the same."""
+    """Compile the library, under a temporary name first: another process may be compiling it too."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so")
     os.close(handle)
     message = ""

@@ -2,69 +2,62 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+#include <vector>
 
 #include "gate.h"
+#include "norm.h"
 #include "rows.h"
-#include "sums.h"
 
 namespace {
 
-constexpr int64_t PARTS = 8;  // of an image, by rows: sums are those of its parts, and so many threads may share it
-
-// Whether threads share each image, by its parts: where that is faster by an eighth, which it costs, than to give
-// each thread images of its own.
-bool shared(int64_t batch, int64_t threads) {
-    const int64_t rounds = (batch + threads - 1) / threads;
-    return 7 * rounds * smaller(threads, PARTS) > 8 * batch;
-}
-
-// With activations ACT and ACT2, the paper's in inference and in training, or with any: no branch saves an eighth.
-// `y` may be `x`, so rows that another thread is to overwrite are staged before any is written.
-template <int K, int64_t ACT, int64_t ACT2> struct Depthwise {
+// One call, in the order of `Mix.call` in mix.py: every field takes eight bytes. The maps depend on the function.
+struct Arguments {
     Shape s;
-    const float *x, *weight, *bias;
-    Affine affine;
-    float *y, *means, *squares;
+    int64_t k, act, act2, threads;
+    Norm norm1;
+    const float *weight, *bias;  // of the convolution: (D, k * k), (D)
+    Norm norm2;
     Gate gate;
-    int64_t act, act2;
+    float *pooled, *values;  // (B, D): input and output of the gate
+    float* maps[14];
 
-    // Memory of one thread; `sums` (PARTS, D) are in common for those who share an image.
-    struct Desk {
-        float *rows, *taps, *sums, *mean, *factor, *squeezed;
-        int64_t first = -1, channels = 0;  // that rows and taps are laid out for
+    // Multiplies the gate's values into one image; `pooled` is known.
+    void apply_gate(float* y, int64_t image) const {
+        const int64_t n = s.channels;
+        std::vector<float> squeezed(gate.reduced);
+        float *out = y + s.start(image), *value = values + image * n;
+        gate.values(pooled + image * n, n, squeezed.data(), value);
+        for (int64_t t = 0; t < s.tokens(); ++t)
+            for (int64_t v = 0; v < n; v += LANES) store(out + t * n + v, load(out + t * n + v) * load(value + v));
+    }
+};
 
-        static int64_t floats(const Shape& s, int64_t block, int64_t reduced) {
-            return (Ring<K>::ROWS * span<K>(s) + K * K) * block + (PARTS + 2) * s.channels + reduced;
-        }
-        Desk(const Shape& s, int64_t block, float* memory)
-            : rows(memory), taps(rows + Ring<K>::ROWS * span<K>(s) * block), sums(taps + K * K * block),
-              mean(sums + PARTS * s.channels), factor(mean + s.channels), squeezed(factor + s.channels) {}
-    };
+// A convolution of act(x by norm 1) to `y`, with means and squares about them (B, D); squares may be null. `y` may be
+// `x`: rows are staged before they are overwritten. With FINAL, `y` is the output of the whole stage, for norms whose
+// statistics are known.
+template <int K, bool FINAL> struct Depthwise {
+    const Arguments& a;
+    const float* x;
+    float *y, *means, *squares;
+    const Shape& s = a.s;
 
-    int64_t top(int64_t part) const { return s.height * part / PARTS; }
-
-    void enter(const Ring<K>& ring, int64_t image, int64_t i, int64_t c) const {
-        if (i < 0 || i >= s.height) return ring.leave_out(i);
-        float* to = ring.inside(i);
-        const float* from = x + s.start(image) + i * s.width * s.channels + c;
-        for_strips(s.width, ring.channels, [&](int64_t j, int64_t end, int64_t v) {
-            for (; j < end; ++j) {
-                const Vec value = affine(load(from + j * s.channels + v), c + v);
-                store(to + ring.at(j, v), activate(value, ACT == ANY ? act : ACT));
-            }
+    void stage(float* to, const float* from, int64_t c, int64_t n) const {
+        const int64_t act = a.act, stride = s.channels, span_ = span<K>(s);
+        for_strips(s.width, n, [=](int64_t j, int64_t end, int64_t v) {
+            const Vec scale = load(a.norm1.scale + c + v), shift = load(a.norm1.shift + c + v);
+            for (; j < end; ++j)
+                store(to + v * span_ + j * LANES, activate(load(from + j * stride + v) * scale + shift, act));
         });
     }
 
-    void row(const Ring<K>& ring, int64_t image, int64_t i, const float* taps, int64_t c, float* sum) const {
-        const int64_t width = s.width, n = ring.channels;
-        float* out = y + s.start(image) + i * width * s.channels + c;
+    void row(const Ring<K>& ring, float* out, int64_t i, const float* taps, int64_t c, float* sum) const {
         const float* in[K];
         for (int d = 0; d < K; ++d) in[d] = ring.row(i + d - K / 2);
-        for (int64_t v = 0; v < n; v += LANES) {
-            const Vec start = bias ? load(bias + c + v) : Vec{};
+        for (int64_t v = 0; v < ring.channels; v += LANES) {
+            const Vec scale = load(a.norm2.scale + c + v), shift = load(a.norm2.shift + c + v);
+            const Vec start = a.bias ? load(a.bias + c + v) : Vec{};
             Vec total{};
-            for (int64_t j = 0; j < width; j += COLUMNS) {
+            for (int64_t j = 0; j < s.width; j += COLUMNS) {
                 Vec o[COLUMNS] = {start, start, start, start};
                 const auto taps_row = [&](int dy) INLINE_LAMBDA {
                     const float* from = in[dy] + ring.at(j, v);
@@ -87,8 +80,8 @@ template <int K, int64_t ACT, int64_t ACT2> struct Depthwise {
                 }
 #pragma GCC unroll 8
                 for (int q = 0; q < COLUMNS; ++q)
-                    if (j + q < width) {
-                        const Vec value = activate(o[q], ACT2 == ANY ? act2 : ACT2);
+                    if (j + q < s.width) {
+                        const Vec value = FINAL ? activate(o[q] * scale + shift, a.act2) : o[q];
                         store(out + (j + q) * s.channels + v, value);
                         total += value;
                     }
@@ -97,64 +90,26 @@ template <int K, int64_t ACT, int64_t ACT2> struct Depthwise {
         }
     }
 
-    // This thread's parts of a block of channels.
-    void band(const Team& team, Desk& desk, int64_t image, int64_t c, int64_t n) const {
-        const int64_t first = top(team.first(PARTS)), end = top(team.end(PARTS)), reach = K / 2;
-        const Ring<K> ring{desk.rows, span<K>(s), n, end};
-        if (desk.channels != n) ring.reset(s.width);
-        if (desk.channels != n || desk.first != c) taps_of<K>(weight, c, n, false, desk.taps);
-        desk.channels = n, desk.first = c;
-        for (int64_t i = first - reach; i < smaller(first + reach, end); ++i) enter(ring, image, i, c);
-        for (int64_t i = end; i < end + reach; ++i) enter(ring, image, i, c);
-        team.wait();
-        for (int64_t part = team.first(PARTS); part < team.end(PARTS); ++part) {
-            float* sum = desk.sums + part * s.channels + c;
-            clear(sum, n);
-            for (int64_t i = top(part); i < top(part + 1); ++i) {
-                if (i + reach < end) enter(ring, image, i + reach, c);
-                row(ring, image, i, desk.taps, c, sum);
-            }
-        }
+    void unit(int64_t image, int64_t c, int64_t n, float* scratch) const {
+        const Ring<K> ring{scratch, span<K>(s), n};
+        const int64_t start = s.start(image) + c, line = s.width * s.channels;
+        float *taps = scratch + K * ring.span * n, *mean = means + image * s.channels + c;
+        taps_of<K>(a.weight, c, n, false, taps);
+        clear(mean, n);
+        ring.pass(
+            s.height, [&](int64_t i) { stage(ring.inside(i), x + start + i * line, c, n); },
+            [&](int64_t i) { row(ring, y + start + i * line, i, taps, c, mean); });
+        to_mean(s, mean, n);
+        if (FINAL && n == s.channels && a.gate.kind != NO_GATE) a.apply_gate(y, image);  // it is in the cache
+        if (squares) about_mean(s.tokens(), s.channels, y + start, mean, squares + image * s.channels + c, n);
     }
 
-    // What needs the means of the whole image.
-    void finish(const Team& team, const Desk& desk, int64_t image) const {
-        const int64_t n = s.channels;
-        float* out = y + s.start(image);
-        team.wait();
-        total_of(desk.sums, PARTS, n, desk.mean);
-        to_mean(s, desk.mean, n);
-        if (means && team.rank == 0) memcpy(means + image * n, desk.mean, n * sizeof(float));
-        if (gate.kind != NO_GATE) {
-            gate.values(desk.mean, n, desk.squeezed, desk.factor);
-            for (int64_t t = top(team.first(PARTS)) * s.width; t < top(team.end(PARTS)) * s.width; ++t)
-                for (int64_t v = 0; v < n; v += LANES)
-                    store(out + t * n + v, load(out + t * n + v) * load(desk.factor + v));
-        }
-        if (!squares) return;
-        team.wait();  // until all have read the sums
-        for (int64_t part = team.first(PARTS); part < team.end(PARTS); ++part) {
-            const int64_t first = top(part) * s.width, tokens = top(part + 1) * s.width - first;
-            about_mean(tokens, n, out + first * n, desk.mean, desk.sums + part * n, n);
-        }
-        team.wait();
-        if (team.rank == 0) total_of(desk.sums, PARTS, n, squares + image * n);
-    }
-
-    void run(int64_t threads) const {
-        const int64_t block = staged_block_of<K>(s, 1), floats = Desk::floats(s, block, gate.reduced);
-        const bool together = shared(s.batch, threads);
-        float* common = Desk(s, block, scratch_of(floats)).sums;
-        for_team(together ? smaller(threads, PARTS) : threads, [&](const Team& all) {
-            Desk desk(s, block, scratch_of(floats));
-            if (together) desk.sums = common;
-            const Team alone{0, 1}, team = together ? all : alone, share = together ? alone : all;
-            for (int64_t image = share.first(s.batch); image < share.end(s.batch); ++image) {
-                for (int64_t c = 0; c < s.channels; c += block)
-                    band(team, desk, image, c, smaller(block, s.channels - c));
-                finish(team, desk, image);
-            }
-        });
+    void run() const {
+        const int64_t block = staged_block_of<K>(s, a.threads), floats = (K * span<K>(s) + K * K) * block;
+        for_units(s, block, floats, a.threads,
+                  [this](int64_t image, int64_t c, int64_t n, float* p) { unit(image, c, n, p); });
+        if (!FINAL || block >= s.channels || a.gate.kind == NO_GATE) return;
+        for_units(s, s.channels, 0, a.threads, [this](int64_t image, int64_t, int64_t, float*) { a.apply_gate(y, image); });
     }
 };
 

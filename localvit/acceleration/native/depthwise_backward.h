@@ -3,34 +3,31 @@
 
 #include <cstdint>
 
-#include "rows.h"
+#include "depthwise.h"
 
 namespace {
 
-// Back from the gated map to the normalised expanded one; everything in between is computed again.
+// From the gradient of the gated map to that of the normalised expanded one; what lies between is computed again.
 template <int K> struct DepthwiseBackward {
-    Shape s;
-    const float *grad;
-    float *out;
-    const float *x, *below, *weight, *factor, *term;
-    Affine second;
-    const float *by_grad, *by_x, *rest;
-    Affine first;
-    const float *mean, *deviation;
+    const Arguments& a;
+    const float* grad;
+    float* out;
+    const float *x, *below, *factor, *term;
+    const Norm::Back& back2;
     float *total, *moment, *taps;
-    int64_t act, act2;
+    const Shape& s = a.s;
 
     // Gradient of the convolved map.
     void stage(const Ring<K>& ring, float* to, const float* g, const float* in, int64_t image, int64_t c) const {
-        const float *f = factor + image * s.channels + c, *t = term + image * s.channels + c;
+        const int64_t map = image * s.channels + c;
         for_strips(s.width, ring.channels, [&](int64_t j, int64_t end, int64_t v) {
-            const Vec by_g = load(by_grad + c + v), by = load(by_x + c + v), constant = load(rest + c + v);
-            const Vec scale = load(f + v) * by_g, shift = load(t + v) * by_g;
+            const Vec by_grad = load(a.norm2.scale + c + v), shift = load(a.norm2.shift + c + v);
+            const Vec by_x = load(back2.by_x.data() + c + v), rest = load(back2.rest.data() + c + v);
+            const Vec scale = load(factor + map + v) * by_grad, constant = load(term + map + v) * by_grad;
             for (; j < end; ++j) {
                 const Vec value = load(in + j * s.channels + v);
-                const Vec a = slope(second(value, c + v), act2);
-                const Vec above = load(g + j * s.channels + v) * scale + shift;
-                store(to + ring.at(j, v), a * above + value * by + constant);
+                const Vec above = load(g + j * s.channels + v) * scale + constant;
+                store(to + ring.at(j, v), slope(value * by_grad + shift, a.act2) * above + value * by_x + rest);
             }
         });
     }
@@ -41,12 +38,13 @@ template <int K> struct DepthwiseBackward {
         const float* in[K];
         for (int d = 0; d < K; ++d) in[d] = ring.row(i + d - K / 2);
         for (int64_t v = 0; v < n; v += LANES) {
-            const Vec middle = load(mean + c + v), dev = load(deviation + c + v);
+            const Vec middle = load(a.norm1.mean + c + v), rstd = load(a.norm1.rstd + c + v);
+            const Vec scale = load(a.norm1.scale + c + v), shift = load(a.norm1.shift + c + v);
             Vec of_taps[K * K] = {}, of_bias{}, of_scale{};
             for (int64_t j = 0; j < s.width; ++j) {
                 const int64_t at = start + j * s.channels + v;
-                const Vec under = load(below + at), normal = first(under, c + v);
-                const Vec hidden = activate(normal, act);
+                const Vec under = load(below + at), normal = under * scale + shift;
+                const Vec hidden = activate(normal, a.act);
                 Vec back{};
 #pragma GCC unroll 8
                 for (int dy = 0; dy < K; ++dy)
@@ -56,10 +54,10 @@ template <int K> struct DepthwiseBackward {
                         back += value * load(w + tap<K>(dy * K + dx, v));
                         of_taps[dy * K + dx] += value * hidden;
                     }
-                back *= slope(normal, act);
+                back *= slope(normal, a.act);
                 store(out + at, back);
                 of_bias += back;
-                of_scale += back * (under - middle) * dev;
+                of_scale += back * (under - middle) * rstd;
             }
             const int64_t channel = image * s.channels + c + v;
             add(total + channel, of_bias);
@@ -69,29 +67,25 @@ template <int K> struct DepthwiseBackward {
     }
 
     void unit(int64_t image, int64_t c, int64_t n, float* scratch) const {
-        const Ring<K> ring{scratch, span<K>(s), n, s.height};
-        float *w = scratch + ring.ROWS * ring.span * n, *sum = w + K * K * n;
-        const int64_t start = s.start(image) + c;
-        const float *g = grad + start, *in = x + start;
-        ring.reset(s.width);
-        for (int64_t i = 1; i <= K / 2; ++i) ring.leave_out(-i), ring.leave_out(s.height - 1 + i);
-        taps_of<K>(weight, c, n, true, w);
+        const Ring<K> ring{scratch, span<K>(s), n};
+        float *w = scratch + K * ring.span * n, *sum = w + K * K * n;
+        const int64_t start = s.start(image) + c, line = s.width * s.channels;
+        taps_of<K>(a.weight, c, n, true, w);
         clear(sum, K * K * n);
         clear(total + image * s.channels + c, n);
         clear(moment + image * s.channels + c, n);
-        for (int64_t i = -(K / 2); i < s.height; ++i) {
-            const int64_t entering = i + K / 2, at = entering * s.width * s.channels;
-            if (entering < s.height) stage(ring, ring.inside(entering), g + at, in + at, image, c);
-            if (i >= 0) row(ring, i, w, image, c, sum);
-        }
+        ring.pass(
+            s.height,
+            [&](int64_t i) { stage(ring, ring.inside(i), grad + start + i * line, x + start + i * line, image, c); },
+            [&](int64_t i) { row(ring, i, w, image, c, sum); });
         for (int t = 0; t < K * K; ++t)  // (B, D, K * K)
             for (int64_t v = 0; v < n; ++v)
                 taps[(image * s.channels + c + v) * K * K + K * K - 1 - t] = sum[tap<K>(t, v)];
     }
 
-    void run(int64_t threads) const {
-        const int64_t block = staged_block_of<K>(s, threads), floats = (Ring<K>::ROWS * span<K>(s) + 2 * K * K) * block;
-        for_units(s, block, floats, threads,
+    void run() const {
+        const int64_t block = staged_block_of<K>(s, a.threads), floats = (K * span<K>(s) + 2 * K * K) * block;
+        for_units(s, block, floats, a.threads,
                   [this](int64_t image, int64_t c, int64_t n, float* p) { unit(image, c, n, p); });
     }
 };

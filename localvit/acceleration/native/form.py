@@ -1,7 +1,7 @@
-"""Applicability of the native kernels: facts known beforehand, and checks at every call."""
+"""Applicability of the native kernels: facts noted beforehand, and a question at every call."""
 
-from dataclasses import dataclass
-from operator import itemgetter
+from itertools import chain
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -9,94 +9,147 @@ from timm.layers import EcaModule, SqueezeExcite
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from localvit.acceleration.native.build import library
-from localvit.locality import HardSigmoid, LocalityFeedForward
+from localvit.locality import HardSigmoid, HiddenLocality
 
 KERNEL_SIZES = (3, 5, 7)
-# Channels come in vectors of so many.
+# Channels come in vectors of this size.
 LANES = 16
-# As the kernels number them.
+# Numbers as in the kernels.
 ACTIVATIONS: dict[type[nn.Module], int] = {nn.Identity: 0, nn.ReLU: 1, nn.ReLU6: 2, nn.Hardswish: 3}
-NO_GATE, SQUEEZE, CLAMP, ECA, ECA_HARD = range(5)
+NO_GATE, SQUEEZE, ECA, ECA_HARD = range(4)
 
+Numbers = tuple[int | None, int | None, int | None]
+_GATE_LAYERS = {SQUEEZE: ("fc1", "fc2"), ECA: ("conv",), ECA_HARD: ("conv",)}
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_STAGE = ("norm1", "act1", "conv", "norm2", "act2", "gate")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ORDINARY = (Tensor, nn.Parameter)
 _settings = itemgetter(
     "kernel_size", "padding", "stride", "dilation", "groups", "in_channels", "padding_mode"
 )
-_STAGES = ("transform", "mix", "_convolve")
-_NONE: dict[str, Any] = {"weight": None, "bias": None}
+_tracing = torch._C._get_tracing_state
+_interpreter = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
 
 
-@dataclass(frozen=True)
 class Form:
-    """Structure of a feed-forward network's middle stage, valid until it changes.
+    """Structure of a module's middle stage, valid while `holds`.
+
+    A copy or a pickle of the module starts without it.
 
     Attributes:
-        layers: Every module that the kernels stand in for: where it was found, under which name, its class.
-        hooks: Their dictionaries of hooks, which are empty.
-        norms: The batch norms after the expansion and after the convolution.
-        act, act2, gate: Activations and gate, as the kernels number them.
-        parameters: Where the weights and biases of norm 1, the convolution, norm 2 and the gate's layers are.
-        tensors: The same and the norms' buffers, with their types.
+        norms: The batch norms after the expansion and after the convolution, `None` for none.
+        numbers: Both activations and the gate as the kernels number them; `None` for one that they do not
+            cover.
         channels: Width D of the hidden state.
-        conv, settings: The convolution, and its settings as they were.
+        parameters: Weights and biases of norm 1, the convolution, norm 2 and the gate's two layers, `None`
+            where there is none.
+        names: Their names in the module's state dict.
+        buffers: Mean, variance and number of batches of both norms, likewise.
+        leaves: Whether no tensor has a history, so that the form may be noted until the next call.
     """
 
-    layers: tuple[tuple[dict[str, Any], str, nn.Module, type], ...]
-    hooks: tuple[dict[int, Any], ...]
-    norms: tuple[nn.BatchNorm2d | None, nn.BatchNorm2d | None]
-    act: int
-    act2: int
-    gate: int
-    parameters: tuple[tuple[dict[str, Any], str], ...]
-    tensors: tuple[tuple[dict[str, Any], str, torch.dtype], ...]
-    channels: int
-    conv: nn.Conv2d
-    settings: tuple[Any, ...]
+    def __init__(self, module: Any) -> None:
+        stage = {name: module._modules.get(name) for name in _STAGE}
+        gate = stage["gate"]
+        self.inner: dict[str, Any] = {} if gate is None else gate._modules
+        self.layers = [*module._modules.values(), *self.inner.values()]
+        self.kinds = [*map(type, self.layers)]
+        own = [layer for layer in (*stage.values(), *self.inner.values()) if layer is not None]
+        self.hooks = [getattr(layer, hooks) for layer in own for hooks in _HOOKS]
+        self.attributes = [layer.__dict__ for layer in own]
+        self.conv: nn.Conv2d = module.conv
+        self.settings = _settings(self.conv.__dict__)
+        self.channels = self.conv.out_channels
+        self.norms = [n if type(n) is nn.BatchNorm2d else None for n in (stage["norm1"], stage["norm2"])]
+        self.numbers = numbers_of(stage["act1"], stage["act2"], gate)
+        owners = {name: stage[name] for name in ("norm1", "conv", "norm2")}
+        owners |= {
+            f"gate.{name}": self.inner[name] for name in _GATE_LAYERS.get(self.numbers[2] or NO_GATE, ())
+        }
+        self.names = [f"{name}.{kind}" for name in owners for kind in ("weight", "bias")]
+        places = [getattr(owner, "_parameters", {}) for owner in owners.values()]
+        self.parameters: list[Any] = [place.get(kind) for place in places for kind in ("weight", "bias")]
+        self.parameters += [None] * (10 - len(self.parameters))
+        statistics = [{} if norm is None else norm._buffers for norm in self.norms]
+        self.buffers: list[Any] = [place.get(name) for place in statistics for name in _STATISTICS]
+        self.places = [*places, *statistics]
+        self.contents = [*chain.from_iterable(map(dict.values, self.places))]
+        self.leaves = all(t is None or t.is_leaf for t in (*self.parameters, *self.buffers))
+        self.noted: list[int] = []
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def holds(self, module: Any) -> bool:
+        """Return whether layers, settings and tensors are those that were noted."""
+        layers = [*module._modules.values(), *self.inner.values()]
+        contents = [*chain.from_iterable(map(dict.values, self.places))]
+        return (
+            layers == self.layers
+            and [*map(type, layers)] == self.kinds
+            and _settings(self.conv.__dict__) == self.settings
+            and len(contents) == len(self.contents)
+            and all(map(is_, contents, self.contents))
+        )
+
+    def patched(self) -> bool:
+        """Return whether a hook or another `forward` of a layer is to be called."""
+        if any(self.hooks):
+            return True
+        for attributes in self.attributes:  # noqa: SIM110 (a generator takes three times as long)
+            if "forward" in attributes:
+                return True
+        return False
+
+    def addresses(self) -> list[int] | None:
+        """Return the addresses of parameters and buffers, 0 for none; `None` if the kernels cannot read them.
+
+        An address tells that `.data` was assigned. Another contiguous view of the same memory is not noticed.
+        """
+        addresses = [*map(address, self.parameters), *map(address, self.buffers)]
+        if addresses != self.noted or not self.parameters[2].is_contiguous():
+            if not self._readable():
+                return None
+            self.noted = addresses
+        return addresses
+
+    def _readable(self) -> bool:
+        """Return whether all tensors have the type and shape that the kernels expect."""
+        d, first = self.channels, self.parameters[6]
+        shapes: list[Any] = [(d,), (d,), (d, 1, *self.conv.kernel_size), (d,), (d,), (d,)]
+        if self.numbers[2] == SQUEEZE:
+            shapes += [(len(first), d, 1, 1), (len(first),), (d, len(first), 1, 1), (d,)]
+        else:
+            shapes += [() if first is None else (1, 1, first.shape[-1]), (), (), ()]
+        shapes += [(d,), (d,), ()] * 2
+        tensors = [*self.parameters, *self.buffers]
+        kinds = [*[torch.float32] * 10, *[torch.float32, torch.float32, torch.int64] * 2]
+        return self.parameters[2] is not None and all(
+            t is None or (is_dense(t, kind) and t.shape == shape)
+            for t, kind, shape in zip(tensors, kinds, shapes, strict=True)
+        )
 
 
-def form_of(ffn: Any) -> Form | None:
-    """Return the form of `ffn`, a `LocalityFeedForward`; `None` for a design or layers that are not
-    covered."""
-    if not (ffn.conv_mid and ffn.norm_before_act and not ffn.inner_skip and ffn.glu == "none"):
+def form_of(module: Any) -> Form | None:
+    """Return the form of a `LocalityFeedForward` or `HiddenLocality`; `None`: the kernels do not cover it."""
+    layers = module._modules
+    norms = [layers[name] for name in ("norm1", "norm2") if name in layers]
+    if any(type(norm) not in (nn.BatchNorm2d, nn.Identity) for norm in norms):
         return None
-    if any(getattr(type(ffn), name) is not getattr(LocalityFeedForward, name) for name in _STAGES):
+    if not isinstance(module, HiddenLocality):
+        in_order = module.norm_before_act or all(type(norm) is nn.Identity for norm in norms)
+        if not module.conv_mid or module.inner_skip or module.glu != "none" or not in_order:
+            return None
+    if not covers_convolution(layers.get("conv")) or library() is None:
         return None
-    stage = [ffn.norm1, ffn.norm2, ffn.act1, ffn.act2]
-    if any(type(norm) not in (nn.BatchNorm2d, nn.Identity) for norm in stage[:2]):
-        return None
-    if any(type(act) not in ACTIVATIONS for act in stage[2:]) or not covers_convolution(ffn.conv):
-        return None
-    kind = _gate_kind(ffn.gate)
-    if kind is None or not is_dense(ffn.conv.weight) or library() is None:
-        return None
-    gate = ffn.gate
-    places = [(ffn._modules, name) for name in ("norm1", "act1", "conv", "norm2", "act2", "gate")]
-    places += [(gate._modules, name) for name in gate._modules] if gate is not None else []
-    layers = [(where, name, where[name]) for where, name in places if where.get(name) is not None]
-    inner = {NO_GATE: (), SQUEEZE: ("fc1", "fc2")}.get(kind, ("conv",))
-    owners = [ffn.norm1, ffn.conv, ffn.norm2, *(getattr(gate, name) for name in inner)]
-    norm1, norm2 = (norm if isinstance(norm, nn.BatchNorm2d) else None for norm in stage[:2])
-    parameters = tuple((owner._parameters or _NONE, n) for owner in owners for n in ("weight", "bias"))
-    buffers = [(norm._buffers, n) for norm in (norm1, norm2) if norm is not None for n in norm._buffers]
-    counts = "num_batches_tracked"
-    return Form(
-        layers=tuple((where, name, layer, type(layer)) for where, name, layer in layers),
-        hooks=tuple(getattr(layer, hooks) for _, _, layer in layers for hooks in _HOOKS),
-        norms=(norm1, norm2),
-        act=ACTIVATIONS[type(ffn.act1)],
-        act2=ACTIVATIONS[type(ffn.act2)],
-        gate=kind,
-        parameters=parameters,
-        tensors=tuple(
-            (d, n, torch.int64 if n == counts else torch.float32) for d, n in (*parameters, *buffers)
-        ),
-        channels=ffn.conv.out_channels,
-        conv=ffn.conv,
-        settings=_settings(ffn.conv.__dict__),
-    )
+    form = Form(module)
+    return form if form.addresses() is not None else None
 
 
 def covers_convolution(conv: Any) -> bool:
@@ -104,10 +157,14 @@ def covers_convolution(conv: Any) -> bool:
     if type(conv) is not nn.Conv2d:
         return False
     k, channels = conv.kernel_size[0], conv.out_channels
-    like_ours = nn.Conv2d(channels, channels, k, padding=k // 2, groups=channels, device="meta")
-    if _settings(conv.__dict__) != _settings(like_ours.__dict__):
-        return False
-    return k in KERNEL_SIZES and channels % LANES == 0
+    ours = ((k, k), (k // 2, k // 2), (1, 1), (1, 1), channels, channels, "zeros")
+    return _settings(conv.__dict__) == ours and k in KERNEL_SIZES and channels % LANES == 0
+
+
+def numbers_of(act1: Any, act2: Any, gate: Any) -> Numbers:
+    """Return activations and gate as the kernels number them; `None` for one that they do not cover."""
+    first, second = (0 if act is None else ACTIVATIONS.get(type(act)) for act in (act1, act2))
+    return first, second, _gate_kind(gate)
 
 
 def _gate_kind(gate: Any) -> int | None:
@@ -123,48 +180,46 @@ def _gate_kind(gate: Any) -> int | None:
     return None
 
 
-def applies(form: Form, x: Tensor) -> bool:
-    """Return whether the kernels compute what the modules would compute now.
+def native_form(module: Any, x: Tensor) -> Form | None:
+    """Return the form by which the kernels compute now what the modules would; `None`: they must not.
 
-    This is asked at every call, so it must be quick: it notices hooks, replaced, patched and parametrized
-    layers, autocast, transforms of `torch.func`, forward-mode differentiation, tracing, dispatch modes (which
-    want to see single operations) and tensors of another kind.
+    This is asked at every call, so it must be quick. The kernels stand back for hooks, replaced, patched and
+    parametrized layers, autocast, `torch.func`, forward-mode differentiation, tracing, function and dispatch
+    modes (which see single operations), and tensors of another kind.
     """
     if (
         type(x) not in _ORDINARY
         or x.dtype is not torch.float32
         or not x.is_cpu
         or torch.is_autocast_enabled("cpu")
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
+        or _tracing() is not None
+        or _interpreter() is not None
+        or _dispatch_modes() > 0
+        or (_function_modes() > 0 and not _only_a_default_device())
         or forward_ad._current_level >= 0
         or _has_any_global_hook()
-        or any(form.hooks)
     ):
-        return False
-    for where, name, layer, kind in form.layers:
-        if where.get(name) is not layer or layer.__class__ is not kind or "forward" in layer.__dict__:
-            return False
-    if _settings(form.conv.__dict__) != form.settings:
-        return False
-    for where, name, dtype in form.tensors:  # as `is_dense` asks, whose calls would take a third of the time
-        t = where.get(name, _NONE)
-        if t is not None and not (
-            (type(t) is nn.Parameter or type(t) is Tensor)
-            and t.dtype is dtype
-            and t.is_cpu
-            and t.is_contiguous()
-        ):
-            return False
-    return True
+        return None
+    form = module.noted
+    if form is None:
+        form = module.noted = form_of(module) or False
+    elif form and not form.holds(module):
+        form = form_of(module)
+        if form and form.leaves:
+            module.noted = form
+    return form if form and not form.patched() else None
 
 
-def is_dense(tensor: Tensor) -> bool:
+def _only_a_default_device() -> bool:
+    """Return whether all function modes say where tensors are made, and nothing about operations."""
+    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def is_dense(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     """Return whether `tensor` is an ordinary dense one that the kernels can read."""
-    return (
-        type(tensor) in _ORDINARY
-        and tensor.dtype is torch.float32
-        and tensor.is_cpu
-        and tensor.is_contiguous()
-    )
+    return type(tensor) in _ORDINARY and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()
+
+
+def address(tensor: Tensor | None) -> int:
+    """Return the address of a tensor's memory, 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,24 +1,35 @@
-// Channel gates: values from the means of an image's channels, and the way back.
+// Channel gates: their values from the means of an image's channels, and their gradients.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
-#include "sums.h"
+#include "work.h"
 
 namespace {
 
-// As Python numbers them. CLAMP is squeeze-and-excitation whose hard sigmoid is folded into its second layer.
-constexpr int64_t NO_GATE = 0, SQUEEZE = 1, CLAMP = 2, ECA = 3, ECA_HARD = 4;
+constexpr int64_t NO_GATE = 0, SQUEEZE = 1, ECA = 2, ECA_HARD = 3;  // as form.py numbers them
+
+// Most gates have four values of their own; adding up the lanes of a vector would take longer than all of them.
+float dot(const float* a, const float* b, int64_t n) {
+    const int64_t whole = n - n % LANES;
+    float sum = 0.0f;
+    if (whole > 0) {
+        Vec sums{};
+        for (int64_t i = 0; i < whole; i += LANES) sums += load(a + i) * load(b + i);
+        for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
+    }
+    for (int64_t i = whole; i < n; ++i) sum += a[i] * b[i];
+    return sum;
+}
 
 // Squeeze-and-excitation: first (R, D), bias (R), second (D, R), bias2 (D). Efficient channel attention: first (k),
-// where k is `reduced`. A NaN stays one.
+// where k is `reduced`. Fields in the order of mix.py.
 struct Gate {
     int64_t kind;
     const float *first, *bias, *second, *bias2;
     int64_t reduced;
-
-    bool squeezes() const { return kind == SQUEEZE || kind == CLAMP; }
 
     void squeeze(const float* means, int64_t channels, float* squeezed) const {
         for (int64_t r = 0; r < reduced; ++r) {
@@ -27,40 +38,45 @@ struct Gate {
         }
     }
 
+    // `squeezed` has room for `reduced` floats.
     void values(const float* means, int64_t channels, float* squeezed, float* out) const {
-        if (squeezes()) squeeze(means, channels, squeezed);
+        if (kind == SQUEEZE) squeeze(means, channels, squeezed);
         for (int64_t c = 0; c < channels; ++c)
-            out[c] = bounded(squeezes() ? dot(second + c * reduced, squeezed, reduced) + bias2[c]
-                                        : neighbours(means, c, channels, 1));
+            out[c] = kind == NO_GATE   ? 1.0f
+                     : kind == SQUEEZE ? hard_sigmoid(dot(second + c * reduced, squeezed, reduced) + bias2[c])
+                     : kind == ECA     ? 1.0f / (1.0f + std::exp(-neighbours(means, c, channels, 1)))
+                                       : hard_sigmoid(neighbours(means, c, channels, 1));
     }
 
-    // `grad` is that of the values. Sets that of the means; adds to those of the parameters, which lie in the order of
-    // the parameters. `squeezed` and `back` have room for `reduced` floats each, `inner` for the channels.
-    void backward(const float* grad, const float* values, const float* means, int64_t channels, float* squeezed,
-                  float* back, float* inner, float* of_means, float* of_first, float* of_bias, float* of_second,
-                  float* of_bias2) const {
-        for (int64_t c = 0; c < channels; ++c) inner[c] = grad[c] * slope_of(values[c]);
-        if (!squeezes()) {
+    // Sets `of_means` from the gradient of the values, and adds to the gradients of the parameters.
+    void backward(const float* grad, const float* values, const float* means, int64_t channels, float* of_means,
+                  float* of_first, float* of_bias, float* of_second, float* of_bias2) const {
+        std::vector<float> inner(channels), squeezed(reduced), back(reduced);
+        for (int64_t c = 0; c < channels; ++c) {  // no gradient where the hard sigmoid is flat or a NaN
+            const float value = values[c];
+            if (kind == ECA) inner[c] = grad[c] * value * (1.0f - value);
+            else if (value > 0.0f && value < 1.0f) inner[c] = grad[c] / 6.0f;
+        }
+        if (kind != SQUEEZE) {
             for (int64_t i = 0; i < reduced; ++i)
                 for (int64_t c = 0; c < channels; ++c) {
                     const int64_t from = c + i - reduced / 2;
                     if (from >= 0 && from < channels) of_first[i] += inner[c] * means[from];
                 }
-            for (int64_t c = 0; c < channels; ++c) of_means[c] = neighbours(inner, c, channels, -1);
+            for (int64_t c = 0; c < channels; ++c) of_means[c] = neighbours(inner.data(), c, channels, -1);
             return;
         }
-        squeeze(means, channels, squeezed);
-        for (int64_t r = 0; r < reduced; ++r) back[r] = 0.0f;
+        squeeze(means, channels, squeezed.data());
         for (int64_t c = 0; c < channels; ++c) {
+            of_means[c] = 0.0f;
             of_bias2[c] += inner[c];
             for (int64_t r = 0; r < reduced; ++r) {
                 of_second[c * reduced + r] += inner[c] * squeezed[r];
                 back[r] += inner[c] * second[c * reduced + r];
             }
         }
-        for (int64_t c = 0; c < channels; ++c) of_means[c] = 0.0f;
         for (int64_t r = 0; r < reduced; ++r) {
-            if (!(squeezed[r] > 0.0f)) continue;
+            if (squeezed[r] <= 0.0f) continue;
             of_bias[r] += back[r];
             for (int64_t c = 0; c < channels; ++c) {
                 of_first[r * channels + c] += back[r] * means[c];
@@ -80,16 +96,9 @@ struct Gate {
         return sum;
     }
 
-    float bounded(float x) const {
-        if (kind == ECA) return 1.0f / (1.0f + std::exp(-x));
-        if (kind != CLAMP) x = (x + 3.0f) / 6.0f;
+    static float hard_sigmoid(float x) {
+        x = (x + 3.0f) / 6.0f;
         return x < 0.0f ? 0.0f : x > 1.0f ? 1.0f : x;
-    }
-
-    // Derivative of `bounded` from its value; at corners as in PyTorch.
-    float slope_of(float value) const {
-        if (kind == ECA) return value * (1.0f - value);
-        return value > 0.0f && value < 1.0f ? (kind == CLAMP ? 1.0f : 1.0f / 6.0f) : 0.0f;
     }
 };
 

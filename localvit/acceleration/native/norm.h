@@ -5,79 +5,72 @@
 #include <cstdint>
 #include <vector>
 
-#include "sums.h"
+#include "work.h"
 
 namespace {
 
-// As Python numbers them. AFFINE: `weight` and `bias`, each where it is not null, are scale and shift as they are.
-constexpr int64_t AFFINE = 0, RUNNING = 1, BATCH = 2;
+// As mix.py numbers them. MOVING: by statistics of the batch, which also move the running ones.
+constexpr int64_t NO_NORM = 0, RUNNING = 1, BATCH = 2, MOVING = 3;
 
-// A norm, or none. `mean` and `rstd` (D) are of this forward pass and are kept for the backward pass.
+// A norm of D channels, or none: then it multiplies by 1 and adds 0. Fields in the order of mix.py.
 struct Norm {
     int64_t mode;
     const float *weight, *bias;
     float *running_mean, *running_var;
     int64_t* tracked;
-    double eps, momentum;  // below zero: a plain average over all batches
-    float *mean, *rstd;
-    std::vector<float> scale, shift;
+    double eps, momentum;               // momentum below zero: the average over all batches
+    float *mean, *rstd, *scale, *shift;  // (D): written by the forward pass, read by the backward pass
 
-    // By the means (B, D) of each image, and its squares about them, of `tokens` each.
-    void measure(const float* means, const float* squares, int64_t batch, int64_t tokens, int64_t channels) {
-        if (mode != BATCH) return;
-        const double count = static_cast<double>(batch) * static_cast<double>(tokens);
-        double step = momentum < 0.0 ? 0.0 : momentum;
-        if (tracked) {
-            ++*tracked;
-            if (momentum < 0.0) step = 1.0 / static_cast<double>(*tracked);
-        }
-        for (int64_t c = 0; c < channels; ++c) {
+    bool by_batch() const { return mode == BATCH || mode == MOVING; }
+
+    // Computes statistics of the batch from the means (B, D) of images and their squares about them, of `tokens` each.
+    void measure(const float* means, const float* squares, const Shape& s) const {
+        const double tokens = static_cast<double>(s.tokens()), batch = static_cast<double>(s.batch);
+        const double count = batch * tokens;
+        double step = momentum;
+        if (tracked && mode == MOVING) ++*tracked;
+        if (momentum < 0.0) step = tracked ? 1.0 / static_cast<double>(*tracked) : 0.0;
+        for (int64_t c = 0; c < s.channels; ++c) {
             double sum = 0.0, between = 0.0, within = 0.0;
-            for (int64_t b = 0; b < batch; ++b) sum += means[b * channels + c];
-            const double middle = sum / static_cast<double>(batch);
-            for (int64_t b = 0; b < batch; ++b) {
-                const double d = means[b * channels + c] - middle;
+            for (int64_t at = c; at < s.maps(); at += s.channels) sum += means[at];
+            const double middle = sum / batch;
+            for (int64_t at = c; at < s.maps(); at += s.channels) {
+                const double d = means[at] - middle;
                 between += d * d;
-                within += squares[b * channels + c];
+                within += squares[at];
             }
-            const double sum_of_squares = between * static_cast<double>(tokens) + within;
+            const double total = between * tokens + within;
             mean[c] = static_cast<float>(middle);
-            rstd[c] = static_cast<float>(1.0 / std::sqrt(sum_of_squares / count + eps));
-            if (!running_mean) continue;
+            rstd[c] = static_cast<float>(1.0 / std::sqrt(total / count + eps));
+            if (!running_mean || mode != MOVING) continue;
             running_mean[c] += static_cast<float>(step * (middle - running_mean[c]));
-            running_var[c] += static_cast<float>(step * (sum_of_squares / (count - 1.0) - running_var[c]));
+            running_var[c] += static_cast<float>(step * (total / (count - 1.0) - running_var[c]));
         }
     }
 
-    // Scale and shift, once the statistics are known; `measured`: they are in `mean` and `rstd` already.
-    void prepare(int64_t channels, bool measured) {
-        if (mode == AFFINE) return;
-        scale.resize(channels), shift.resize(channels);
-        for (int64_t c = 0; c < channels; ++c) {
-            const bool running = mode == RUNNING && !measured;
-            const float middle = running ? running_mean[c] : mean[c];
-            const float factor = running ? static_cast<float>(1.0 / std::sqrt(running_var[c] + eps)) : rstd[c];
-            if (running && mean) mean[c] = middle, rstd[c] = factor;
-            scale[c] = (weight ? weight[c] : 1.0f) * factor;
-            shift[c] = (bias ? bias[c] : 0.0f) - middle * scale[c];
+    // Computes scale and shift; `means` and `squares` as for `measure`, if by the batch.
+    void prepare(const float* means, const float* squares, const Shape& s) const {
+        if (by_batch()) measure(means, squares, s);
+        for (int64_t c = 0; c < s.channels; ++c) {
+            if (mode == RUNNING) {
+                mean[c] = running_mean[c];
+                rstd[c] = static_cast<float>(1.0 / std::sqrt(running_var[c] + eps));
+            } else if (mode == NO_NORM) {
+                mean[c] = 0.0f, rstd[c] = 1.0f;
+            }
+            scale[c] = (weight ? weight[c] : 1.0f) * rstd[c];
+            shift[c] = (bias ? bias[c] : 0.0f) - mean[c] * scale[c];
         }
     }
 
-    Affine affine() const {
-        return mode == AFFINE ? Affine{weight, bias} : Affine{scale.data(), shift.data()};
-    }
-
-    // The gradient of the input is that of the output times the first (D), plus the input times the second, plus the
-    // third; from the gradients of weight and bias.
+    // Through statistics of the batch, the gradient of the input also has the input times `by_x` (D) and `rest` (D).
     struct Back {
-        std::vector<float> by_grad, by_x, rest;
+        std::vector<float> by_x, rest;
     };
-    Back back(const float* of_weight, const float* of_bias, double count, int64_t channels) const {
-        Back b{std::vector<float>(channels, 1.0f), std::vector<float>(channels), std::vector<float>(channels)};
-        if (mode == AFFINE) return b;
-        for (int64_t c = 0; c < channels; ++c) {
-            b.by_grad[c] = scale[c];
-            if (mode != BATCH) continue;
+    Back back(const float* of_weight, const float* of_bias, const Shape& s) const {
+        Back b{std::vector<float>(s.channels), std::vector<float>(s.channels)};
+        const double count = static_cast<double>(s.batch) * static_cast<double>(s.tokens());
+        for (int64_t c = 0; c < s.channels && by_batch(); ++c) {
             b.by_x[c] = static_cast<float>(-scale[c] * rstd[c] * of_weight[c] / count);
             b.rest[c] = static_cast<float>(-scale[c] * of_bias[c] / count) - b.by_x[c] * mean[c];
         }

@@ -1,4 +1,4 @@
-// Vectors of channels, as wide as those of the processor, and what is computed of one alone.
+// Vectors of channels as wide as the processor's, and functions of one vector.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ INLINE Vec of(float value) { return Vec{} + value; }
 INLINE void clear(float* p, int64_t floats) {
     for (int64_t i = 0; i < floats; i += LANES) store(p + i, Vec{});
 }
-#if defined(__AVX512F__)  // compilers make two instructions of a comparison; not a number stays one in all forms
+#if defined(__AVX512F__)  // compilers make two instructions of a comparison; a NaN stays one in all forms
 INLINE Vec at_least(Vec x, Vec low) { return _mm512_max_ps(low, x); }
 INLINE Vec at_most(Vec x, Vec high) { return _mm512_min_ps(high, x); }
 #elif defined(__AVX__)
@@ -40,8 +40,7 @@ INLINE Vec at_least(Vec x, Vec low) { return x < low ? low : x; }
 INLINE Vec at_most(Vec x, Vec high) { return x > high ? high : x; }
 #endif
 
-// Activations are numbers: 0 none, 1 ReLU, 2 ReLU6, 3 hard swish; ANY for one that is known later.
-constexpr int64_t HARD_SWISH = 3, ANY = -1;
+constexpr int64_t HARD_SWISH = 3;  // activations by number: 0 none, 1 ReLU, 2 ReLU6
 
 INLINE Vec activate(Vec x, int64_t act) {
     if (act == 0) return x;
@@ -50,21 +49,12 @@ INLINE Vec activate(Vec x, int64_t act) {
     return act == 2 ? at_most(x, of(6.0f)) : x;
 }
 
-// Derivative of the activation; at corners as in PyTorch.
+// Derivative of the activation; at corners and for a NaN as in PyTorch.
 INLINE Vec slope(Vec x, int64_t act) {
     if (act == 0) return of(1.0f);
-    if (act == HARD_SWISH) return x <= -3.0f ? Vec{} : x < 3.0f ? x * (1.0f / 3.0f) + 0.5f : of(1.0f);
-    Vec rising = x > 0.0f ? of(1.0f) : Vec{};
-    return act == 2 ? (x < 6.0f ? rising : Vec{}) : rising;
+    if (act == HARD_SWISH) return x <= -3.0f ? Vec{} : x >= 3.0f ? of(1.0f) : x * (1.0f / 3.0f) + 0.5f;
+    Vec rising = x <= 0.0f ? Vec{} : of(1.0f);
+    return act == 2 ? (x >= 6.0f ? Vec{} : rising) : rising;
 }
-
-// Scale and shift per channel, each where its pointer is not null.
-struct Affine {
-    const float *scale, *shift;
-    inline __attribute__((always_inline)) Vec operator()(Vec x, int c) const {
-        if (scale) x *= load(scale + c);
-        return shift ? x + load(shift + c) : x;
-    }
-};
 
 }  // namespace
