@@ -13,7 +13,7 @@ import pytest
 import yaml
 from hypothesis import given, settings, strategies as st
 
-from localvit.config import TrainConfig, dump, load_recipe, resolve
+from localvit.config import TrainConfig, load_recipe, resolve
 from localvit.config.older import Renamed, from_older
 from localvit.errors import ConfigError
 from localvit.locality import LocalityConfig
@@ -27,6 +27,7 @@ from localvit.structure import (
     read_yaml,
     schema,
     to_json,
+    to_yaml,
 )
 
 
@@ -151,7 +152,7 @@ def test_every_refusal_names_path_value_and_what_is_accepted(changes, message):
 
 def test_a_folder_whose_name_is_not_utf8_survives():
     config = build(TrainConfig, {"data": {"train": "caf\udce9"}})
-    assert build(TrainConfig, parse_yaml(dump(config))) == config
+    assert build(TrainConfig, parse_yaml(to_yaml(config))) == config
 
 
 @pytest.mark.parametrize("values", [None, 3, [], "name"])
@@ -257,7 +258,7 @@ def test_configurations_survive_yaml_and_json(values):
         config = build(TrainConfig, values)
     except ConfigError:
         return  # e.g. an integer of 65 bits
-    assert build(TrainConfig, parse_yaml(dump(config))) == config
+    assert build(TrainConfig, parse_yaml(to_yaml(config))) == config
     assert build(TrainConfig, parse_json(to_json(config))) == config
     assert build(TrainConfig, config) == config
 

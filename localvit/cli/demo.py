@@ -59,13 +59,12 @@ def run(options: Options) -> int:
     with one_line_errors():
         from localvit.studies.execution import StudyFailed
 
-        base = _base(options)
         folder = Path(options.output or _default_output(options.data))
         try:
             if options.tune:
-                _tune(options, base, folder / "tuning", console)
+                _tune(options, folder / "tuning", console)
             else:
-                _compare(options, base, folder, console)
+                _compare(options, folder, console)
         except StudyFailed as error:
             raise Failure(str(error)) from error
         except KeyboardInterrupt:
@@ -112,12 +111,12 @@ def _default_output(data: str) -> str:
     return "demo/" + "-".join(re.findall(r"[\w-]+", data.removesuffix(".tar"))[-2:])
 
 
-def _tune(options: Options, base: TrainConfig, folder: Path, console: Console) -> None:
+def _tune(options: Options, folder: Path, console: Console) -> None:
     from localvit.studies import demo
     from localvit.studies.execution import save_tuning, tune, tuning_markdown
 
     found = tune(
-        base,
+        _base(options),
         demo.ARMS,
         folder,
         factors=options.tune_factors,
@@ -131,12 +130,12 @@ def _tune(options: Options, base: TrainConfig, folder: Path, console: Console) -
     print(f"written: {folder / 'tuning.json'}; the demo with the same data and output will use it")
 
 
-def _compare(options: Options, base: TrainConfig, folder: Path, console: Console) -> None:
+def _compare(options: Options, folder: Path, console: Console) -> None:
     from localvit.cli.study import print_report
     from localvit.studies import demo, run_study
 
     tuning = _tuning(options, folder)
-    study = demo.demo_study(base, options.seeds, tuning)
+    study = demo.demo_study(_base(options), options.seeds, tuning)
     made = run_study(
         study,
         folder,

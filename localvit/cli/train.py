@@ -74,17 +74,17 @@ def run(options: Options) -> int:
     """Train; 0 when done, and when a signal asked for the end and the state is saved."""
     from rich.console import Console
 
-    from localvit.config import dump
     from localvit.errors import TrainingInterrupted
     from localvit.planning import effective
     from localvit.runtime import stop_on_signals
+    from localvit.structure import to_yaml
     from localvit.training import TensorBoard, train
 
     with one_line_errors(), stop_on_signals():
         config = configuration(options)
         if options.print_config:
             figures = effective(config)  # before anything is printed: it finds what cannot work
-            print(dump(config), end="")
+            print(to_yaml(config), end="")
             print("# effective", *figures, sep="\n#   ")
             return 0
         if config.output is None:

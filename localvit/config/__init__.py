@@ -14,7 +14,6 @@ if TYPE_CHECKING:
         refuse_changes as refuse_changes,
     )
     from localvit.config.files import (
-        dump as dump,
         list_recipes as list_recipes,
         load_recipe as load_recipe,
         merge as merge,

@@ -10,14 +10,9 @@ from typing import Any
 from localvit.config.older import from_older
 from localvit.config.schema import TrainConfig
 from localvit.errors import ConfigError, unknown
-from localvit.structure import build, parse_yaml, read_yaml, to_yaml
+from localvit.structure import build, parse_yaml, read_yaml
 
 _FILES = (".yaml", ".yml")
-
-
-def dump(config: TrainConfig) -> str:
-    """Return the YAML of a configuration, which `build` reads back as the same one."""
-    return to_yaml(config)
 
 
 def read_config(path: str | Path) -> TrainConfig:

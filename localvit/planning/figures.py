@@ -10,7 +10,7 @@ from torch import nn
 
 from localvit.config import TrainConfig
 from localvit.cost import count_macs, count_parameters
-from localvit.data import DataError, open_splits, random_scope
+from localvit.data import DataConfig, DataError, open_splits, random_scope
 from localvit.errors import ConfigError
 from localvit.models import build_model, check_forward, preprocessing_for
 from localvit.training import build_optimizer, build_scheduler, check_student, freeze
@@ -96,7 +96,7 @@ def open_run(config: TrainConfig, images: int | None = None) -> OpenRun:
     Raises:
         ConfigError: if the model or the optimizer cannot be built, or the images do not fill a batch.
     """
-    counted, classes = count_data(config, images)
+    counted, classes = count_data(config.data, config.seed, config.model.args.get("num_classes"), images)
     if counted.value is not None and int(counted.value) < config.batch_size:
         raise ConfigError(
             f"batch_size={config.batch_size} does not fit {counted.value} training images; "
@@ -121,8 +121,17 @@ def open_run(config: TrainConfig, images: int | None = None) -> OpenRun:
     )
 
 
-def count_data(config: TrainConfig, images: int | None = None) -> tuple[Figure, Figure]:
-    """Count training images and classes; they are assumed or unknown if the data is not available."""
+def count_data(
+    data: DataConfig, seed: int, num_classes: int | None, images: int | None = None
+) -> tuple[Figure, Figure]:
+    """Count training images and classes; they are assumed or unknown if the data is not available.
+
+    Args:
+        data: Their sources.
+        seed: Seed of the split.
+        num_classes: Outputs of the model, if they are configured.
+        images: Number of training images, if it is known.
+    """
 
     def figures(count: int | None, classes: int, basis: Basis, how: str, named: str) -> tuple[Figure, Figure]:
         return (
@@ -130,17 +139,17 @@ def count_data(config: TrainConfig, images: int | None = None) -> tuple[Figure, 
             Figure(name="classes", value=classes, basis=basis, how=named),
         )
 
-    classes = int(config.model.args.get("num_classes", IMAGENET_CLASSES))
-    named = "model.args.num_classes" if "num_classes" in config.model.args else "ImageNet-1k's"
+    classes = IMAGENET_CLASSES if num_classes is None else int(num_classes)
+    named = "ImageNet-1k's" if num_classes is None else "model.args.num_classes"
     if images is not None:
         return figures(images, classes, "assumed", "as given", named)
     try:
-        splits = open_splits(config.data, seed=config.seed)
+        splits = open_splits(data, seed=seed)
     except DataError as error:
-        if config.data.train != IMAGENET:
+        if data.train != IMAGENET:
             return figures(None, classes, "assumed", str(error), named)
-        held = round(config.data.holdout * IMAGENET_IMAGES)
-        left = round((IMAGENET_IMAGES - held) * config.data.fraction)
+        held = round(data.holdout * IMAGENET_IMAGES)
+        left = round((IMAGENET_IMAGES - held) * data.fraction)
         how = f"ImageNet-1k's published {IMAGENET_IMAGES:,} less {held:,} held out; no folder {IMAGENET!r}"
         return figures(left, classes, "assumed", how, named)
     return figures(len(splits.train), splits.num_classes, "measured", "counted", "counted")

@@ -58,7 +58,7 @@ def plan_run(config: TrainConfig, machine: Machine, images: int | None = None) -
         ConfigError: if the model or the optimizer cannot be built, the batch cannot be split among the GPUs,
             or the number of images is unknown.
     """
-    per_gpu = _batch_per_gpu(config, machine.total)
+    per_gpu = _batch_per_gpu(config.batch_size, machine.total, config.engine.grad_accum, config.augment.mixes)
     run = open_run(config, images)
     if run.images.value is None:
         raise ConfigError(f"{run.images.how}; give the number of training images with --images N")
@@ -75,17 +75,17 @@ def plan_run(config: TrainConfig, machine: Machine, images: int | None = None) -
     ]
 
 
-def _batch_per_gpu(config: TrainConfig, gpus: int) -> int:
+def _batch_per_gpu(batch_size: int, gpus: int, grad_accum: int, mixes: bool) -> int:
     """Return the number of images of a batch per GPU."""
-    microbatches = gpus * config.engine.grad_accum
-    size, rest = divmod(config.batch_size, microbatches)
-    if rest or (config.augment.mixes and size % 2):
+    microbatches = gpus * grad_accum
+    size, rest = divmod(batch_size, microbatches)
+    if rest or (mixes and size % 2):
         even = " of even size, for mixup and cutmix" if not rest else ""
         raise ConfigError(
-            f"batch_size={config.batch_size} cannot be split into {microbatches} equal microbatches{even}; "
+            f"batch_size={batch_size} cannot be split into {microbatches} equal microbatches{even}; "
             "change it, the number of GPUs or engine.grad_accum"
         )
-    return config.batch_size // gpus
+    return batch_size // gpus
 
 
 def _speed(run: OpenRun, machine: Machine) -> list[Figure]:

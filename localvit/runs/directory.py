@@ -27,7 +27,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from localvit.atomic import move_into_place, sync, temporary_prefix, umask, write_atomically
-from localvit.config import Changes, TrainConfig, comparable, differences, dump, refuse_changes
+from localvit.config import Changes, TrainConfig, comparable, differences, refuse_changes
 from localvit.data import Preprocessing
 from localvit.errors import ConfigError, TrainingFailed
 from localvit.runs.lock import has_lock_file, locked
@@ -35,6 +35,7 @@ from localvit.runs.saved import read_run
 from localvit.runs.state import State, drop_damaged, newest_name, read_newest, read_state, write_state
 from localvit.runs.status import BestEpoch, Change, RunStatus, numbers
 from localvit.runtime import commit, versions
+from localvit.structure import to_yaml
 
 _FILES = ("config.yaml", "status.json", "metrics.jsonl", "last", "best", "state")
 
@@ -214,7 +215,7 @@ class RunDirectory:
             **self._facts,
         )
         with self._writing():
-            write_atomically(self.path / "config.yaml", dump(self.config))
+            write_atomically(self.path / "config.yaml", to_yaml(self.config))
         self.update()
         if history or (self.path / "metrics.jsonl").exists():
             with self._writing():

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from localvit.config import TrainConfig, dump
+from localvit.config import TrainConfig
 from localvit.errors import ConfigError
+from localvit.structure import to_yaml
 from localvit.training.result import RunResult
 
 
@@ -44,7 +45,7 @@ class TensorBoard(Callback):
         metrics = folder / "metrics.jsonl"
         done = len(metrics.read_text(encoding="utf-8").splitlines()) if metrics.exists() else 0
         self._writer = self._make(str(folder / "tensorboard"), purge_step=done + 1)
-        self._writer.add_text("config", f"```yaml\n{dump(config)}```")
+        self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```")
 
     def on_epoch(self, metrics: dict[str, Any]) -> None:
         """Add a point to each curve."""

@@ -3,7 +3,6 @@ import yaml
 from hypothesis import given, strategies as st
 
 from localvit.config.files import (
-    dump,
     list_recipes,
     load_recipe,
     merge,
@@ -15,7 +14,7 @@ from localvit.errors import ConfigError
 from localvit.locality.config import LocalityConfig
 from localvit.locality.presets import preset
 from localvit.models.config import ModelConfig
-from localvit.structure import build, plain
+from localvit.structure import build, plain, to_yaml
 
 
 @given(
@@ -31,7 +30,7 @@ def test_yaml_gives_the_same_configuration_back(seed, lr, blocks, kernel, ema, a
     model = ModelConfig(locality=locality, blocks=blocks, args=args)
     config = TrainConfig(model=model, seed=seed, ema_decay=ema)
     config = build(TrainConfig, merge(plain(config), {"optim": {"lr": lr}}))
-    assert build(TrainConfig, yaml.safe_load(dump(config))) == config
+    assert build(TrainConfig, yaml.safe_load(to_yaml(config))) == config
     assert config.optim.lr == lr
     assert config.model.locality == locality
 
@@ -39,7 +38,7 @@ def test_yaml_gives_the_same_configuration_back(seed, lr, blocks, kernel, ema, a
 def test_default_locality_is_not_no_locality():
     on = resolve(settings=["model.locality={}"])
     assert on.model.locality == LocalityConfig()
-    assert build(TrainConfig, yaml.safe_load(dump(on))) == on
+    assert build(TrainConfig, yaml.safe_load(to_yaml(on))) == on
     assert resolve(settings=["model.locality=null"]).model.locality is None
     again = resolve(settings=["model.locality={kernel_size: 5}", "model.locality={}"])
     assert again.model.locality == LocalityConfig()  # a value, not "no change"

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed as dist
 
-from localvit.config.files import dump, resolve
+from localvit.config.files import resolve
 from localvit.data.loading import EpochBatchSampler, SampleSpec, share
 from localvit.errors import ConfigError
 from localvit.runtime.distributed import World, name_of_start, open_world
+from localvit.structure import to_yaml
 from localvit.training.loop import train
 from localvit.training.run import prepare
 from tests.training.runs import CASES, double_precision, status, story
@@ -104,7 +105,7 @@ def test_fewer_processes_go_on_if_that_is_allowed(by_two, double):
 
 def test_after_the_death_of_a_process_torchrun_goes_on_to_the_same_bits(by_two, tmp_path):
     settings = ["output=" + str(tmp_path / "run")]
-    (tmp_path / "config.yaml").write_text(dump(resolve("digits", [*CASES["average"], *settings])))
+    (tmp_path / "config.yaml").write_text(to_yaml(resolve("digits", [*CASES["average"], *settings])))
     arguments = ("elastic", str(tmp_path), str(tmp_path / "config.yaml"))
     said = torchrun("tests/training/two_processes.py", *arguments)
     assert (tmp_path / "killed").exists()

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from localvit.config.comparison import check_allowed
-from localvit.config.files import dump, resolve
+from localvit.config.files import resolve
 from localvit.errors import ConfigError, TrainingFailed, TrainingInterrupted
 from localvit.runs import directory as output, state
 from localvit.runs.directory import RunDirectory
 from localvit.runs.state import DamagedState
 from localvit.runtime.signals import stop_on_signals
+from localvit.structure import to_yaml
 from localvit.training import checkpointer, loop
 from localvit.training.callbacks import Callback
 from localvit.training.engine import Engine
@@ -133,7 +134,7 @@ def test_the_best_model_is_put_back_to_the_time_of_the_state(tough, folder, monk
 
 def test_sigterm_saves_and_exits_with_zero_and_one_line(tough, folder, uninterrupted, tmp_path):
     config = tough("workers=2")
-    (tmp_path / "config.yaml").write_text(dump(config))
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
     command = [sys.executable, "-m", "localvit", "train", "--recipe", str(tmp_path / "config.yaml")]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -281,7 +282,7 @@ def test_a_folder_without_its_configuration_is_refused(tough, folder, file):
 
 def test_killed_before_the_first_state_it_starts_anew(tough, folder, uninterrupted):
     folder.mkdir()
-    (folder / "config.yaml").write_text(dump(tough()))
+    (folder / "config.yaml").write_text(to_yaml(tough()))
     (folder / ".status.json-x1").write_text("half")
     train(tough())
     assert story(folder) == uninterrupted

@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from localvit.config import TrainConfig, differences
+from localvit.config import differences
 from localvit.cost import count_macs, count_parameters, on_meta
 from localvit.errors import ConfigError
 from localvit.locality import LocalityConfig
-from localvit.models import build_model, check_forward, preprocessing_for
+from localvit.models import ModelConfig, build_model, check_forward, preprocessing_for
 from localvit.planning import Figure, count_data
 from localvit.structure import plain
 from localvit.studies.design.study import Arm, Study
-from localvit.surgery import confounders, plan_changes
+from localvit.surgery import Plan, confounders, plan_changes
 from localvit.training import build_optimizer
 
 TOLERANCE = 0.01
@@ -68,9 +68,9 @@ def check_study(study: Study, classes: int | None = None) -> Facts:
     Raises:
         ConfigError, UnsupportedModelError: for an arm whose model cannot be built, run or optimized.
     """
-    images, counted = count_data(study.base)
+    images, counted = _count_data(study)
     number = classes or int(counted.value or 1)
-    models = {arm.name: _checked_model(study.config(arm, study.seeds[0]), number) for arm in study.arms}
+    models = {arm.name: _checked_model(study, arm, number) for arm in study.arms}
     sizes = {name: _size(model, size) for name, (model, size) in models.items()}
     facts: dict[str, ArmFacts] = {}
     for arm in study.arms:
@@ -78,14 +78,17 @@ def check_study(study: Study, classes: int | None = None) -> Facts:
         configs = [study.config(each, study.seeds[0]) for each in (control, arm)]
         parameters, macs = sizes[arm.name]
         built = models[control.name][0], models[arm.name][0]
+        pair = configs[0].model, configs[1].model
+        costs = sizes[control.name], sizes[arm.name]
+        same = configs[0] == configs[1]
         facts[arm.name] = ArmFacts(
             arm=arm.name,
             parameters=parameters,
             macs=macs,
             tokens=_tokens(built[1]),
-            differs=_differing(*configs),
-            confounders=_confounders(arm, configs, built, (sizes[control.name], sizes[arm.name]), number),
-            matched=_matched_text(study, arm, sizes[control.name], sizes[arm.name]),
+            differs=_differing(study, control, arm),
+            confounders=() if same else _confounders(arm, pair, built, costs, number),
+            matched=_matched_text(study, arm, *costs),
         )
     return Facts(arms=facts, images=images, classes=number)
 
@@ -101,7 +104,7 @@ def matched(study: Study) -> Study:
         ConfigError: if an arm cannot come within 1 % of its control, with the nearest that it can.
     """
     arms = {arm.name: arm for arm in study.arms}
-    number = int(count_data(study.base)[1].value or 1)
+    number = int(_count_data(study)[1].value or 1)
     for arm, control in study.contrasts():
         changed = arm
         if study.match != "none":
@@ -113,26 +116,37 @@ def matched(study: Study) -> Study:
     return dataclasses.replace(study, arms=tuple(arms.values()))
 
 
-def locality_sites(config: TrainConfig, classes: int) -> dict[str, bool]:
+def locality_sites(config: ModelConfig, classes: int) -> dict[str, bool]:
     """List the feed-forward networks with locality of a run's model: path -> if any output depends on it."""
-    if config.model.locality is None:
+    if config.locality is None:
         return {}
-    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, locality=None, blocks="all"))
-    blocks: Any = config.model.blocks
-    the_plan, _ = plan_changes(_build(plain, classes), config.model.locality, blocks, None, count=False)
+    the_plan = _plan_of(config, classes)
     return {site.name: not site.dead_parameters for site in the_plan.sites}
 
 
-def _checked_model(config: TrainConfig, classes: int) -> tuple[nn.Module, tuple[int, int, int]]:
-    model = _build(config, classes)
+def _checked_model(study: Study, arm: Arm, classes: int) -> tuple[nn.Module, tuple[int, int, int]]:
+    config = study.config(arm, study.seeds[0])
+    model = _build(config.model, classes)
     size = preprocessing_for(model, config.data).input_size
     check_forward(model, config.model.name, size)
     build_optimizer(model, config.optim, config.batch_size)
     return model, size
 
 
-def _build(config: TrainConfig, classes: int) -> nn.Module:
-    return on_meta(partial(build_model, dataclasses.replace(config.model, pretrained=False), classes))
+def _count_data(study: Study) -> tuple[Figure, Figure]:
+    return count_data(study.base.data, study.base.seed, study.base.model.args.get("num_classes"))
+
+
+def _build(config: ModelConfig, classes: int) -> nn.Module:
+    return on_meta(partial(build_model, dataclasses.replace(config, pretrained=False), classes))
+
+
+def _plan_of(config: ModelConfig, classes: int) -> Plan:
+    """Return the plan of the surgery that makes a model with locality from its baseline."""
+    assert config.locality is not None
+    base = _build(dataclasses.replace(config, locality=None, blocks="all"), classes)
+    blocks: Any = config.blocks
+    return plan_changes(base, config.locality, blocks, None, count=False)[0]
 
 
 def _size(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int]:
@@ -141,7 +155,7 @@ def _size(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int]
 
 
 def _cost(study: Study, arm: Arm, classes: int) -> dict[str, int]:
-    model, size = _checked_model(study.config(arm, study.seeds[0]), classes)
+    model, size = _checked_model(study, arm, classes)
     return dict(zip(("params", "macs"), _size(model, size), strict=True))
 
 
@@ -149,7 +163,7 @@ def _match_width(study: Study, arm: Arm, target: int, classes: int) -> Arm:
     """The arm with the width whose cost is nearest to `target`, if its own is not within `TOLERANCE`."""
     if abs(_cost(study, arm, classes)[study.match] / target - 1) <= TOLERANCE:
         return arm
-    config = study.config(arm, study.seeds[0])
+    config = study.config(arm, study.seeds[0]).model
     path, value = _knob(arm, config, _build(config, classes))
 
     def with_step(step: int) -> Arm:
@@ -167,11 +181,11 @@ def _match_width(study: Study, arm: Arm, target: int, classes: int) -> Arm:
     return found
 
 
-def _knob(arm: Arm, config: TrainConfig, model: nn.Module) -> tuple[str, Callable[[int], float]]:
+def _knob(arm: Arm, config: ModelConfig, model: nn.Module) -> tuple[str, Callable[[int], float]]:
     """The field that changes an arm's width, and its value at each step, ascending."""
     dim = int(getattr(model, "embed_dim", 0) or 64)
-    path = "model.args.mlp_ratio" if config.model.locality is None else "model.locality.expansion"
-    asked = config.model.locality is not None and config.model.locality.expansion is not None
+    path = "model.args.mlp_ratio" if config.locality is None else "model.locality.expansion"
+    asked = config.locality is not None and config.locality.expansion is not None
     if path in arm.changes or (asked and "model.locality" in arm.changes):
         heads = next(m.num_heads for m in model.modules() if isinstance(getattr(m, "num_heads", None), int))
         return "model.args.embed_dim", lambda step: step * heads
@@ -223,22 +237,17 @@ def _tokens(model: nn.Module) -> int | None:
 
 def _confounders(
     arm: Arm,
-    configs: list[TrainConfig],
+    configs: tuple[ModelConfig, ModelConfig],
     models: tuple[nn.Module, nn.Module],
     sizes: tuple[tuple[int, int], tuple[int, int]],
     classes: int,
 ) -> tuple[str, ...]:
     """What differs between an arm and its control, the second of each pair, beside the fields it names."""
-    if configs[0] == configs[1]:
-        return ()
-    control, own = (config.model for config in configs)
+    control, own = configs
     found = _heads(arm, models)
     plain = own.name == control.name and control.locality is None and own.locality is not None
     if plain:
-        base = dataclasses.replace(configs[1], model=dataclasses.replace(own, locality=None, blocks="all"))
-        blocks: Any = own.blocks  # building the model has checked it
-        the_plan, _ = plan_changes(_build(base, classes), own.locality, blocks, None, count=False)
-        sentences = confounders(the_plan, float(own.args.get("drop_path_rate", 0.0)))
+        sentences = confounders(_plan_of(own, classes), float(own.args.get("drop_path_rate", 0.0)))
         found += [
             s for s in sentences if not s.startswith("Not matched")
         ]  # counted below, for all arms alike
@@ -263,10 +272,11 @@ def _heads(arm: Arm, models: tuple[nn.Module, nn.Module]) -> list[str]:
     return [f"Heads differ: {there} in the control, {here} here."]
 
 
-def _differing(control: TrainConfig, own: TrainConfig) -> dict[str, tuple[Any, ...]]:
-    """Fields that differ; those of locality one by one where both have it."""
-    found = differences(plain(control), plain(own))
-    pair = control.model.locality, own.model.locality
+def _differing(study: Study, control: Arm, arm: Arm) -> dict[str, tuple[Any, ...]]:
+    """Return the fields that differ; those of locality one by one where both have it."""
+    configs = [study.config(each, study.seeds[0]) for each in (control, arm)]
+    found = differences(*map(plain, configs))
+    pair = [config.model.locality for config in configs]
     if "model.locality" in found and None not in pair:
         del found["model.locality"]
         fields = differences(*(dataclasses.asdict(locality) for locality in pair if locality))

@@ -7,7 +7,6 @@ the package in ``localvit/studies/tuned/``.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +65,7 @@ class Tuning:
         """Fields of `base` that differ from what was tuned: path -> (tuned, here)."""
         # Read as a configuration: a field that is newer than the tuning has its default there.
         tuned = build(TrainConfig, merge(from_older(self.base), {"optim": {"lr": base.optim.lr}}))
-        return differences(_tuned_part(tuned), _tuned_part(base))
+        return differences(_tuned_part(comparable(tuned)), _tuned_part(comparable(base)))
 
 
 def tune(
@@ -112,7 +111,7 @@ def tune(
             break
         rates = wider
     return Tuning(
-        base=_tuned_part(base),
+        base=_tuned_part(comparable(base)),
         changes={arm.name: arm.changes for arm in arms},
         grid=rates,
         seeds=list(study.seeds),
@@ -222,10 +221,9 @@ def _extended(rates: Sequence[float], chosen: Sequence[float]) -> list[float]:
     return [*below, *rates, *above]
 
 
-def _tuned_part(base: TrainConfig) -> dict[str, Any]:
-    values = comparable(dataclasses.replace(base, seed=0))
-    del values["optim"]["lr"]
-    return values
+def _tuned_part(values: dict[str, Any]) -> dict[str, Any]:
+    optim = {name: value for name, value in values["optim"].items() if name != "lr"}
+    return values | {"seed": 0, "optim": optim}
 
 
 def _cell(scores: Sequence[float | None]) -> str:

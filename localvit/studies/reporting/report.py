@@ -139,7 +139,7 @@ def read_kernels(store: StudyFolder, records: Mapping[Run, Record], classes: int
         locality = run.config.model.locality
         if locality is None or not locality.depthwise or not path.exists():
             continue
-        sites = locality_sites(run.config, classes)
+        sites = locality_sites(run.config.model, classes)
         try:
             found = _depthwise(path, [site for site, used in sites.items() if used])
         except (OSError, safetensors.SafetensorError) as error:
