@@ -41,7 +41,7 @@ _FILES = ("config.yaml", "status.json", "metrics.jsonl", "last", "best", "state"
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What is to be done with a run, after a look at its directory; a refusal is an error instead.
+    """Decision about a run, after a look at its directory; a refusal is an error instead.
 
     Attributes:
         kind: Start it, resume it, or return what it found because it is finished.
@@ -62,7 +62,7 @@ class RunDirectory:
     Attributes:
         path: Its path.
         saved: The run that was found there.
-        decision: What is to be done.
+        decision: Decision about it.
         status: The status that this process wrote last; `None` before `begin`.
     """
 
