@@ -9,7 +9,8 @@ a loss that is not finite, through the same code.
 import argparse
 import math
 
-from localvit.config.files import from_dict, load_recipe, merge
+from localvit.config import TrainConfig, load_recipe, merge
+from localvit.structure import build
 from localvit.training.loop import train
 
 # Made small, for pictures of 64 x 64: name -> (plain, with locality, arguments).
@@ -60,7 +61,7 @@ def main() -> None:
                 "schedule": {"warmup_epochs": 1},
                 "workers": options.workers,
             }
-            result = train(from_dict(merge(recipe, config)))
+            result = train(build(TrainConfig, merge(recipe, config)))
             losses = [epoch["train_loss"] for epoch in result.history]
             assert all(map(math.isfinite, losses)), losses
             print(

@@ -104,25 +104,21 @@ def configuration(options: ConfigOptions) -> Any:
     Raises:
         UsageError, ConfigError: if there is none, or it contradicts itself.
     """
-    import yaml
-
     from localvit.config import resolve
+    from localvit.structure import parse_yaml
 
     if options.recipe is None and options.data is None and not options.set:
         raise UsageError("--data SRC or --recipe NAME is missing: what to train on")
     settings = list(options.set)
     model: dict[str, Any] = {"name": options.model, "pretrained": options.pretrained or None}
-    try:
-        if options.locality is not None:
-            # A flag replaces what a recipe says about locality; it does not mix with it.
-            settings.append("model.locality=null")
-            words: dict[str, Any] = {"default": {}, "none": None}
-            value = options.locality
-            model["locality"] = words[value] if value in words else yaml.safe_load(value)
-        if options.blocks is not None:
-            model["blocks"] = yaml.safe_load(options.blocks)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--locality or --blocks is not YAML: {error}") from error
+    if options.locality is not None:
+        # A flag replaces what a recipe says about locality; it does not mix with it.
+        settings.append("model.locality=null")
+        words: dict[str, Any] = {"default": {}, "none": None}
+        value = options.locality
+        model["locality"] = words[value] if value in words else parse_yaml(value, f"--locality {value!r}")
+    if options.blocks is not None:
+        model["blocks"] = parse_yaml(options.blocks, f"--blocks {options.blocks!r}")
     given = {
         "model": model,
         "data": {"train": options.data, "test": options.val_data, "root": options.data_root},

@@ -15,15 +15,14 @@ if TYPE_CHECKING:
     )
     from localvit.config.files import (
         dump as dump,
-        from_dict as from_dict,
         list_recipes as list_recipes,
         load_recipe as load_recipe,
-        load_yaml as load_yaml,
         merge as merge,
         parse_setting as parse_setting,
+        read_config as read_config,
         resolve as resolve,
-        to_dict as to_dict,
     )
+    from localvit.config.older import from_older as from_older
     from localvit.config.schema import (
         DistillConfig as DistillConfig,
         EngineConfig as EngineConfig,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from localvit.config.files import to_dict
 from localvit.config.schema import TrainConfig
 from localvit.errors import ConfigError, unknown
+from localvit.structure import plain
 
 UNCOMPARED = ("output", "workers", "device", "save_seconds", "max_bad_images")
 """Fields that may change when a run is resumed.
@@ -25,7 +25,7 @@ Changes = dict[str, tuple[Any, ...]]
 
 def comparable(config: TrainConfig) -> dict[str, Any]:
     """Return the fields of a configuration that decide the results, as a nested mapping."""
-    return {name: value for name, value in to_dict(config).items() if name not in UNCOMPARED}
+    return {name: value for name, value in plain(config).items() if name not in UNCOMPARED}
 
 
 def check_allowed(allow_change: Collection[str]) -> None:
@@ -34,7 +34,7 @@ def check_allowed(allow_change: Collection[str]) -> None:
     Raises:
         ConfigError: with the nearest fields.
     """
-    fields = {name: {} for name in _BESIDES} | to_dict(TrainConfig())
+    fields = {name: {} for name in _BESIDES} | plain(TrainConfig())
     for name in allow_change:
         place: Any = fields
         for part in name.split("."):

@@ -24,9 +24,9 @@ class Preprocessing:
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    interpolation: str
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "random"]
     crop_pct: float
-    crop_mode: str
+    crop_mode: Literal["center", "squash", "border"]
 
 
 class DataError(ValueError):

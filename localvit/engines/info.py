@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from localvit.data import Preprocessing
 from localvit.errors import ConfigError
+from localvit.structure import build, parse_json, to_json
 from localvit.version import __version__
 
 KEY = "localvit"
@@ -38,6 +37,18 @@ class ExportInfo(Preprocessing):
     descriptions: tuple[str, ...] | None = None
     size_step: int | None = None
     made_with: str = ""
+
+    def __post_init__(self) -> None:
+        wrong = {
+            "input_size": not all(0 < side < 2**16 for side in self.input_size),
+            "mean": len(self.mean) != self.input_size[0],
+            "std": len(self.std) != self.input_size[0] or min(self.std, default=0) <= 0,
+            "crop_pct": not 0 < self.crop_pct <= 2,
+            "labels": self.labels is not None and len(self.labels) != self.num_classes,
+            "descriptions": self.descriptions is not None and len(self.descriptions) != self.num_classes,
+        }
+        for name in (name for name, is_wrong in wrong.items() if is_wrong):
+            raise ConfigError(f"{name}={getattr(self, name)!r} does not fit the other values")
 
     @classmethod
     def of(
@@ -70,11 +81,11 @@ class ExportInfo(Preprocessing):
         return ((height, width), (height + self.size_step, width + 2 * self.size_step))
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        return to_json(self, indent=None)
 
     @classmethod
     def from_json(cls, text: str, file: str) -> ExportInfo:
-        """Read what `to_json` wrote. The file may be anyone's, so every value is looked at.
+        """Read what `to_json` wrote; fields of later versions are left out.
 
         Args:
             text: JSON.
@@ -84,32 +95,9 @@ class ExportInfo(Preprocessing):
             ConfigError: if there is none, or a value is not what it must be.
         """
         try:
-            values = json.loads(text)
-            made: dict[str, Any] = {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values.items()
-                if name in {field.name for field in dataclasses.fields(cls)}  # a later version has more
-            }
-            info = cls(**made)
-            info._check()
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            values = parse_json(text)
+            names = {field.name for field in dataclasses.fields(cls)}
+            known = isinstance(values, Mapping) and {k: v for k, v in values.items() if k in names}
+            return build(cls, known)
+        except ConfigError as error:
             raise ConfigError(f"{file!r} is not of localvit export, or damaged: {error}") from error
-        return info
-
-    def _check(self) -> None:
-        channels = self.input_size[0]
-        names = [names for names in (self.labels, self.descriptions) if names is not None]
-        good = (
-            len(self.input_size) == 3
-            and all(isinstance(side, int) and 0 < side < 2**16 for side in self.input_size)
-            and len(self.mean) == len(self.std) == channels
-            and all(math.isfinite(value) for value in self.mean)
-            and all(value > 0 for value in self.std)
-            and self.interpolation in ("nearest", "bilinear", "bicubic", "lanczos", "random")
-            and self.crop_mode in ("center", "squash", "border")
-            and 0 < self.crop_pct <= 2
-            and all(len(each) == self.num_classes for each in names)
-            and all(isinstance(name, str) for each in names for name in each)
-        )
-        if not good:
-            raise ValueError(f"its {KEY!r} entry has values that cannot be")

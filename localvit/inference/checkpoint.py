@@ -13,7 +13,7 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from localvit.config import TrainConfig, from_dict, load_yaml
+from localvit.config import TrainConfig, read_config
 from localvit.data import DataConfig, Preprocessing
 from localvit.errors import ConfigError, one_line, unknown
 from localvit.models import preprocessing_for
@@ -78,7 +78,7 @@ def _locate(source: str) -> tuple[str, TrainConfig | None]:
             if (model / "config.json").is_file():
                 config = run / "config.yaml"
                 known = config.is_file() and (run / "status.json").is_file()
-                return f"local-dir:{model}", from_dict(load_yaml(config)) if known else None
+                return f"local-dir:{model}", read_config(config) if known else None
         raise ConfigError(f"checkpoint {source!r} holds neither best/config.json nor config.json")
     if source.startswith(_PREFIXES):
         return source, None

@@ -127,10 +127,8 @@ class LocalityConfig:
     prefix: Prefix | None = None
 
     def __post_init__(self) -> None:
-        hints = _field_types()
-        for field in dataclasses.fields(self):
-            value = _as_field_value(field.name, getattr(self, field.name), hints[field.name])
-            object.__setattr__(self, field.name, value)  # e.g. a list read from JSON becomes a tuple
+        for name, kind in typing.get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
         self._check_ranges()
         self._check_init()
         self._check_combinations()
@@ -206,13 +204,18 @@ class LocalityConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of :meth:`to_dict`.
+        """Make a configuration from what `to_dict` returns; `preset` names a design that the others change.
 
         Raises:
-            ConfigError: if ``values`` is not a mapping, has an unknown key or a bad value.
+            ConfigError: if `values` is not a mapping, has an unknown key or a bad value.
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"a locality configuration is a mapping of field to value, not {values!r}")
+        if "preset" in values:
+            from localvit.locality.presets import find_preset  # made of configurations
+
+            given = {name: value for name, value in values.items() if name != "preset"}
+            values = find_preset(values["preset"]).to_dict() | given
         names = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in names:
@@ -220,47 +223,34 @@ class LocalityConfig:
         return cls(**values)
 
 
-def _field_types() -> dict[str, Any]:
-    return typing.get_type_hints(LocalityConfig)
-
-
 def _error(name: str, value: object, accepted: str) -> ConfigError:
     return ConfigError(f"{name}={value!r} is not accepted (accepted: {accepted})")
 
 
-def _as_field_value(name: str, value: Any, kind: Any) -> Any:
-    """``value`` in the form its annotation names (a list becomes a tuple, an int a float), or an error."""
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """Return `value` as its annotation has it (a list as a tuple, an integer as a float), or refuse it."""
     is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     options = typing.get_args(kind) if is_union else (kind,)
-    for option in options:
-        match, converted = _convert(value, option)
-        if match:
-            return converted
-    raise _error(name, value, " | ".join(_describe(option) for option in options))
+    value = tuple(value) if isinstance(value, list) else value
+    if not any(_accepts(option, value) for option in options):
+        raise _error(name, value, " | ".join(map(_describe, options)))
+    return float(value) if type(value) is int and float in options else value
 
 
-def _convert(value: Any, kind: Any) -> tuple[bool, Any]:
+def _accepts(kind: Any, value: Any) -> bool:
+    items = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
-        return isinstance(value, str) and value in typing.get_args(kind), value
+        return isinstance(value, str) and value in items
     if typing.get_origin(kind) is tuple:
-        items = typing.get_args(kind)
-        if not isinstance(value, (list, tuple)) or len(value) != len(items):
-            return False, value
-        parts = [_convert(v, k) for v, k in zip(value, items, strict=True)]
-        return all(match for match, _ in parts), tuple(v for _, v in parts)
-    if kind is float:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return is_number, float(value) if is_number else value
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool), value
-    return isinstance(value, kind), value
+        return isinstance(value, tuple) and len(value) == len(items) and all(map(_accepts, items, value))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _describe(kind: Any) -> str:
+    items = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
-        return ", ".join(repr(v) for v in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        items = typing.get_args(kind)
-        return f"a list of {len(items)} of these"
+        return ", ".join(map(repr, items))
     names = {int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
-    return names.get(kind, str(kind))
+    return f"a list of {len(items)} of these" if items else names[kind]

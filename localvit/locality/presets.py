@@ -52,16 +52,25 @@ PRESETS: Mapping[str, LocalityConfig] = MappingProxyType(
 )
 
 
+def find_preset(name: str) -> LocalityConfig:
+    """Return the published design of that name.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigError(f"no preset is called {name!r} ({suggestion(name, PRESETS)})")
+    return PRESETS[name]
+
+
 def preset(name: str, **changes: Any) -> LocalityConfig:
-    """The published design ``name`` with fields changed: ``preset("mix_ffn", kernel_size=5)``.
+    """Return the published design `name` with fields changed: `preset("mix_ffn", kernel_size=5)`.
 
     Args:
-        name: A key of :data:`PRESETS`.
-        changes: Fields of :class:`LocalityConfig`.
+        name: A key of `PRESETS`.
+        changes: Fields of `LocalityConfig`.
 
     Raises:
         ConfigError: for an unknown name or field, or a value that is not accepted.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"no preset is called {name!r} ({suggestion(name, PRESETS)})")
-    return LocalityConfig.from_dict({**PRESETS[name].to_dict(), **changes})
+    return LocalityConfig.from_dict({"preset": name, **changes})

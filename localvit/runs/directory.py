@@ -12,7 +12,6 @@ state/           what a run that has not finished resumes from
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -35,6 +34,7 @@ from localvit.runs.saved import read_run
 from localvit.runs.state import State, drop_damaged, newest_name, read_newest, read_state, write_state
 from localvit.runs.status import BestEpoch, Change, RunStatus, numbers
 from localvit.runtime import commit, versions
+from localvit.structure import to_json
 
 _FILES = ("config.yaml", "status.json", "metrics.jsonl", "last", "best", "state")
 
@@ -306,4 +306,4 @@ class RunDirectory:
 
 
 def _line(metrics: dict[str, Any]) -> str:
-    return json.dumps(numbers(metrics), allow_nan=False) + "\n"
+    return to_json(numbers(metrics), indent=None) + "\n"

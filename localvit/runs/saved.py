@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 
 from safetensors import safe_open
 
-from localvit.config import TrainConfig, from_dict, load_yaml
+from localvit.config import TrainConfig, read_config
 from localvit.errors import ConfigError
 from localvit.runs.status import RunStatus, whole
+from localvit.structure import parse_json
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,16 @@ class SavedRun:
     def config(self) -> TrainConfig:
         """Content of `config.yaml`."""
         with whole(self.path / "config.yaml") as path:
-            values = load_yaml(path)
-            if "output" not in values:  # a run has one; a file that was cut off has none
+            config = read_config(path)
+            if config.output is None:  # a run has one; a file that was cut off has none
                 raise ConfigError("output is missing")
-            config: TrainConfig = from_dict(values)
         return config
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
         """Content of `metrics.jsonl`: one mapping per epoch."""
         with whole(self.path / "metrics.jsonl") as path:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
             epochs = [line["epoch"] for line in lines]
             done = self.status.epochs_done if self.status else len(epochs)
             if epochs != list(range(1, done + 1)):
@@ -55,7 +54,7 @@ class SavedRun:
     def best(self) -> Path:
         """Folder of the best model, whose files can be opened."""
         with whole(self.path / "best" / "config.json") as path:
-            if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            if not isinstance(parse_json(path.read_text(encoding="utf-8")), dict):
                 raise ConfigError("not a mapping")
         with whole(self.path / "best" / "model.safetensors") as path, safe_open(path, "pt"):
             return path.parent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,8 +11,8 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError
 
-from localvit.config import from_dict, to_dict
 from localvit.errors import ConfigError, one_line
+from localvit.structure import plain, read_json, to_json
 
 STATUS = "status.json"
 RunState = Literal["running", "interrupted", "failed", "finished"]
@@ -88,14 +87,12 @@ class RunStatus:
         if not (folder / STATUS).exists():
             return None
         with whole(folder / STATUS) as path:
-            status: RunStatus = from_dict(json.loads(path.read_text(encoding="utf-8")), cls)
-        return status
+            return read_json(cls, path)
 
     def to_json(self) -> str:
         """Return what `read` reads."""
         optional = {"error": self.error, "pictures": self.pictures}
-        values = {name: value for name, value in to_dict(self).items() if optional.get(name, True)}
-        return json.dumps(values, indent=2, allow_nan=False) + "\n"
+        return to_json({k: v for k, v in plain(self).items() if optional.get(k, True)}, indent=2)
 
 
 @contextmanager
@@ -108,9 +105,9 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         yield path
     except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
-        raise ConfigError(
-            f"{str(path)!r} is not as a run wrote it: {one_line(error)}; restore it, or choose another folder"
-        ) from error
+        text, where = one_line(error), repr(str(path))
+        named = text if where in text else f"{where} is not as a run wrote it: {text}"
+        raise ConfigError(f"{named}; restore it, or choose another folder") from error
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:

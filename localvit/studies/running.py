@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from localvit.errors import ConfigError
 from localvit.inference import load_checkpoint
 from localvit.models import preprocessing_for
 from localvit.runtime import pick_device
+from localvit.structure import to_json
 from localvit.studies.design import Study
 from localvit.studies.execution import (
     THREADS,
@@ -70,7 +69,7 @@ def answer(
         console=console,
     )
     if tuning is not None:
-        write_atomically(folder / TUNING, json.dumps(dataclasses.asdict(tuning), indent=1) + "\n")
+        write_atomically(folder / TUNING, to_json(tuning))
     if not failures and cluster is None:
         time_arms(store)
     report = read_report(folder)
@@ -100,4 +99,4 @@ def time_arms(store: StudyFolder) -> None:
     found = images_per_second(models, sizes, device=device)
     words = machine(THREADS if device.type == "cpu" else torch.get_num_threads())
     values = {"images_per_second": found, "machine": words, "keys": keys}
-    write_atomically(path, json.dumps(values, indent=1) + "\n")
+    write_atomically(path, to_json(values))

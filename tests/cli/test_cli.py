@@ -43,7 +43,10 @@ def one_line(capsys):
         (["train", "--epochs", "many"], "--epochs"),
         (["train", "--recipe", "digit", "--output", "X"], "did you mean 'digits'?"),
         (["train", "--recipe", "digits", "--set", "optm.lr=1", "--output", "X"], "did you mean 'optim'"),
-        (["train", "--recipe", "digits", "--set", "optim.lr=fast", "--output", "X"], "optim.lr='fast'"),
+        (
+            ["train", "--recipe", "digits", "--set", "optim.lr=fast", "--output", "X"],
+            "optim.lr: 'fast' is not accepted; use a number",
+        ),
         (["train", "--recipe", "digits", "--model", "deit_tny", "--output", "X"], "no 'deit_tny'"),
         (["train", "--recipe", "digits", "--locality", "{kernel: 3}", "--output", "X"], "kernel_size"),
         (["train", "--recipe", "digits", "--locality", "{", "--output", "X"], "not YAML"),

@@ -60,10 +60,10 @@ def test_wrong_use_is_one_line_and_writes_nothing(arguments, message, words, tmp
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ("{minuts: 3}", "arm 'local': .*did you mean"),
-        ("{gpus: -1}", "arm 'local': gpus=-1: at least 0"),
-        ("{minutes: long}", "arm 'local': resources.minutes"),
-        ("3", "arm 'local'"),
+        ("{minuts: 3}", r"arms\.local\.resources\.minuts: .*did you mean"),
+        ("{gpus: -1}", r"arms\.local\.resources: gpus=-1: at least 0"),
+        ("{minutes: long}", r"arms\.local\.resources\.minutes: 'long' is not"),
+        ("3", r"arms\.local\.resources: 3 is not accepted; use a mapping"),
     ],
 )
 def test_wrong_resources_of_an_arm_are_named(own, message, words, tmp_path, capsys):

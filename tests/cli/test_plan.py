@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from localvit.cli import main
-from localvit.config.files import from_dict, resolve
+from localvit.config import TrainConfig, resolve
+from localvit.structure import build
 
 SMALL = ["--set", "model.args={img_size: 32, patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2}"]
 
@@ -69,7 +70,7 @@ def test_printed_configuration_has_its_effect_below_and_stays_yaml(capsys):
         main(["train", "--recipe", "digits", "--set", "epochs=5", "--set", "seed=3", "--print-config"]) == 0
     )
     out = capsys.readouterr().out
-    assert from_dict(yaml.safe_load(out)) == resolve("digits", ["epochs=5", "seed=3"])
+    assert build(TrainConfig, yaml.safe_load(out)) == resolve("digits", ["epochs=5", "seed=3"])
     block = out.partition("# effective\n")[2].splitlines()
     assert all(line.startswith("#   ") for line in block)
     assert "#   updates: 160 (computed: updates per epoch x epochs)" in block

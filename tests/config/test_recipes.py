@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from localvit.cli import main
-from localvit.config.files import from_dict, list_recipes, load_recipe, resolve
+from localvit.config import TrainConfig, list_recipes, load_recipe, resolve
 from localvit.data.sources import open_digits
 from localvit.errors import ConfigError
+from localvit.structure import build
 from tests.training.families import SHRUNK
 
 COUNTS = {"train": 7, "val": 2, "test": 2}  # of each digit
@@ -60,7 +61,7 @@ def test_every_recipe_trains_a_shrunk_model(recipe, pictures, teacher, tmp_path,
     arguments = settings(recipe, pictures, *more.get(recipe, []))
     assert main(["train", "--recipe", recipe, *arguments, "--output", "run"]) == 0
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
-    config = from_dict(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
+    config = build(TrainConfig, yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
     assert config.optim == resolve(recipe).optim
     assert config.augment == resolve(recipe).augment
 
@@ -130,7 +131,7 @@ def test_a_recipe_extends_another_mapping_by_mapping(tmp_path):
         ("extends: mine.yaml", r"mine\.yaml' extends itself: .*mine\.yaml -> .*mine\.yaml$"),
         ("extends: other.yaml", r"extends itself: .*mine\.yaml -> .*other\.yaml -> .*mine\.yaml$"),
         ("extends: deit_imagnet", r"recipe: there is no 'deit_imagnet'; did you mean 'deit_imagenet'"),
-        ("extends: none.yaml", r"cannot read configuration .*none\.yaml"),
+        ("extends: none.yaml", r"none\.yaml' cannot be read"),
         ("extends: [digits]", r"mine\.yaml': extends=\['digits'\] is not the name of a recipe"),
     ],
 )

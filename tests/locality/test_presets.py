@@ -195,6 +195,13 @@ def test_a_preset_is_saved_as_plain_fields():
         assert set(values) <= {f.name for f in dataclasses.fields(LocalityConfig)}
 
 
+def test_a_preset_stands_among_the_fields_of_a_file():
+    values = {"preset": "mix_ffn", "kernel_size": 5}
+    assert LocalityConfig.from_dict(values) == localvit.preset("mix_ffn", kernel_size=5)
+    with pytest.raises(ConfigError, match=r"no preset is called 3"):
+        LocalityConfig.from_dict({"preset": 3})
+
+
 def test_a_preset_with_changes():
     assert localvit.preset("irffn") == PRESETS["irffn"]
     changed = localvit.preset("irffn", kernel_size=5, norm=["batch", "none", "none"])

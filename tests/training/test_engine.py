@@ -169,10 +169,10 @@ def test_what_the_model_or_the_machine_lacks_is_refused(tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("engine.precision=fp8", r"engine\.precision='fp8'; accepted: 'fp32', 'bf16', 'fp16'"),
+        ("engine.precision=fp8", r"engine\.precision: 'fp8' is not accepted; use 'fp32', 'bf16' or 'fp16'"),
         ("engine.grad_accum=0", r"engine\.grad_accum=0 must be at least 1"),
         ("engine.clip_grad=0", r"engine\.clip_grad=0\.0 must be positive"),
-        ("engine.batch_norm=global", r"engine\.batch_norm='global'; accepted: 'local'"),
+        ("engine.batch_norm=global", r"engine\.batch_norm: 'global' is not accepted; use 'local'"),
         ("save_seconds=-1", r"save_seconds=-1\.0 must be at least 0"),
         ("max_bad_images=-1", r"max_bad_images=-1 must be at least 0"),
     ],

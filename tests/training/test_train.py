@@ -7,9 +7,10 @@ import torch
 import yaml
 from timm.task import ClassificationTask
 
-from localvit.config.files import from_dict, resolve as resolve_config
+from localvit.config import TrainConfig, resolve as resolve_config
 from localvit.data.images import UnreadableImage
 from localvit.errors import ConfigError, TrainingFailed
+from localvit.structure import build
 from localvit.training import loop
 from localvit.training.loop import train
 
@@ -218,7 +219,7 @@ def test_output_folder_tells_the_whole_story(tiny, tmp_path):
         "metrics.jsonl",
         "status.json",
     ]
-    assert from_dict(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())) == config
+    assert build(TrainConfig, yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())) == config
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == result.history
     status = json.loads((tmp_path / "run" / "status.json").read_text())

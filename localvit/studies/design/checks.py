@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from localvit.config import TrainConfig, differences, to_dict
+from localvit.config import TrainConfig, differences
 from localvit.cost import count_macs, count_parameters, on_meta
 from localvit.errors import ConfigError
 from localvit.locality import LocalityConfig
 from localvit.models import build_model, check_forward, preprocessing_for
 from localvit.planning import Figure, count_data
+from localvit.structure import plain
 from localvit.studies.design.study import Arm, Study
 from localvit.surgery import confounders, plan_changes
 from localvit.training import build_optimizer
@@ -264,7 +265,7 @@ def _heads(arm: Arm, models: tuple[nn.Module, nn.Module]) -> list[str]:
 
 def _differing(control: TrainConfig, own: TrainConfig) -> dict[str, tuple[Any, ...]]:
     """Fields that differ; those of locality one by one where both have it."""
-    found = differences(to_dict(control), to_dict(own))
+    found = differences(plain(control), plain(own))
     pair = control.model.locality, own.model.locality
     if "model.locality" in found and None not in pair:
         del found["model.locality"]

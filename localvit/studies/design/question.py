@@ -23,14 +23,15 @@ An arm ``against`` itself is there for others to be compared with. The scales ``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from localvit.config import from_dict, load_recipe, load_yaml, merge, parse_setting, to_dict
+from localvit.config import TrainConfig, load_recipe, merge, parse_setting
 from localvit.errors import ConfigError, unknown
+from localvit.structure import build, plain, read_yaml
 from localvit.studies.design.study import Arm, Budget, Claim, Match, Metric, Study, replace_fields
 
 _FILES = (".yaml", ".yml")
@@ -49,7 +50,7 @@ class Scale:
 
     recipe: str | None = None
     base: dict[str, Any] = field(default_factory=dict)
-    arms: dict[str, Any] = field(default_factory=dict)
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +68,22 @@ class Question:
     """
 
     question: str
-    arms: dict[str, Any]
+    arms: dict[str, dict[str, Any]]
     control: str = "base"
     base: dict[str, Any] = field(default_factory=dict)
-    scales: dict[str, Any] = field(default_factory=dict)
+    scales: dict[str, Scale] = field(default_factory=dict)
     metric: Metric = "top1"
     match: Match = "none"
     budget: Budget = "epochs"
     claim: Claim | None = None
     name: str | None = None
+
+    def __post_init__(self) -> None:
+        for scale, changed in self.scales.items():
+            _check_known(f"scales.{scale}.arms", changed.arms, self.arms)
+        if self.claim:
+            for what in ("expected", "reported"):
+                _check_known(f"claim.{what}", getattr(self.claim, what), [self.control, *self.arms])
 
     def scale_names(self) -> list[str]:
         """Those that it can be asked at."""
@@ -102,7 +110,7 @@ class Question:
         given = {name: value for name, value in data.items() if value is not None}
         return Study(
             question=self.question,
-            base=from_dict(merge(base, {"data": given} if given else {})),  # an empty mapping is a value
+            base=build(TrainConfig, merge(base, {"data": given} if given else {})),  # an empty one is a value
             arms=(Arm(name=self.control), *(self._arm(name, own) for name in self.arms)),
             seeds=tuple(range(seeds)),
             metric=self.metric,
@@ -116,22 +124,15 @@ class Question:
     def _scale(self, scale: str) -> Scale:
         if scale not in self.scale_names():
             raise unknown(f"question {self.name!r}, scale", scale, self.scale_names())
-        found: Scale = from_dict(self.scales.get(scale, {}), Scale, f"scales.{scale}")
-        for name in found.arms:
-            if name not in self.arms:
-                raise unknown(f"question {self.name!r}, scales.{scale}.arms", name, self.arms)
-        return found
+        return self.scales.get(scale, Scale())
 
     def _recipe(self, scale: str) -> dict[str, Any]:
         recipe = self._scale(scale).recipe or _shared_scales().get(scale, Scale()).recipe
         if recipe is None:
             raise ConfigError(f"question {self.name!r}: scales.{scale}.recipe is missing")
-        return to_dict(from_dict(load_recipe(recipe)))
+        return dict(plain(build(TrainConfig, load_recipe(recipe))))
 
     def _arm(self, name: str, scale: Scale) -> Arm:
-        for where in (self.arms[name], scale.arms.get(name, {})):
-            if not isinstance(where, Mapping):
-                raise ConfigError(f"arm {name!r}: {where!r} is not a mapping of dotted field to value")
         changes = {**self.arms[name], **scale.arms.get(name, {})}
         control, resources = changes.pop(_AGAINST, None), changes.pop(_RESOURCES, {})
         return Arm(name=name, control=control, changes=changes, resources=resources)
@@ -149,23 +150,28 @@ def load_question(question: str) -> Question:
         ConfigError: if there is no such question, or a field of it is unknown or wrong.
     """
     if question.endswith(_FILES):
-        values, name = load_yaml(question), Path(question).stem
+        values, name = read_yaml(question), Path(question).stem
     elif question in list_questions():
         with resources.as_file(_folder() / f"{question}.yaml") as path:
-            values, name = load_yaml(path), question
+            values, name = read_yaml(path), question
     else:
         error = unknown("study", question, list_questions())
         raise ConfigError(f"{error} (questions: {', '.join(list_questions())}; or a .yaml file)")
     try:
-        found: Question = from_dict({"name": name, **values}, Question)
+        return build(Question, {"name": name, **values})
     except ConfigError as error:
         raise ConfigError(f"question {question!r}: {error}") from error
-    return found
+
+
+def _check_known(where: str, names: Collection[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise unknown(where, name, known)
 
 
 def _shared_scales() -> dict[str, Scale]:
     with resources.as_file(resources.files("localvit.studies.design") / "scales.yaml") as path:
-        return {name: from_dict(values, Scale, name) for name, values in load_yaml(path).items()}
+        return build(dict[str, Scale], read_yaml(path))
 
 
 def _folder() -> Any:

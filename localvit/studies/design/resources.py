@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from localvit.config import from_dict
 from localvit.errors import ConfigError
+from localvit.structure import build, plain
 
 _LEAST = {"minutes": 1, "gpus": 0, "cpus": 1}
 
@@ -49,15 +48,13 @@ class Resources:
         if self.memory is not None and self.memory <= 0:
             raise ConfigError(f"memory={self.memory}: more than 0 GB")
 
-    def replaced(self, own: Mapping[str, Any]) -> Resources:
-        """These with some fields replaced (`Arm.resources`).
+    def replaced(self, own: Mapping[str, Any], where: str = "resources") -> Resources:
+        """Return these with some fields replaced (`Arm.resources`, at `where` of a question).
 
         Raises:
             ConfigError: for an unknown field or a value that is not accepted.
         """
-        if not isinstance(own, Mapping):
-            raise ConfigError(f"resources: {own!r} is not a mapping of field to value")
-        return from_dict({**dataclasses.asdict(self), **own}, Resources, "resources")
+        return build(Resources, {**plain(self), **build(dict[str, Any], own, where)}, where)
 
     def __str__(self) -> str:
         words = [f"{self.minutes} minutes", f"{self.cpus} CPU{'s' if self.cpus > 1 else ''}"]

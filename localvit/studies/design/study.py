@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from localvit.config import UNCOMPARED, TrainConfig, differences, from_dict, to_dict
+from localvit.config import UNCOMPARED, TrainConfig, differences, from_older
 from localvit.errors import ConfigError
+from localvit.structure import build, plain
 from localvit.studies.design.resources import Resources
 
 Metric = Literal["top1", "top5"]
@@ -47,10 +48,7 @@ class Arm:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.name):
             raise ConfigError(f"arm {self.name!r}: a name has lower-case letters, digits, '-' and '.' only")
-        try:
-            Resources().replaced(self.resources)
-        except ConfigError as error:
-            raise ConfigError(f"arm {self.name!r}: {error}") from error
+        Resources().replaced(self.resources, f"arms.{self.name}.resources")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +62,7 @@ class Run:
     @property
     def key(self) -> str:
         """Names the configuration: equal for two runs exactly if their results are meant to be equal."""
-        return key_of(to_dict(self.config))
+        return key_of(plain(self.config))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +130,7 @@ class Study:
             for own in _DECIDED_BY_STUDY:
                 if own in arm.changes:
                     raise ConfigError(f"arm {arm.name!r} changes {own!r}, which the study decides")
-            key = key_of(to_dict(self.config(arm, self.seeds[0])))
+            key = key_of(plain(self.config(arm, self.seeds[0])))
             if key in names:
                 raise ConfigError(f"arms {names[key]!r} and {arm.name!r} are the same configuration")
             names[key] = arm.name
@@ -162,10 +160,7 @@ class Study:
     def config(self, arm: Arm, seed: int) -> TrainConfig:
         """The configuration of one run."""
         own = {"seed": seed, "output": None}
-        try:
-            return from_dict(replace_fields(to_dict(self.base), arm.changes) | own)
-        except ConfigError as error:
-            raise ConfigError(f"arm {arm.name!r}: {error}") from error
+        return build(TrainConfig, replace_fields(plain(self.base), arm.changes) | own, f"arms.{arm.name}")
 
     def runs(self) -> list[Run]:
         """All runs, one seed of every arm first, so that partial results are balanced."""
@@ -177,8 +172,9 @@ class Study:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; the inverse of `study_from_dict`."""
-        values = to_dict(dataclasses.replace(self, base=dataclasses.replace(self.base, seed=0, output=None)))
-        return {**values, "arms": {arm.pop("name"): arm for arm in values["arms"]}}
+        values = {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        arms = {arm.pop("name"): arm for arm in values["arms"]}
+        return values | {"base": values["base"] | {"seed": 0, "output": None}, "arms": arms}
 
 
 def study_from_dict(values: Mapping[str, Any]) -> Study:
@@ -187,10 +183,11 @@ def study_from_dict(values: Mapping[str, Any]) -> Study:
     Raises:
         ConfigError: if it describes none.
     """
-    arms = values.get("arms")
-    if not isinstance(arms, Mapping) or not all(isinstance(arm, Mapping) for arm in arms.values()):
-        raise ConfigError("arms: not a mapping of name to arm")
-    return from_dict({**values, "arms": [{"name": name, **arm} for name, arm in arms.items()]}, Study)
+    arms = build(dict[str, dict[str, Any]], values.get("arms"), "arms")
+    listed = [
+        {"name": name, **arm, "changes": from_older(arm.get("changes", {}))} for name, arm in arms.items()
+    ]
+    return build(Study, {**values, "base": from_older(values.get("base")), "arms": listed})
 
 
 def replace_fields(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,11 +202,11 @@ def replace_fields(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
 
 
 def key_of(config: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits that name a configuration (a mapping as `training.to_dict` makes it).
+    """Twelve hexadecimal digits that name a configuration (a mapping as `plain` makes it).
 
     Fields at their defaults are left out, so that the name survives the addition of fields.
     """
-    changed = differences(to_dict(TrainConfig()), config)
+    changed = differences(plain(TrainConfig()), config)
     identity = {path: new for path, (_, new) in changed.items() if path not in _NOT_IDENTITY}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 

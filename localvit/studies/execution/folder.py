@@ -12,7 +12,6 @@ report.html, report.md, summary.json
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from localvit.atomic import write_atomically
 from localvit.config import differences
 from localvit.errors import ConfigError
 from localvit.runs import locked, read_run
+from localvit.structure import parse_json, read_json, to_json
 from localvit.studies.design import Run, Study, study_from_dict
 from localvit.studies.execution.records import Record, parse_record, read_record
 
@@ -49,6 +49,13 @@ class Outcome:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a run failed."""
+
+    reason: str
+
+
 class StudyFolder:
     """Where a study keeps its runs.
 
@@ -65,12 +72,16 @@ class StudyFolder:
     def __init__(self, path: Path, study: Study) -> None:
         self.path, self.study = path, study
         self._seen = self._stamp()
+        self._refuse_other()
+
+    def _refuse_other(self) -> None:
+        path = self.path
         if not (path / "study.json").exists():
             held = [name for name in _OWN if (path / name).exists()]
             if held:
                 raise ConfigError(f"{str(path)!r} holds {held[0]} but no study.json; choose another folder")
             return
-        there, here = read_study(path).to_dict(), study.to_dict()
+        there, here = read_study(path).to_dict(), self.study.to_dict()
         shared = there["arms"].keys() & here["arms"].keys()
         old, new = (
             {"base": s["base"], "arms": {n: _asked(s["arms"][n]) for n in shared}} for s in (there, here)
@@ -90,17 +101,14 @@ class StudyFolder:
             classes: Number of classes of its data, for reports where the data is not.
 
         Raises:
-            ConfigError: if another process works in it, or has changed its study since it was read.
+            ConfigError: if another process works in it, or has written another study since it was read.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path):
-            if self._stamp() != self._seen:
-                raise ConfigError(
-                    f"output={str(self.path)!r}: another process has just worked there; run the same command "
-                    "again"
-                )
+            if self._stamp() != self._seen:  # another process has worked there since it was read
+                self._refuse_other()
             values = {"command": command, "classes": classes, **self.study.to_dict()}
-            write_atomically(self.path / "study.json", json.dumps(values, indent=1) + "\n")
+            write_atomically(self.path / "study.json", to_json(values))
             self._seen = self._stamp()
             yield
 
@@ -124,7 +132,7 @@ class StudyFolder:
         if record is not None:
             return Outcome("done", record)
         if (folder / _FAILURE).exists():
-            return Outcome("failed", reason=_read(folder / _FAILURE)["reason"])
+            return Outcome("failed", reason=read_json(Failure, folder / _FAILURE).reason)
         status = read_run(folder).status
         if status is not None and status.state == "failed":
             return Outcome("failed", reason=status.error or "unknown")
@@ -178,7 +186,7 @@ class StudyFolder:
     def write_results(self) -> None:
         """Write `results.jsonl`: each record with its arm and seed."""
         rows = [
-            json.dumps({"arm": run.arm, "seed": run.seed, **record.to_dict()})
+            to_json({"arm": run.arm, "seed": run.seed, **record.to_dict()}, indent=None)
             for run, record in self.readable()[0].items()
         ]
         write_atomically(self.path / "results.jsonl", "".join(f"{row}\n" for row in rows))
@@ -189,8 +197,8 @@ class StudyFolder:
             return []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
-                json.loads(line)
-            except ValueError:
+                parse_json(line)
+            except ConfigError:
                 wrong.append(f"line {number} of {str(path)!r} is no record")
         return wrong
 
@@ -202,12 +210,10 @@ class StudyFolder:
             where = f"line {number} of {str(path)!r}"
             if f'"{run.key}"' not in line:
                 continue
-            try:
-                row = json.loads(line)
-                arm, seed = row.pop("arm"), row.pop("seed")
-            except (ValueError, KeyError, AttributeError) as error:
-                raise ConfigError(f"{where} is no record ({error})") from error
-            if (arm, seed) == (run.arm, run.seed):
+            row = parse_json(line, where)
+            if not isinstance(row, dict):
+                raise ConfigError(f"{where} is no record")
+            if (row.pop("arm", None), row.pop("seed", None)) == (run.arm, run.seed):
                 return parse_record(row, where, run)
         return None
 
@@ -215,7 +221,7 @@ class StudyFolder:
 def note_failure(folder: Path, reason: str) -> None:
     """Write down in a run's folder why it failed."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / _FAILURE, json.dumps({"reason": reason}) + "\n")
+    write_atomically(folder / _FAILURE, to_json(Failure(reason)))
 
 
 def read_study(path: Path) -> Study:
@@ -246,12 +252,6 @@ def _asked(arm: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"there is no {str(path)!r}: no study is there") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{str(path)!r} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{str(path)!r} cannot be read: not a mapping")
-    return values
+    if not path.exists():
+        raise ConfigError(f"there is no {str(path)!r}: no study is there")
+    return read_json(dict[str, Any], path)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from localvit.atomic import write_atomically
 from localvit.errors import ConfigError
+from localvit.structure import read_json, to_json
 from localvit.studies.design import Run
 from localvit.studies.execution.folder import StudyFolder
 
@@ -83,18 +83,11 @@ def jobs_path(folder: StudyFolder) -> Path:
 
 def _read_jobs(folder: StudyFolder) -> dict[str, Job]:
     path = jobs_path(folder) / "jobs.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return {key: Job(**job) for key, job in values.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{str(path)!r} cannot be read: {error}") from error
+    return read_json(dict[str, Job], path) if path.exists() else {}
 
 
 def write_jobs(folder: StudyFolder, jobs: Mapping[Run, Job]) -> None:
     """Note the jobs of some runs, in the place of their former ones."""
     jobs_path(folder).mkdir(exist_ok=True)
     values = _read_jobs(folder) | {run.key: job for run, job in jobs.items()}
-    text = json.dumps({key: asdict(job) for key, job in values.items()}, indent=1)
-    write_atomically(jobs_path(folder) / "jobs.json", text + "\n")
+    write_atomically(jobs_path(folder) / "jobs.json", to_json(values))

@@ -14,12 +14,13 @@ import torch
 
 from localvit.atomic import write_atomically
 from localvit.bench import forget_peak_memory, machine, peak_memory
-from localvit.config import TrainConfig, from_dict, to_dict
+from localvit.config import TrainConfig, from_older
 from localvit.cost import count_macs
 from localvit.errors import ConfigError
 from localvit.evaluation import Metrics
 from localvit.models import preprocessing_for
 from localvit.runtime import commit, versions
+from localvit.structure import build, plain, read_json, to_json
 from localvit.studies.design import Run, key_of
 from localvit.training import train
 
@@ -83,7 +84,7 @@ def perform(config: TrainConfig, folder: Path) -> Record:
     """
     forget_peak_memory()
     result = train(dataclasses.replace(config, output=str(folder)))
-    values = to_dict(dataclasses.replace(config, output=None))
+    values = plain(dataclasses.replace(config, output=None))
     record = Record(
         key=key_of(values),
         config=values,
@@ -101,7 +102,7 @@ def perform(config: TrainConfig, folder: Path) -> Record:
         commit=commit(),
         machine=machine(torch.get_num_threads()),
     ).sealed()
-    write_atomically(folder / RECORD, json.dumps(record.to_dict(), indent=1) + "\n")
+    write_atomically(folder / RECORD, to_json(record))
     return record
 
 
@@ -112,10 +113,9 @@ def parse_record(values: Any, where: str, run: Run) -> Record:
         ConfigError: if it is none, is that of another configuration, or was changed after it was written.
     """
     try:
-        config = to_dict(from_dict(values["config"]))
-        metrics = {name: Metrics(**values[name]) for name in ("validation", "test")}
-        record = Record(**{**values, **metrics})
-    except (ValueError, TypeError, KeyError) as error:
+        record = build(Record, values)
+        config = plain(build(TrainConfig, from_older(record.config), "config"))
+    except ConfigError as error:
         raise ConfigError(f"{where} is no record ({error})") from error
     if not key_of(config) == record.key == run.key:
         raise ConfigError(f"{where} does not hold the configuration of {run.arm} seed {run.seed}")
@@ -134,10 +134,9 @@ def read_record(folder: Path, run: Run) -> Record | None:
     if not path.exists():
         return None
     try:
-        return parse_record(json.loads(path.read_text(encoding="utf-8")), repr(str(path)), run)
-    except (OSError, ValueError) as error:
-        text = str(error) if isinstance(error, ConfigError) else f"{str(path)!r} is no record ({error})"
-        raise ConfigError(f"{text}; delete {str(folder)!r} to redo it") from error
+        return parse_record(read_json(dict[str, Any], path), repr(str(path)), run)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; delete {str(folder)!r} to redo it") from error
 
 
 def _digest(values: Mapping[str, Any]) -> str:

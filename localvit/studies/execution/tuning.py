@@ -8,7 +8,6 @@ the package in ``localvit/studies/tuned/``.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ from typing import Any
 from rich.console import Console
 
 from localvit.atomic import write_atomically
-from localvit.config import TrainConfig, comparable, differences, from_dict, merge
+from localvit.config import TrainConfig, comparable, differences, from_older, merge
 from localvit.errors import ConfigError
 from localvit.runtime import versions
+from localvit.structure import build, read_json, to_json
 from localvit.studies.design import Arm, Study
 from localvit.studies.execution.folder import StudyFolder
 from localvit.studies.execution.run import Failures, StudyFailed, run_missing
@@ -65,7 +65,7 @@ class Tuning:
     def departures(self, base: TrainConfig) -> dict[str, tuple[Any, ...]]:
         """Fields of `base` that differ from what was tuned: path -> (tuned, here)."""
         # Read as a configuration: a field that is newer than the tuning has its default there.
-        tuned: TrainConfig = from_dict(merge(self.base, {"optim": {"lr": base.optim.lr}}))
+        tuned = build(TrainConfig, merge(from_older(self.base), {"optim": {"lr": base.optim.lr}}))
         return differences(_tuned_part(tuned), _tuned_part(base))
 
 
@@ -126,7 +126,7 @@ def tune(
 
 def save_tuning(tuning: Tuning, folder: Path) -> None:
     """Write `tuning.json` and `tuning.md` into a folder."""
-    write_atomically(folder / "tuning.json", json.dumps(dataclasses.asdict(tuning), indent=1) + "\n")
+    write_atomically(folder / "tuning.json", to_json(tuning))
     write_atomically(folder / "tuning.md", tuning_markdown(tuning))
 
 
@@ -137,9 +137,9 @@ def load_tuning(path: Path) -> Tuning:
         ConfigError: if it is none.
     """
     try:
-        return Tuning(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{str(path)!r} is no tuning: {error}") from error
+        return read_json(Tuning, path)
+    except ConfigError as error:
+        raise ConfigError(f"no tuning: {error}") from error
 
 
 def shipped_tuning(recipe: str) -> Tuning | None:

@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from localvit.atomic import write_atomically
-from localvit.config import to_dict
 from localvit.inference import load_checkpoint
+from localvit.structure import plain
 from localvit.studies.design import Study, dead_sites
 from localvit.studies.execution import Record, StudyFolder, Tuning, tuning_table
 from localvit.studies.reporting import figures
@@ -209,7 +209,7 @@ def _repeat(report: Report) -> list[Block]:
         hours = sum(record.seconds for record in records) / 3600
         words = f"Made with {made}. Trained on: {machines}; {hours:.2f} hours of training in all."
         blocks += [Text(words, small=True), Text(f"Splits of the first run: {notes}.", small=True)]
-    values = to_dict(report.study.base)
+    values = plain(report.study.base)
     base = yaml.safe_dump({k: v for k, v in values.items() if k not in ("seed", "output")}, sort_keys=False)
     return [*blocks, Code(base, title="What all arms share")]
 

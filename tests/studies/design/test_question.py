@@ -1,6 +1,7 @@
 """Questions as files: every one that is shipped can be asked at every scale, and what is wrong is named."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -76,28 +77,94 @@ def test_a_question_of_ones_own(tmp_path):
     assert (study.seeds, study.name, study.scale) == ((0, 1, 2), "mine", "mine")
 
 
+CLAIM = "claim: {text: t, source: s, "
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("question:", "questoin:", "questoin"),
-        ("{epochs: 60}", "{epoch: 60}", "arm 'long': .*epoch.*did you mean 'epochs'"),
+        ("{epochs: 60}", "{epoch: 60}", "arms.long.epoch: .*did you mean 'epochs'"),
         ("{epochs: 60}", "{}", "arms 'short' and 'long' are the same configuration"),
-        ("{epochs: 60}", "60", "arm 'long': 60 is not a mapping"),
+        ("{epochs: 60}", "60", "arms.long: 60 is not accepted; use a mapping"),
         ("against: long", "against: logn", "control: there is no arm 'logn'"),
         ("longer: {epochs: 90}", "longest: {epochs: 90}", "scales.mine.arms: there is no 'longest'"),
         ("recipe: digits", "recipe: digit", "did you mean 'digits'"),
         ("recipe: digits, ", "", "scales.mine.recipe is missing"),
-        ("match: none", "match: time", "match='time'; accepted: 'none', 'params', 'macs'"),
+        ("match: none", "match: time", "match: 'time' is not accepted; use 'none', 'params' or 'macs'"),
         (
             "match: none",
             "claim: {text: t, source: s, expected: {lon: better}}",
-            "claim: there is no arm 'lon'",
+            "claim.expected: there is no 'lon'; did you mean 'long'",
         ),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, old, new, message):
     with pytest.raises(ConfigError, match=message):
         load_question(write(tmp_path, MINE.replace(old, new, 1))).study("mine", 2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  long:", "  on:", "line 5: arms: the key on is not text in YAML; quote it: 'on'"),
+        ("  long:", "  off:", "line 5: arms: the key off is not text in YAML; quote it: 'off'"),
+        ("  long:", "  5:", "line 5: arms: the key 5 is not text in YAML; quote it: '5'"),
+        ("  longer: {", "  long: {", "line 6: arms: the key 'long' is there twice"),
+        ("{epochs: 60}", "{epochs: 0x_}", "line 5: arms.long.epochs: 0x_ is an integer in YAML"),
+        ("{epochs: 60}", "{epochs: [" + "[" * 1000, "nested more than 40 levels deep"),
+        ("short", "[short]", "control: ['short'] is not accepted; use a string"),
+        ("match: none", "claim: 3", "claim: 3 is not accepted; use a mapping"),
+        ("match: none", "claim: {text: t}", "claim.source is missing"),
+        (
+            "match: none",
+            CLAIM + "expected: higher}",
+            "claim.expected: 'higher' is not accepted; use a mapping",
+        ),
+        (
+            "match: none",
+            CLAIM + "expected: {long: higher}}",
+            "claim.expected.long: 'higher' is not accepted; use 'better' or 'worse'",
+        ),
+        (
+            "match: none",
+            CLAIM + "reported: {long: about 75}}",
+            "claim.reported.long: 'about 75' is not accepted; use a number",
+        ),
+        ("match: none", CLAIM + "reported: {long: .nan}}", "claim.reported.long: nan is not accepted"),
+        (
+            "match: none",
+            CLAIM + "reported: {lang: 75}}",
+            "claim.reported: there is no 'lang'; did you mean 'long'",
+        ),
+        ("match: none", CLAIM + "expceted: {}}", "claim.expceted: there is no such field; did you mean"),
+        (
+            "{longer: {epochs: 90}}",
+            "{longer: 3}",
+            "scales.mine.arms.longer: 3 is not accepted; use a mapping",
+        ),
+        ("recipe: digits", "recipes: digits", "scales.mine.recipes: there is no such field; did you mean"),
+        ("recipe: digits", "recipe: 3", "scales.mine.recipe: 3 is not accepted; use a string"),
+    ],
+)
+def test_what_is_wrong_is_named_when_the_question_is_read(tmp_path, old, new, message):
+    assert old in MINE
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        load_question(write(tmp_path, MINE.replace(old, new, 1)))
+    assert "mine.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_quoted_name_of_an_arm_is_a_name(tmp_path):
+    text = MINE.replace("  long:", "  'on':").replace("against: long", "against: 'on'")
+    study = load_question(write(tmp_path, text)).study("mine", 2)
+    assert [arm.name for arm in study.arms] == ["short", "on", "longer"]
+
+
+def test_what_an_arm_asks_of_a_cluster_is_checked(tmp_path):
+    text = MINE.replace("{epochs: 60}", "{epochs: 60, resources: {minuets: 5}}")
+    with pytest.raises(ConfigError, match=r"arms\.long\.resources\.minuets: .*did you mean 'minutes'"):
+        load_question(write(tmp_path, text)).study("mine", 2)
 
 
 def test_unknown_names_come_with_those_that_exist():
@@ -111,6 +178,6 @@ def test_scales_differ_in_the_recipe_and_arms_in_what_the_question_names():
     study = load_question("placement").study("paper", 1)
     control, upper = (study.config(study.arm(name), 0) for name in ("deit", "upper-third"))
     assert (control.data.train, control.epochs) == ("imagenet", 300)
-    from localvit.config.files import to_dict
+    from localvit.structure import plain
 
-    assert set(differences(to_dict(control), to_dict(upper))) == {"model.locality", "model.blocks"}
+    assert set(differences(plain(control), plain(upper))) == {"model.locality", "model.blocks"}

@@ -7,15 +7,15 @@ import torch
 
 from localvit import LocalityConfig
 from localvit.config.comparison import differences
-from localvit.config.files import to_dict
 from localvit.errors import ConfigError
 from localvit.models.build import build_model
+from localvit.structure import plain
 from localvit.studies.demo import ARMS, demo_study
 from localvit.studies.design.study import Arm, Study, key_of
 
 
 def test_arms_differ_in_locality_only_without_tuned_rates(study):
-    control, treatment = (to_dict(study.config(arm, 0)) for arm in study.arms)
+    control, treatment = (plain(study.config(arm, 0)) for arm in study.arms)
     assert differences(control, treatment) == {"model.locality": (None, {})}
 
 
@@ -45,12 +45,12 @@ def test_a_seed_pairs_the_initial_weights_that_arms_share(study):
 @pytest.mark.parametrize("field", ["output", "workers"])
 def test_where_results_go_is_no_part_of_the_key(tiny, field):
     other = dataclasses.replace(tiny, **{field: {"output": "x", "workers": 2}[field]})
-    assert key_of(to_dict(other)) == key_of(to_dict(tiny))
+    assert key_of(plain(other)) == key_of(plain(tiny))
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"epochs": 2}, {"batch_size": 128}])
 def test_what_decides_the_result_is_in_the_key(tiny, change):
-    assert key_of(to_dict(dataclasses.replace(tiny, **change))) != key_of(to_dict(tiny))
+    assert key_of(plain(dataclasses.replace(tiny, **change))) != key_of(plain(tiny))
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,12 @@ def test_what_decides_the_result_is_in_the_key(tiny, change):
         ((ARMS[0], ARMS[0]), (0,), "arm 'baseline' comes twice"),
         (ARMS, (0, 1, 0), "seed 0 comes twice"),
         ((ARMS[0], Arm(name="same")), (0,), "'baseline' and 'same' are the same configuration"),
-        ((Arm(name="a", changes={"model": {"lokality": {}}}),), (0,), "arm 'a': .*model.lokality.*locality"),
-        ((Arm(name="a", changes={"optim": {"lr": -1.0}}),), (0,), "arm 'a': optim.lr=-1.0"),
+        (
+            (Arm(name="a", changes={"model": {"lokality": {}}}),),
+            (0,),
+            "^arms.a.model.lokality: there is no .*locality",
+        ),
+        ((Arm(name="a", changes={"optim": {"lr": -1.0}}),), (0,), "^arms.a: optim.lr=-1.0"),
         ((Arm(name="a", changes={"seed": 3}),), (0,), "arm 'a' changes 'seed'"),
         ((Arm(name="a", changes={"output": "x"}),), (0,), "arm 'a' changes 'output'"),
     ],

@@ -107,7 +107,7 @@ def test_a_damaged_tuning_is_named(tmp_path):
     path = tmp_path / "tuning.json"
     for text in ("", "[]", json.dumps({"grid": []})):
         path.write_text(text)
-        with pytest.raises(ConfigError, match=r"tuning\.json' is no tuning"):
+        with pytest.raises(ConfigError, match=r"no tuning: .*tuning\.json'"):
             load_tuning(path)
 
 
