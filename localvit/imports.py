@@ -56,7 +56,7 @@ def once_imported(module: str, action: Callable[[], object]) -> None:
 
 
 def do_what_waits() -> None:
-    """Do what waits for the import of our own modules, unless one is under way."""
+    """Do what waited for the end of an import; where no door is used, nothing else does."""
     while _waiting and not _half_imported():
         _waiting.pop(0)()
 

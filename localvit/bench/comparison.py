@@ -1,4 +1,4 @@
-"""``localvit bench``: a model against another, in turns, beside the machine's own peak."""
+"""`localvit bench`: a model against another, in turns, beside the machine's own peak."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localvit.bench.engines import EngineName, check_engine, keeps_memory, open_on
+from localvit.bench.engines import FORMS, EngineName, check_engine, keeps_memory, open_on
 from localvit.bench.host import memory_growth
 from localvit.bench.measure import (
     Quartiles,
@@ -28,7 +28,7 @@ from localvit.config import Precision
 from localvit.cost import count_macs, count_parameters
 from localvit.engines import ExportInfo
 from localvit.errors import ConfigError
-from localvit.inference import Checkpoint, load_checkpoint, untrained
+from localvit.inference import FUSED, OpenModel, fused, open_model
 from localvit.models import VARIANTS, check_forward
 from localvit.runtime import DTYPES, autocast, pick_device
 
@@ -38,26 +38,28 @@ SHORTEST = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """What is compared.
+    """Configuration of a benchmark.
 
     Attributes:
-        model: A timm name (built with random weights), or whatever `training.load_checkpoint` takes.
-        against: As `model`; ``None``: the baseline of a model that localvit knows.
-        engine, against_engine: What computes each.
-        batch_size: Pictures in a call.
-        size: Height and width of the pictures; ``None``: each model's own.
-        threads: Of torch and of the engines; ``None``: torch's present number.
+        model: A timm name (built with random weights), or another source that `open_model` takes.
+        against: As `model`; `None`: the baseline of a model that localvit knows.
+        engine, against_engine: What computes each; `None`: `"fused"` where the model has a fused form and
+            `fuse` is set, else `"eager"`.
+        batch_size: Images in a call.
+        size: Height and width of the images; `None`: each model's own.
+        threads: Threads of torch and of the engines; `None`: torch's present number.
         rounds: Turns of each.
-        train: A training step (forward, backward, AdamW) instead of inference.
-        precision: Of the forward pass, by autocast, as in training; ``"fp16"`` needs a GPU.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``...
+        train: A training step (forward, backward, AdamW) instead of inference. It is never fused.
+        precision: Type of the forward pass, by autocast, as in training; `"fp16"` needs a GPU.
+        device: `"auto"`, `"cpu"`, `"cuda"`...
+        fuse: Prefer fused forms where no engine is named.
         args: Constructor arguments of both models.
     """
 
     model: str
     against: str | None = None
-    engine: EngineName = "eager"
-    against_engine: EngineName = "eager"
+    engine: EngineName | None = None
+    against_engine: EngineName | None = None
     batch_size: int = 8
     size: int | None = None
     threads: int | None = None
@@ -65,6 +67,7 @@ class BenchConfig:
     train: bool = False
     precision: Precision = "fp32"
     device: str = "auto"
+    fuse: bool = True
     args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,7 +82,7 @@ class BenchConfig:
 
     @property
     def baseline(self) -> str:
-        """What it is compared with."""
+        """Name of the model that it is compared with."""
         return self.against or VARIANTS[self.model].base
 
 
@@ -87,26 +90,25 @@ def compare(config: BenchConfig, progress: Callable[[range], Iterable[int]] = it
     """Time two models and the fastest matrix product in turns.
 
     Args:
-        config: What.
-        progress: Of the rounds, as in `measure.interleaved`.
+        config: What to compare.
+        progress: Wraps the rounds, as in `measure.interleaved`.
 
     Raises:
-        ConfigError: if a model or an engine cannot be had.
+        ConfigError: if a model cannot be opened or an engine cannot be used.
         ExportFailed, ParityError: if a model cannot be written for its engine.
     """
     device = pick_device(config.device)
-    for engine in (config.engine, config.against_engine):
-        check_engine(engine, device, train=config.train, precision=config.precision)
+    engines = {"model": config.engine, "against": config.against_engine}
+    for engine in engines.values():
+        check_engine(engine or "eager", device, train=config.train, precision=config.precision)
     with using_threads(config.threads):
         names = {"model": config.model, "against": config.baseline}
-        engines = {"model": config.engine, "against": config.against_engine}
-        loaded = {side: load(name, config) for side, name in names.items()}
-        counted = {side: _costs(each) for side, each in loaded.items()}
-        works = {side: _work(each, engines[side], config, device) for side, each in loaded.items()}
+        opened = {side: load(name, config) for side, name in names.items()}
+        ready = {side: _prepare(each, engines[side], config, device) for side, each in opened.items()}
         peak = fastest_matmul(device, DTYPES[config.precision])
-        memory = {side: _memory(work, engines[side], device) for side, work in works.items()}
+        memory = {side: _memory(each.work, each.engine, device) for side, each in ready.items()}
         seconds = interleaved(
-            {**works, "peak": without_gradients(peak.work)},
+            {**{side: each.work for side, each in ready.items()}, "peak": without_gradients(peak.work)},
             config.rounds,
             timer=timer_for(device),
             at_least=SHORTEST,
@@ -115,13 +117,14 @@ def compare(config: BenchConfig, progress: Callable[[range], Iterable[int]] = it
         sides = {
             side: Side(
                 model=names[side],
-                engine=engines[side],
-                input_size=loaded[side].preprocessing.input_size,
-                **counted[side],
-                **figures(config, counted[side]["gmacs"], seconds[side], seconds["peak"], peak),
+                engine=each.engine,
+                form=each.form,
+                input_size=opened[side].preprocessing.input_size,
+                **each.costs,
+                **figures(config, each.costs["gmacs"], seconds[side], seconds["peak"], peak),
                 peak_memory=memory[side],
             )
-            for side in names
+            for side, each in ready.items()
         }
         return Comparison(
             ratio=ratio(seconds["model"], seconds["against"]),
@@ -138,7 +141,7 @@ def compare(config: BenchConfig, progress: Callable[[range], Iterable[int]] = it
 def figures(
     config: BenchConfig, gmacs: float, seconds: list[float], peak_seconds: list[float], peak: Matmul
 ) -> dict[str, Any]:
-    """What follows from the seconds of a batch, by field of `Side`."""
+    """Compute the fields of `Side` that follow from the seconds of a batch."""
     flops = fraction_flops(gmacs, config.batch_size, train=config.train)
     taken = Quartiles.of(seconds)
     return {
@@ -149,28 +152,29 @@ def figures(
 
 
 def fraction_flops(gmacs: float, batch_size: int, *, train: bool = False) -> float:
-    """Operations of a call: two for each multiply-accumulate, three passes for a training step."""
+    """Return the operations of a call: two for each multiply-accumulate, three passes for a training step."""
     return 2e9 * gmacs * batch_size * (3 if train else 1)
 
 
 def fraction(flops: float, seconds: list[float], peak_flops: float, peak_seconds: list[float]) -> Quartiles:
-    """Operations per second as a share of those of the matrix product in the same round."""
+    """Return operations per second as a fraction of those of the matrix product in the same round."""
     shares = [(flops / own) / (peak_flops / other) for own, other in zip(seconds, peak_seconds, strict=True)]
     return Quartiles.of(shares)
 
 
-def load(name: str, config: BenchConfig) -> Checkpoint:
-    """A model and how it wants its pictures, of the size that is asked for.
+def load(name: str, config: BenchConfig) -> OpenModel:
+    """Open a model and prepare it for images of the size that is asked for.
 
     Raises:
-        ConfigError: if it cannot be had, or does not take such pictures.
+        ConfigError: if it cannot be opened, or does not take such images.
     """
     args = dict(config.args)
     known = timm.is_model(name)
     cfg = timm.get_pretrained_cfg(name) if known else None
     if config.size is not None and (cfg is None or cfg.fixed_input_size):
         args["img_size"] = config.size  # models of any size have no such argument
-    found = untrained(name, args) if known else load_checkpoint(name, torch.device("cpu"), args)
+    found = open_model(name, "cpu", args=args, random_weights=known)
+    found.require_pytorch("bench")
     if config.size is not None:
         channels = found.preprocessing.input_size[0]
         sized = replace(found.preprocessing, input_size=(channels, config.size, config.size))
@@ -179,24 +183,39 @@ def load(name: str, config: BenchConfig) -> Checkpoint:
     return found
 
 
-def _costs(loaded: Checkpoint) -> dict[str, Any]:
-    macs = count_macs(loaded.model.eval(), loaded.preprocessing.input_size)
-    return {"parameters": count_parameters(loaded.model), "gmacs": macs / 1e9}
+@dataclass(frozen=True, kw_only=True)
+class _Ready:
+    """Model on its engine: its work, its form in words, and its costs by field of `Side`."""
+
+    engine: EngineName
+    form: str
+    work: Work
+    costs: dict[str, Any]
 
 
-def _work(loaded: Checkpoint, engine: EngineName, config: BenchConfig, device: torch.device) -> Work:
-    images = torch.randn(config.batch_size, *loaded.preprocessing.input_size, device=device)
+def _prepare(
+    opened: OpenModel, engine: EngineName | None, config: BenchConfig, device: torch.device
+) -> _Ready:
+    """Put a model on an engine; without one, on its fused form where it has one."""
+    macs = count_macs(opened.model.eval(), opened.preprocessing.input_size)
+    costs = {"parameters": count_parameters(opened.model), "gmacs": macs / 1e9}
+    images = torch.randn(config.batch_size, *opened.preprocessing.input_size, device=device)
     if config.train:
-        model: Any = loaded.model.to(device)
+        engine = engine or "eager"
+        model: Any = opened.model.to(device)
         model = torch.compile(model) if engine == "compile" else model
-        return training_step(model, images, config.precision)
-    info = ExportInfo.of(
-        loaded.preprocessing,
-        architecture=loaded.source,
-        num_classes=loaded.model.num_classes,  # type: ignore[arg-type]
-    )
-    opened = open_on(engine, loaded.model, info, device)
-    return without_gradients(lambda: _forward(opened, images, config.precision))
+        work = training_step(model, images, config.precision)
+        return _Ready(engine=engine, form=FORMS[engine], work=work, costs=costs)
+    if engine is None and config.fuse:
+        opened = fused(replace(opened, model=opened.model.to(device)))
+        engine, form = ("fused" if opened.form == FUSED else "eager"), opened.form
+        compute: Callable[[Tensor], Tensor] = opened.model
+    else:
+        engine = engine or "eager"
+        info = ExportInfo.of(opened.preprocessing, architecture=opened.source, num_classes=opened.num_classes)
+        compute, form = open_on(engine, opened.model, info, device), FORMS[engine]
+    work = without_gradients(lambda: _forward(compute, images, config.precision))
+    return _Ready(engine=engine, form=form, work=work, costs=costs)
 
 
 def _forward(model: Callable[[Tensor], Tensor], images: Tensor, precision: Precision) -> Tensor:
@@ -205,8 +224,10 @@ def _forward(model: Callable[[Tensor], Tensor], images: Tensor, precision: Preci
 
 
 def training_step(model: nn.Module, images: Tensor, precision: Precision = "fp32") -> Work:
-    """Forward pass, cross-entropy, backward pass, and an update by AdamW that leaves the weights as they are,
-    so that all rounds compute the same."""
+    """Return a training step: forward pass, cross-entropy, backward pass, and an update by AdamW.
+
+    The learning rate is 0, so that all rounds compute the same.
+    """
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     labels = torch.zeros(len(images), dtype=torch.long, device=images.device)

@@ -1,4 +1,4 @@
-"""A model on each engine: something that takes pictures."""
+"""Models on engines: functions from images to logits."""
 
 from __future__ import annotations
 
@@ -12,13 +12,22 @@ from torch import Tensor, nn
 
 from localvit.acceleration import fuse
 from localvit.config import Precision
-from localvit.engines import ExportInfo, check_packages, open_engine
+from localvit.engines import ENGINE_NAMES, ExportInfo, check_packages, open_engine
 from localvit.errors import ConfigError
 from localvit.export import FORMATS, FormatName, export_model
 
 EngineName = Literal["eager", "fused", "compile", "onnxruntime", "openvino"]
-"""``eager``: the model as it is built; ``fused``: `localvit.fuse`; ``compile``: that (in training the model
-as built), compiled by ``torch.compile``; the others run a file that `localvit.export` writes, on the CPU."""
+"""`eager`: the model as it is built; `fused`: `localvit.fuse`; `compile`: that (in training the model
+as built), compiled by `torch.compile`; the others run a file that `localvit.export` writes, on the CPU."""
+
+FORMS: dict[EngineName, str] = {
+    "eager": "PyTorch",
+    "fused": "PyTorch, fused",
+    "compile": "PyTorch, compiled",
+    "onnxruntime": ENGINE_NAMES["onnxruntime"],
+    "openvino": ENGINE_NAMES["openvino"],
+}
+"""Engine -> the form that runs, in words."""
 
 _FORMATS: dict[str, FormatName] = {"onnxruntime": "onnx", "openvino": "openvino"}
 
@@ -26,7 +35,7 @@ _FORMATS: dict[str, FormatName] = {"onnxruntime": "onnx", "openvino": "openvino"
 def check_engine(
     engine: EngineName, device: torch.device, *, train: bool = False, precision: Precision = "fp32"
 ) -> None:
-    """Refuse what cannot be measured, before any work.
+    """Refuse an engine that cannot be measured, before any work.
 
     Raises:
         ConfigError: for an unknown engine, one whose packages are missing, one that does not run on `device`
@@ -49,22 +58,22 @@ def check_engine(
 
 
 def keeps_memory(engine: EngineName) -> bool:
-    """Whether the engine holds its working memory between calls, so that a call's own cannot be seen."""
+    """Return whether the engine holds its working memory between calls, which hides that of a call."""
     return engine in _FORMATS
 
 
 def open_on(
     engine: EngineName, model: nn.Module, info: ExportInfo, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """`model` for inference on an engine, with torch's present number of threads.
+    """Return `model` for inference on an engine, with torch's present number of threads.
 
-    Exported files are compared with the model first, on random pictures, and are gone once opened.
+    Exported files are compared with the model first, on random images, and are deleted once opened.
 
     Args:
-        engine: Which.
+        engine: The engine.
         model: In evaluation mode. It is moved to `device`, and otherwise left as it is.
-        info: For the file.
-        device: Where to compute.
+        info: Metadata of the file.
+        device: Device that computes.
 
     Raises:
         ConfigError: if nothing in the model has a fast form.

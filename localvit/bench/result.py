@@ -1,4 +1,4 @@
-"""What a benchmark found: numbers that name what they were measured with."""
+"""Results of a benchmark: numbers with the machine and the versions that they were measured with."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from localvit.version import __version__
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What times depend on besides the code.
+    """Circumstances that times depend on besides the code.
 
     Attributes:
         machine: Processor, threads, GPU.
-        cpus: Processors that the process may use.
-        instructions: The widest of the processor that torch uses.
-        allocator: What serves ``malloc``.
+        cpus: Number of processors that the process may use.
+        instructions: Widest vector instructions that torch uses.
+        allocator: Library that serves `malloc`.
         environment: Variables that steer threads, allocators and libraries of arithmetic.
-        device, threads: Of torch; the engines get as many threads.
-        versions: Of the packages that compute.
-        dtype: Of weights and pictures, or what autocast computes in.
+        device, threads: Those of torch; the engines get as many threads.
+        versions: Versions of the packages that compute.
+        dtype: Type of weights and images, or of autocast.
     """
 
     device: str
@@ -43,7 +43,7 @@ class Setting:
 
     @classmethod
     def here(cls, device: torch.device, precision: Precision = "fp32") -> Setting:
-        """Of this process, now."""
+        """Describe this process, now."""
         threads = torch.get_num_threads()
         dtype = str(DTYPES[precision]).removeprefix("torch.")
         how = "" if precision == "fp32" else " by autocast"
@@ -60,25 +60,27 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One of the two models.
+    """Result of one of the two models.
 
     Attributes:
         model: Its name.
-        engine: What computes.
-        input_size: (C, H, W) of a picture.
+        engine: What computes (`EngineName`).
+        form: The same in words, with the reason where a fused form was preferred and there is none.
+        input_size: (C, H, W) of an image.
         parameters: Counted as it is built.
-        gmacs: Multiply-accumulates of a forward pass of one picture, in units of 1e9 (`localvit.cost`).
-        seconds: Of a batch.
-        images_per_second: At the median.
-        fraction_of_peak: Its operations per second, as a share of what the fastest matrix product reached in
-            the same rounds. A training step counts as three forward passes.
+        gmacs: Multiply-accumulates of a forward pass of one image, in units of 1e9 (`localvit.cost`).
+        seconds: Time of a batch.
+        images_per_second: Throughput at the median.
+        fraction_of_peak: Its operations per second, as a fraction of those of the fastest matrix product
+            in the same rounds. A training step counts as three forward passes.
         peak_memory: Bytes that a call holds at its peak beyond what was there before it (weights, inputs,
-            an optimizer's state); ``None`` where the system does not tell, or the engine keeps its memory
+            an optimizer's state); `None` where the system does not tell, or the engine keeps its memory
             between calls.
     """
 
     model: str
     engine: str
+    form: str
     input_size: tuple[int, int, int]
     parameters: int
     gmacs: float
@@ -94,13 +96,13 @@ class Comparison:
 
     Attributes:
         ratio: Time of `model` by time of `against` in each round; below 1, `model` is faster.
-        task: ``"inference"`` or ``"training step"`` (forward, backward and an update by AdamW).
-        batch_size: Pictures in a call.
+        task: `"inference"` or `"training step"` (forward, backward and an update by AdamW).
+        batch_size: Images in a call.
         rounds: Turns of each.
         model, against: The two.
-        peak_gflops: Of the fastest matrix product, at its median, in units of 1e9 operations per second.
-        peak_matmul: Which that is: library and shape.
-        setting: What it was measured with.
+        peak_gflops: Median speed of the fastest matrix product, in units of 1e9 operations per second.
+        peak_matmul: Library and shape of that product.
+        setting: Circumstances of the measurement.
     """
 
     ratio: Quartiles
@@ -114,10 +116,9 @@ class Comparison:
     setting: Setting
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the fields as JSON values."""
         return dataclasses.asdict(self)
 
 
 def _versions() -> dict[str, str]:
-
     return {"localvit": __version__, "torch": torch.__version__, "timm": timm.__version__}

@@ -6,16 +6,18 @@ A verb's module has `Options`, a frozen dataclass that tyro turns into flags, an
 
 Exit codes: 0 done; 1 it began and could not be finished; 2 wrong use, with one line on stderr and nothing
 written; 130 interrupted (0 where the same command goes on with what is kept: `train`, `predict` into a
-file). Anything unforeseen keeps its traceback.
+file); 141 the reader of the output ended, as `| head` does. Anything unforeseen keeps its traceback.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import io
+import os
+import select
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from localvit.cli.arguments import Failure, UsageError, parse
 
@@ -45,31 +47,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are not UTF-8 keep their bytes
     try:
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print(_help())
-            return 0 if arguments else 2
-        if arguments[0] == "--version":
-            print(_version())
-            return 0
-        verb = _verb(arguments[0])
-        module = importlib.import_module(VERBS[verb][0])
-        options = parse(module.Options, f"localvit {verb}", arguments[1:])
-        return 0 if options is None else _run(module, options)
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except (UsageError, Failure) as error:
         print(f"localvit: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("localvit: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _reader_ended():
+            raise
+        return 141
 
 
-def _run(module: Any, options: Any) -> int:
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(_version())
+        return 0
+    verb = _verb(arguments[0])
+    module = importlib.import_module(VERBS[verb][0])
+    options = parse(module.Options, f"localvit {verb}", arguments[1:])
+    if options is None:
+        return 0
     from localvit.data import disable_ghostscript
 
     disable_ghostscript()
     return int(module.run(options))
+
+
+def _reader_ended() -> bool:
+    """Return whether nobody reads the standard output any more; if so, what is left for it is dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    ended = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if ended:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
+    return ended
 
 
 def _verb(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import tyro
 
 T = TypeVar("T")
-_STUDY = {"scipy": "scipy", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+_STUDY = {"scipy": "scipy", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "jinja2": "jinja2"}
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A disk, a quota or a file that is full."""

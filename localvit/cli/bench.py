@@ -1,4 +1,4 @@
-"""``localvit bench``: how fast is a model here, against another?"""
+"""`localvit bench`: speed of a model here, against another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Engine = Literal["eager", "fused", "compile", "onnxruntime", "openvino"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Time a model and another in turns: ratio first, then time, memory and the share of this machine's peak.
+    """Time a model and another in turns: ratio first, then time, memory, fraction of this machine's peak.
 
     Medians with quartiles of the rounds. The peak is that of the fastest matrix product, which takes its
     turns too. A ratio travels to other machines better than any time, which belongs to the one that is named.
@@ -27,23 +27,26 @@ class Options:
     """a timm name (random weights) or a run's folder"""
     against: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """what it is compared with; default: the baseline, for the names of localvit models"""
-    engine: _Engine = "eager"
-    """what runs MODEL; fused: localvit.fuse; compile: that and torch.compile (minutes), in training
-    torch.compile alone; the last two need pip install 'localvit[export]'"""
-    against_engine: _Engine = "eager"
-    """what runs the other"""
+    engine: _Engine | None = None
+    """what runs MODEL; default: fused where it can be, in training eager; fused: localvit.fuse; compile: that
+    and torch.compile (minutes), in training torch.compile alone; the last two need
+    pip install 'localvit[export]'"""
+    against_engine: _Engine | None = None
+    """what runs the other; default as for MODEL"""
+    fuse: tyro.conf.FlagCreatePairsOff[bool] = True
+    """take eager in place of fused where no engine is named"""
     batch: Annotated[int, tyro.conf.arg(metavar="N")] = 8
-    """pictures in a call"""
+    """images in a call"""
     size: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
-    """height and width of the pictures; default: each model's own"""
+    """height and width of the images; default: each model's own"""
     threads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """of the CPU; default: PyTorch's own choice"""
+    """threads of the CPU; default: PyTorch's own choice"""
     rounds: Annotated[int, tyro.conf.arg(metavar="N")] = 15
     """turns of each"""
     train: tyro.conf.FlagCreatePairsOff[bool] = False
     """time a training step: forward, backward, update"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """of the forward pass, by autocast; fp16 needs a GPU"""
+    """type of the forward pass, by autocast; fp16 needs a GPU"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
@@ -77,6 +80,7 @@ def run(options: Options) -> int:
             train=options.train,
             precision=options.precision,
             device=options.device,
+            fuse=options.fuse,
             args=model_arguments(options.set),
         )
         quiet = Console(stderr=True)
@@ -96,7 +100,7 @@ def _print(found: Comparison) -> None:
     console = Console(highlight=False)
     console.print(
         f"ratio {found.ratio} (below 1, the first is faster): {found.task} of {found.batch_size}, "
-        f"{found.model.model} ({found.model.engine}) / {found.against.model} ({found.against.engine})",
+        f"{found.model.model} ({found.model.form}) / {found.against.model} ({found.against.form})",
         markup=False,
     )
     table = Table(
@@ -104,7 +108,7 @@ def _print(found: Comparison) -> None:
     )
     table.add_column("")
     for side in (found.model, found.against):
-        table.add_column(f"{side.model} ({side.engine})", justify="right")
+        table.add_column(f"{side.model} ({side.form})", justify="right")
     sides = [_figures(found, side) for side in (found.model, found.against)]
     for name in sides[0]:
         table.add_row(name, *(side[name] for side in sides))
@@ -114,7 +118,7 @@ def _print(found: Comparison) -> None:
 
 
 def _figures(found: Comparison, side: Side) -> dict[str, str]:
-    """Rows of the table."""
+    """Return the rows of the table."""
     times = (1e3 * side.seconds.median, 1e3 * side.seconds.low, 1e3 * side.seconds.high)
     share = side.fraction_of_peak
     return {
@@ -124,5 +128,5 @@ def _figures(found: Comparison, side: Side) -> dict[str, str]:
         "memory of a call, MiB": "-" if side.peak_memory is None else f"{side.peak_memory / 2**20:.1f}",
         "GMACs": f"{side.gmacs:.4g}",
         "parameters, M": f"{side.parameters / 1e6:.2f}",
-        "picture": "x".join(map(str, side.input_size)),
+        "image": "x".join(map(str, side.input_size)),
     }

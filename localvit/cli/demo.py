@@ -133,11 +133,11 @@ def _tune(options: Options, base: TrainConfig, folder: Path, console: Console) -
 
 def _compare(options: Options, base: TrainConfig, folder: Path, console: Console) -> None:
     from localvit.cli.study import print_report
-    from localvit.studies import answer, demo
+    from localvit.studies import demo, run_study
 
     tuning = _tuning(options, folder)
     study = demo.demo_study(base, options.seeds, tuning)
-    made = answer(
+    made = run_study(
         study,
         folder,
         tuning=tuning,

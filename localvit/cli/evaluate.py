@@ -1,4 +1,4 @@
-"""``localvit evaluate``: how good a trained model is on pictures."""
+"""`localvit evaluate`: metrics of a trained model on images."""
 
 from __future__ import annotations
 
@@ -18,33 +18,37 @@ _WEAKEST = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Measure a trained model on pictures: loss, top-1, top-5, calibration, classes, images per second.
+    """Measure a trained model on images: loss, top-1, top-5, calibration, classes, images per second.
 
-    Under torchrun the processes share the pictures, and the first one prints and writes.
+    Under torchrun the processes share the images, and the first one prints and writes.
     """
 
     checkpoint: Annotated[str, tyro.conf.arg(metavar="X")]
-    """a run's folder, an exported folder, or a timm name with published weights"""
+    """a run's folder, an exported folder, a timm name with published weights, or a file of localvit export"""
+    engine: Literal["onnxruntime", "openvino", "torch"] | None = None
+    """what runs an exported file; it need not be named for .onnx and .xml, and must be for .pt2 (trust it)"""
+    fuse: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """compute by the fused form (localvit.fuse): faster, equal up to rounding"""
     data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """pictures (as for train); without it, the test split of the run that trained the model"""
+    """images (as for train); without it, the test split of the run that trained the model"""
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """where timm's named data sets keep their files"""
     split: Annotated[str, tyro.conf.arg(metavar="NAME")] = "validation"
     """split of a hfds/ or wds/ set, e.g. 'val-{0000..0049}.tar'"""
     crop_pct: Annotated[float | None, tyro.conf.arg(metavar="SHARE")] = None
-    """share of the resized picture that is kept; the model's own unless given"""
+    """proportion of the resized image that is used; the model's own unless given"""
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
-    """how pictures are resized; the model's own unless given"""
+    """how images are resized; the model's own unless given"""
     class_map: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """.txt with the name of the class of each output, one per line"""
     restrict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """let the model guess only classes that have pictures"""
+    """let the model guess only classes that have images"""
     real_labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """also count against reassessed ImageNet labels: default, or their JSON file"""
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 128
-    """pictures at a time"""
+    """images at a time"""
     workers: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """processes that load pictures"""
+    """data workers that load images"""
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     output: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
@@ -78,6 +82,8 @@ def run(options: Options) -> int:
             class_map=options.class_map,
             restrict=options.restrict,
             real_labels=options.real_labels,
+            engine=options.engine,
+            fuse=options.fuse,
         )
     if os.environ.get("RANK", "0") == "0":
         _print(result)  # before the files: a full disk does not cost the numbers
@@ -115,14 +121,14 @@ def _write(options: Options, result: Evaluation) -> None:
 def _print(result: Evaluation) -> None:
     m = result.metrics
     print(
-        f"{result.checkpoint} on {result.data}: "
+        f"{result.checkpoint} ({result.form}) on {result.data}: "
         f"top-1 {m.top1:.2f} % [{result.top1.low:.2f} to {result.top1.high:.2f}], "
         f"top-5 {m.top5:.2f} % [{result.top5.low:.2f} to {result.top5.high:.2f}], loss {m.loss:.4f}, "
         f"calibration error {result.calibration_error:.2f} "
         f"({m.images} images, {m.images_per_second:,.0f} images/s)"
     )
     if result.restricted:
-        print(f"guesses restricted to the {len(result.classes)} classes that have pictures")
+        print(f"guesses restricted to the {len(result.classes)} classes that have images")
     if result.real is not None:
         real = result.real
         print(f"reassessed labels: top-1 {real.top1:.2f} %, top-5 {real.top5:.2f} % ({real.images} images)")
@@ -130,7 +136,7 @@ def _print(result: Evaluation) -> None:
 
 
 def _print_classes(result: Evaluation) -> None:
-    """A table of the classes with the lowest top-1."""
+    """Print a table of the classes with the lowest top-1."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""``localvit export``: a trained model for another engine, compared with the original before it is there."""
+"""`localvit export`: a trained model for another engine, compared with the original before it is there."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _TOLERANCE = 1e-4
 class Options:
     """Write a model for ONNX Runtime, OpenVINO or torch.export, for any batch, in single precision.
 
-    The file is opened in its engine and compared with the model, on random and on real pictures, before it
+    The file is opened in its engine and compared with the model, on random and on real images, before it
     gets its name; where they differ there is no file, and the exit code is 1. Preprocessing and the names of
-    classes are in it: localvit predict --checkpoint FILE pictures. Needs pip install 'localvit[export]'.
+    classes are in it: localvit predict --checkpoint FILE images. Needs pip install 'localvit[export]'.
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
@@ -31,17 +31,17 @@ class Options:
     output: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """where to; its suffix is the format's"""
     dynamic_size: tyro.conf.FlagCreatePairsOff[bool] = False
-    """also for other sizes of pictures; for models that take them (--set dynamic_img_size=true)"""
+    """also for other sizes of images; for models that take them (--set dynamic_img_size=true)"""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """build the model with another argument, e.g. dynamic_img_size=true"""
     random_weights: tyro.conf.FlagCreatePairsOff[bool] = False
     """MODEL is a timm name and its weights are not wanted: to measure speed"""
     data: Annotated[str, tyro.conf.arg(metavar="SRC")] = "digits"
-    """real pictures for the comparison (as for train); three are taken"""
+    """real images for the comparison (as for train); three are taken"""
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """where timm's named data sets keep their files"""
-    tolerance: Annotated[float, tyro.conf.arg(metavar="SHARE")] = _TOLERANCE
-    """accepted difference, as a share of the largest logit"""
+    tolerance: Annotated[float, tyro.conf.arg(metavar="RATIO")] = _TOLERANCE
+    """accepted difference, relative to the largest logit"""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """replace FILE"""
 

@@ -1,4 +1,4 @@
-"""``localvit predict``: what a trained model sees in pictures."""
+"""`localvit predict`: classes of images by a trained model."""
 
 from __future__ import annotations
 
@@ -18,110 +18,123 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Classify pictures, as many as there are. Exit code 0 if any could be read, 1 if none could.
+    """Classify images, as many as there are. Exit code 0 if any could be read, 1 if none could.
 
-    With --output, an interrupted command (Ctrl-C, SIGTERM) ends with exit code 0, and the same command goes
-    on where it was. Under torchrun each process takes a shard and writes NAME-RANK-of-N.SUFFIX.
+    With --output, an interrupted command (Ctrl-C, SIGTERM) ends with exit code 0, and the same command
+    resumes. Under torchrun each process takes a shard and writes NAME-RANK-of-N.SUFFIX.
     """
 
     checkpoint: Annotated[str, tyro.conf.arg(metavar="X")]
     """a run's folder, an exported folder, a timm name with published weights, or a file of localvit export"""
     engine: Literal["onnxruntime", "openvino", "torch"] | None = None
     """what runs an exported file; it need not be named for .onnx and .xml, and must be for .pt2 (trust it)"""
+    fuse: tyro.conf.FlagCreatePairsOff[bool] = True
+    """compute by the plain model, not by its fused form (localvit.fuse)"""
     paths: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PATHS")] = ()
-    """files, and folders that are searched for pictures"""
+    """files, and folders that are searched for images"""
     top_k: Annotated[int, tyro.conf.arg(metavar="N")] = 5
     """how many classes to name"""
     format: Literal["table", "json", "jsonl", "csv"] = "table"
     """on the console: a table for reading, the others for programs; a file's name tells its own"""
     output: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """write a .csv, .jsonl or .parquet; called FILE.part until it is finished"""
+    """write a .csv, .jsonl or .parquet; until it is finished, results are in FILE.part.jsonl"""
     shard: Annotated[str | None, tyro.conf.arg(metavar="I/N")] = None
     """take block I (from 0) of N; results of 0/N to N-1/N, one after the other, are those of all"""
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 32
-    """pictures at a time"""
+    """images at a time"""
     workers: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """processes that load pictures"""
+    """data workers that load images"""
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
 
 
 def run(options: Options) -> int:
-    """Predict; 0 if any picture could be read or it was interrupted, else 1."""
-    from localvit.inference import process_share
-
+    """Predict; 0 if any image could be read or it was interrupted, else 1."""
     if not options.paths:
         raise UsageError("PATHS is missing: files or folders to classify")
     with one_line_errors():
-        shard, device = process_share(options.device)
-        output = options.output
-        if shard.count > 1:
-            output = _own_file(options, shard)
-        elif options.shard is not None:
-            shard = _shard(options.shard)
-        arguments = {
-            "top_k": options.top_k,
-            "batch_size": options.batch_size,
-            "workers": options.workers,
-            "device": device,
-            "shard": shard,
-            "engine": options.engine,
-        }
+        shard, device, output = _place(options)
+        batches = {"top_k": options.top_k, "batch_size": options.batch_size, "workers": options.workers}
+        opening: dict[str, Any] = {"device": device, "engine": options.engine, "fuse": options.fuse}
         if output is None:
-            return _print(options, arguments)
-        if options.format != "table":
-            _check_format(options.format, output)
-        return _write(options, output, arguments)
+            return _print(options, shard, batches, opening)
+        form = options.format
+        if form not in ("table", output.rpartition(".")[2]):
+            raise UsageError(f"--format {form} is for the console, or the name {output} must end in .{form}")
+        return _write(options, output, {"shard": shard, **batches, **opening})
 
 
-def _shard(text: str) -> Shard:
-    from localvit.inference import Shard
+def _place(options: Options) -> tuple[Shard, str, str | None]:
+    """Return shard, device and file of this process."""
+    from localvit.inference import Shard, process_shard
 
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal()):
-        raise UsageError(f"--shard {text}: two whole numbers are meant, such as 0/4")
-    return Shard(index=int(index), count=int(count))
-
-
-def _own_file(options: Options, shard: Shard) -> str:
-    """The file of one of several processes."""
-    import os
-
-    if options.shard is not None:
-        raise UsageError(f"--shard {options.shard}: under torchrun each process has its shard already")
-    if options.output is None:
-        raise UsageError("--output FILE is missing: processes of torchrun cannot share the console")
-    stem, suffix = os.path.splitext(options.output)
-    return f"{stem}-{shard.index}-of-{shard.count}{suffix}"
-
-
-def _check_format(form: str, output: str) -> None:
-    if not output.endswith(f".{form}"):
-        raise UsageError(f"--format {form} is for the console, or the name {output} must end in .{form}")
+    shard, device = process_shard(options.device)
+    output, text = options.output, options.shard
+    if shard.count > 1:
+        if text is not None:
+            raise UsageError(f"--shard {text}: under torchrun each process has its shard already")
+        if output is None:
+            raise UsageError("--output FILE is missing: processes of torchrun cannot share the console")
+        stem, dot, suffix = output.rpartition(".")
+        output = f"{stem}-{shard.index}-of-{shard.count}{dot}{suffix}"
+    elif text is not None:
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal()):
+            raise UsageError(f"--shard {text}: two whole numbers are meant, such as 0/4")
+        shard = Shard(index=int(index), count=int(count))
+    return shard, device, output
 
 
-def _print(options: Options, arguments: dict[str, Any]) -> int:
-    """Predictions to the console, each batch as soon as it is there."""
-    from localvit.inference import predict
+def _print(options: Options, shard: Shard, batches: dict[str, int], opening: dict[str, Any]) -> int:
+    """Print predictions, each batch as soon as it is there."""
+    from localvit.inference import check_settings, classify, find_files, open_model
 
-    predictions = predict(options.checkpoint, options.paths, **arguments)
+    check_settings(**batches)
+    files = shard.take(find_files(options.paths))
+    model = open_model(options.checkpoint, **opening)
+    print(f"localvit: {model.source}: {model.form}", file=sys.stderr)
+    begin, encode, separator, end = _layout(options.format)
     count = failed = 0
-
-    def counted() -> Iterator[Prediction]:
-        nonlocal count, failed
-        for prediction in predictions:
-            yield prediction
-            count += 1
-            failed += prediction.error is not None
-            _complain([prediction])
-
-    for piece in _FORMATS[options.format](counted()):
-        print(piece, end="")
+    for one in (one for batch in classify(model, files, **batches) for one in batch):
+        print(separator if count else begin, encode(one), sep="", end="")
+        count += 1
+        failed += one.error is not None
+        _complain([one])
+    print(end if count else begin + end, end="")
     return _conclude(failed, count)
 
 
+def _layout(format: str) -> tuple[str, Callable[[Prediction], str], str, str]:
+    """Return the beginning, the text of a prediction, what is between two of them, and the end."""
+    from localvit.inference import COLUMNS, to_csv, to_csv_lines, to_json_line
+
+    if format == "json":
+        return "[\n", lambda one: to_json_line(one).rstrip("\n"), ",\n", "\n]\n"
+    if format == "jsonl":
+        return "", to_json_line, "", ""
+    if format == "csv":
+        return to_csv([COLUMNS]), to_csv_lines, "", ""
+    return _table_row("probability", "class", "file"), _table_rows, "", ""
+
+
+def _table_rows(one: Prediction) -> str:
+    if one.error is not None:
+        return _table_row("-", "(no answer)", one.path)
+    rows = ((f"{guess.probability:.3f}", guess.label, one.path) for guess in one.guesses)
+    return "".join(_table_row(*row) for row in rows)
+
+
+def _table_row(probability: str, label: str, path: str) -> str:
+    return f"{probability:>11}  {_printable(label):<32}  {_printable(path)}\n"
+
+
+def _printable(text: str) -> str:
+    """Escape what would move the cursor or change colours; bytes that are not UTF-8 stay."""
+    return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text)
+
+
 def _write(options: Options, output: str, arguments: dict[str, Any]) -> int:
-    """Predictions to a file."""
+    """Write predictions to a file."""
     from localvit.inference import write_predictions
     from localvit.runtime import stop_on_signals, stop_requested
 
@@ -129,34 +142,34 @@ def _write(options: Options, output: str, arguments: dict[str, Any]) -> int:
     with stop_on_signals(), _bar() as show:
 
         def watch(progress: Progress, batch: Sequence[Prediction]) -> None:
-            if not last and progress.kept:
-                print(f"{output}.part: going on after {progress.kept:,} of {progress.total:,} pictures")
+            if not last and progress.resumed:
+                print(f"{output}: resumed after {progress.resumed:,} of {progress.total:,} images")
             last[:] = [progress]
             _complain(batch)
             show(progress)
-            if stop_requested():  # not in the midst of a batch, which a process that loads is handing over
+            if stop_requested():  # not in the middle of a batch, which a data worker is handing over
                 raise KeyboardInterrupt
 
         try:
             done = write_predictions(options.checkpoint, options.paths, output, **arguments, watch=watch)
         except KeyboardInterrupt:
-            where = f"after {last[0].done:,} of {last[0].total:,} pictures" if last else "before the first"
-            print(f"localvit: interrupted {where}; the same command goes on", file=sys.stderr)
+            where = f"after {last[0].done:,} of {last[0].total:,} images" if last else "before the first"
+            print(f"localvit: interrupted {where}; the same command resumes", file=sys.stderr)
             return 0
-    print(f"{output}: {done.total:,} pictures")
+    print(f"{output}: {done.total:,} images ({done.form})")
     return _conclude(done.unreadable, done.total)
 
 
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[Progress], None]]:
-    """A function that shows how far a file is, on a terminal."""
+    """Yield a function that shows how far a file is, on a terminal."""
     from rich import progress
     from rich.console import Console
 
     console = Console(stderr=True)
     columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
     bar = progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task("pictures", total=None)
+    task = bar.add_task("images", total=None)
     with bar:
         yield lambda now: bar.update(task, total=now.total, completed=now.done)
 
@@ -164,50 +177,11 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
 def _complain(predictions: Sequence[Prediction]) -> None:
     for one in predictions:
         if one.error is not None:
-            print(f"localvit: cannot read image {one.path}: {one.error}", file=sys.stderr)
+            path, error = _printable(one.path), _printable(one.error)
+            print(f"localvit: cannot classify {path}: {error}", file=sys.stderr)
 
 
 def _conclude(failed: int, count: int) -> int:
     if failed:
-        print(f"localvit: {failed} of {count} files could not be read", file=sys.stderr)
+        print(f"localvit: {failed} of {count} files have no prediction", file=sys.stderr)
     return 0 if failed < count or not count else 1
-
-
-def _table(predictions: Iterator[Prediction]) -> Iterator[str]:
-    yield f"{'probability':>11}  {'class':<32}  file\n"
-    for one in predictions:
-        for guess in one.guesses:
-            yield f"{guess.probability:11.3f}  {guess.label:<32}  {one.path}\n"
-        if one.error is not None:
-            yield f"{'-':>11}  {'(unreadable)':<32}  {one.path}\n"
-
-
-def _json(predictions: Iterator[Prediction]) -> Iterator[str]:
-    from localvit.inference import JsonLines
-
-    separator = "[\n"
-    for one in predictions:
-        yield separator + JsonLines.encode(one).rstrip("\n")
-        separator = ",\n"
-    yield "\n]\n" if separator.startswith(",") else "[]\n"
-
-
-def _jsonl(predictions: Iterator[Prediction]) -> Iterator[str]:
-    from localvit.inference import JsonLines
-
-    return map(JsonLines.encode, predictions)
-
-
-def _csv(predictions: Iterator[Prediction]) -> Iterator[str]:
-    from localvit.inference import Csv
-
-    yield Csv.header
-    yield from map(Csv.encode, predictions)
-
-
-_FORMATS: dict[str, Callable[[Iterator[Prediction]], Iterator[str]]] = {
-    "table": _table,
-    "json": _json,
-    "jsonl": _jsonl,
-    "csv": _csv,
-}

@@ -1,8 +1,9 @@
-"""``localvit study``: controlled experiments from a question file to a report."""
+"""`localvit study`: controlled experiments from a question file to a report."""
 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -31,17 +32,25 @@ class List:
 
 
 @dataclass(frozen=True, kw_only=True)
+class New:
+    """Write a commented question file NAME.yaml that runs as it is; change it into your own."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    """file to write, .yaml is added; a file that exists is left alone"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A question at a scale."""
+    """Question at a scale."""
 
     name: Name
     """a question that comes with localvit (see list), or a YAML file"""
     scale: Annotated[str, tyro.conf.arg(metavar="NAME")] = "digits"
     """digits (minutes on a CPU), small (CIFAR-10 and its like), paper (ImageNet), or one of the file's"""
     data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """training pictures: digits, an image folder, a .tar, or a name for timm.data.create_dataset"""
+    """training images: digits, an image folder, a .tar, or a name for timm.data.create_dataset"""
     val_data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """pictures that are reported; without it, what the data brings along, or a part held out of it"""
+    """test images; without it, the data's own test split, or images held out of the data"""
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """where timm's named data sets keep their files"""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
@@ -63,7 +72,7 @@ class Run(OnCluster, Asked):
     """
 
     output: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """for runs and report: a new one, or that of this very study to go on with it"""
+    """for runs and report: a new one, or that of this very study to resume it; else runs/NAME-SCALE"""
     seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 5
     """runs of every arm, at least 2"""
     jobs: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
@@ -88,7 +97,7 @@ class ReportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Compare two studies arm by arm, e.g. at two scales or of two versions."""
+    """Compare two studies arm by arm, such as two scales or two versions."""
 
     first: Folder
     """of a study"""
@@ -108,6 +117,7 @@ class Export:
 
 Options = (
     Annotated[List, tyro.conf.subcommand("list")]
+    | Annotated[New, tyro.conf.subcommand("new")]
     | Annotated[Show, tyro.conf.subcommand("show")]
     | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[ReportOptions, tyro.conf.subcommand("report")]
@@ -116,8 +126,8 @@ Options = (
 )
 
 
-def run(options: List | Show | Run | ReportOptions | Compare | Export) -> int:
-    """Do what was asked; 0 when done."""
+def run(options: List | New | Show | Run | ReportOptions | Compare | Export) -> int:
+    """Do what was asked; return 0 when done."""
     from rich.console import Console
 
     check_extra("study")
@@ -126,6 +136,8 @@ def run(options: List | Show | Run | ReportOptions | Compare | Export) -> int:
         match options:
             case List():
                 _list(console)
+            case New(name=name):
+                _new(name, console)
             case Run():
                 return _run(options, console)
             case Show():
@@ -137,17 +149,17 @@ def run(options: List | Show | Run | ReportOptions | Compare | Export) -> int:
 
                 _print(console, compare_studies(Path(first), Path(second)))
             case Export(folder=folder, format=form):
-                from localvit.studies.reporting import export
+                from localvit.studies.reporting import export_study
 
-                print(export.export(Path(folder), form), end="")
+                print(export_study(Path(folder), form), end="")
     return 0
 
 
 def print_report(report: Report, console: Console) -> None:
-    """The main table and the verdicts."""
-    from localvit.studies.reporting import page, result_notes, result_table, verdicts
+    """Print the main table and the verdicts."""
+    from localvit.studies.reporting import result_notes, result_table, verdicts
 
-    console.print(page.as_rich(report.study.question, result_table(report)))
+    console.print(result_table(report).rich(report.study.question))
     warnings = [f"warning: {warning}" for warning in report.warnings]
     lines = [result_notes(report), *verdicts(report), *warnings, f"report: {report.folder / 'report.html'}"]
     _print(console, "\n".join(lines))
@@ -159,6 +171,13 @@ def _list(console: Console) -> None:
     for name in list_questions():
         question = load_question(name)
         _print(console, f"{name:<14} {question.question} ({len(question.arms) + 1} arms)")
+
+
+def _new(name: str, console: Console) -> None:
+    from localvit.studies.design import write_question
+
+    path = write_question(name)
+    _print(console, f"written: {path}; localvit study run {shlex.quote(str(path))} answers it")
 
 
 def _study(options: Asked, seeds: int) -> Study:
@@ -181,7 +200,7 @@ def _show(options: Show, console: Console) -> None:
 
 
 def describe(study: Study, facts: Facts) -> str:
-    """A study before it runs, for people."""
+    """Describe a study before it runs."""
     from localvit.cost import giga
 
     lines = [
@@ -201,7 +220,7 @@ def describe(study: Study, facts: Facts) -> str:
 
 
 def _run(options: Run, console: Console) -> int:
-    from localvit.studies import answer
+    from localvit.studies import run_study
     from localvit.studies.execution import StudyFailed
 
     for flag, value, least in (
@@ -211,19 +230,18 @@ def _run(options: Run, console: Console) -> int:
     ):
         if value < least:
             raise UsageError(f"--{flag} {value}: at least {least}")
-    if options.output is None:
-        raise UsageError("--output DIR is missing: where runs and report go")
     cluster = cluster_of(options, options.jobs)
     study = _study(options, options.seeds)
+    folder = Path(options.output or f"runs/{study.name}-{study.scale}")
     if options.dry_run:
-        _dry_run(study, options, cluster, console)
+        _dry_run(study, folder, options, cluster, console)
         return 0
     if study.base.data.train == "DATA":
-        raise UsageError(f"--data SRC is missing: scale {options.scale!r} has no pictures of its own")
+        raise UsageError(f"--data SRC is missing: scale {options.scale!r} has no images of its own")
     try:
-        made = answer(
+        made = run_study(
             study,
-            Path(options.output),
+            folder,
             command=command_line(("study", "run"), options),
             jobs=options.jobs or _HERE,
             threads=options.threads,
@@ -236,21 +254,20 @@ def _run(options: Run, console: Console) -> int:
         raise Failure(str(error)) from error
     except KeyboardInterrupt:
         left = "the jobs go on without it, " if options.cluster == "slurm" else ""
-        print(f"stopped; {left}finished runs are kept in {options.output}, and the same command goes on")
+        print(f"stopped; {left}finished runs are kept in {folder}, and the same command goes on")
         return 130
     print_report(made, console)
     return 0
 
 
-def _dry_run(study: Study, options: Run, cluster: Cluster | None, console: Console) -> None:
+def _dry_run(study: Study, path: Path, options: Run, cluster: Cluster | None, console: Console) -> None:
     from localvit.studies.design import check_study
     from localvit.studies.execution import StudyFolder, forecast
 
-    assert options.output is not None
     if cluster is not None:
         cluster.check(study, options.threads)
     facts = check_study(study)
-    folder = StudyFolder(Path(options.output), study)
+    folder = StudyFolder(path, study)
     jobs = options.jobs or (len(study.runs()) if cluster else _HERE)
     found = forecast(folder, facts, jobs, device="cpu" if cluster else None)
     lines = [describe(study, facts), f"data: {facts.images}", *found.lines()]

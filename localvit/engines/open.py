@@ -1,4 +1,4 @@
-"""Exported files, opened by what runs them: pictures in, logits out."""
+"""Exported files, opened by the engine that runs them: images in, logits out."""
 
 from __future__ import annotations
 
@@ -15,34 +15,40 @@ from localvit.engines.info import KEY, ExportInfo
 from localvit.errors import ConfigError, first_line
 
 EngineKind = Literal["torch", "onnxruntime", "openvino"]
-"""What can run a file."""
+"""Engine that can run a file."""
+
+ENGINE_NAMES: dict[EngineKind, str] = {
+    "torch": "torch.export",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
+"""Engine -> its name for people."""
 
 READS: dict[EngineKind, tuple[str, ...]] = {
     "torch": (".pt2",),
     "onnxruntime": (".onnx",),
     "openvino": (".xml", ".onnx"),
 }
-"""The suffixes that an engine reads."""
+"""Engine -> the suffixes that it reads."""
 
-SAFE: dict[str, EngineKind] = {".onnx": "onnxruntime", ".xml": "openvino"}
-"""Suffix -> the engine that is taken where none is named. ``.pt2`` is not among them: reading one may run
-code of its maker, so its engine must be asked for."""
+_DEFAULTS: dict[str, EngineKind] = {".onnx": "onnxruntime", ".xml": "openvino"}
+"""Suffix -> the engine that is taken where none is named."""
 
 Shape = tuple[int | None, ...]
-"""``None`` where any number goes."""
+"""Sides of a tensor; `None` where any number is accepted."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A model behind an engine, on the CPU, in single precision.
+    """Exported model on the CPU, in single precision.
 
     Attributes:
-        kind: What runs it.
-        info: What the file says about it.
-        input_name, output_name: In the file.
+        kind: The engine that runs it.
+        info: Preprocessing and outputs, as the file says.
+        input_name, output_name: Names in the file.
         input_shape: (batch, C, H, W).
         output_shape: (batch, classes).
-        compute: From float32 pictures to logits.
+        compute: Function from float32 images to logits.
     """
 
     kind: EngineKind
@@ -54,17 +60,33 @@ class Engine:
     compute: Callable[[Tensor], Tensor]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Pictures (B, C, H, W), float32, normalised, to logits (B, classes)."""
+        """Compute logits (B, classes) of normalised float32 images (B, C, H, W)."""
         return self.compute(images)
+
+
+def pick_engine(file: str) -> EngineKind | None:
+    """Return the engine of an exported file, by its suffix; `None` for anything else.
+
+    Raises:
+        ConfigError: for a `.pt2`. Reading one may run code of its maker, so its engine must be named.
+    """
+    suffix = Path(file).suffix
+    if suffix in (".pt2", *_DEFAULTS) and Path(file).is_dir():
+        return None
+    if suffix == ".pt2":
+        raise ConfigError(
+            f"{file!r}: reading a .pt2 may run its maker's code; --engine torch, if you trust it"
+        )
+    return _DEFAULTS.get(suffix)
 
 
 def open_engine(kind: EngineKind, file: str | Path, threads: int | None = None) -> Engine:
     """Open an exported file.
 
     Args:
-        kind: What is to run it. ``"torch"`` only for files that you trust: see `write_program`.
-        file: What `localvit export` wrote.
-        threads: Of the engine; ``None``: its own choice. With ``"torch"`` it is the whole process's.
+        kind: The engine. Name `"torch"` only for files that you trust: see `write_program`.
+        file: A file of `localvit export`.
+        threads: Threads of the engine; `None`: its own choice. With `"torch"` they are the whole process's.
 
     Raises:
         ConfigError: if the engine is not installed, does not read such files, or there is no such file, or
@@ -90,7 +112,7 @@ def open_engine(kind: EngineKind, file: str | Path, threads: int | None = None) 
 
 
 def check_packages(what: str, *modules: str) -> None:
-    """Refuse to begin without packages of the extra.
+    """Refuse to begin where packages of the extra `export` are missing.
 
     Raises:
         ConfigError: naming them and the command that installs them.
@@ -161,5 +183,5 @@ def _open_openvino(file: str, threads: int | None) -> Engine:
 
 
 def _numbers(shape: Any) -> Shape:
-    """Sides that are fixed; others are symbols or names."""
+    """Return the sides of a shape; symbols and names become `None`."""
     return tuple(side if isinstance(side, int) else None for side in shape)

@@ -1,4 +1,4 @@
-"""How sure a measured accuracy is, and how rightly a model is sure of itself."""
+"""Confidence interval of a measured accuracy, and calibration of a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BINS = 15
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """Where a share lies, in per cent.
+    """Interval of a proportion, in per cent.
 
     Attributes:
         low: Lower end.
@@ -27,12 +27,12 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Bin:
-    """Pictures on which a model was about equally sure.
+    """Images on which the model is about equally confident.
 
     Attributes:
         low: Above this confidence, in per cent.
         high: Up to this one.
-        images: How many; none leaves the other fields ``None``.
+        images: Number of images; 0 leaves the other fields ``None``.
         confidence: Mean probability of the first guess, in per cent.
         accuracy: Per cent of first guesses that were right.
     """
@@ -45,14 +45,15 @@ class Bin:
 
 
 def wilson_interval(right: int, images: int) -> Interval:
-    """The 95 % score interval of a share, as if the pictures were drawn at random from all there could be.
+    """Return the 95 % score interval of a proportion, for images drawn at random from a population.
 
     Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927), 209-212.
-    Unlike the share plus or minus 1.96 standard errors it stays within 0 to 100 % and holds near the ends.
+    Unlike the proportion plus or minus 1.96 standard errors it stays within 0 to 100 % and is valid near
+    the ends.
 
     Args:
-        right: Pictures that were right.
-        images: All of them; none leaves the share unknown.
+        right: Images whose first guess is right.
+        images: All of them; with 0 the proportion is unknown.
     """
     if images == 0:
         return Interval(low=0.0, high=100.0)
@@ -61,13 +62,13 @@ def wilson_interval(right: int, images: int) -> Interval:
     scale = 1 / (1 + z * z / images)
     centre = scale * (share + z * z / (2 * images))
     half = scale * z * math.sqrt(share * (1 - share) / images + (z / (2 * images)) ** 2)
-    # At 0 and 1 the ends are the share itself, but for rounding.
+    # At 0 and 1 the ends are the proportion itself, up to rounding.
     low, high = min(centre - half, share), max(centre + half, share)
     return Interval(low=100 * max(low, 0.0), high=100 * min(high, 1.0))
 
 
 def calibration(confidences: np.ndarray, right: np.ndarray) -> tuple[Bin, ...]:
-    """Pictures in 15 bins of equal width by the probability of the first guess.
+    """Sort images into 15 bins of equal width by the probability of the first guess.
 
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (arXiv 1706.04599), section 2: bin m
     holds confidences above (m - 1) / 15 up to m / 15.
@@ -95,7 +96,7 @@ def calibration(confidences: np.ndarray, right: np.ndarray) -> tuple[Bin, ...]:
 
 
 def expected_calibration_error(bins: tuple[Bin, ...]) -> float:
-    """Mean distance of accuracy and confidence over the bins, weighted by their pictures, in points.
+    """Return the mean distance of accuracy and confidence over the bins, weighted by their images, in points.
 
     Guo et al. (see `calibration`), equation 3.
     """

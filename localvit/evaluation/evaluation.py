@@ -1,4 +1,4 @@
-"""How good a model is on pictures that it has not seen."""
+"""Metrics of a model on images that it was not trained on."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from localvit.data import (
     readable,
     same_source,
 )
+from localvit.engines import EngineKind, pick_engine
 from localvit.errors import ConfigError, check_at_least
-from localvit.evaluation.answers import Answers, ClassResult, Confusion, by_class, confusion_counts
 from localvit.evaluation.calibration import (
     Bin,
     Interval,
@@ -33,7 +33,8 @@ from localvit.evaluation.calibration import (
 )
 from localvit.evaluation.labels import label_by_outputs, read_real_labels
 from localvit.evaluation.metrics import Metrics, Tally
-from localvit.inference import Checkpoint, load_checkpoint
+from localvit.evaluation.top_k import ClassResult, Confusion, TopKPredictions, by_class, confusion_counts
+from localvit.inference import OpenModel, open_model
 from localvit.models import preprocessing_for
 from localvit.runtime import World, open_world
 
@@ -47,13 +48,13 @@ def measure(
         model: Returns logits (B, classes).
         loader: From `eval_loader`.
         device: Where the model is.
-        distributed: Whether the pictures are spread over processes, whose counts are to be added up.
+        distributed: Whether the images are spread over processes, whose counts are to be added up.
 
     Raises:
-        UnreadableImage: if a picture cannot be decoded.
+        UnreadableImage: if an image cannot be decoded.
     """
     tally = Tally(device)
-    for batch, logits in answer(model, loader, device):
+    for batch, logits in run_batches(model, loader, device):
         tally.add(logits, batch.targets.to(device, non_blocking=True))
     if distributed:
         tally.merge()
@@ -61,10 +62,10 @@ def measure(
 
 
 @torch.inference_mode()
-def answer(
+def run_batches(
     model: nn.Module, loader: Iterable[Batch], device: torch.device
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
-    """Each batch with the model's logits (B, classes); arguments and errors as `measure`."""
+    """Yield each batch with the model's logits (B, classes); arguments and errors as `measure`."""
     training = model.training
     model.eval()
     try:
@@ -79,9 +80,9 @@ class RealLabels:
     """Accuracy on reassessed labels (see `read_real_labels`).
 
     Attributes:
-        top1: Per cent of pictures whose first guess is one of the right classes.
+        top1: Per cent of images whose first guess is one of the right classes.
         top5: Per cent with a right class among the first five.
-        images: Pictures that have a right class.
+        images: Images that have a right class.
     """
 
     top1: float
@@ -91,25 +92,27 @@ class RealLabels:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The result of `evaluate`.
+    """Result of `evaluate`.
 
     Attributes:
         checkpoint: The model.
-        data: The source of the pictures.
-        metrics: What was measured.
-        top1: 95 % interval of top-1 (see `wilson_interval`): chance in which pictures were drawn, not in
+        form: What computed, in words (see `OpenModel`).
+        data: The source of the images.
+        metrics: Loss, accuracy, throughput.
+        top1: 95 % interval of top-1 (see `wilson_interval`): chance in which images were drawn, not in
             how the model was trained.
         top5: The same of top-5.
         calibration_error: Expected calibration error of the first guess, in points.
-        calibration: What it is made of.
-        classes: One row for each class that has pictures.
+        calibration: The bins that it is made of.
+        classes: One row for each class that has images.
         confusions: Every wrong first guess, the most frequent first; with `classes`, the confusion matrix.
         real: Accuracy on reassessed labels, if they were asked for.
-        restricted: Whether only the classes that have pictures could be guessed.
+        restricted: Whether only the classes that have images could be guessed.
         preprocessing: Preparation of the images.
     """
 
     checkpoint: str
+    form: str
     data: str
     metrics: Metrics
     top1: Interval
@@ -134,38 +137,44 @@ def evaluate(
     class_map: str | None = None,
     restrict: bool = False,
     real_labels: str | None = None,
+    engine: EngineKind | None = None,
+    fuse: bool = False,
 ) -> Evaluation:
-    """Measure a checkpoint on the pictures of a source that are there to be reported.
+    """Measure a model on the images of a source that are there to be reported.
 
-    Under ``torchrun`` the processes share the pictures, and each returns the result of all.
+    Under `torchrun` the processes share the images, and each returns the result of all.
 
     Args:
-        checkpoint: As `load_checkpoint`.
+        checkpoint: As `open_model`.
         data: A source (see `DataConfig`): its test split, else its validation split, else all of it.
             ``None`` takes the test split of the run that trained the checkpoint.
         config: `root` and split names for `data`, and departures from the model's own `mean`, `std`,
             `interpolation` and `crop_pct`.
-        batch_size: Pictures at a time, in each process.
-        workers: Processes that load pictures, for each process that computes.
+        batch_size: Images at a time, in each process.
+        workers: Data workers of each process that computes.
         device: As in `TrainConfig`.
         class_map: File with the name of the class of each output (see `read_class_map`), where the names
             that the checkpoint knows are not those of the source.
-        restrict: Let the model guess only classes that have pictures, for sets with some of its classes.
+        restrict: Let the model guess only classes that have images, for sets with some of its classes.
             Loss and calibration are those of the remaining outputs too.
         real_labels: Also count against reassessed ImageNet labels: ``"default"``, or a file (see
             `read_real_labels`).
+        engine: As `open_model`.
+        fuse: As `open_model`. Off by default: published numbers are those of the plain model.
 
     Raises:
         ConfigError: if the checkpoint or a file cannot be used, a number is not positive, or `data` is
             missing or is what the checkpoint was trained on.
         DataError: if the source cannot be used or its classes are not the model's.
-        UnreadableImage: if a picture cannot be decoded.
+        UnreadableImage: if an image cannot be decoded.
     """
     check_at_least(1, batch_size=batch_size)
     check_at_least(0, workers=workers)
     config = config or DataConfig()
+    if device == "auto" and (engine or pick_engine(checkpoint)):
+        device = "cpu"  # exported files run there
     with open_world(device) as world:
-        model = load_checkpoint(checkpoint, world.device)
+        model = open_model(checkpoint, world.device, engine=engine, fuse=fuse)
         source, images = _reported_images(model, data, config, class_map)
         real = read_real_labels(real_labels, images, model) if real_labels is not None else None
         prepared = preprocessing_for(model.model, config)
@@ -179,24 +188,27 @@ def evaluate(
             world_size=world.size,
         )
         allowed = np.unique(images.labels) if restrict else None
-        metrics, answers = _count(model.model, loader, world, len(images), allowed)
+        metrics, predictions = _count(model.model, loader, world, len(images), allowed)
     return Evaluation(
         checkpoint=checkpoint,
+        form=model.form,
         data=source,
         metrics=metrics,
-        real=_count_real(answers.guesses, real.numpy()) if real is not None else None,
+        real=_count_real(predictions.guesses, real.numpy()) if real is not None else None,
         restricted=restrict,
         preprocessing=prepared,
-        **_conclusions(metrics, answers, images, model),
+        **_conclusions(metrics, predictions, images, model),
     )
 
 
-def _conclusions(metrics: Metrics, answers: Answers, images: Part, model: Checkpoint) -> dict[str, Any]:
-    """The fields of `Evaluation` that follow from what was counted."""
-    guesses = answers.guesses[:, 0]
+def _conclusions(
+    metrics: Metrics, predictions: TopKPredictions, images: Part, model: OpenModel
+) -> dict[str, Any]:
+    """Compute the fields of `Evaluation` that follow from the predictions."""
+    guesses = predictions.guesses[:, 0]
     right = guesses == images.labels
-    bins = calibration(answers.confidences, right)
-    outputs: int = model.model.num_classes  # type: ignore[assignment]
+    bins = calibration(predictions.confidences, right)
+    outputs = model.num_classes
     labels = [*images.class_names, *map(str, range(len(images.class_names), outputs))]
     known = model.descriptions is not None and images.class_names == model.labels
     descriptions = model.descriptions if known and model.descriptions else labels
@@ -213,23 +225,23 @@ def _conclusions(metrics: Metrics, answers: Answers, images: Part, model: Checkp
 
 def _count(
     model: nn.Module, loader: Iterable[Batch], world: World, images: int, allowed: np.ndarray | None
-) -> tuple[Metrics, Answers]:
-    """Counts and answers of all processes; outputs that are not `allowed` cannot be guessed."""
-    tally, answers = Tally(world.device), Answers(images, world.device)
-    for batch, logits in answer(model, loader, world.device):
+) -> tuple[Metrics, TopKPredictions]:
+    """Count and predict in all processes; outputs that are not `allowed` cannot be guessed."""
+    tally, predictions = Tally(world.device), TopKPredictions(images, world.device)
+    for batch, logits in run_batches(model, loader, world.device):
         if allowed is not None:
             hidden = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
             hidden[torch.from_numpy(allowed)] = False
             logits = logits.masked_fill(hidden, float("-inf"))
         tally.add(logits, batch.targets.to(world.device, non_blocking=True))
-        answers.add(batch.indices, logits)
+        predictions.add(batch.indices, logits)
     tally.merge()
-    answers.merge()
-    return tally.result(), answers
+    predictions.merge()
+    return tally.result(), predictions
 
 
 def _count_real(guesses: np.ndarray, right: np.ndarray) -> RealLabels:
-    """Guesses (N, 5) against the right classes (N, most), both filled up with -1."""
+    """Compare guesses (N, 5) with the right classes (N, most), both filled up with -1."""
     hits = ((guesses[:, :, None] == right[:, None, :]) & (right >= 0)[:, None, :]).any(-1)[right[:, 0] >= 0]
     images = max(len(hits), 1)
     return RealLabels(
@@ -240,9 +252,9 @@ def _count_real(guesses: np.ndarray, right: np.ndarray) -> RealLabels:
 
 
 def _reported_images(
-    model: Checkpoint, data: str | None, config: DataConfig, class_map: str | None
+    model: OpenModel, data: str | None, config: DataConfig, class_map: str | None
 ) -> tuple[str, Part]:
-    """The source that is reported on, and its pictures, labelled by the model's outputs."""
+    """Return the source that is reported on, and its images, labelled by the model's outputs."""
     run = model.run
     if data is None:
         if run is None:

@@ -1,8 +1,7 @@
-"""The result of an evaluation as JSON, as a table of classes, and as a picture of its confusions."""
+"""The result of an evaluation as JSON, as a table of classes, and as a drawing of its confusions."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import importlib.util
 import io
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localvit.errors import ConfigError
-from localvit.evaluation.answers import ClassResult
 from localvit.evaluation.evaluation import Evaluation
+from localvit.evaluation.top_k import ClassResult
+from localvit.inference import to_csv
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,17 +25,14 @@ _NAMED_CLASSES = 40
 
 
 def as_json(evaluation: Evaluation) -> str:
-    """All fields of `Evaluation`; what is not a finite number is null."""
+    """Write all fields of `Evaluation`; NaN and infinite numbers are null."""
     return json.dumps(_finite(dataclasses.asdict(evaluation)), indent=2, allow_nan=False) + "\n"
 
 
 def as_csv(evaluation: Evaluation) -> str:
-    """One line per class: the fields of `ClassResult`."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in dataclasses.fields(ClassResult)])
-    writer.writerows(dataclasses.astuple(row) for row in evaluation.classes)
-    return text.getvalue()
+    """Write one line per class: the fields of `ClassResult`."""
+    names = [field.name for field in dataclasses.fields(ClassResult)]
+    return to_csv([names, *map(dataclasses.astuple, evaluation.classes)])
 
 
 def check_drawing() -> None:
@@ -49,7 +46,7 @@ def check_drawing() -> None:
 
 
 def confusion_matrix(evaluation: Evaluation) -> tuple[list[str], np.ndarray]:
-    """Classes that have pictures, and the share of each row's pictures that was taken for each column.
+    """Return the classes that have images, and the proportion of each that was taken for each class.
 
     Returns:
         K labels, and (K, K + 1) per cent; the last column is all other outputs of the model. K is at most
@@ -67,7 +64,7 @@ def confusion_matrix(evaluation: Evaluation) -> tuple[list[str], np.ndarray]:
 
 
 def draw_confusion(evaluation: Evaluation) -> bytes:
-    """The confusion matrix as a PNG, each row in per cent of the pictures of its class.
+    """Draw the confusion matrix as a PNG, each row in per cent of the images of its class.
 
     Raises:
         ConfigError: if matplotlib is missing.
@@ -94,7 +91,7 @@ def draw_confusion(evaluation: Evaluation) -> bytes:
 
 
 def _name_classes(axes: Axes, labels: list[str], others: bool) -> None:
-    """Names beside rows and columns where there is room for them."""
+    """Write names beside rows and columns where there is room for them."""
     if len(labels) > _NAMED_CLASSES:
         return
     short = [label if len(label) <= 24 else f"{label[:23]}…" for label in labels]
@@ -105,7 +102,7 @@ def _name_classes(axes: Axes, labels: list[str], others: bool) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """A copy in which infinity and what is no number are ``None``, as JSON knows neither."""
+    """Return a copy in which NaN and infinity are `None`, because JSON has neither."""
     if isinstance(value, dict):
         return {name: _finite(one) for name, one in value.items()}
     if isinstance(value, list | tuple):

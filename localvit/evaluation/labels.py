@@ -1,4 +1,4 @@
-"""Which output of a model a class of pictures is: by name, by a class map, or by number."""
+"""Assignment of classes of images to outputs of a model: by name, by a class map, or by number."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from timm.data.readers.class_map import load_class_map
 
 from localvit.data import DataError, Part, picture_name
 from localvit.errors import ConfigError
-from localvit.inference import Checkpoint
+from localvit.inference import OpenModel
 
 _NUMBERED = ("wds/", "hfds/")
 """Sources whose classes may have no names; ``"3"`` is then the output number 3."""
 
 
 def read_class_map(path: str, outputs: int) -> tuple[str, ...]:
-    """The name of the class of each output, from a file in timm's form: one name per line, in order.
+    """Read the name of the class of each output, from a file in timm's form: one name per line, in order.
 
     Args:
         path: A ``.txt``. timm's other form is a pickle, which is not read.
@@ -47,11 +47,11 @@ def read_class_map(path: str, outputs: int) -> tuple[str, ...]:
     return tuple(names[number] for number in range(lines))
 
 
-def label_by_outputs(images: Part, source: str, model: Checkpoint, class_map: str | None) -> Part:
-    """The same pictures, their labels counted as the model's outputs.
+def label_by_outputs(images: Part, source: str, model: OpenModel, class_map: str | None) -> Part:
+    """Return the same images, their labels counted as the model's outputs.
 
     The source's classes are looked up in the class map, if there is one; else in the model's labels, then in
-    what people call them (see `Checkpoint`). All of them must be found, and the model may have more. A
+    what people call them (see `OpenModel`). All of them must be found, and the model may have more. A
     source without names is labelled by numbers of outputs, and so is a model without names, if it has as
     many outputs as the source has classes.
 
@@ -65,7 +65,7 @@ def label_by_outputs(images: Part, source: str, model: Checkpoint, class_map: st
         ConfigError: if the class map cannot be used, or neither side has names and the numbers differ.
         DataError: if a class is not among the model's.
     """
-    outputs: int = model.model.num_classes  # type: ignore[assignment]
+    outputs = model.num_classes
     numbers = tuple(map(str, range(outputs)))
     if class_map is not None:
         choices = [read_class_map(class_map, outputs)]
@@ -88,29 +88,29 @@ def label_by_outputs(images: Part, source: str, model: Checkpoint, class_map: st
 
 
 def _each_once(wanted: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether each name means one output; ImageNet has cranes that fly and cranes that lift."""
+    """Return whether each name means one output; ImageNet has cranes that fly and cranes that lift."""
     counts = Counter(names)
     return all(counts[name] == 1 for name in wanted)
 
 
-def read_real_labels(path: str, images: Part, model: Checkpoint) -> torch.Tensor:
-    """The reassessed labels (ReaL) of the ILSVRC-2012 validation pictures.
+def read_real_labels(path: str, images: Part, model: OpenModel) -> torch.Tensor:
+    """Read the reassessed labels (ReaL) of the ILSVRC-2012 validation images.
 
-    Beyer et al., "Are we done with ImageNet?", arXiv 2006.07159: a picture may have several right classes; a
+    Beyer et al., "Are we done with ImageNet?", arXiv 2006.07159: an image may have several right classes; a
     few have none and do not count.
 
     Args:
         path: ``"default"`` for the labels that timm ships, or a JSON file in the authors' form: a list with
             the right classes of ``ILSVRC2012_val_00000001.JPEG`` and so on.
-        images: All of these pictures.
+        images: All of these images.
         model: With the outputs of ILSVRC-2012.
 
     Returns:
-        (N, most) int64: the right classes of each picture, filled up with -1.
+        (N, most) int64: the right classes of each image, filled up with -1.
 
     Raises:
         ConfigError: if the model has other classes, or there is no such file.
-        DataError: if the pictures are not those that the file is about.
+        DataError: if the images are not those that the file is about.
     """
     what = f"real_labels={path!r}"
     if model.labels != tuple(ImageNetInfo("imagenet-1k").label_names()):
@@ -122,9 +122,9 @@ def read_real_labels(path: str, images: Part, model: Checkpoint) -> torch.Tensor
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{what} cannot be read: {error}") from error
     except AssertionError as error:
-        raise DataError(f"{what} is about another number of pictures than these {len(names)}") from error
+        raise DataError(f"{what} is about another number of images than these {len(names)}") from error
     except KeyError as error:
-        raise DataError(f"{what} says nothing about the picture {error}") from error
+        raise DataError(f"{what} says nothing about the image {error}") from error
     table = np.full((len(rows), max(map(len, rows), default=1)), -1, dtype=np.int64)
     for i, row in enumerate(rows):
         table[i, : len(row)] = row

@@ -1,4 +1,4 @@
-"""Counts over pictures, from which loss and accuracy follow; they add up over batches and over processes."""
+"""Counts over images, from which loss and accuracy follow; they add up over batches and over processes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import distributed
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """What was measured on a set of pictures.
+    """Metrics on a set of images.
 
     Attributes:
         loss: Mean cross-entropy in nats.
-        top1: Per cent of pictures whose first guess is right.
+        top1: Per cent of images whose first guess is right.
         top5: Per cent with the right class among the first five.
-        images: Number of pictures.
+        images: Number of images.
         images_per_second: Throughput, loading included.
     """
 
@@ -30,10 +30,10 @@ class Metrics:
 
 
 class Tally:
-    """Sums of one process, kept on the device so that no batch waits for another.
+    """Sums of one process, held on the device so that no batch waits for another.
 
     Counts are integers and the loss is summed in float64 (timm's evaluator does both), so neither the size of
-    the batches nor the number of processes that shared the pictures changes accuracy, and it changes the
+    the batches nor the number of processes that shared the images changes accuracy, and it changes the
     loss by rounding only.
 
     Args:
@@ -51,15 +51,15 @@ class Tally:
     def merge(self) -> None:
         """Add up the sums of all processes in each of them; call it once, in every process.
 
-        Without a process group there is nothing to add. Pictures that two processes counted count twice: hand
-        each picture to one process (`indices[rank::world_size]`; shares may differ in size or be empty).
+        Without a process group there is nothing to add. Images that two processes counted count twice: give
+        each image to one process (`indices[rank::world_size]`; the parts may differ in size or be empty).
         """
         if distributed.is_initialized():
             distributed.all_reduce(self._evaluator.counts)
             distributed.all_reduce(self._evaluator.loss_sum)
 
     def result(self) -> Metrics:
-        """The metrics of what was counted; throughput is over the time since the tally was made."""
+        """Return the metrics; throughput is over the time since the tally was made."""
         images = int(self._evaluator.counts[0])
         values = self._evaluator.compute()  # waits for the device
         seconds = time.perf_counter() - self._start

@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from localvit.data import DataConfig, DataError, Preprocessing, eval_loader, open_reported, readable
 from localvit.engines import ExportInfo, Size
 from localvit.export.parity import BATCHES, TOLERANCE, Parity
 from localvit.export.write import FormatName, check_export, export_model
-from localvit.inference import load_checkpoint, untrained
+from localvit.inference import open_model
 
 
 def export_checkpoint(
@@ -32,41 +31,37 @@ def export_checkpoint(
     tolerance: float = TOLERANCE,
     threads: int | None = None,
 ) -> Parity:
-    """Write a model for another engine, with what `predict` must know, after comparing the two.
+    """Write a model for another engine, with preprocessing and names of classes, after comparing the two.
 
     Args:
-        source: As `load_checkpoint`.
+        source: As `open_model`, except exported files.
         file: As `export_model`, and so are `dynamic_size`, `overwrite`, `tolerance` and `threads`.
-        format: ``"onnx"``, ``"openvino"`` or ``"torch"``.
-        args: Constructor arguments in which the model is to differ, e.g. ``{"img_size": 192}``.
+        format: `"onnx"`, `"openvino"` or `"torch"`.
+        args: Constructor arguments in which the model is to differ, e.g. `{"img_size": 192}`.
         random_weights: `source` is a timm name and its weights are not wanted: to measure speed.
-        data: Source of the real pictures of the comparison; the first three are taken.
+        data: Source of the real images of the comparison; the first three are taken.
         config: For `root` and the names of splits.
 
     Raises:
-        ConfigError, DataError: if the model, the pictures or the file cannot be had.
+        ConfigError, DataError: if the model, the images or the file cannot be had.
         ExportFailed, ParityError: as `localvit.export.export_model`.
     """
     check_export(file, format, overwrite=overwrite)
-    args = dict(args or {})
-    if random_weights:
-        checkpoint = untrained(source, args)
-    else:
-        checkpoint = load_checkpoint(source, torch.device("cpu"), args)
-    model, preprocessing = checkpoint.model, checkpoint.preprocessing
+    opened = open_model(source, "cpu", args=args, random_weights=random_weights)
+    opened.require_pytorch("export")
     info = ExportInfo.of(
-        preprocessing,
-        architecture=str(model.pretrained_cfg.get("architecture", source)),  # type: ignore[union-attr, operator]
-        num_classes=model.num_classes,  # type: ignore[arg-type]
-        labels=checkpoint.labels,
-        descriptions=checkpoint.descriptions,
+        opened.preprocessing,
+        architecture=str(opened.model.pretrained_cfg.get("architecture", source)),  # type: ignore[union-attr, operator]
+        num_classes=opened.num_classes,
+        labels=opened.labels,
+        descriptions=opened.descriptions,
     )
     return export_model(
-        model,
+        opened.model,
         file,
         format,
         info,
-        pictures(data, config or DataConfig(), preprocessing),
+        first_images(data, config or DataConfig(), opened.preprocessing),
         dynamic_size=dynamic_size,
         overwrite=overwrite,
         tolerance=tolerance,
@@ -74,16 +69,16 @@ def export_checkpoint(
     )
 
 
-def pictures(source: str, config: DataConfig, preprocessing: Preprocessing) -> Callable[[Size], Tensor]:
-    """The first pictures of a source, prepared for a size."""
+def first_images(source: str, config: DataConfig, preprocessing: Preprocessing) -> Callable[[Size], Tensor]:
+    """Return a function that loads the first images of a source, prepared for a size."""
     try:
         images = open_reported(source, config)
     except DataError as error:
-        hint = "; --data SRC takes other pictures for the comparison" if source == "digits" else ""
+        hint = "; --data SRC takes other images for the comparison" if source == "digits" else ""
         raise DataError(f"{error}{hint}") from error
     count = max(BATCHES)
     if len(images) < count:
-        raise DataError(f"data source {source!r} has {len(images)} pictures; the comparison takes {count}")
+        raise DataError(f"data source {source!r} has {len(images)} images; the comparison takes {count}")
 
     def load(size: Size) -> Tensor:
         sized = replace(preprocessing, input_size=(preprocessing.input_size[0], *size))

@@ -44,5 +44,7 @@ def write_onnx(program: ExportedProgram, path: Path, info: ExportInfo) -> None:
         verbose=False,
     )
     assert made is not None
+    for node in made.model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names files of this machine
     made.model.metadata_props[KEY] = info.to_json()
     made.save(str(path))

@@ -10,6 +10,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 from localvit.acceleration import fuse
 from localvit.engines import KEY, ExportInfo
@@ -80,7 +81,16 @@ def export_program(model: nn.Module, info: ExportInfo) -> ExportedProgram:
     # Two pictures: torch.export takes a 1 for a constant.
     images = torch.zeros(2, channels, *size)
     with torch.no_grad():
-        return torch.export.export(_fast(model), (images,), dynamic_shapes=(shape,), strict=False)
+        program = torch.export.export(_fast(model), (images,), dynamic_shapes=(shape,), strict=False)
+    _forget_paths(program)
+    return program
+
+
+def _forget_paths(program: ExportedProgram) -> None:
+    """Remove stack traces from the graph: they name the files and folders of this machine."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            node.meta.pop("stack_trace", None)
 
 
 def _fast(model: nn.Module) -> nn.Module:

@@ -1,23 +1,32 @@
-"""Any trained model, opened for use, and what it predicts."""
+"""Any model, opened for use, and its predictions."""
 
 from typing import TYPE_CHECKING
 
 from localvit.imports import door
 
 if TYPE_CHECKING:
-    from localvit.inference.checkpoint import Checkpoint as Checkpoint, load_checkpoint as load_checkpoint
-    from localvit.inference.exported import untrained as untrained
+    from localvit.inference.formats import (
+        COLUMNS as COLUMNS,
+        to_csv as to_csv,
+        to_csv_lines as to_csv_lines,
+        to_json_line as to_json_line,
+    )
+    from localvit.inference.model import (
+        FUSED as FUSED,
+        OpenModel as OpenModel,
+        fused as fused,
+        open_model as open_model,
+    )
     from localvit.inference.prediction import (
-        Guess as Guess,
+        ClassProbability as ClassProbability,
         Prediction as Prediction,
         Shard as Shard,
+        check_settings as check_settings,
+        classify as classify,
+        find_files as find_files,
         predict as predict,
-        process_share as process_share,
+        process_shard as process_shard,
     )
-    from localvit.inference.prediction_files import (
-        Progress as Progress,
-        write_predictions as write_predictions,
-    )
-    from localvit.inference.prediction_formats import Csv as Csv, JsonLines as JsonLines
+    from localvit.inference.writer import Progress as Progress, write_predictions as write_predictions
 else:
     __getattr__, __dir__, __all__ = door(__name__)

@@ -1,4 +1,4 @@
-"""What a model sees in pictures, however many: they are read, classified and handed on batch by batch."""
+"""Predictions for any number of images: read, classified and handed on batch by batch."""
 
 from __future__ import annotations
 
@@ -14,16 +14,12 @@ from torch.utils.data import Dataset
 from localvit.data import Sample, decode, eval_loader, name_order
 from localvit.engines import EngineKind
 from localvit.errors import ConfigError, check_at_least
-from localvit.inference.checkpoint import Checkpoint
-from localvit.inference.exported import open_checkpoint
-
-_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-"""What it says in the environment, and what is so without it."""
+from localvit.inference.model import OpenModel, open_model
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guess:
-    """One class and how likely the model finds it.
+class ClassProbability:
+    """Class and its probability.
 
     Attributes:
         label: Name of the class, or its index where names are not known.
@@ -36,25 +32,25 @@ class Guess:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The result for one file.
+    """Result for one image.
 
     Attributes:
         path: The file.
-        guesses: The likeliest classes, best first; empty if the file could not be read.
-        error: Why it could not be read, or ``None``.
+        guesses: The most probable classes, best first; empty where there is an error.
+        error: Why there is no answer: the file could not be read, or the model answers NaN; else `None`.
     """
 
     path: str
-    guesses: tuple[Guess, ...] = ()
+    guesses: tuple[ClassProbability, ...] = ()
     error: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One of several blocks of the pictures, for machines that share them.
+    """One of several blocks of the images, for machines that share them.
 
-    Blocks are contiguous and differ in size by one picture at most, so the results of all shards, one after
-    the other, are in the order of the whole list.
+    Blocks are contiguous and differ in size by one image at most. The results of all shards, one after the
+    other, are in the order of the whole list.
 
     Attributes:
         index: 0 to `count` - 1.
@@ -68,35 +64,36 @@ class Shard:
         if not 0 <= self.index < self.count:
             last = max(self.count - 1, 0)
             raise ConfigError(
-                f"shard {self.index}/{self.count} is none of 0/{self.count} to {last}/{self.count}"
+                f"shard {self.index}/{self.count} is not accepted; use 0/{self.count} to {last}/{self.count}"
             )
 
     def take(self, files: Sequence[str]) -> Sequence[str]:
-        """The files of this block."""
+        """Return the files of this block."""
         edges = [len(files) * i // self.count for i in (self.index, self.index + 1)]
         return files[edges[0] : edges[1]]
 
 
 WHOLE = Shard()
-"""All pictures."""
+"""All images."""
 
 
-def process_share(device: str) -> tuple[Shard, str]:
-    """The shard and the device of this process, among those that ``torchrun`` started if it did.
+def process_shard(device: str) -> tuple[Shard, str]:
+    """Return the shard and the device of this process, among those that `torchrun` started if it did.
 
-    The processes need not know of each other: each has its own pictures, and its own file.
+    The processes do not communicate: each has its own images, and its own file.
 
     Args:
-        device: As in `TrainConfig`; ``"auto"`` and ``"cuda"`` give each process a GPU of its machine.
+        device: As in `TrainConfig`; `"auto"` and `"cuda"` give each process a GPU of its machine.
     """
-    rank, size, local = (int(os.environ.get(n, d)) for n, d in _TORCHRUN.items())
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    rank, size, local = (int(os.environ.get(name, value)) for name, value in defaults.items())
     if size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local}"
     return Shard(index=rank, count=size), device
 
 
 class _Files(Dataset[Sample]):
-    """Pictures without labels."""
+    """Images without labels."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
@@ -109,7 +106,7 @@ class _Files(Dataset[Sample]):
 
 
 def predict(
-    checkpoint: str,
+    model: str | OpenModel,
     paths: Sequence[str],
     *,
     top_k: int = 5,
@@ -118,39 +115,51 @@ def predict(
     device: str = "auto",
     shard: Shard = WHOLE,
     engine: EngineKind | None = None,
+    fuse: bool = True,
 ) -> Iterator[Prediction]:
-    """Classify pictures, one prediction per file, in order.
+    """Classify images, one prediction per file, in order.
 
-    Results come while pictures are being read: no more than a batch, and two for each worker, are in memory.
-    A file that cannot be read gets a prediction with `error`; the others are done all the same.
+    Results come while images are being read: no more than a batch, and two for each worker, are in memory.
+    A file that cannot be read gets a prediction with `error`; the others are classified all the same.
 
     Args:
-        checkpoint: As `open_checkpoint`.
-        paths: Files, and folders that are searched for pictures.
+        model: An opened model, or a source as `open_model` takes.
+        paths: Files, and folders that are searched for images.
         top_k: How many classes to name; fewer if the model has fewer.
-        batch_size: Pictures at a time.
-        workers: Processes that load pictures.
-        device: As in `TrainConfig`.
-        shard: Which of the pictures.
-        engine: As `open_checkpoint`.
+        batch_size: Images at a time.
+        workers: Data workers that load images.
+        device: As in `TrainConfig`; ignored for an opened model, as are `engine` and `fuse`.
+        shard: Block of the images to take.
+        engine: As `open_model`.
+        fuse: As `open_model`.
 
     Raises:
-        ConfigError: if the checkpoint cannot be loaded, a path does not exist, or there are no pictures.
+        ConfigError: if the model cannot be opened, a path does not exist, or there are no images.
     """
-    check_at_least(1, top_k=top_k, batch_size=batch_size)
-    check_at_least(0, workers=workers)
+    check_settings(top_k, batch_size, workers)
     files = shard.take(find_files(paths))
-    model = open_checkpoint(checkpoint, device, engine)
+    if not isinstance(model, OpenModel):
+        model = open_model(model, device, engine=engine, fuse=fuse)
     batches = classify(model, files, top_k=top_k, batch_size=batch_size, workers=workers)
     return (prediction for batch in batches for prediction in batch)
 
 
+def check_settings(top_k: int, batch_size: int, workers: int) -> None:
+    """Refuse numbers that are too small.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    check_at_least(1, top_k=top_k, batch_size=batch_size)
+    check_at_least(0, workers=workers)
+
+
 @torch.inference_mode()
 def classify(
-    model: Checkpoint, files: Sequence[str], *, top_k: int, batch_size: int, workers: int
+    model: OpenModel, files: Sequence[str], *, top_k: int, batch_size: int, workers: int
 ) -> Iterator[list[Prediction]]:
-    """Predictions for `files`, in order, a batch at a time; other arguments as `predict`."""
-    device = next(iter(model.model.state_dict().values())).device
+    """Yield the predictions for `files`, in order, a batch at a time; other arguments as `predict`."""
+    device = model.device
     loader = eval_loader(
         _Files(files),
         model.preprocessing,
@@ -158,22 +167,34 @@ def classify(
         workers=workers,
         pin_memory=device.type == "cuda",
     )
-    names = model.descriptions or [str(i) for i in range(model.model.num_classes)]  # type: ignore[arg-type]
-    top_k = min(top_k, len(names))
+    names = model.descriptions or tuple(map(str, range(model.num_classes)))
     for batch in loader:
         results = {i: Prediction(path=files[i], error=error.reason) for i, error in batch.unreadable.items()}
         if batch.indices:
-            best = model.model(batch.images.to(device, non_blocking=True)).softmax(-1).topk(top_k)
-            rows = zip(batch.indices, best.values.tolist(), best.indices.tolist(), strict=True)
-            for index, probabilities, classes in rows:
-                pairs = zip(classes, probabilities, strict=True)
-                guesses = tuple(Guess(label=names[c], probability=p) for c, p in pairs)
-                results[index] = Prediction(path=files[index], guesses=guesses)
+            logits = model.model(batch.images.to(device, non_blocking=True))
+            for index, guesses in zip(batch.indices, _most_probable(logits, names, top_k), strict=True):
+                error = None if guesses else "the model answers NaN"
+                results[index] = Prediction(path=files[index], guesses=guesses, error=error)
         yield [results[index] for index in sorted(results)]
 
 
+def _most_probable(
+    logits: torch.Tensor, names: Sequence[str], top_k: int
+) -> list[tuple[ClassProbability, ...]]:
+    """Return the best classes of each row of logits (B, classes); none where the row has NaN."""
+    best = logits.float().softmax(-1).topk(min(top_k, len(names)))
+    answered = ~logits.isnan().any(-1) & best.values.isfinite().all(-1)
+    rows = zip(best.values.tolist(), best.indices.tolist(), answered.tolist(), strict=True)
+    return [
+        tuple(ClassProbability(label=names[c], probability=p) for p, c in zip(*row, strict=True))
+        if good
+        else ()
+        for *row, good in rows
+    ]
+
+
 def find_files(paths: Sequence[str]) -> list[str]:
-    """The files among `paths` and the pictures below its folders, each once.
+    """Return the files among `paths` and the images below its folders, each once.
 
     The order is that of `paths`, and natural within a folder; it is the same on every machine.
 
@@ -185,12 +206,12 @@ def find_files(paths: Sequence[str]) -> list[str]:
     for path in paths:
         if os.path.isdir(path):
             below = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-            pictures = [f for f in below if os.path.splitext(f)[1].lower() in extensions]
-            found |= dict.fromkeys(sorted(pictures, key=name_order))
+            images = [file for file in below if os.path.splitext(file)[1].lower() in extensions]
+            found |= dict.fromkeys(sorted(images, key=name_order))
         elif os.path.isfile(path):
             found[path] = None
         else:
             raise ConfigError(f"path {path!r} does not exist")
     if not found:
-        raise ConfigError(f"no pictures in {', '.join(map(repr, paths)) or 'an empty list of paths'}")
+        raise ConfigError(f"no images in {', '.join(map(repr, paths)) or 'an empty list of paths'}")
     return list(found)

@@ -29,7 +29,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         ConfigError: for an unknown name, arguments that the model refuses, a locality that does not fit
             it, or fewer outputs than `num_classes`.
     """
-    do_what_waits()  # where no door was used since the last import
+    do_what_waits()  # a worker process may have come here past every door
     name = config.name
     if ":" not in name and not timm.is_model(name):
         raise unknown("model.name", name, timm.list_models())

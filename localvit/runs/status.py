@@ -92,7 +92,8 @@ class RunStatus:
     def to_json(self) -> str:
         """Return what `read` reads."""
         optional = {"error": self.error, "pictures": self.pictures}
-        return to_json({k: v for k, v in plain(self).items() if optional.get(k, True)}, indent=2)
+        values = {name: value for name, value in plain(self).items() if optional.get(name, True)}
+        return to_json(values, indent=2)
 
 
 @contextmanager
@@ -105,9 +106,9 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         yield path
     except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
-        text, where = one_line(error), repr(str(path))
-        named = text if where in text else f"{where} is not as a run wrote it: {text}"
-        raise ConfigError(f"{named}; restore it, or choose another folder") from error
+        raise ConfigError(
+            f"{str(path)!r} is not as a run wrote it: {one_line(error)}; restore it, or choose another folder"
+        ) from error
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:

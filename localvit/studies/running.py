@@ -1,8 +1,8 @@
-"""A study from its runs to its report, in one call."""
+"""A study from its runs to its report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,11 +11,11 @@ from rich.console import Console
 from localvit.atomic import write_atomically
 from localvit.bench import machine
 from localvit.errors import ConfigError
-from localvit.inference import load_checkpoint
+from localvit.inference import open_model
 from localvit.models import preprocessing_for
 from localvit.runtime import pick_device
 from localvit.structure import to_json
-from localvit.studies.design import Study
+from localvit.studies.design import Run, Study
 from localvit.studies.execution import (
     THREADS,
     Cluster,
@@ -25,10 +25,10 @@ from localvit.studies.execution import (
     images_per_second,
     run_missing,
 )
-from localvit.studies.reporting import SPEED, TUNING, Report, read_report, read_speed, write_report
+from localvit.studies.reporting import SPEED, TUNING, Report, Speed, read_report, read_speed, write_report
 
 
-def answer(
+def run_study(
     study: Study,
     folder: Path,
     *,
@@ -44,11 +44,11 @@ def answer(
     """Do the runs that are missing, time the arms, compare them, and write the report.
 
     Args:
-        study: With budgets matched (`checks.matched`).
-        folder: For runs and report (`folder.StudyFolder`).
-        tuning: Of the learning rates, kept beside the runs and cited by the report.
+        study: Study with matched budgets (`checks.matched`).
+        folder: Folder for runs and report (`folder.StudyFolder`).
+        tuning: Search for the learning rates, kept beside the runs and cited by the report.
         command, jobs, threads, cluster, retry, reuse, console: As in `run.run_missing`. With a cluster the
-            arms are not timed, because this may be no machine to time them on; a call without it does.
+            arms are not timed, because a login node is no machine to time them on; a call without it does.
 
     Raises:
         ConfigError, DataError: if the study cannot work or the folder holds something else; nothing was
@@ -75,28 +75,40 @@ def answer(
     report = read_report(folder)
     write_report(report)
     if failures:
-        reasons = "; ".join(f"{run.arm} seed {run.seed}: {reason}" for run, reason in failures.items())
         waits = not retry and any(store.outcome(run).state == "failed" for run in failures)
-        advice = "--retry starts them anew" if waits else "the same command goes on with them"
-        raise StudyFailed(f"{len(failures)} of {len(study.runs())} runs failed ({reasons}); {advice}")
+        raise _failed(failures, len(study.runs()), waits)
     return report
 
 
 def time_arms(store: StudyFolder) -> None:
-    """Time the arms in turns, with the first seed's models, unless that was done or they are gone."""
+    """Time the arms in turns with the first seed's models, unless that was done or they are gone."""
     study = store.study
     first = {run.arm: run for run in study.runs() if run.seed == study.seeds[0]}
     if not all((store.of(run) / "best").exists() for run in first.values()):
         return
     path, keys = store.path / SPEED, [run.key for run in first.values()]
-    if path.exists() and read_speed(store.path).get("keys") == keys:
+    if _timed(store.path) == keys:
         return
     device = pick_device(study.base.device)
-    models = {name: load_checkpoint(str(store.of(run)), device).model for name, run in first.items()}
+    models = {name: open_model(store.of(run), device).model for name, run in first.items()}
     sizes = {
         name: preprocessing_for(model, first[name].config.data).input_size for name, model in models.items()
     }
     found = images_per_second(models, sizes, device=device)
     words = machine(THREADS if device.type == "cpu" else torch.get_num_threads())
-    values = {"images_per_second": found, "machine": words, "keys": keys}
+    values = Speed(images_per_second=found, machine=words, keys=tuple(keys))
     write_atomically(path, to_json(values))
+
+
+def _timed(folder: Path) -> list[str]:
+    """Return the keys of the runs whose models were timed; none if the file is missing or damaged."""
+    try:
+        return list(read_speed(folder).keys)
+    except ConfigError:
+        return []
+
+
+def _failed(failures: Mapping[Run, str], number: int, waits: bool) -> StudyFailed:
+    reasons = "; ".join(f"{run.arm} seed {run.seed}: {reason}" for run, reason in failures.items())
+    advice = "--retry starts them anew" if waits else "the same command goes on with them"
+    return StudyFailed(f"{len(failures)} of {number} runs failed ({reasons}); {advice}")

@@ -20,7 +20,7 @@ from localvit.cost import count_parameters
 from localvit.data import Batch
 from localvit.errors import TrainingFailed, TrainingInterrupted
 from localvit.evaluation import Metrics, measure
-from localvit.inference import load_checkpoint
+from localvit.inference import open_model
 from localvit.runs import Decision, RunDirectory, whole
 from localvit.runtime import World, open_world, stop_requested
 from localvit.training.callbacks import Callback
@@ -281,7 +281,7 @@ def _finished(directory: RunDirectory | None, console: Console | None) -> RunRes
             Metrics(**{name: math.nan if value is None else value for name, value in found.items()})  # type: ignore[arg-type]
             for found in (status.best.validation, status.test or {})
         )
-    model = load_checkpoint(str(saved.best), torch.device("cpu")).model
+    model = open_model(saved.best, "cpu").model
     best = status.best.epoch, validation, test
     result = _result(directory.config.output, saved.history, best, status.notes, model)
     if console:

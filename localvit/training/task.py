@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from localvit.config import DistillConfig
 from localvit.data import AugmentConfig, Preprocessing, random_scope
 from localvit.errors import ConfigError
-from localvit.inference import Checkpoint, load_checkpoint
+from localvit.inference import OpenModel, open_model
 from localvit.models import check_forward
 
 
@@ -104,9 +104,9 @@ def _load_teacher(
     preprocessing: Preprocessing,
     class_names: Sequence[str],
     device: torch.device,
-) -> Checkpoint:
+) -> OpenModel:
     try:
-        teacher = load_checkpoint(source, torch.device("cpu"))
+        teacher = open_model(source, "cpu")
         theirs, ours = teacher.model.num_classes, student.num_classes
         if theirs != ours:
             raise ConfigError(f"it has {theirs} classes, but the student has {ours}")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from localvit.bench import comparison, engines, machine, measure
+from localvit.bench import comparison, engines, host as machine, measure
 from localvit.bench.comparison import BenchConfig, compare, fraction, fraction_flops, training_step
 from localvit.bench.measure import Quartiles, interleaved, ratio
 from localvit.bench.peak import Matmul, fastest_matmul
@@ -111,7 +111,7 @@ def test_a_comparison_names_all_that_it_rests_on(short):
     )
     assert torch.get_num_threads() == threads
     assert (found.model.model, found.model.engine) == (NAME, "fused")
-    assert (found.against.model, found.against.engine) == ("deit_tiny_patch16_224", "eager")
+    assert (found.against.model, found.against.engine) == ("deit_tiny_patch16_224", "fused")
     assert found.setting.threads == 2
     assert "2 threads" in found.setting.machine
     assert found.peak_gflops > 0
@@ -190,7 +190,7 @@ def test_the_table_has_the_ratio_first_and_the_machine_last(short, capsys):
     assert lines[0].startswith("ratio ")
     text = " ".join(" ".join(lines).split())
     for part in (
-        "(fused)",
+        "(PyTorch, fused)",
         "vit_tiny_patch16_224",
         "median [quartiles] of 2 rounds",
         "share of peak, %",
@@ -199,6 +199,30 @@ def test_the_table_has_the_ratio_first_and_the_machine_last(short, capsys):
         assert part in text
     assert "machine: " in text
     assert "allocator" in text.rpartition("machine: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            [],
+            [
+                ("fused", "PyTorch, fused"),
+                ("eager", "PyTorch, not fused: ResNet has nothing with a fast form"),
+            ],
+        ),
+        (["--no-fuse"], [("eager", "PyTorch"), ("eager", "PyTorch")]),
+        (["--engine", "eager"], [("eager", "PyTorch"), ("eager", None)]),
+    ],
+)
+def test_models_run_fused_where_they_can_be_unless_it_is_declined(short, capsys, options, expected):
+    size = ["--size", "32", "--batch", "1", "--rounds", "2", "--device", "cpu", "--json"]
+    command = ["bench", "localvit_tiny_patch16_224", "--against", "test_resnet", *size, *options]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    for side, (engine, form) in zip(("model", "against"), expected, strict=True):
+        assert found[side]["engine"] == engine
+        assert form in (None, found[side]["form"])
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])

@@ -210,7 +210,7 @@ def test_predict_names_a_broken_file_and_does_the_others(run, pictures, capsys):
     assert sum(g["probability"] for g in found[0]["guesses"]) <= 1.0001
     assert found[0]["guesses"][0]["label"] in "0123456789"
     assert str(pictures / "2.png") in err
-    assert "1 of 4 files could not be read" in err
+    assert "1 of 4 files have no prediction" in err
 
 
 def test_predict_as_csv_and_table(run, pictures, tmp_path, capsys):
@@ -228,7 +228,7 @@ def test_predict_as_csv_and_table(run, pictures, tmp_path, capsys):
 
 def test_predict_fails_if_nothing_could_be_read(run, pictures, capsys):
     assert main(["predict", "--checkpoint", str(run), str(pictures / "2.png"), "--format", "json"]) == 1
-    assert "1 of 1 files could not be read" in capsys.readouterr().err
+    assert "1 of 1 files have no prediction" in capsys.readouterr().err
 
 
 def test_a_crash_keeps_its_traceback(monkeypatch, tmp_path):

@@ -35,6 +35,19 @@ def test_it_prints_metrics_intervals_and_classes(exported, capsys):
     assert "restricted to the 2 classes" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("option", "form"), [([], "PyTorch"), (["--fuse"], "PyTorch, fused")])
+def test_it_computes_by_the_plain_form_unless_asked_and_says_so(exported, tmp_path, capsys, option, form):
+    output = tmp_path / "all.json"
+    assert main([*exported, *option, "--output", str(output)]) == 0
+    assert f"({form}) on" in capsys.readouterr().out
+    result = json.loads(output.read_text())
+    assert result["form"] == form
+    assert main([*exported, "--output", str(tmp_path / "plain.json")]) == 0
+    plain = json.loads((tmp_path / "plain.json").read_text())
+    assert result["metrics"]["loss"] == pytest.approx(plain["metrics"]["loss"], rel=1e-5)
+    assert result["classes"] == plain["classes"]
+
+
 def test_it_writes_json_csv_and_a_picture(exported, tmp_path):
     files = {name: tmp_path / name for name in ("all.json", "classes.csv", "confusion.png")}
     assert (

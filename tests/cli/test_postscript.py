@@ -100,7 +100,7 @@ def test_prediction_does_not_start_it(started, pictures, tmp_path, workers, caps
     (tmp_path / "drawing.eps").write_bytes(POSTSCRIPT)
     command = ["predict", "--checkpoint", model, "--device", "cpu", "--workers", str(workers)]
     assert main([*command, str(pictures), str(tmp_path / "drawing.eps")]) == 0
-    assert "2 of 13 files could not be read" in capsys.readouterr().err
+    assert "2 of 13 files have no prediction" in capsys.readouterr().err
     assert not started.exists()
 
 

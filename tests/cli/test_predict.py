@@ -39,7 +39,7 @@ def paths(file):
 )
 def test_an_interruption_leaves_what_the_same_command_goes_on_with(job, tmp_path, number, workers, capsys):
     output = tmp_path / "found.jsonl"
-    part = tmp_path / "found.jsonl.part"
+    part = tmp_path / "found.jsonl.part.jsonl"
     command = [*job, "--output", str(output), "--batch-size", "4", "--workers", str(workers)]
     process = subprocess.Popen(
         [sys.executable, "-c", SLOWLY, *command],
@@ -56,13 +56,13 @@ def test_an_interruption_leaves_what_the_same_command_goes_on_with(job, tmp_path
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     error = process.communicate()[1]
     assert (process.returncode, error.count("\n")) == (0, 1), error
-    assert "of 60 pictures; the same command goes on" in error
+    assert "of 60 images; the same command resumes" in error
     assert not output.exists()
     before = part.read_bytes()
     assert main(command) == 0
     out = capsys.readouterr().out
     lines = before.count(b"\n")
-    assert f"going on after {lines} of 60" in out
+    assert f"resumed after {lines} of 60" in out
     assert output.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     assert len(set(paths(output))) == len(paths(output)) == 60
     assert [p.name for p in tmp_path.iterdir()] == ["found.jsonl"]
@@ -72,8 +72,55 @@ def test_an_interruption_on_the_console_is_one(job, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("localvit.inference.predict", stop)
+    monkeypatch.setattr("localvit.inference.classify", stop)
     assert main(job) == 130
+
+
+def test_the_form_that_ran_is_named(job, tmp_path, capsys):
+    for option, form in (([], "PyTorch, fused"), (["--no-fuse"], "PyTorch")):
+        assert main([*job, *option]) == 0
+        assert capsys.readouterr().err == f"localvit: {job[2]}: {form}\n"
+        output = tmp_path / f"{len(option)}.csv"
+        assert main([*job, *option, "--output", str(output)]) == 0
+        assert capsys.readouterr().out == f"{output}: 60 images ({form})\n"
+
+
+@pytest.mark.parametrize(("arguments", "lines"), [(["--format", "csv"], 1), ([], 0)])
+def test_a_reader_that_ends_early_ends_the_command_quietly(job, arguments, lines):
+    """As `| head -1`, and as a pipe that nobody reads at all."""
+    command = [sys.executable, "-m", "localvit", *job, "--batch-size", "1", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        if lines:
+            assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == f"localvit: {job[2]}: PyTorch, fused\n"
+        assert process.wait() == 141
+
+
+def test_any_verb_ends_quietly_where_nobody_reads():
+    command = [sys.executable, "-m", "localvit", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
+def test_every_name_of_a_file_reaches_the_console(job, tmp_path):
+    """Bytes that are not UTF-8 stay; what would move the cursor is escaped where people read."""
+    names = [b"no text \xff.png", b"a\rb\x1b[2J.png", b"-x \xc3\xa9.png"]
+    picture = (Path(job[-1]) / "x" / "0.png").read_bytes()
+    for name in names:
+        (tmp_path / os.fsdecode(name)).write_bytes(picture)
+    found = {}
+    for form in ("table", "csv"):
+        command = [sys.executable, "-m", "localvit", *job[:-1], str(tmp_path), "--format", form]
+        done = subprocess.run(command, capture_output=True, check=True)
+        found[form] = done.stdout
+    assert all(name in found["csv"] for name in names)
+    assert names[0] in found["table"]
+    assert names[2] in found["table"]
+    assert rb"a\rb\x1b[2J.png" in found["table"]
+    assert found["table"].count(b"\n") == 1 + 2 * 3
 
 
 def test_processes_and_shards_write_the_same_files(job, tmp_path, monkeypatch, capsys):
@@ -99,7 +146,7 @@ def test_processes_and_shards_write_the_same_files(job, tmp_path, monkeypatch, c
         (["--output", "old.csv"], "'old.csv' is finished already"),
         (["--output", "found.txt"], "must end in .csv, .jsonl, .parquet"),
         (["--output", "found.csv", "--format", "json"], "--format json is for the console"),
-        (["--shard", "2/2"], "shard 2/2 is none of 0/2 to 1/2"),
+        (["--shard", "2/2"], "shard 2/2 is not accepted; use 0/2 to 1/2"),
         (["--shard", "second"], "--shard second: two whole numbers"),
         (["--top-k", "0"], "top_k=0 must be at least 1"),
     ],
@@ -140,5 +187,5 @@ def test_a_full_disk_is_one_line(job, tmp_path, full_disk, capsys, suffix):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert f"{str(output)!r} cannot be written: File too large" in error
-    assert "the same command goes on" in error
+    assert "the same command resumes" in error
     assert not output.exists()

@@ -13,11 +13,11 @@ from timm.utils import AverageMeter, accuracy
 from localvit.data.config import DataConfig, DataError
 from localvit.errors import ConfigError
 from localvit.evaluation import evaluate
-from localvit.evaluation.answers import Answers, by_class, confusion_counts
 from localvit.evaluation.calibration import calibration, expected_calibration_error, wilson_interval
 from localvit.evaluation.files import as_csv, as_json, confusion_matrix, draw_confusion
 from localvit.evaluation.labels import read_class_map
-from localvit.inference.checkpoint import load_checkpoint
+from localvit.evaluation.top_k import TopKPredictions, by_class, confusion_counts
+from localvit.inference import open_model
 from tests.pictures import export_model, make_pictures
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def thousand(tmp_path_factory):
 
 def with_timm(checkpoint, data, **loading):
     """Loss, top-1 and top-5 by timm's own data set, loader, transforms and meters."""
-    loaded = load_checkpoint(checkpoint, CPU)
+    loaded = open_model(checkpoint, CPU)
     seen = loaded.preprocessing
     dataset = create_dataset(name="", root=data, split="validation")
     loader = create_loader(
@@ -138,7 +138,7 @@ def test_some_of_imagenets_classes_are_found_by_name(thousand):
 def test_restricting_is_leaving_the_other_outputs_out(thousand):
     checkpoint, data = thousand
     found = evaluate(checkpoint, data, device="cpu", restrict=True)
-    loaded = load_checkpoint(checkpoint, CPU)
+    loaded = open_model(checkpoint, CPU)
     loaded.model.head.weight.data = loaded.model.head.weight.data[PRESENT]
     loaded.model.head.bias.data = loaded.model.head.bias.data[PRESENT]
     seen = {
@@ -240,7 +240,7 @@ def test_reassessed_labels(tmp_path):
     for i, name in enumerate(names):
         (data / SYNSETS[0] / f"{i}.png").rename(data / SYNSETS[0] / f"{name}.JPEG")
     checkpoint = export_model(tmp_path / "model", 1000)
-    loaded = load_checkpoint(checkpoint, CPU)
+    loaded = open_model(checkpoint, CPU)
     rank = []  # outputs of each picture, likeliest first
     from localvit.data.loading import eval_loader
     from localvit.data.splits import open_reported
@@ -263,7 +263,7 @@ def test_reassessed_labels(tmp_path):
     assert found.real.images == 6
     assert found.real.top1 == pytest.approx(100 * 2 / 6)
     assert found.real.top5 == pytest.approx(100 * 4 / 6)
-    with pytest.raises(DataError, match="another number of pictures than these 7"):
+    with pytest.raises(DataError, match="another number of images than these 7"):
         evaluate(checkpoint, str(data), device="cpu", real_labels="default")
 
 
@@ -271,7 +271,7 @@ def test_reassessed_labels_need_imagenets_pictures_and_classes(six, thousand, tm
     with pytest.raises(ConfigError, match="1000 classes of ILSVRC-2012"):
         evaluate(*six, device="cpu", real_labels="default")
     (tmp_path / "real.json").write_text(json.dumps([[1]] * 12))
-    with pytest.raises(DataError, match=r"says nothing about the picture '0\.png'"):
+    with pytest.raises(DataError, match=r"says nothing about the image '0\.png'"):
         evaluate(*thousand, device="cpu", real_labels=str(tmp_path / "real.json"))
     with pytest.raises(ConfigError, match="cannot be read"):
         evaluate(*thousand, device="cpu", real_labels=str(tmp_path / "none.json"))
@@ -328,13 +328,13 @@ def test_classes_and_confusions_by_hand():
     assert [(c.label, c.guess, c.images) for c in confusions] == [("a", "b", 2), ("a", "d", 1)]
 
 
-def test_an_answer_for_each_picture_and_no_more():
-    answers = Answers(3, CPU)
-    answers.add([0, 2], torch.tensor([[1.0, 3.0], [2.0, 0.0]]))
-    with pytest.raises(RuntimeError, match="1 of 3 pictures were not answered exactly once"):
-        answers.merge()
-    answers.add([1], torch.tensor([[0.0, 0.0]]))
-    answers.merge()
-    assert answers.guesses[:, 0].tolist()[::2] == [1, 0]
-    assert answers.guesses[0].tolist() == [1, 0, -1, -1, -1]
-    assert answers.confidences == pytest.approx([1 / (1 + math.exp(-2)), 0.5, 1 / (1 + math.exp(-2))])
+def test_a_prediction_for_each_image_and_no_more():
+    predictions = TopKPredictions(3, CPU)
+    predictions.add([0, 2], torch.tensor([[1.0, 3.0], [2.0, 0.0]]))
+    with pytest.raises(RuntimeError, match="1 of 3 images were not predicted exactly once"):
+        predictions.merge()
+    predictions.add([1], torch.tensor([[0.0, 0.0]]))
+    predictions.merge()
+    assert predictions.guesses[:, 0].tolist()[::2] == [1, 0]
+    assert predictions.guesses[0].tolist() == [1, 0, -1, -1, -1]
+    assert predictions.confidences == pytest.approx([1 / (1 + math.exp(-2)), 0.5, 1 / (1 + math.exp(-2))])

@@ -5,15 +5,18 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 
+import localvit
 from localvit.cli import main
 from localvit.export import write
 from localvit.export.program import export_program
 from localvit.export.write import FORMATS
+from localvit.inference import open_model
 from tests.pictures import export_model, make_pictures
 
 NAMES = ["ant", "bee", "cat"]
@@ -66,20 +69,53 @@ def test_predictions_are_those_of_the_model(place, file, engine, capsys):
 
 def test_a_file_of_predictions_is_bound_to_its_model(place, tmp_path, capsys):
     """An interrupted file is not gone on with by another export under the same name."""
-    from localvit.inference.exported import open_checkpoint
-    from localvit.inference.prediction_files import fingerprint
-
-    first = fingerprint(open_checkpoint(str(place / "model.pt2"), "auto", "torch"))
-    assert first == fingerprint(open_checkpoint(str(place / "model.pt2"), "cpu", "torch"))
+    first = open_model(place / "model.pt2", "auto", engine="torch").fingerprint()
+    assert first == open_model(place / "model.pt2", "cpu", engine="torch").fingerprint()
     other = tmp_path / "model"
     export_model(other, 3, NAMES, crop_pct=0.9)
     file = str(tmp_path / "model.pt2")
     assert main(["export", f"local-dir:{other}", "--format", "torch", "--output", file]) == 0
-    assert fingerprint(open_checkpoint(file, "auto", "torch")) != first
+    assert open_model(file, engine="torch").fingerprint() != first
     out = str(tmp_path / "found.csv")
     command = ["predict", "--checkpoint", file, "--engine", "torch", "--output", out]
     assert main([*command, str(place / "pictures")]) == 0
     assert (tmp_path / "found.csv").read_text().count("\n") == 1 + 9 * 3
+
+
+def test_an_exported_file_is_evaluated_as_its_model_is(place, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    (place / "map.txt").write_text("x\ny\nz\n")
+    found = []
+    for checkpoint in ("model", "model.onnx"):
+        output = place / f"{checkpoint}.json"
+        command = ["evaluate", "--checkpoint", str(place / checkpoint), "--data", str(place / "pictures")]
+        options = ["--class-map", str(place / "map.txt"), "--crop-pct", "0.8", "--output", str(output)]
+        assert main([*command, *options]) == 0
+        found.append(json.loads(output.read_text()))
+    assert [one["form"] for one in found] == ["PyTorch", "ONNX Runtime"]
+    assert found[1]["metrics"]["loss"] == pytest.approx(found[0]["metrics"]["loss"], rel=1e-5)
+    assert found[1]["preprocessing"]["crop_pct"] == 0.8
+    assert found[1]["classes"] == found[0]["classes"]
+
+
+@pytest.mark.parametrize("verb", ["export", "bench"])
+def test_an_exported_file_is_no_source_of_another_one(place, tmp_path, verb, capsys):
+    pytest.importorskip("onnxruntime")
+    options = {"export": ["--output", str(tmp_path / "x.onnx")], "bench": ["--against", "test_vit"]}[verb]
+    assert main([verb, str(place / "model.onnx"), *options]) == 2
+    assert f"{verb}: {str(place / 'model.onnx')!r} is an exported file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["model.pt2", "model.onnx", "model.xml", "model.bin"])
+def test_a_file_names_no_folder_of_the_machine(place, file):
+    """The exporter notes stack traces; they tell who made a file, and make it differ between machines."""
+    if not (place / file).exists():
+        pytest.skip("its packages are not installed")
+    content = (place / file).read_bytes()
+    for folder in (Path(localvit.__file__).parent, Path(torch.__file__).parent, Path.cwd(), place):
+        assert str(folder).encode() not in content
+    assert b'.py", line' not in content
 
 
 def test_a_name_with_arguments_and_random_weights(tmp_path, capsys):
@@ -174,7 +210,7 @@ def test_a_model_without_digits_says_what_else(place, tmp_path, capsys, monkeypa
     assert (
         main(["export", str(place / "model"), "--format", "torch", "--output", str(tmp_path / "x.pt2")]) == 2
     )
-    assert "--data SRC takes other pictures" in capsys.readouterr().err
+    assert "--data SRC takes other images" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line(place, tmp_path):

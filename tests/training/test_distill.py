@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from localvit.errors import ConfigError
-from localvit.inference.checkpoint import load_checkpoint
+from localvit.inference import open_model
 from localvit.models.build import build_model, preprocessing_for
 from localvit.training.loop import train
 from localvit.training.task import build_task
@@ -58,7 +58,7 @@ def test_the_loss_by_hand(config, teacher, token, kind):
     found = task(images, labels)["loss"]
 
     pixels = images * 0.25 + 0.5
-    theirs = load_checkpoint(teacher, CPU).model((pixels - 0.305) / 0.376)
+    theirs = open_model(teacher, CPU).model((pixels - 0.305) / 0.376)
     output = model(images)
     ours, heard = output if token else (output, output)
     if kind == "hard":
@@ -94,7 +94,7 @@ def test_a_teacher_leaves_the_random_stream_alone(config):
 def test_it_trains_and_the_result_is_an_ordinary_model(config, teacher, tmp_path, settings):
     folder = tmp_path / "run"
     result = train(config(*settings, "epochs=1", "schedule.warmup_epochs=0", f"output={folder}"))
-    again = load_checkpoint(str(folder), CPU).model
+    again = open_model(folder, CPU).model
     image = torch.randn(1, 1, 8, 8)
     assert torch.equal(again(image), result.model(image))
     assert again(image).shape == (1, 10)

@@ -8,17 +8,19 @@ if TYPE_CHECKING:
     from localvit.studies.design.checks import (
         Facts as Facts,
         check_study as check_study,
-        dead_sites as dead_sites,
+        locality_sites as locality_sites,
         matched as matched,
     )
     from localvit.studies.design.question import (
         list_questions as list_questions,
         load_question as load_question,
+        write_question as write_question,
     )
     from localvit.studies.design.resources import Resources as Resources
     from localvit.studies.design.study import (
         Arm as Arm,
         Claim as Claim,
+        Metric as Metric,
         Run as Run,
         Study as Study,
         key_of as key_of,

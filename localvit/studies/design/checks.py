@@ -113,14 +113,14 @@ def matched(study: Study) -> Study:
     return dataclasses.replace(study, arms=tuple(arms.values()))
 
 
-def dead_sites(config: TrainConfig, classes: int) -> tuple[str, ...]:
-    """Feed-forward networks with locality that no output of a run's model depends on, by their paths."""
+def locality_sites(config: TrainConfig, classes: int) -> dict[str, bool]:
+    """List the feed-forward networks with locality of a run's model: path -> if any output depends on it."""
     if config.model.locality is None:
-        return ()
+        return {}
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, locality=None, blocks="all"))
     blocks: Any = config.model.blocks
     the_plan, _ = plan_changes(_build(plain, classes), config.model.locality, blocks, None, count=False)
-    return tuple(site.name for site in the_plan.sites if site.dead_parameters)
+    return {site.name: not site.dead_parameters for site in the_plan.sites}
 
 
 def _checked_model(config: TrainConfig, classes: int) -> tuple[nn.Module, tuple[int, int, int]]:

@@ -23,12 +23,14 @@ An arm ``against`` itself is there for others to be compared with. The scales ``
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from localvit.atomic import writing
 from localvit.config import TrainConfig, load_recipe, merge, parse_setting
 from localvit.errors import ConfigError, unknown
 from localvit.structure import build, plain, read_yaml
@@ -141,6 +143,30 @@ class Question:
 def list_questions() -> list[str]:
     """Names of the questions that come with the package."""
     return sorted(f.name.removesuffix(".yaml") for f in _folder().iterdir() if f.name.endswith(".yaml"))
+
+
+def write_question(name: str) -> Path:
+    """Write a commented question that runs as it is, as a start for one's own.
+
+    Args:
+        name: Of the file; `.yaml` is added where it is missing.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: if there is such a file already; it is left as it is.
+        WriteFailed: if it cannot be written.
+    """
+    path = Path(name if name.endswith(_FILES) else f"{name}.yaml")
+    text = resources.files("localvit.studies.design").joinpath("new.yaml").read_text(encoding="utf-8")
+    with writing(path, "name another place"):
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text.replace("FILE", shlex.quote(str(path))))
+        except FileExistsError as error:
+            raise ConfigError(f"{str(path)!r} exists; choose another name") from error
+    return path
 
 
 def load_question(question: str) -> Question:

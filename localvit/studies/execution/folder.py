@@ -195,7 +195,7 @@ class StudyFolder:
         path, wrong = self.path / "results.jsonl", []
         if not path.exists() or (self.path / "runs").exists():  # then it is made anew from these
             return []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
                 parse_json(line)
             except ConfigError:
@@ -206,7 +206,7 @@ class StudyFolder:
         path = self.path / "results.jsonl"
         if not path.exists():
             return None
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             where = f"line {number} of {str(path)!r}"
             if f'"{run.key}"' not in line:
                 continue

@@ -1,10 +1,11 @@
-"""From the records of a study to the numbers that are reported and the sentences that they allow."""
+"""Results of a study: the numbers that its records give and the sentences that these allow."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,26 +24,26 @@ from localvit.studies.reporting.statistics import (
 )
 
 CEILING = 99.0
-"""Of the metric, in per cent, from which on an arm leaves too little room for another to be better."""
+"""Accuracy in per cent from which on an arm leaves too little room for another to be better."""
 WORTH_SEEING = 0.5
-"""Points for which the number of seeds needed is told: about the smallest gain that papers report."""
+"""Points for which the number of seeds needed is given: about the smallest gain that papers report."""
 
 ClaimVerdict = Literal["reproduced", "contradicted", "not shown at this scale"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmResult:
-    """What the runs of an arm say.
+    """Result of one arm.
 
     Attributes:
-        name: Of the arm.
-        scores: Seed -> the metric on the reported split, in per cent.
-        mean: Over the seeds; ``None`` for fewer than two.
-        parameters: Of its model.
+        name: Name of the arm.
+        scores: Seed -> the metric on the test split, in per cent.
+        mean: Mean over the seeds; `None` for fewer than two.
+        parameters: Number of parameters of its model.
         macs: Multiply-accumulates for one image.
         training_speed: Images per second: the median over the runs.
-        inference_speed: Images per second, measured in turns with the other arms; ``None`` if it was not.
-        peak_memory: The largest of the runs, in bytes; ``None`` where it is not known.
+        inference_speed: Images per second, measured in turns with the other arms; `None` if it was not.
+        peak_memory: Largest of the runs, in bytes; `None` where it is not known.
     """
 
     name: str
@@ -57,15 +58,16 @@ class ArmResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """An arm against its control, over the seeds that both have.
+    """Comparison of an arm with its control, over the seeds that both have.
 
     Attributes:
-        arm, control: Their names.
-        seeds: Of the pairs.
-        difference: Arm minus control, in points; ``None`` for fewer than two pairs.
-        p_adjusted: The p-value of the t-test, corrected for all contrasts of the study (Holm).
-        seeds_needed: To see a difference of `WORTH_SEEING`; ``None`` if above 1,000 or there is no spread.
-        claim: What that says about the paper's claim; ``None`` where it claims nothing, or for no pairs.
+        arm, control: Names of the two.
+        seeds: Seeds of the pairs.
+        difference: Arm minus control, in points; `None` for fewer than two pairs.
+        p_adjusted: p-value of the t-test, corrected for all contrasts of the study (Holm).
+        seeds_needed: Seeds that would show a difference of `WORTH_SEEING`; `None` if above 1,000 or if there
+            is no spread.
+        claim: Verdict on the paper's claim; `None` where it claims nothing, or for no pairs.
     """
 
     arm: str
@@ -78,18 +80,18 @@ class Contrast:
 
     @property
     def shown(self) -> bool:
-        """Whether there is a difference, at 5 % after correction."""
+        """Tell if there is a difference, at 5 % after correction."""
         return self.p_adjusted is not None and self.p_adjusted < 1 - CONFIDENCE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What a study shows.
+    """Results and comparisons of a study.
 
     Attributes:
         arms: Those with a record, in the study's order.
-        contrasts: Of those whose both arms have a record.
-        test_images: Number of pictures that each score is measured on.
+        contrasts: Those whose two arms have a record.
+        test_images: Number of images that each score is measured on.
     """
 
     arms: tuple[ArmResult, ...]
@@ -97,23 +99,23 @@ class Findings:
     test_images: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, with the verdicts."""
+        """Return JSON values, with the verdicts."""
         values = dataclasses.asdict(self)
         return {**values, "verdicts": [verdict(contrast, self) for contrast in self.contrasts]}
 
     def arm(self, name: str) -> ArmResult:
-        """The arm of that name."""
+        """Return the arm of that name."""
         return next(arm for arm in self.arms if arm.name == name)
 
 
 def findings(
     study: Study, records: Mapping[Run, Record], inference_speed: Mapping[str, float] | None = None
 ) -> Findings:
-    """What the records of a study say, however many of its runs are there.
+    """Compare the arms of a study by the records that there are.
 
     Args:
         study: The study.
-        records: Of its runs.
+        records: Those of its runs that are done.
         inference_speed: Arm -> images per second.
     """
     arms = {
@@ -121,57 +123,58 @@ def findings(
         for arm in study.arms
         if any(run.arm == arm.name for run in records)
     }
-    pairs = [(a.name, c.name) for a, c in study.contrasts() if a.name in arms and c.name in arms]
-    seeds = [tuple(s for s in study.seeds if s in arms[a].scores and s in arms[c].scores) for a, c in pairs]
-    differences = [
-        paired_difference(*([arms[name].scores[s] for s in of] for name in pair)) if len(of) > 1 else None
-        for pair, of in zip(pairs, seeds, strict=True)
-    ]
+    sizes = [record.test.images for record in records.values()]
+    pairs = [(arms[a.name], arms[c.name]) for a, c in study.contrasts() if {a.name, c.name} <= arms.keys()]
+    common = [tuple(s for s in study.seeds if s in arm.scores and s in other.scores) for arm, other in pairs]
+    differences = [_difference(*pair, seeds, sizes) for pair, seeds in zip(pairs, common, strict=True)]
     adjusted = holm([d.p_value if d else None for d in differences])
     contrasts = [
-        _contrast(study, *values) for values in zip(pairs, seeds, differences, adjusted, strict=True)
+        _contrast(study, (arm.name, control.name), seeds, difference, p_adjusted)
+        for (arm, control), seeds, difference, p_adjusted in zip(
+            pairs, common, differences, adjusted, strict=True
+        )
     ]
-    images = next((record.test.images for record in records.values()), None)
-    return Findings(arms=tuple(arms.values()), contrasts=tuple(contrasts), test_images=images)
+    return Findings(
+        arms=tuple(arms.values()), contrasts=tuple(contrasts), test_images=sizes[0] if sizes else None
+    )
 
 
 def verdict(contrast: Contrast, found: Findings) -> str:
-    """What was shown and what was not, in a sentence or two."""
+    """Say in a sentence or two what was shown and what was not."""
     name, control, difference = contrast.arm, contrast.control, contrast.difference
     seeds = f"{len(contrast.seeds)} seed{'s' if len(contrast.seeds) != 1 else ''}"
     if difference is None:
-        return f"{name} against {control}: nothing to say with {seeds}; at least 2 are needed."
+        return f"{name} against {control}: no result with {seeds}; at least 2 are needed."
     mean = difference.estimate.mean
+    found_text = f"{points(mean, sign=True)} (95 % interval {interval(difference.estimate, sign=True)})"
     if difference.p_value is None or contrast.p_adjusted is None:
         sentence = (
-            f"{name} against {control}: undecided; with each of {seeds} it scored {points(mean, sign=True)}, "
-            "and differences without any spread give no t-test."
+            f"{name} against {control}: undecided. The difference was {points(mean, sign=True)} with each of "
+            f"{seeds}; without spread there is no t-test."
         )
     elif contrast.shown:
         sentence = (
-            f"{name} is {'better' if mean > 0 else 'worse'} than {control}: {points(mean, sign=True)} "
-            f"(95 % interval {interval(difference.estimate, sign=True)}), "
+            f"{name} is {'better' if mean > 0 else 'worse'} than {control}: {found_text}, "
             f"{p_text(contrast.p_adjusted)}{_corrected(found)}, {seeds}."
         )
     else:
         sentence = (
-            f"{name} and {control} are not distinguishable with {seeds}: {points(mean, sign=True)} "
-            f"(95 % interval {interval(difference.estimate, sign=True)}), "
+            f"{name} and {control} are not distinguishable with {seeds}: {found_text}, "
             f"{p_text(contrast.p_adjusted)}{_corrected(found)}. "
             f"A true difference below {points(difference.detectable or 0)} would have been missed more often "
-            f"than {100 * (1 - POWER):.0f} % of the time; {_needed(contrast)} would be needed to see "
-            f"{WORTH_SEEING:g}."
+            f"than {100 * (1 - POWER):.0f} % of the time. Showing {WORTH_SEEING:g} points would take "
+            f"{_needed(contrast)}."
         )
     return sentence + _ceiling(found, (name, control))
 
 
 def points(value: float, *, sign: bool = False) -> str:
-    """``"1.25 points"``."""
+    """Format points: `"1.25 points"`."""
     return f"{value:{'+' if sign else ''}.2f} points"
 
 
 def interval(value: Estimate, *, sign: bool = False) -> str:
-    """``"0.50 to 1.75"``, or what stands there where there is no interval."""
+    """Format an interval: `"0.50 to 1.75"`, or `"none: no spread"`."""
     if value.low is None or value.high is None:
         return "none: no spread"
     form = "+.2f" if sign else ".2f"
@@ -179,7 +182,7 @@ def interval(value: Estimate, *, sign: bool = False) -> str:
 
 
 def p_text(p_value: float | None) -> str:
-    """``"p = 0.013"``, ``"p < 0.001"``, or ``"p undefined"``."""
+    """Format a p-value: `"p = 0.013"`, `"p < 0.001"`, or `"p undefined"`."""
     if p_value is None:
         return "p undefined"
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
@@ -202,6 +205,17 @@ def _arm_result(
         inference_speed=inference_speed,
         peak_memory=max(memory, default=None),
     )
+
+
+def _difference(
+    arm: ArmResult, control: ArmResult, seeds: Sequence[int], sizes: Sequence[int]
+) -> Difference | None:
+    """Compare two arms by their numbers of correct images; `sizes` are those of all test splits."""
+    if len(seeds) < 2:
+        return None
+    images = math.lcm(*sizes)  # equal sizes, unless an arm changes the split
+    own, other = ([round(each.scores[seed] * images / 100) for seed in seeds] for each in (arm, control))
+    return paired_difference(own, other, images)
 
 
 def _contrast(
@@ -244,6 +258,4 @@ def _ceiling(found: Findings, names: tuple[str, str]) -> str:
     high = [f"{name} {mean:.1f} %" for name, mean in means.items() if mean >= CEILING]
     if not high:
         return ""
-    return (
-        f" So near the ceiling ({', '.join(high)}) this task hides differences that a harder one would show."
-    )
+    return f" Near the ceiling ({', '.join(high)}) this task may hide differences that a harder one shows."

@@ -1,4 +1,4 @@
-"""A study's results for other programs and papers, and two studies side by side."""
+"""Results of a study for other programs and papers, and two studies side by side."""
 
 from __future__ import annotations
 
@@ -9,32 +9,18 @@ from typing import Literal
 
 from localvit.config import comparable, differences
 from localvit.studies.reporting.comparison import interval
-from localvit.studies.reporting.page import Table, markdown_table
 from localvit.studies.reporting.report import Report, read_report
 from localvit.studies.reporting.statistics import unpaired_difference
-from localvit.studies.reporting.tables import result_table
+from localvit.studies.reporting.tables import Table, result_table
 
 _COLUMNS = (
-    "arm",
-    "seed",
-    "test_top1",
-    "test_top5",
-    "test_loss",
-    "validation_top1",
-    "best_epoch",
-    "parameters",
-    "macs",
-    "seconds",
-    "images_per_second",
-    "peak_memory",
-    "commit",
-    "machine",
-    "key",
+    *("arm", "seed", "test_top1", "test_top5", "test_loss", "validation_top1", "best_epoch", "parameters"),
+    *("macs", "seconds", "images_per_second", "peak_memory", "commit", "machine", "key"),
 )
 
 
-def export(folder: Path, form: Literal["csv", "latex", "markdown"]) -> str:
-    """The results as text: ``"csv"`` with a line for each run, the others with one for each arm.
+def export_study(folder: Path, form: Literal["csv", "latex", "markdown"]) -> str:
+    """Write the results as text: `"csv"` with a line for each run, the others with one for each arm.
 
     Raises:
         ConfigError: if the folder holds no study.
@@ -43,11 +29,11 @@ def export(folder: Path, form: Literal["csv", "latex", "markdown"]) -> str:
     if form == "csv":
         return _csv(report)
     table = result_table(report)
-    return markdown_table(table) + "\n" if form == "markdown" else _latex(table)
+    return table.markdown() + "\n" if form == "markdown" else _latex(table)
 
 
 def compare_studies(first: Path, second: Path) -> str:
-    """Two studies side by side: in what their bases differ, and every arm that both have.
+    """Set two studies side by side: fields in which their bases differ, and every arm that both have.
 
     Seeds are not paired between studies, so the intervals are Welch's.
 
@@ -68,24 +54,17 @@ def compare_studies(first: Path, second: Path) -> str:
         words = "no spread" if change is None else f"{change.mean:+.2f} [{interval(change, sign=True)}]"
         rows.append([arm.name, f"{arm.mean.mean:.2f}", f"{other.mean.mean:.2f}", words])
     table = Table(["", f"A, {one.study.metric} %", f"B, {two.study.metric} %", "B - A [95 % interval]"], rows)
-    return "\n".join([*lines, "", markdown_table(table) if rows else "no arm has two seeds in both"])
+    return "\n".join([*lines, "", table.markdown() if rows else "no arm has two seeds in both"])
 
 
 def _csv(report: Report) -> str:
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(_COLUMNS)
+    writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
     for run, record in report.records.items():
-        values = {
-            **record.to_dict(),
-            "arm": run.arm,
-            "seed": run.seed,
-            "test_top1": record.test.top1,
-            "test_top5": record.test.top5,
-            "test_loss": record.test.loss,
-            "validation_top1": record.validation.top1,
-        }
-        writer.writerow(["" if values[name] is None else values[name] for name in _COLUMNS])
+        test = {f"test_{name}": getattr(record.test, name) for name in ("top1", "top5", "loss")}
+        own = {"arm": run.arm, "seed": run.seed, "validation_top1": record.validation.top1}
+        writer.writerow(record.to_dict() | test | own)
     return file.getvalue()
 
 

@@ -1,36 +1,60 @@
-"""What a study's folder holds, read and compared: all that a report says is in this value."""
+"""Contents of a study's folder, read and compared: a report is computed from this value alone."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors
+
 from localvit.errors import ConfigError
-from localvit.studies.design import Facts, Run, Study, check_study
+from localvit.structure import read_json
+from localvit.studies.design import Facts, Run, Study, check_study, locality_sites
 from localvit.studies.execution import Record, StudyFolder, Tuning, load_tuning, read_besides, read_study
 from localvit.studies.reporting.comparison import Findings, findings
 
 TUNING = "tuning.json"
 SPEED = "speed.json"
+SHOWN_KERNELS = 48
+_CONV = ".conv.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Learned depth-wise kernels of one feed-forward network.
+
+    Attributes:
+        site: Path of the network in the model.
+        arm, seed: Run that learned them.
+        weights: (n, k, k) float array, the strongest first, at most `SHOWN_KERNELS`.
+        left_out: Networks of this model that are not shown because no output depends on them.
+    """
+
+    site: str
+    arm: str
+    seed: int
+    weights: np.ndarray = field(compare=False)
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a study's folder holds, read and compared.
+    """Contents of a study's folder, read and compared.
 
     Attributes:
-        folder: Of the study.
-        study: What was compared.
-        facts: Of its arms.
-        records: Of the runs that are done.
-        findings: What came out.
-        warnings: What makes the results doubtful.
-        tuning: Of the learning rates; ``None`` if they were not tuned.
-        command: That repeats it; empty if it was no command.
-        speed_machine: On which inference was timed, in words; empty if it was not.
+        folder: Folder of the study.
+        study: Arms, seeds and question.
+        facts: Models of its arms.
+        records: Those of the runs that are done.
+        findings: Results and comparisons.
+        warnings: Sentences on what makes the results doubtful, such as damaged or missing records.
+        tuning: Search for the learning rates; `None` if they were not tuned.
+        command: Command that repeats the study; empty if it was no command.
+        speed_machine: Machine on which inference was timed, in words; empty if it was not.
+        kernels: Those that are drawn; empty where no weights are at hand.
     """
 
     folder: Path
@@ -42,6 +66,7 @@ class Report:
     tuning: Tuning | None
     command: str
     speed_machine: str
+    kernels: tuple[Kernels, ...]
 
 
 def read_report(folder: Path) -> Report:
@@ -54,58 +79,133 @@ def read_report(folder: Path) -> Report:
     command, classes = read_besides(folder)
     store = StudyFolder(folder, study)
     records, wrong = store.readable()
-    speed = read_speed(folder)
+    facts = check_study(study, classes)
+    speed: Speed = _or_warn(wrong, lambda: read_speed(folder), Speed())
     return Report(
         folder=folder,
         study=study,
-        facts=check_study(study, classes),
+        facts=facts,
         records=records,
-        findings=findings(study, records, speed.get("images_per_second")),
-        warnings=(*wrong, *_mixed(records), *_missing(study, records)),
-        tuning=load_tuning(folder / TUNING) if (folder / TUNING).exists() else None,
+        findings=findings(study, records, speed.images_per_second),
+        tuning=_or_warn(wrong, lambda: _tuning(folder), None),
         command=command,
-        speed_machine=str(speed.get("machine", "")),
+        speed_machine=speed.machine,
+        kernels=_or_warn(wrong, lambda: read_kernels(store, records, facts.classes), ()),
+        warnings=(*wrong, *_mixed(records), *_missing(study, records)),
     )
 
 
-def read_speed(folder: Path) -> dict[str, Any]:
-    """What `answer.time_arms` left in a study's folder; empty if it did not.
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Throughput of the arms in inference, as `running.time_arms` measured it.
+
+    Attributes:
+        images_per_second: Arm -> throughput.
+        machine: Description of the machine.
+        keys: Keys of the runs whose models were timed.
+    """
+
+    images_per_second: dict[str, float] = field(default_factory=dict)
+    machine: str = ""
+    keys: tuple[str, ...] = ()
+
+
+def read_speed(folder: Path) -> Speed:
+    """Read the throughput of the arms; empty if it was not measured.
 
     Raises:
         ConfigError: if it cannot be read.
     """
     path = folder / SPEED
     if not path.exists():
-        return {}
+        return Speed()
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{str(path)!r} cannot be read: {error}") from error
-    return dict(values)
+        return read_json(Speed, path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; delete it to measure again") from error
+
+
+def read_kernels(store: StudyFolder, records: Mapping[Run, Record], classes: int) -> tuple[Kernels, ...]:
+    """Read the depth-wise kernels of up to three feed-forward networks (first, middle, last).
+
+    They are those of the first run with locality whose weights are at hand. Networks that no output depends
+    on are left out.
+
+    Raises:
+        ConfigError: if the weights cannot be read.
+    """
+    for run in records:
+        path = store.of(run) / "best" / "model.safetensors"
+        locality = run.config.model.locality
+        if locality is None or not locality.depthwise or not path.exists():
+            continue
+        sites = locality_sites(run.config, classes)
+        try:
+            found = _depthwise(path, [site for site, used in sites.items() if used])
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ConfigError(f"no kernels are drawn: {str(path)!r} cannot be read: {error}") from error
+        unused = tuple(site for site, used in sites.items() if not used)
+        return tuple(
+            Kernels(site=site, arm=run.arm, seed=run.seed, weights=weights, left_out=unused)
+            for site, weights in found.items()
+        )
+    return ()
+
+
+def _depthwise(path: Path, sites: list[str]) -> dict[str, np.ndarray]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        names = [name for name in list(file.keys()) if name.endswith(_CONV)]
+        owned = {site: [name for name in names if name.startswith(f"{site}.")] for site in sites}
+        found = {site: own[0] for site, own in owned.items() if own}
+        paths = list(found)
+        shown = dict.fromkeys(paths[i] for i in (0, len(paths) // 2, -1)) if paths else {}
+        return {site: _strongest(file.get_tensor(found[site])[:, 0].float().numpy()) for site in shown}
+
+
+def _strongest(weights: np.ndarray) -> np.ndarray:
+    norms = np.sqrt((weights**2).sum((1, 2)))
+    return weights[np.argsort(-norms, kind="stable")[:SHOWN_KERNELS]]
+
+
+def _tuning(folder: Path) -> Tuning | None:
+    return load_tuning(folder / TUNING) if (folder / TUNING).exists() else None
+
+
+def _or_warn(warnings: list[str], read: Callable[[], Any], otherwise: Any) -> Any:
+    try:
+        return read()
+    except ConfigError as error:
+        warnings.append(str(error))
+        return otherwise
 
 
 def _mixed(records: Mapping[Run, Record]) -> list[str]:
-    """Warnings about results that were made under different conditions."""
+    """Warn of results that were made under different conditions."""
     values: list[tuple[str, Callable[[Record], str]]] = [
         (
             "versions",
             lambda record: ", ".join(f"{k} {v}" for k, v in record.versions.items() if k != "python"),
         ),
-        ("commits", lambda record: record.commit or "none"),
+        ("commits", lambda record: (record.commit or "none")[:12]),
         ("machines", lambda record: record.machine),
+        ("test splits", lambda record: f"{record.test.images:,} images"),
     ]
     found = []
     for what, of in values:
         different = sorted({of(record) for record in records.values()})
         if len(different) > 1:
-            found.append(f"Mixed {what}: the runs were made with {' / '.join(different)}.")
+            found.append(f"Mixed {what}: the runs have {' / '.join(different)}.")
     return found
 
 
 def _missing(study: Study, records: Mapping[Run, Record]) -> list[str]:
-    missing = [run for run in study.runs() if run not in records]
+    """Warn of runs without a record, by arm."""
+    missing: dict[str, list[str]] = {}
+    for run in study.runs():
+        if run not in records:
+            missing.setdefault(run.arm, []).append(str(run.seed))
     if not missing:
         return []
-    listed = ", ".join(f"{run.arm} seed {run.seed}" for run in missing[:6])
-    more = f" and {len(missing) - 6} more" if len(missing) > 6 else ""
-    return [f"Not complete: {len(missing)} of {len(study.runs())} runs are missing ({listed}{more})."]
+    listed = "; ".join(f"{a} seed{'s' if len(s) > 1 else ''} {', '.join(s)}" for a, s in missing.items())
+    number = sum(map(len, missing.values()))
+    return [f"Not complete: {number} of {len(study.runs())} runs are missing ({listed})."]

@@ -1,79 +1,103 @@
-"""The tables of a report."""
+"""Tables of a report, and the sentences that belong to them."""
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from rich import table as rich_table
+from rich.text import Text
 
 from localvit.cost import giga
 from localvit.locality import LocalityConfig
-from localvit.studies.design import Claim
-from localvit.studies.reporting.comparison import ArmResult, Contrast, interval, p_text, points
-from localvit.studies.reporting.page import Table
+from localvit.studies.design import Claim, Metric, Study
+from localvit.studies.execution import Tuning
+from localvit.studies.reporting.comparison import WORTH_SEEING, ArmResult, Contrast, interval, p_text
 from localvit.studies.reporting.report import Report
 from localvit.studies.reporting.statistics import Estimate
 
+METRICS: dict[Metric, str] = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; `words` if its cells are words, which may be broken over lines."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: bool = False
+
+    def markdown(self) -> str:
+        """Write the table as GitHub reads it."""
+        lines = (self.head, ["---"] * len(self.head), *self.rows)
+        return "\n".join(
+            "| " + " | ".join(plain(cell).replace("|", "\\|") for cell in row) + " |" for row in lines
+        )
+
+    def rich(self, title: str) -> rich_table.Table:
+        """Make the table for a terminal."""
+        made = rich_table.Table(title=title, title_justify="left", title_style="bold")
+        for i, name in enumerate(self.head):
+            made.add_column(name, justify="right" if i and not self.words else "left")
+        for row in self.rows:
+            made.add_row(*map(Text, row))  # Text: brackets are no markup here
+        return made
+
 
 def result_table(report: Report) -> Table:
-    """An arm in each line: its metric, and its difference from its control."""
+    """Give each arm its score, and its difference from its control."""
     found = report.findings
     contrasts = {contrast.arm: contrast for contrast in found.contrasts}
-    head = ["", f"test {report.study.metric}, % [95 % interval]", "against", "difference", "p (corrected)"]
+    head = [
+        "arm",
+        f"test {METRICS[report.study.metric]}, % [95 % interval]",
+        "control",
+        "difference, points",
+        "p",
+    ]
     return Table(
         head, [[arm.name, _score(arm), *_contrast_cells(contrasts.get(arm.name))] for arm in found.arms]
     )
 
 
 def result_notes(report: Report) -> str:
-    """What the columns of the main table mean."""
-    return (
-        "Difference: mean of the paired differences, in points, with its 95 % interval. p: paired t-test, "
-        f"corrected for {len(report.findings.contrasts)} comparisons (Holm)."
-    )
+    """Explain the columns of the main table."""
+    number = len(report.findings.contrasts)
+    corrected = f", corrected for {number} comparisons (Holm)" if number > 1 else ""
+    return f"Difference: mean of the paired differences with its 95 % interval. p: paired t-test{corrected}."
 
 
 def cost_table(report: Report) -> Table:
-    """What each arm's model costs."""
-    head = ["", "parameters", "MACs", "tokens", "training, images/s", "inference, images/s", "peak memory"]
+    """Give each arm the cost of its model."""
     results = {arm.name: arm for arm in report.findings.arms}
     rows = []
     for name, facts in report.facts.arms.items():
         result = results.get(name)
+        parameters, macs = (result or facts).parameters, (result or facts).macs
         memory = result.peak_memory if result else None
-        rows.append(
-            [
-                name,
-                f"{result.parameters if result else facts.parameters:,}",
-                giga(result.macs if result else facts.macs),
-                _or_dash(facts.tokens, "{:,}"),
-                _or_dash(result and result.training_speed, "{:,.0f}"),
-                _or_dash(result and result.inference_speed, "{:,.0f}"),
-                _or_dash(memory and memory / 1e6, "{:,.0f} MB"),
-            ]
-        )
-    return Table(head, rows)
-
-
-def cost_notes(report: Report) -> str:
-    text = "Training: median over the runs, loading included, with other runs beside it."
-    if report.speed_machine:
-        text += f" Inference: the arms in turns, {report.speed_machine}."
-    return text
+        speeds = (result.training_speed, result.inference_speed) if result else (None, None)
+        cells = [f"{parameters:,}", giga(macs), _or_dash(facts.tokens, "{:,}")]
+        cells += [_or_dash(speed, "{:,.0f}") for speed in speeds]
+        rows.append([name, *cells, _or_dash(memory and memory / 1e6, "{:,.0f} MB")])
+    head = ["arm", "parameters", "MACs per image", "tokens"]
+    return Table([*head, "training, images/s", "inference, images/s", "peak memory"], rows)
 
 
 def differing_fields(report: Report) -> Table:
-    """The fields in which each arm's configuration differs from its control's."""
+    """List the fields in which each arm's configuration differs from its control's."""
     rows = [
         [name, report.study.control_of(report.study.arm(name)), path, field_value(there), field_value(here)]
         for name, facts in report.facts.arms.items()
         for path, (there, here) in facts.differs.items()
     ]
-    return Table(["arm", "against", "field", "there", "here"], rows, words=True)
+    return Table(["arm", "control", "field", "in the control", "in the arm"], rows, words=True)
 
 
 def claim_table(report: Report, claim: Claim) -> Table:
-    """What was claimed of each arm, and what came out."""
+    """Compare the claim about each arm with its result."""
     contrasts = {contrast.arm: contrast for contrast in report.findings.contrasts}
     rows = []
     for arm in report.study.arms:
@@ -82,44 +106,73 @@ def claim_table(report: Report, claim: Claim) -> Table:
             continue
         contrast = contrasts.get(arm.name)
         here = contrast.difference.estimate.mean if contrast and contrast.difference else None
-        rows.append(
-            [
-                arm.name,
-                f"{expected} than {report.study.control_of(arm)}" if expected else "-",
-                _or_dash(reported, "{:g}"),
-                _or_dash(here, "{:+.2f}"),
-                (contrast.claim if contrast and contrast.claim else "not run") if expected else "-",
-            ]
-        )
-    head = ["arm", "claimed", "published top-1, %", "difference here", "verdict"]
+        judged = (contrast.claim if contrast and contrast.claim else "not run") if expected else "-"
+        claimed = f"{expected} than {report.study.control_of(arm)}" if expected else "-"
+        rows.append([arm.name, claimed, _or_dash(reported, "{:g}"), _or_dash(here, "{:+.2f}"), judged])
+    head = ["arm", "claim", "published top-1, %", "difference here, points", "verdict"]
     return Table(head, rows, words=True)
 
 
 def power_table(report: Report) -> Table:
-    head = [
-        "",
-        "seeds",
-        "sd of differences",
-        "effect size",
-        "p (t-test)",
-        "p (sign flips)",
-        "detectable",
-        "seeds for 0.5",
-    ]
+    """Show how much the seeds of each comparison could have found."""
     rows = []
     for contrast in report.findings.contrasts:
-        found = contrast.difference
-        cells = ["-"] * 5
+        cells, found = ["-"] * 5, contrast.difference
         if found is not None:
-            cells = [
-                f"{found.estimate.sd:.2f}",
-                _or_dash(found.effect_size, "{:+.2f}"),
-                p_text(found.p_value),
-                p_text(found.permutation_p),
-                "-" if found.detectable is None else points(found.detectable),
-            ]
+            tests = [p_text(found.p_value), p_text(found.permutation_p)]
+            cells = [f"{found.estimate.sd:.2f}", _or_dash(found.effect_size, "{:+.2f}"), *tests]
+            cells.append(_or_dash(found.detectable, "{:.2f} points"))
         rows.append([contrast.arm, str(len(contrast.seeds)), *cells, _or_dash(contrast.seeds_needed, "{}")])
-    return Table(head, rows)
+    head = ["arm", "seeds", "sd of differences", "effect size", "t-test", "sign flips", "smallest detectable"]
+    return Table([*head, f"seeds for {WORTH_SEEING:g} points"], rows)
+
+
+def tuning_text(tuning: Tuning, study: Study) -> str:
+    """Say where the learning rates are from, and if they were tuned for this setting."""
+    text = (
+        "Each arm's learning rate was chosen by mean validation top-1 from one grid, "
+        f"with seeds {', '.join(map(str, tuning.seeds))}; the test split was not used. Command: "
+        f"{tuning.command}. Chosen rates are marked with *; in brackets each seed's value."
+    )
+    if tuning.at_border:
+        text += f" The grid ended at the best value of {', '.join(tuning.at_border)}."
+    departures = tuning.departures(study.base)
+    if departures:
+        listed = "; ".join(
+            f"{path} {field_value(old)}, here {field_value(new)}" for path, (old, new) in departures.items()
+        )
+        text += f" They were tuned for another setting: {listed}."
+    return text
+
+
+def untuned_text(study: Study) -> str:
+    """Say which learning rates a study without a tuning has."""
+    rates = {arm.name: study.config(arm, study.seeds[0]).optim.lr for arm in study.arms}
+    if len(set(rates.values())) > 1:
+        return "Not tuned here: " + ", ".join(f"{name} {rate:g}" for name, rate in rates.items()) + "."
+    return (
+        f"Not tuned: every arm trains with {next(iter(rates.values())):g}, which may suit some arms better."
+    )
+
+
+def field_value(value: Any) -> str:
+    """Write a field's value as a reader understands it; `{}` says little about locality."""
+    if isinstance(value, Mapping) and not value:
+        chosen = LocalityConfig().resolve().to_dict()
+        return "the paper's: " + ", ".join(f"{name} {v}" for name, v in chosen.items())
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {field_value(v)}" for name, v in value.items())
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def plain(text: str) -> str:
+    """Keep a text on one line of Markdown, without tags."""
+    return re.sub(r"<(?=[A-Za-z/!?])", r"\<", " ".join(text.split()))
+
+
+def plural(number: int, noun: str) -> str:
+    """Write `1 seed`, `2 seeds`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _score(arm: ArmResult) -> str:
@@ -143,13 +196,3 @@ def _with_interval(value: Estimate, *, sign: bool = False) -> str:
 
 def _or_dash(value: Any, form: str) -> str:
     return "-" if value is None else form.format(value)
-
-
-def field_value(value: Any) -> str:
-    """A field's value as a reader understands it; `{}` says little about locality."""
-    if isinstance(value, Mapping) and not value:
-        chosen = LocalityConfig().resolve().to_dict()
-        return "the paper's: " + ", ".join(f"{name} {v}" for name, v in chosen.items())
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {v}" for name, v in value.items())
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -24,7 +24,7 @@ from localvit.studies.execution.cluster import Cluster, Task
 from localvit.studies.execution.folder import StudyFolder
 from localvit.studies.execution.records import perform
 from localvit.studies.execution.run import StudyFailed, run_missing
-from localvit.studies.running import answer
+from localvit.studies.running import run_study
 
 SBATCH = """
 [ -f "$FAKE/refusal" ] && { cat "$FAKE/refusal" >&2; exit 1; }
@@ -139,7 +139,7 @@ def test_what_jobs_left_undone_is_said_and_done_by_the_next_call(folder, slurm):
         r"1 of 4 runs failed .locality seed 1: its job 100_3 ended before it did.*; the same command goes on"
     )
     with pytest.raises(StudyFailed, match=said):
-        answer(folder.study, folder.path, cluster=Cluster(), retry=False)
+        run_study(folder.study, folder.path, cluster=Cluster(), retry=False)
     (line,) = Cluster(parallel=2).describe(folder, [fourth])
     assert line.endswith("an array of 1 jobs, at most 2 at a time, each 60 minutes, 1 CPU: locality seed 1")
     slurm.acts = [lambda: finish(folder, slurm, fourth)]

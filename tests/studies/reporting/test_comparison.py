@@ -27,7 +27,7 @@ def found(claim=None, **scores):
     records = {
         run: SimpleNamespace(
             test=Metrics(
-                loss=1.0, top1=scores[run.arm][run.seed], top5=100.0, images=500, images_per_second=1.0
+                loss=1.0, top1=scores[run.arm][run.seed], top5=100.0, images=1000, images_per_second=1.0
             ),
             parameters=10,
             macs=20,
@@ -59,10 +59,11 @@ def test_better_and_worse():
 @pytest.mark.parametrize(("local", "mean"), [([91.0, 90.0, 92.5], "+0.17"), ([91.0, 91.2, 92.9], "+0.70")])
 def test_not_distinguishable_says_what_could_not_have_been_seen_and_what_it_would_take(local, mean):
     control = [90.0, 91.0, 92.0]
-    text, difference = sentence(control=control, local=local), paired_difference(local, control)
+    text = sentence(control=control, local=local)
+    difference = paired_difference(*([round(10 * score) for score in arm] for arm in (local, control)), 1000)
     assert text.startswith(f"local and control are not distinguishable with 3 seeds: {mean} points")
     assert f"below {difference.detectable:.2f} points would have been missed" in text
-    assert " seeds would be needed to see 0.5." in text
+    assert "Showing 0.5 points would take " in text
 
 
 def test_what_one_comparison_shows_may_not_survive_correction():
@@ -81,7 +82,7 @@ def test_what_one_comparison_shows_may_not_survive_correction():
 def test_no_spread_is_undecided(shift):
     control = [90.0, 91.0, 92.0]
     text = sentence(control=control, local=[score + shift for score in control])
-    assert f"undecided; with each of 3 seeds it scored +{shift:.2f} points" in text
+    assert f"undecided. The difference was +{shift:.2f} points with each of 3 seeds" in text
 
 
 def test_runs_without_a_pair_are_shown_and_not_compared():
@@ -90,12 +91,12 @@ def test_runs_without_a_pair_are_shown_and_not_compared():
     assert made.arm("local").mean is None
     assert (
         verdict(made.contrasts[0], made)
-        == "local against control: nothing to say with 1 seed; at least 2 are needed."
+        == "local against control: no result with 1 seed; at least 2 are needed."
     )
 
 
 def test_the_ceiling_is_named():
-    assert "near the ceiling (local 99.4 %) this" in sentence(
+    assert "Near the ceiling (local 99.4 %) this" in sentence(
         control=[90.0, 91.0, 92.0], local=[99.8, 99.0, 99.4]
     )
     assert "ceiling (local 99.4 %, control 99.3 %)" in sentence(
@@ -130,4 +131,4 @@ def test_findings_are_json():
 
     made = found(control=[90.0, 91.0], local=[91.0, 91.5])
     assert json.loads(json.dumps(made.to_dict()))["verdicts"] == [verdict(made.contrasts[0], made)]
-    assert dataclasses.asdict(made)["test_images"] == 500
+    assert dataclasses.asdict(made)["test_images"] == 1000

@@ -10,31 +10,30 @@ import pytest
 import torch
 from rich.console import Console
 
+from localvit.atomic import WriteFailed
 from localvit.config.files import resolve
-from localvit.models.build import build_model
 from localvit.studies.demo import ARMS, demo_study
-from localvit.studies.design.study import Study
+from localvit.studies.design.study import Claim, Study
 from localvit.studies.execution import run as run_module, tuning as tuning_module
 from localvit.studies.execution.folder import StudyFolder
 from localvit.studies.execution.throughput import images_per_second
 from localvit.studies.execution.tuning import tune
-from localvit.studies.reporting import figures
-from localvit.studies.reporting.page import as_rich
+from localvit.studies.reporting.figures import COLOURS, figures, forest
+from localvit.studies.reporting.rendering import render, verdicts, write_report
 from localvit.studies.reporting.report import read_report
-from localvit.studies.reporting.sections import sections, tuning_text, verdicts, write_report
-from localvit.studies.reporting.tables import differing_fields, result_table
-from localvit.studies.running import answer
+from localvit.studies.reporting.tables import differing_fields, result_table, tuning_text
+from localvit.studies.running import run_study
 from tests.studies.tiny import SETTINGS, worker_here
 
 
 class Page(HTMLParser):
     """Collects what a browser would load, and checks that tags are closed."""
 
-    VOID = ("meta", "br", "img")
+    VOID = ("meta", "br", "img", "wbr")
 
     def __init__(self, text):
         super().__init__()
-        self.loaded, self.open, self.tags = [], [], []
+        self.loaded, self.open, self.tags, self.ids = [], [], [], []
         self.feed(text)
         assert self.open == []
 
@@ -45,6 +44,7 @@ class Page(HTMLParser):
 
     def handle_startendtag(self, tag, attributes):
         self.tags.append(tag)
+        self.ids += [v for k, v in attributes if k == "id"]
         self.loaded += [v for k, v in attributes if k in ("src", "href", "xlink:href", "data", "action")]
 
     def handle_endtag(self, tag):
@@ -64,13 +64,18 @@ def report(tiny, tmp_path_factory):
         patch.setattr(tuning_module, "MOST_EXTENSIONS", 0)
         tuning = tune(tiny, ARMS, folder / "tuning", factors=(1.0, 2.0), seeds=1, command="tuned <so>")
         study = demo_study(tiny, 2, tuning)
-        return answer(study, folder, tuning=tuning, command="demo <so> & so", jobs=1)
+        return run_study(study, folder, tuning=tuning, command="demo <so> & so", jobs=1)
 
 
 @pytest.fixture
 def copy(report, tmp_path):
     """A copy of the folder that a test may damage."""
     return shutil.copytree(report.folder, tmp_path / "copy")
+
+
+def remove(folder, *names):
+    for name in names:
+        (shutil.rmtree if (folder / name).is_dir() else (lambda path: path.unlink()))(folder / name)
 
 
 def page_of(report):
@@ -93,6 +98,7 @@ def test_the_page_loads_nothing_and_is_well_formed(report):
     assert "url(http" not in text
     assert "@import" not in text
     assert "script" not in page.tags
+    assert len(page.ids) == len(set(page.ids))
     assert page.tags.count("svg") == 6  # forest, curves, three costs, kernels of the one block that matters
     assert "demo &lt;so&gt; &amp; so" in text
 
@@ -100,7 +106,7 @@ def test_the_page_loads_nothing_and_is_well_formed(report):
 def test_page_markdown_and_terminal_hold_the_same_numbers(report):
     console = Console(width=200)
     with console.capture() as terminal:
-        console.print(as_rich("?", result_table(report)))
+        console.print(result_table(report).rich("?"))
     markdown = (report.folder / "report.md").read_text()
     for cell in [cell for row in result_table(report).rows for cell in row]:
         assert all(cell in text for text in (page_of(report), markdown, terminal.get())), cell
@@ -109,8 +115,7 @@ def test_page_markdown_and_terminal_hold_the_same_numbers(report):
 
 
 def test_it_can_be_made_again_from_the_results_alone(report, copy):
-    for name in ("runs", "tuning", "summary.json", "report.html", "report.md"):
-        (shutil.rmtree if (copy / name).is_dir() else (lambda path: path.unlink()))(copy / name)
+    remove(copy, "runs", "tuning", "summary.json", "report.html", "report.md")
     again = read_report(copy)
     assert again.findings == report.findings
     write_report(again)
@@ -171,19 +176,131 @@ def test_a_study_without_a_run_has_a_report(tiny, tmp_path):
     assert "No comparison has a run yet" in (tmp_path / "report.md").read_text()
 
 
-def test_dead_kernels_are_not_shown(report):
-    labels = [block.label for part in sections(report) for block in part.blocks if hasattr(block, "label")]
-    assert [label for label in labels if label.startswith("Kernels")] == ["Kernels of blocks.0.mlp"]
+def test_kernels_that_no_output_depends_on_are_not_shown(report):
+    (kernels,) = report.kernels
+    assert (kernels.site, kernels.arm, kernels.seed) == ("blocks.0.mlp", "locality", 0)
+    assert kernels.left_out == ("blocks.1.mlp",)
+    norms = [float((kernel**2).sum()) for kernel in kernels.weights]
+    assert len(norms) == 32  # 8 channels, expansion 4
+    assert norms == sorted(norms, reverse=True)
+    assert "because no output depends on it: blocks.1.mlp." in figures(report)[-1].caption
 
 
-def test_models_without_locality_have_no_kernels(tiny):
-    assert figures.kernels(build_model(tiny.model, 2)) == {}
+def test_rendering_needs_no_folder(report, copy):
+    there = read_report(copy)
+    shutil.rmtree(copy)
+    rendered = render(there)
+    assert rendered.html == page_of(report)
+    assert rendered.markdown == (report.folder / "report.md").read_text()
+    assert rendered.summary == (report.folder / "summary.json").read_text()
 
 
-def test_equal_pictures_are_equal_text(report):
-    assert figures.forest(report.findings) == figures.forest(report.findings)
-    ids = re.findall(r'id="([^"]+)"', figures.forest(report.findings))
-    assert len(ids) == len(set(ids))
+def test_damaged_files_are_named_and_the_report_is_made(report, copy):
+    (copy / "speed.json").write_text('{"images_per_second": 3}')
+    (copy / "tuning.json").write_text("{")
+    run = next(run for run in report.study.runs() if run.arm == "locality")
+    (StudyFolder(copy, report.study).of(run) / "best" / "model.safetensors").write_bytes(b"version https://")
+    damaged = read_report(copy)
+    assert damaged.findings.contrasts == report.findings.contrasts
+    assert (damaged.tuning, damaged.kernels, damaged.speed_machine) == (None, (), "")
+    for name, warning in zip(
+        ("speed.json", "tuning.json", "model.safetensors"), damaged.warnings, strict=True
+    ):
+        assert name in warning
+    write_report(damaged)
+    assert "**Warning:** " in (copy / "report.md").read_text()
+
+
+def test_bytes_that_are_no_text_are_named(report, copy):
+    shutil.rmtree(copy / "runs")
+    lines = (copy / "results.jsonl").read_bytes().splitlines(keepends=True)
+    lines[1] = b"\xff\xfe" + lines[1]
+    lines[2] = b"[]\n"
+    (copy / "results.jsonl").write_bytes(b"".join(lines))
+    damaged = read_report(copy)
+    assert len(damaged.records) == 2
+    assert any("locality seed 0 is left out: line 2 of" in warning for warning in damaged.warnings)
+    assert "2 of 4 runs are missing (locality seed 0; baseline seed 1)." in damaged.warnings[-1]
+
+
+def test_a_report_that_cannot_be_written_is_one_line(report, copy):
+    (copy / "report.md").unlink()
+    (copy / "report.md").mkdir()
+    with pytest.raises(WriteFailed, match=r"report\.md.* cannot be written"):
+        write_report(dataclasses.replace(report, folder=copy))
+
+
+def test_markup_in_names_stays_text(report):
+    evil = "<img src=x onerror=alert(1)> & [/x] {{ 7 * 7 }}"
+    data = dataclasses.replace(report.study.base.data, train=evil)
+    study = dataclasses.replace(
+        report.study,
+        question=evil,
+        base=dataclasses.replace(report.study.base, data=data),
+        claim=Claim(text=evil, source=evil, expected={"locality": "better"}, reported={"baseline": 72.2}),
+    )
+    rendered = render(dataclasses.replace(report, study=study, command=evil, warnings=(evil,)))
+    page = Page(rendered.html)
+    assert "img" not in page.tags
+    assert all(target.startswith("#") for target in page.loaded)
+    assert "&lt;img src=x onerror=alert(1)&gt; &amp; [/x] {{ 7 * 7 }}" in rendered.html
+    assert "&amp;lt;" not in rendered.html
+    assert rendered.markdown.startswith("# \\<img src=x")
+
+
+def test_lines_break_at_dots_and_underscores_only(report):
+
+    text = page_of(report)
+    assert "model.<wbr>locality" in text
+    assert set(re.findall(r"(.)<wbr>", text)) <= {".", "_"}
+    assert "overflow-wrap: anywhere" not in text
+    assert "word-break" not in text
+
+
+def test_figures_follow_dark_mode(report):
+    page = page_of(report)
+    drawn = "".join(figure.svg for figure in figures(report)[:-1])
+    assert "currentColor" in drawn
+    assert not set(COLOURS) & set(re.findall(r"#[0-9a-f]{6}", drawn))
+    light, dark = page.split("prefers-color-scheme: dark")
+    for name in set(re.findall(r"var\((--[\w-]+)\)", page)):
+        assert f"{name}:" in light, name
+        assert f"{name}:" in dark, name
+
+
+def test_axes_have_units(report):
+    for figure, label in zip(
+        figures(report),
+        ("(percentage points)", "validation split (%)", "test split (%)", "test split (%)", "(images/s)"),
+        strict=False,
+    ):
+        assert label in figure.svg, figure.label
+
+
+def test_each_seed_is_a_tick(report):
+    svg = forest(report.findings, "accuracy")
+    assert len(re.findall(r"<use [^>]*stroke-width: 1\.6", svg)) == len(report.study.seeds)
+
+
+def test_equal_figures_are_equal_text(report):
+    assert figures(report) == figures(report)
+
+
+def test_empty_parts_are_left_out(tiny, tmp_path):
+    study = dataclasses.replace(demo_study(tiny, 2, None), arms=demo_study(tiny, 2, None).arms[:1])
+    with StudyFolder(tmp_path, study).claim():
+        pass
+    rendered = render(read_report(tmp_path))
+    for heading in (
+        "Result",
+        "Figures",
+        "The paper's claim",
+        "What these seeds could show",
+        "How the arms differ",
+    ):
+        assert f"## {heading}" not in rendered.markdown
+        assert f"<h2>{heading}</h2>" not in rendered.html
+    assert "<tbody>\n</tbody>" not in rendered.html
 
 
 def test_a_slower_model_has_lower_throughput():

@@ -1,6 +1,9 @@
-"""Numbers computed by hand or from another distribution, and properties."""
+"""Numbers computed by hand, from another distribution or by an older version, and properties."""
 
+import itertools
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +20,9 @@ from localvit.studies.reporting.statistics import (
     unpaired_difference,
 )
 
-scores = st.floats(0, 100).map(lambda x: round(x, 1))
+EVIDENCE = Path(__file__).parents[3] / "evidence"
+IMAGES = 500
+counts = st.integers(0, IMAGES)
 
 
 def test_mean_and_interval_by_hand():
@@ -31,7 +36,7 @@ def test_mean_and_interval_by_hand():
 
 def test_paired_difference_by_hand():
     # Differences 1, 2, 3: t = 2 sqrt(3) with 2 degrees; its two-sided p is 1 - t / sqrt(t^2 + 2).
-    found = paired_difference([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
+    found = paired_difference([11, 22, 33], [10, 20, 30], 100)
     t = 2 * math.sqrt(3)
     assert found.estimate == estimate([1.0, 2.0, 3.0])
     assert found.p_value == pytest.approx(1 - t / math.sqrt(t**2 + 2))
@@ -39,18 +44,18 @@ def test_paired_difference_by_hand():
 
 def test_two_pairs():
     # Differences 1 and 3: t = 2 with 1 degree (Cauchy): p = 1 - 2 atan(2) / pi.
-    found = paired_difference([2.0, 5.0], [1.0, 2.0])
+    found = paired_difference([2, 5], [1, 2], 100)
     assert found.p_value == pytest.approx(1 - 2 * math.atan(2) / math.pi)
     assert found.estimate.low < 0 < found.estimate.high
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.4])
+@pytest.mark.parametrize("shift", [0, 4])
 def test_differences_without_spread_have_no_test(shift):
-    control = [99.1, 33.3, 65.9]
-    treatment = [score + shift for score in control]
-    assert shift == 0 or np.ptp(np.subtract(treatment, control)) > 0  # floats round
-    found = paired_difference(treatment, control)
-    assert found.estimate.mean == pytest.approx(shift)
+    control = [991, 333, 659]
+    treatment = [count + shift for count in control]
+    found = paired_difference(treatment, control, 1000)
+    assert found.estimate.mean == pytest.approx(shift / 10)
+    assert found.estimate.sd == 0
     assert (found.estimate.low, found.estimate.high) == (None, None)
     assert (found.p_value, found.detectable) == (None, None)
 
@@ -89,16 +94,18 @@ def test_too_few_or_no_numbers(values):
 
 def test_pairs_of_different_length():
     with pytest.raises(ValueError, match="3 values of the treatment, 2 of the control"):
-        paired_difference([1.0, 2.0, 3.0], [1.0, 2.0])
+        paired_difference([1, 2, 3], [1, 2], 100)
 
 
-@given(st.lists(st.tuples(scores, scores), min_size=2, max_size=12))
+@settings(deadline=None)  # time depends on what else the machine does
+@given(st.lists(st.tuples(counts, counts), min_size=2, max_size=12))
 def test_agrees_with_scipys_paired_test_and_is_antisymmetric(pairs):
     treatment, control = map(list, zip(*pairs, strict=True))
-    differences = np.subtract(treatment, control)
-    assume(np.ptp(differences) > 0.05)
-    found, turned = paired_difference(treatment, control), paired_difference(control, treatment)
-    expected = stats.ttest_rel(treatment, control)
+    assume(np.ptp(np.subtract(treatment, control)) > 0)
+    found, turned = (
+        paired_difference(*arms, IMAGES) for arms in ((treatment, control), (control, treatment))
+    )
+    expected = stats.ttest_rel(*(100 * np.array(arm) / IMAGES for arm in (treatment, control)))
     assert found.p_value == pytest.approx(expected.pvalue)
     assert (found.estimate.low, found.estimate.high) == pytest.approx(tuple(expected.confidence_interval()))
     assert turned.estimate.mean == pytest.approx(-found.estimate.mean)
@@ -116,25 +123,65 @@ def test_more_pairs_or_less_spread_show_smaller_differences(sd, n):
     assert smallest_detectable(2 * sd, n) == pytest.approx(2 * here)
 
 
-# Eighths, whose sums are exact: where the mean is 0, scipy would sort ties by their rounding errors.
-differences = st.lists(st.integers(-40, 40).map(lambda x: x / 8), min_size=2, max_size=8)
+differences = st.lists(st.integers(-4, 4), min_size=2, max_size=8)  # few values, so many ties
 p_values = st.lists(st.floats(0, 1), min_size=1, max_size=8)
 
 
+def enumerated(values):
+    """The share of all sign patterns whose sum is at least as far from 0, in integers."""
+    sums = [sum(map(int.__mul__, signs, values)) for signs in itertools.product((1, -1), repeat=len(values))]
+    return sum(abs(each) >= abs(sum(values)) for each in sums) / len(sums)
+
+
+@settings(deadline=None)
 @given(differences)
-def test_sign_flips_agree_with_scipys_exact_permutation_test(values):
-    expected = stats.permutation_test(
-        (np.array(values),), np.mean, permutation_type="samples", n_resamples=np.inf, rng=0
-    ).pvalue
-    # scipy doubles the smaller tail, which is the same for flips: their distribution is symmetric.
-    assert sign_flip_p(values) == pytest.approx(expected)
+def test_sign_flips_are_the_exact_enumeration(values):
+    assert sign_flip_p(values) == pytest.approx(enumerated(values), abs=1e-12)
 
 
 def test_sign_flips_by_hand():
-    assert sign_flip_p([1.0, 2.0, 3.0]) == 2 / 8  # only all plus and all minus are as far from 0
-    assert sign_flip_p([1.0] * 5) == 2 / 32
-    assert sign_flip_p([1.0, -1.0]) == 1.0
-    assert sign_flip_p([1.0] * 20) == pytest.approx(1 / 10_001)  # 10,000 draws and the observed one
+    assert sign_flip_p([1, 2, 3]) == 2 / 8  # only all plus and all minus are as far from 0
+    assert sign_flip_p([1] * 5) == 2 / 32
+    assert sign_flip_p([1, -1]) == 1.0
+    assert sign_flip_p([0, 0, 0]) == 1.0
+    assert sign_flip_p([3, 1, 2]) == 2 / 8
+    assert sign_flip_p([2, 1, -1]) == 6 / 8  # sums 4, 2 (twice), 0: all but 0 are as far as 2
+
+
+def test_sign_flips_are_exact_up_to_13_pairs_and_drawn_beyond():
+    assert sign_flip_p([1] * 13) == 2 / 2**13
+    assert sign_flip_p([1] * 20) == 2 / 10_000  # 9,999 draws and the observed one, each tail
+    many = [3, -1, 2, 0, 1, 1, -2, 4, 1, 0, 2, -1, 1, 2, -1]
+    assert sign_flip_p(many) == sign_flip_p(many)  # always the same draws
+    assert sign_flip_p(many) == pytest.approx(enumerated(many), abs=0.015)
+
+
+def test_percentages_would_lose_ties():
+    # 500 images. As percentages, sums that tie differ in their last bits, and scipy sorts them by these.
+    correct = np.array([[462, 471, 465, 466, 465], [461, 468, 465, 470, 464]])
+    percent = 100 * correct / 500
+    naive = stats.permutation_test(
+        (percent[0] - percent[1],), np.mean, permutation_type="samples", n_resamples=np.inf, rng=0
+    ).pvalue
+    counts = (correct[0] - correct[1]).tolist()  # 1, 3, 0, -4, 1: no sum of signs is nearer to 0 than 1
+    assert sign_flip_p(counts) == enumerated(counts) == 1.0
+    assert naive < 1.0
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in EVIDENCE.glob("*/summary.json")))
+def test_numbers_of_former_studies_are_found_again(name):
+    summary = json.loads((EVIDENCE / name / "summary.json").read_text())
+    images = summary["test_images"]
+    arms = {arm["name"]: arm["scores"] for arm in summary["arms"]}
+    for contrast in summary["contrasts"]:
+        scores = [[arms[contrast[w]][str(s)] for s in contrast["seeds"]] for w in ("arm", "control")]
+        found = paired_difference(*([round(s * images / 100) for s in each] for each in scores), images)
+        then = contrast["difference"]
+        assert found.permutation_p == pytest.approx(then["permutation_p"], abs=1e-12)
+        for field in ("p_value", "effect_size", "detectable"):
+            assert getattr(found, field) == pytest.approx(then[field], rel=1e-6), (contrast["arm"], field)
+        for field in ("mean", "low", "high", "sd"):
+            assert getattr(found.estimate, field) == pytest.approx(then["estimate"][field], abs=1e-9)
 
 
 @given(p_values)

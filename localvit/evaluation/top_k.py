@@ -1,4 +1,4 @@
-"""What a model said about each picture, and what follows for each class."""
+"""The five most probable classes of each image, and the results of each class."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ GUESSES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class ClassResult:
-    """The pictures of one class.
+    """Result of one class.
 
     Attributes:
         label: The class.
-        description: What people call it.
-        images: Its pictures; classes without any are left out.
+        description: Its name for people.
+        images: Number of its images; classes without any are left out.
         right: How many have their first guess right.
         top1: The same in per cent.
         confused_with: The most frequent wrong first guess (a label), or ``None`` if there is none; of equally
@@ -38,11 +38,11 @@ class ClassResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Confusion:
-    """Pictures of one class that were taken for another one.
+    """Images of one class that were taken for another one.
 
     Attributes:
         label: Their class.
-        guess: What they were taken for.
+        guess: The class they were taken for.
         images: How many.
     """
 
@@ -51,49 +51,49 @@ class Confusion:
     images: int
 
 
-class Answers:
-    """The first five guesses for each picture of a set, one row per picture.
+class TopKPredictions:
+    """The five most probable classes of each image of a set, one row per image.
 
-    Rows of pictures that other processes answer stay zero until `merge`, so that adding up puts every answer
-    in its place whatever the shares.
+    Rows of images that other processes predict stay zero until `merge`, so that the sum over processes puts
+    every prediction in its place.
 
     Args:
-        images: Pictures in the whole set.
+        images: Images in the whole set.
         device: Where the logits are.
     """
 
     def __init__(self, images: int, device: torch.device) -> None:
         self._guesses = torch.zeros(images, GUESSES, dtype=torch.int64, device=device)
         self._confidences = torch.zeros(images, device=device)
-        self._answered = torch.zeros(images, dtype=torch.int64, device=device)
+        self._predicted = torch.zeros(images, dtype=torch.int64, device=device)
 
     def add(self, rows: Sequence[int], logits: torch.Tensor) -> None:
-        """Note what was said: logits (B, classes) for the pictures `rows` (B) of the set."""
+        """Add the logits (B, classes) of the images `rows` (B) of the set."""
         index = torch.tensor(rows, device=logits.device)
         logits = logits.float()
-        # Of the logits, as in `Tally`: as probabilities, two of them may be equal.
+        # From the logits, as in `Tally`: as probabilities, two of them may be equal.
         best, guesses = logits.topk(min(GUESSES, logits.shape[1]))
         self._guesses[index, : guesses.shape[1]] = guesses
         self._guesses[index, guesses.shape[1] :] = -1
         self._confidences[index] = (best[:, 0] - logits.logsumexp(-1)).exp()
-        self._answered[index] += 1
+        self._predicted[index] += 1
 
     def merge(self) -> None:
-        """Bring the answers of all processes together in each of them.
+        """Bring the predictions of all processes together in each of them.
 
         Raises:
-            RuntimeError: if a picture was answered by none or by several of them.
+            RuntimeError: if an image was predicted by none or by several of them.
         """
         if distributed.is_initialized():
-            for values in (self._guesses, self._confidences, self._answered):
+            for values in (self._guesses, self._confidences, self._predicted):
                 distributed.all_reduce(values)
-        wrong = int((self._answered != 1).sum())
+        wrong = int((self._predicted != 1).sum())
         if wrong:
-            raise RuntimeError(f"{wrong} of {len(self._answered)} pictures were not answered exactly once")
+            raise RuntimeError(f"{wrong} of {len(self._predicted)} images were not predicted exactly once")
 
     @property
     def guesses(self) -> np.ndarray:
-        """(N, 5) int64: outputs, likeliest first; -1 where the model has fewer."""
+        """(N, 5) int64: outputs, the most probable first; -1 where the model has fewer."""
         return self._guesses.cpu().numpy()
 
     @property
@@ -103,10 +103,10 @@ class Answers:
 
 
 def confusion_counts(targets: np.ndarray, guesses: np.ndarray) -> dict[tuple[int, int], int]:
-    """How often each pair (class, first guess) comes: the confusion matrix without its zeros, in order.
+    """Count each pair (class, first guess): the confusion matrix without its zeros, in order.
 
     Args:
-        targets: (N,) class of each picture.
+        targets: (N,) class of each image.
         guesses: (N,) first guess.
     """
     pairs, counts = np.unique(np.stack([targets, guesses], axis=1), axis=0, return_counts=True)
@@ -116,12 +116,12 @@ def confusion_counts(targets: np.ndarray, guesses: np.ndarray) -> dict[tuple[int
 def by_class(
     counts: dict[tuple[int, int], int], labels: Sequence[str], descriptions: Sequence[str]
 ) -> tuple[tuple[ClassResult, ...], tuple[Confusion, ...]]:
-    """A row for each class that has pictures, and its confusions, the most frequent first.
+    """Return a row for each class that has images, and its confusions, the most frequent first.
 
     Args:
         counts: See `confusion_counts`.
-        labels: Of every output.
-        descriptions: Of every output.
+        labels: Label of every output.
+        descriptions: Description of every output.
     """
     rows: dict[int, dict[int, int]] = {}
     for (target, guess), count in counts.items():

@@ -1,0 +1,283 @@
+"""Predictions in a file: grown as JSON Lines, resumed after any interruption, converted at the end.
+
+Until `found.csv` is finished, `found.csv.part.jsonl` holds the predictions and `found.csv.part.json` says how
+they were begun. A finished file never has missing images.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from localvit.atomic import WriteFailed, sync, writing
+from localvit.engines import EngineKind
+from localvit.errors import ConfigError, first_line
+from localvit.inference.formats import FORMATS, from_json_line, to_json_line
+from localvit.inference.model import fused, open_model
+from localvit.inference.prediction import WHOLE, Prediction, Shard, check_settings, classify, find_files
+
+_REMEDY = "make room; the same command resumes"
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Progress of a file.
+
+    Attributes:
+        form: What computes (see `OpenModel`).
+        total: Images that belong into the file.
+        resumed: Images that were in it when it was resumed.
+        written: Images that have been written since.
+        unreadable: How many of all these have no answer.
+    """
+
+    form: str
+    total: int
+    resumed: int = 0
+    written: int = 0
+    unreadable: int = 0
+
+    @property
+    def done(self) -> int:
+        """Images in the file."""
+        return self.resumed + self.written
+
+
+def write_predictions(
+    model: str,
+    paths: Sequence[str],
+    output: str,
+    *,
+    top_k: int = 5,
+    batch_size: int = 32,
+    workers: int = 0,
+    device: str = "auto",
+    shard: Shard = WHOLE,
+    engine: EngineKind | None = None,
+    fuse: bool = True,
+    watch: Callable[[Progress, Sequence[Prediction]], None] = lambda *_: None,
+) -> Progress:
+    """Classify images into a file, or resume one that was interrupted.
+
+    Interrupt it however you like: the same call skips the images that are in the file. Where all are and
+    only the conversion failed, it only converts.
+
+    Args:
+        model, paths: As `predict`, and so are `top_k`, `batch_size`, `workers`, `device`, `shard`, `engine`
+            and `fuse`.
+        output: A `.csv` (a line per class), a `.jsonl` (a line per image) or a `.parquet` (a folder of files
+            with a row per class; needs pyarrow).
+        watch: Called at the start and with each batch after it was written.
+
+    Raises:
+        ConfigError: as `predict`; if the file exists, cannot be made, is being written by another process, is
+            damaged, or was begun with another model, other images or other settings.
+        WriteFailed: if the file cannot be written, as on a full disk; the same call resumes.
+    """
+    check_settings(top_k, batch_size, workers)
+    path, found = check_output(output), find_files(paths)
+    opened = open_model(model, device, engine=engine)
+    begun = {"weights": opened.fingerprint(), "top_k": top_k, "shard": f"{shard.index}/{shard.count}"}
+    opened = fused(opened) if fuse else opened
+    begun |= {"form": opened.form, "images": f"{len(found)} files, digest {_digest(found)}"}
+    files = shard.take(found)
+    with _begun(path, begun), PredictionWriter(path, files) as writer:
+        progress = Progress(form=opened.form, total=len(files), resumed=writer.images)
+        progress.unreadable = writer.unreadable
+        watch(progress, ())
+        todo = files[writer.images :]
+        for batch in classify(opened, todo, top_k=top_k, batch_size=batch_size, workers=workers):
+            writer.append(batch)
+            progress.written += len(batch)
+            progress.unreadable += sum(one.error is not None for one in batch)
+            watch(progress, batch)
+        writer.finish()
+    return progress
+
+
+def check_output(output: str) -> Path:
+    """Refuse a file that cannot take predictions. Writes nothing.
+
+    Raises:
+        ConfigError: if it is there already, cannot be made, or its name tells no format.
+    """
+    path = Path(output)
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"output={output!r} must end in {', '.join(FORMATS)}")
+    if os.path.lexists(path):
+        raise ConfigError(f"output={output!r} is finished already; choose another name")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"output={output!r} cannot be written: {str(path.parent)!r} is no writable folder")
+    if os.path.lexists(old := f"{output}.part"):
+        raise ConfigError(f"{old!r} was begun by an older version and cannot be resumed; delete it")
+    if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError("a .parquet file needs pyarrow: pip install 'localvit[parquet]'")
+    return path
+
+
+class PredictionWriter:
+    """Growing file of predictions: a context, in which it is recovered, appended to and finished.
+
+    Args:
+        path: The finished file.
+        files: Images that belong into it, in order.
+
+    Attributes:
+        images: Images that were in the file when it was opened.
+        unreadable: How many of them had no answer.
+
+    Raises:
+        ConfigError: if the file is damaged.
+        WriteFailed: if it cannot be written.
+    """
+
+    def __init__(self, path: Path, files: Sequence[str]) -> None:
+        self.path, self.part = path, _beside(path, "jsonl")
+        self.images = self.unreadable = 0
+        end = self._recover(files) if self.part.exists() else 0
+        with writing(path, _REMEDY):
+            # Unbuffered: a killed process loses no more than a batch, and closing writes nothing.
+            self._file = open(self.part, "ab", buffering=0)  # noqa: SIM115  # see __exit__
+            self._file.truncate(end)
+
+    def __enter__(self) -> PredictionWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, batch: Sequence[Prediction]) -> None:
+        """Add predictions."""
+        with writing(self.path, _REMEDY):
+            _write(self._file, "".join(map(to_json_line, batch)).encode())
+
+    def finish(self) -> None:
+        """Convert the predictions, and give the file its name.
+
+        Raises:
+            WriteFailed: if that fails; the predictions stay.
+        """
+        convert, new = FORMATS[self.path.suffix], self.part
+        with writing(self.path, _REMEDY):
+            os.fsync(self._file.fileno())
+            if not os.path.samestat(os.fstat(self._file.fileno()), self.part.stat()):
+                raise WriteFailed(f"{str(self.part)!r} was replaced while it grew; give the command anew")
+            if convert is not None:
+                new = self._converted(convert)
+            os.replace(new, self.path)
+            self.part.unlink(missing_ok=True)
+            sync(self.path.parent)
+
+    def _converted(self, convert: Callable[[Iterator[Prediction], Path], None]) -> Path:
+        """Write the predictions in another format and return where."""
+        new = _beside(self.path, "new")
+        _remove(new)  # of a process that was killed
+        try:
+            with open(self.part, "rb") as lines:
+                convert(map(from_json_line, lines), new)
+        except Exception as error:  # formats have exceptions of their own
+            _remove(new)
+            if isinstance(error, OSError):
+                raise
+            raise WriteFailed(
+                f"{str(self.path)!r} cannot be written: {first_line(error)}; the predictions are in "
+                f"{str(self.part)!r}, and the same command converts them"
+            ) from error
+        return new
+
+    def _recover(self, files: Sequence[str]) -> int:
+        """Count whole lines, which must be those of the first files, and return where they end."""
+        end = 0
+        with open(self.part, "rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    prediction = from_json_line(line)
+                    if prediction.path != files[self.images]:
+                        raise ValueError("another image")
+                except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                    raise ConfigError(
+                        f"{str(self.part)!r} is damaged at byte {end}; delete it to begin anew"
+                    ) from error
+                self.images += 1
+                self.unreadable += prediction.error is not None
+                end += len(line)
+        return end
+
+
+@contextmanager
+def _begun(path: Path, begun: dict[str, Any]) -> Iterator[None]:
+    """Keep the growing file of `path` to one process and to one way of making it.
+
+    The file beside it that says how it was begun is locked meanwhile. The lock is POSIX's (`lockf`), which
+    forked data workers do not share, so it ends with this process.
+    """
+    header, part = _beside(path, "json"), _beside(path, "jsonl")
+    with writing(path, _REMEDY):
+        file = open(header, "ab+", buffering=0)  # noqa: SIM115
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # POSIX allows either
+            raise ConfigError(f"output={str(path)!r}: another process is writing it") from error
+        check_output(str(path))  # the other process may just have finished it
+        if part.exists():
+            file.seek(0)
+            _check_begun(part, file.read(), begun)
+        else:
+            with writing(path, _REMEDY):
+                file.truncate(0)
+                _write(file, (json.dumps(begun, indent=2) + "\n").encode())
+        yield
+        with writing(path, _REMEDY):
+            header.unlink()
+
+
+def _check_begun(part: Path, text: bytes, begun: dict[str, Any]) -> None:
+    remedy = f"give the command that began it, or delete {str(part)!r} to begin anew"
+    try:
+        before = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{part.stem + '.json'!r} does not say how {part.name!r} was begun; {remedy}"
+        ) from error
+    for name, value in begun.items():
+        if before.get(name) != value:
+            raise ConfigError(
+                f"{part.name!r} was begun with {name}={before.get(name)!r}, not {value!r}; {remedy}"
+            )
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f"{path.name}.part.{suffix}")
+
+
+def _digest(files: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(os.fsencode(file) + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _write(file: io.FileIO, content: bytes) -> None:
+    """Write all of `content`: an unbuffered file may take less than it is given."""
+    while content:
+        content = content[file.write(content) :]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,122 @@
+"""Forms of a report: a page that loads nothing, Markdown and JSON; rendering reads no study's files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jinja2
+import yaml
+from markupsafe import Markup, escape
+
+from localvit.atomic import write_atomically, writing
+from localvit.structure import plain, to_json
+from localvit.studies.execution import Record, tuning_table
+from localvit.studies.reporting import tables
+from localvit.studies.reporting.comparison import verdict
+from localvit.studies.reporting.figures import Figure, figures
+from localvit.studies.reporting.report import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """Texts of one report."""
+
+    html: str
+    markdown: str
+    summary: str
+
+    @property
+    def files(self) -> dict[str, str]:
+        """File name -> text, as a study's folder has them."""
+        return {"summary.json": self.summary, "report.md": self.markdown, "report.html": self.html}
+
+
+def write_report(report: Report) -> None:
+    """Write `summary.json`, `report.md` and `report.html` into the study's folder, once all are rendered.
+
+    Raises:
+        WriteFailed: if a file cannot be written; the old one is as it was.
+    """
+    for name, text in render(report).files.items():
+        path = report.folder / name
+        with writing(path):
+            write_atomically(path, text)
+
+
+def render(report: Report) -> Rendered:
+    """Render a report in all its forms."""
+    return Rendered(
+        html=_render(report, "html", figures(report)),
+        markdown=re.sub(r"\n{3,}", "\n\n", _render(report, "markdown", [])).strip() + "\n",
+        summary=_summary(report),
+    )
+
+
+def verdicts(report: Report) -> list[str]:
+    """Say for every comparison in a sentence or two what was shown."""
+    return [verdict(contrast, report.findings) for contrast in report.findings.contrasts]
+
+
+def _render(report: Report, form: str, drawn: Sequence[Figure]) -> str:
+    environment = _environment(form)
+    values = plain(report.study.base)
+    shared = yaml.safe_dump({k: v for k, v in values.items() if k not in ("seed", "output")}, sort_keys=False)
+    return environment.get_template("report.jinja").render(
+        report=report,
+        form=f"{form}.jinja",
+        css=environment.get_template("page.css").render() if form == "html" else "",
+        figures=drawn,
+        origin=_origin(list(report.records.values())),
+        shared=shared,
+        tables=tables,
+        tuning_table=report.tuning and tables.Table(*tuning_table(report.tuning)),
+        verdicts=verdicts(report),
+    )
+
+
+def _environment(form: str) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("localvit.studies.reporting"),
+        autoescape=form == "html",
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"breakable": _breakable, "plain": tables.plain}
+    environment.globals["plural"] = tables.plural
+    return environment
+
+
+def _breakable(text: str) -> Markup:
+    """Let a path break behind its dots and underscores, and nowhere inside a word."""
+    return Markup(re.sub(r"(?<=[._])(?=[a-z])", "<wbr>", str(escape(text))))
+
+
+def _origin(records: Sequence[Record]) -> dict[str, str] | None:
+    """Say with what and on which machines the runs were made."""
+    if not records:
+        return None
+    return {
+        "versions": " / ".join(sorted({_made_with(record) for record in records})),
+        "machines": "; ".join(sorted({record.machine for record in records})),
+        "hours": f"{sum(record.seconds for record in records) / 3600:.2f}",
+        "splits": "; ".join(records[0].notes) or "as the data has them",
+    }
+
+
+def _made_with(record: Record) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    return f"{versions}, commit {record.commit[:12]}" if record.commit else versions
+
+
+def _summary(report: Report) -> str:
+    values = {
+        **report.findings.to_dict(),
+        "study": report.study.to_dict(),
+        "confounders": {name: list(arm.confounders) for name, arm in report.facts.arms.items()},
+        "warnings": list(report.warnings),
+        "command": report.command,
+    }
+    return to_json(values)

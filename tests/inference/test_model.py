@@ -1,0 +1,84 @@
+"""`open_model`: one door for every kind of model."""
+
+import pytest
+import timm
+import torch
+
+from localvit.errors import ConfigError
+from localvit.inference import fused, open_model
+from tests.pictures import SIZE, export_model
+
+NAMES = ["ant", "bee", "cat"]
+SMALL = {"img_size": SIZE, "patch_size": 8, "embed_dim": 96, "depth": 1, "num_heads": 2, "num_classes": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run's folder that holds only its best model."""
+    run = tmp_path_factory.mktemp("run")
+    export_model(run / "best", 3, NAMES, crop_pct=0.7)
+    return run
+
+
+def test_one_model_by_all_its_names(folder):
+    found = [
+        open_model(source, "cpu") for source in (folder, folder / "best", f"local-dir:{folder / 'best'}")
+    ]
+    assert len({one.fingerprint() for one in found}) == 1
+    for one in found:
+        assert one.labels == one.descriptions == tuple(NAMES)
+        assert (one.num_classes, one.device, one.form) == (3, torch.device("cpu"), "PyTorch")
+        assert one.preprocessing.crop_pct == 0.7
+        assert not one.model.training
+        assert one.run is None
+
+
+def test_random_weights_are_asked_for(folder):
+    found = open_model("localvit_tiny_patch16_224", "cpu", random_weights=True, args=SMALL)
+    assert (found.num_classes, found.labels, found.run) == (3, None, None)
+    with pytest.raises(ConfigError, match="random weights need the name of a model"):
+        open_model(folder, "cpu", random_weights=True)
+    with pytest.raises(ConfigError, match=r"model 'localvit_tiny_patch16_224' cannot be loaded: .*depths"):
+        open_model("localvit_tiny_patch16_224", "cpu", random_weights=True, args={"depths": 1})
+
+
+def test_the_fused_form_computes_the_same_and_is_named(folder):
+    images = torch.randn(2, 3, SIZE, SIZE)
+    with torch.inference_mode():
+        expected = open_model(folder, "cpu").model(images)
+        found = open_model(folder, "cpu", fuse=True)
+        torch.testing.assert_close(found.model(images), expected, rtol=1e-5, atol=1e-5)
+    assert found.form == "PyTorch, fused"
+
+
+def test_a_model_without_a_fused_form_stays_plain_and_says_so():
+    opened = open_model("test_resnet", "cpu", random_weights=True, fuse=True)
+    assert opened.form == "PyTorch, not fused: ResNet has nothing with a fast form"
+    assert isinstance(opened.model, timm.models.resnet.ResNet)
+
+
+def test_plain_kernels_are_named(folder, monkeypatch):
+    monkeypatch.setenv("LOCALVIT_KERNELS", "plain")
+    assert fused(open_model(folder, "cpu")).form == "PyTorch, not fused: LOCALVIT_KERNELS=plain"
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("nowhere/at/all", {}, "there is no such folder"),
+        ("deit_tny_patch16_224", {}, "did you mean"),
+        ("", {}, "model"),
+        ("x.pt2", {}, "reading a .pt2 may run its maker's code"),
+        ("x.onnx", {"device": "meta"}, "exported files run on the CPU"),
+        ("x.onnx", {"args": {"depth": 1}}, "is an exported file, which takes none"),
+        ("x.onnx", {}, "there is no such file"),
+        ("x.txt", {"engine": "onnxruntime"}, "reads .onnx"),
+        ("test_vit", {"device": "tpu9"}, "device='tpu9' cannot be used here"),
+    ],
+)
+def test_what_cannot_be_opened_is_one_line(source, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(ConfigError, match=message) as error:
+        open_model(source, **options)
+    assert "\n" not in str(error.value)
