@@ -281,7 +281,7 @@ def _finished(directory: RunDirectory | None, console: Console | None) -> RunRes
             Metrics(**{name: math.nan if value is None else value for name, value in found.items()})  # type: ignore[arg-type]
             for found in (status.best.validation, status.test or {})
         )
-    model = open_model(saved.best, "cpu").model
+    model = open_model(f"local-dir:{saved.best}", "cpu").model
     best = status.best.epoch, validation, test
     result = _result(directory.config.output, saved.history, best, status.notes, model)
     if console:
