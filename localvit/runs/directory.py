@@ -12,7 +12,6 @@ state/           what a run that has not finished resumes from
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -35,14 +34,14 @@ from localvit.runs.saved import read_run
 from localvit.runs.state import State, drop_damaged, newest_name, read_newest, read_state, write_state
 from localvit.runs.status import BestEpoch, Change, RunStatus, numbers
 from localvit.runtime import commit, versions
-from localvit.structure import to_yaml
+from localvit.structure import to_json, to_yaml
 
 _FILES = ("config.yaml", "status.json", "metrics.jsonl", "last", "best", "state")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What is to be done with a run, after a look at its directory; a refusal is an error instead.
+    """Decision about a run, after a look at its directory; a refusal is an error instead.
 
     Attributes:
         kind: Start it, resume it, or return what it found because it is finished.
@@ -63,7 +62,7 @@ class RunDirectory:
     Attributes:
         path: Its path.
         saved: The run that was found there.
-        decision: What is to be done.
+        decision: Decision about it.
         status: The status that this process wrote last; `None` before `begin`.
     """
 
@@ -307,4 +306,4 @@ class RunDirectory:
 
 
 def _line(metrics: dict[str, Any]) -> str:
-    return json.dumps(numbers(metrics), allow_nan=False) + "\n"
+    return to_json(numbers(metrics), indent=None) + "\n"

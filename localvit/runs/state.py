@@ -1,4 +1,4 @@
-"""Everything that a run needs to go on, in one file: written whole or not at all, checked before it is used.
+"""State to resume a run from, in one file: written whole or not at all, checked before it is used.
 
 ```
 localvit state 1 sha256 HEX       one line of text
@@ -32,8 +32,8 @@ class DamagedState(ConfigError):
     """A state cannot be used; the message says which and why."""
 
 
-def write_state(folder: Path, update: int, state: State) -> Path:
-    """Save the state after `update` updates; older ones than the last two are removed.
+def write_state(folder: Path, step: int, state: State) -> Path:
+    """Save the state after `step` updates; remove all but the last two.
 
     Returns:
         The file.
@@ -46,7 +46,7 @@ def write_state(folder: Path, update: int, state: State) -> Path:
     payload = buffer.getbuffer()
     header = _HEADER + hashlib.sha256(payload).hexdigest().encode() + b"\n"
     folder.mkdir(exist_ok=True)
-    path = folder / f"update-{update:09d}.state"
+    path = folder / f"update-{step:09d}.state"
     write_atomically(path, header, payload)
     for old in _list(folder)[:-_KEPT]:
         old.unlink()
@@ -54,7 +54,7 @@ def write_state(folder: Path, update: int, state: State) -> Path:
 
 
 def read_state(path: Path) -> State:
-    """The state in a file. Nothing in it is executed.
+    """Read the state in a file. Nothing in it is executed.
 
     Raises:
         DamagedState: if the file is not as it was written.
@@ -75,7 +75,7 @@ def read_state(path: Path) -> State:
 
 
 def read_newest(folder: Path) -> tuple[State | None, list[str]]:
-    """The newest usable state, if there is any; and a warning for each newer one that is damaged.
+    """Return the newest usable state, if there is any, and a warning for each newer one that is damaged.
 
     Raises:
         DamagedState: if there are states and none can be used.
@@ -92,7 +92,7 @@ def read_newest(folder: Path) -> tuple[State | None, list[str]]:
 
 
 def newest_name(folder: Path) -> str:
-    """In words, which state a later call would go on from."""
+    """Return, in words, the state that a later call would resume from."""
     states = _list(folder)
     return f"the last good state is {str(states[-1])!r}" if states else "no state was saved yet"
 
@@ -107,7 +107,7 @@ def drop_damaged(folder: Path) -> None:
 
 
 def random_states(device: torch.device) -> State:
-    """The global random states of Python, NumPy and torch, on the CPU and on `device`."""
+    """Return the global random states of Python, NumPy and torch, on the CPU and on `device`."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -118,7 +118,7 @@ def random_states(device: torch.device) -> State:
 
 
 def set_random_states(states: State, device: torch.device) -> None:
-    """The inverse of `random_states`; what was not recorded is left alone."""
+    """Set what `random_states` returned; leave alone what was not recorded."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = states["numpy"]
@@ -129,5 +129,5 @@ def set_random_states(states: State, device: torch.device) -> None:
 
 
 def _list(folder: Path) -> list[Path]:
-    """The states in a folder, oldest first."""
+    """Return the states in a folder, oldest first."""
     return sorted(folder.glob("update-*.state"))

@@ -1,4 +1,4 @@
-"""What a run ends in."""
+"""Result of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from localvit.evaluation import Metrics
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run produced.
+    """Result of a run.
 
     Attributes:
         output: Its folder, if it has one.

@@ -72,12 +72,16 @@ class StudyFolder:
     def __init__(self, path: Path, study: Study) -> None:
         self.path, self.study = path, study
         self._seen = self._stamp()
+        self._refuse_other()
+
+    def _refuse_other(self) -> None:
+        path = self.path
         if not (path / "study.json").exists():
             held = [name for name in _OWN if (path / name).exists()]
             if held:
                 raise ConfigError(f"{str(path)!r} holds {held[0]} but no study.json; choose another folder")
             return
-        there, here = read_study(path).to_dict(), study.to_dict()
+        there, here = read_study(path).to_dict(), self.study.to_dict()
         shared = there["arms"].keys() & here["arms"].keys()
         old, new = (
             {"base": s["base"], "arms": {n: _asked(s["arms"][n]) for n in shared}} for s in (there, here)
@@ -97,15 +101,12 @@ class StudyFolder:
             classes: Number of classes of its data, for reports where the data is not.
 
         Raises:
-            ConfigError: if another process works in it, or has changed its study since it was read.
+            ConfigError: if another process works in it, or has written another study since it was read.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path):
-            if self._stamp() != self._seen:
-                raise ConfigError(
-                    f"output={str(self.path)!r}: another process has just worked there; run the same command "
-                    "again"
-                )
+            if self._stamp() != self._seen:  # another process has worked there since it was read
+                self._refuse_other()
             values = {"command": command, "classes": classes, **self.study.to_dict()}
             write_atomically(self.path / "study.json", to_json(values))
             self._seen = self._stamp()
