@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageOps
@@ -24,6 +24,9 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.transforms.v2.functional import resized_crop
 
 from localvit.data.config import AugmentConfig, Preprocessing
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, UInt8
 
 _FLIPS = (RandomHorizontalFlip, RandomVerticalFlip)
 _ON_TENSORS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
@@ -50,7 +53,7 @@ class TrainTransform:
             torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (steps[end].mean, steps[end].std)
         )
 
-    def __call__(self, image: Any, out: torch.Tensor) -> None:
+    def __call__(self, image: UInt8[torch.Tensor, "C H W"], out: Float[torch.Tensor, "C h w"]) -> None:
         """Transform an image and write the result to `out`, its slot in the batch."""
         for step in self.before:
             image = step(image)
@@ -90,7 +93,7 @@ class TensorCrop(RandomResizedCropAndInterpolation):
     overshoots at hard edges.
     """
 
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+    def __call__(self, image: UInt8[torch.Tensor, "C H W"]) -> UInt8[torch.Tensor, "C h w"]:
         """Crop and resize, (C, H, W) uint8 to (C, *size) uint8."""
         box = self.get_params(image, self.scale, self.ratio)
         cropped: torch.Tensor = resized_crop(image, *box, list(self.size), self.interpolation)

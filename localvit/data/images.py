@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from localvit.data.config import DataError
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
 
 Sample = tuple[Image.Image, int]
 Mode = Literal["L", "RGB"]
@@ -65,7 +68,7 @@ class Images(Protocol):
 
     def __getitem__(self, index: int) -> Sample: ...
 
-    def read_pixels(self, index: int, mode: Mode) -> tuple[torch.Tensor, int]: ...
+    def read_pixels(self, index: int, mode: Mode) -> tuple[UInt8[torch.Tensor, "C H W"], int]: ...
 
 
 def disable_ghostscript() -> None:
@@ -95,7 +98,7 @@ def decode(file: BinaryIO | str, name: str) -> Image.Image:
         return plain(image)
 
 
-def decode_pixels(data: bytes, name: str, mode: Mode) -> torch.Tensor:
+def decode_pixels(data: bytes, name: str, mode: Mode) -> UInt8[torch.Tensor, "C H W"]:
     """Decode the content of an image file to (C, H, W) uint8: `decode` converted to `mode`, bit for bit.
 
     torchvision decodes most JPEGs. It has the same decoder (libjpeg-turbo) and takes two thirds of Pillow's
@@ -119,7 +122,7 @@ def decode_pixels(data: bytes, name: str, mode: Mode) -> torch.Tensor:
     return to_pixels(decode(io.BytesIO(data), name), mode)
 
 
-def to_pixels(image: Image.Image, mode: Mode) -> torch.Tensor:
+def to_pixels(image: Image.Image, mode: Mode) -> UInt8[torch.Tensor, "C H W"]:
     """Convert an image to `mode`, as a (C, H, W) uint8 tensor."""
     pixels: torch.Tensor = pil_to_tensor(image if image.mode == mode else image.convert(mode))
     return pixels
@@ -192,7 +195,7 @@ class ReaderImages:
         with file:
             return decode(file, name), int(self.labels[index])
 
-    def read_pixels(self, index: int, mode: Mode) -> tuple[torch.Tensor, int]:
+    def read_pixels(self, index: int, mode: Mode) -> tuple[UInt8[torch.Tensor, "C H W"], int]:
         """Return pixels and label (see `Images`); JPEGs are decoded faster."""
         file, name = self._open(index)
         with file, _naming(name):
@@ -211,7 +214,7 @@ class _Decoded:
     def __getitem__(self, index: int) -> Sample:
         raise NotImplementedError
 
-    def read_pixels(self, index: int, mode: Mode) -> tuple[torch.Tensor, int]:
+    def read_pixels(self, index: int, mode: Mode) -> tuple[UInt8[torch.Tensor, "C H W"], int]:
         """Return pixels and label (see `Images`)."""
         image, label = self[index]
         return to_pixels(image, mode), label
@@ -294,7 +297,7 @@ class Part(Dataset[Sample]):
         image, label = self.images[int(self.indices[index])]
         return image, self.relabel[label]
 
-    def read_pixels(self, index: int, mode: Mode) -> tuple[torch.Tensor, int]:
+    def read_pixels(self, index: int, mode: Mode) -> tuple[UInt8[torch.Tensor, "C H W"], int]:
         """Return pixels, (C, H, W) uint8, and label (see `Images`)."""
         image, label = self.images.read_pixels(int(self.indices[index]), mode)
         return image, self.relabel[label]

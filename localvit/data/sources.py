@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from timm.data import create_dataset
@@ -13,6 +14,9 @@ from localvit.data.config import DataConfig, DataError
 from localvit.data.folder import open_folder
 from localvit.data.images import ArrayImages, Images, ReaderImages, TorchvisionImages
 from localvit.data.tar import open_shards, open_tar
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 ACCEPTED = (
     "'digits', an image folder with one folder per class, a .tar of one, or a name for "
@@ -92,7 +96,9 @@ def open_digits(split: str) -> ArrayImages:
     return ArrayImages(pixels[indices], digits.target[indices].tolist(), names)
 
 
-def stratified_holdout(labels: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def stratified_holdout(
+    labels: Int[np.ndarray, " N"], count: int, seed: int
+) -> tuple[Int[np.ndarray, " rest"], Int[np.ndarray, " held"]]:
     """Hold out `count` items, from each class in proportion to its size.
 
     Args:
@@ -109,7 +115,9 @@ def stratified_holdout(labels: np.ndarray, count: int, seed: int) -> tuple[np.nd
     return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
 
 
-def nested_subset(labels: np.ndarray, candidates: np.ndarray, fraction: float) -> np.ndarray:
+def nested_subset(
+    labels: Int[np.ndarray, " N"], candidates: Int[np.ndarray, " M"], fraction: float
+) -> Int[np.ndarray, " kept"]:
     """Choose the same fraction of each class; a smaller subset is part of every larger one.
 
     Args:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 CONFIDENCE = 0.95
 BINS = 15
@@ -67,7 +71,7 @@ def wilson_interval(right: int, images: int) -> Interval:
     return Interval(low=100 * max(low, 0.0), high=100 * min(high, 1.0))
 
 
-def calibration(confidences: np.ndarray, right: np.ndarray) -> tuple[Bin, ...]:
+def calibration(confidences: Float[np.ndarray, " N"], right: Bool[np.ndarray, " N"]) -> tuple[Bin, ...]:
     """Sort images into 15 bins of equal width by the probability of the first guess.
 
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (arXiv 1706.04599), section 2: bin m

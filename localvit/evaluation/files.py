@@ -17,6 +17,7 @@ from localvit.evaluation.top_k import ClassResult
 from localvit.inference import to_csv
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from matplotlib.axes import Axes
 
 DRAWN_CLASSES = 1000
@@ -45,7 +46,7 @@ def check_drawing() -> None:
         raise ConfigError("a confusion matrix needs matplotlib: pip install 'localvit[study]'")
 
 
-def confusion_matrix(evaluation: Evaluation) -> tuple[list[str], np.ndarray]:
+def confusion_matrix(evaluation: Evaluation) -> tuple[list[str], Float[np.ndarray, "K columns"]]:
     """Return the classes that have images, and the proportion of each that was taken for each class.
 
     Returns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from timm.data.readers.class_map import load_class_map
 from localvit.data import DataError, Part, picture_name
 from localvit.errors import ConfigError
 from localvit.inference import OpenModel
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 _NUMBERED = ("wds/", "hfds/")
 """Sources whose classes may have no names; ``"3"`` is then the output number 3."""
@@ -93,7 +97,7 @@ def _each_once(wanted: Sequence[str], names: Sequence[str]) -> bool:
     return all(counts[name] == 1 for name in wanted)
 
 
-def read_real_labels(path: str, images: Part, model: OpenModel) -> torch.Tensor:
+def read_real_labels(path: str, images: Part, model: OpenModel) -> Int[torch.Tensor, "N most"]:
     """Read the reassessed labels (ReaL) of the ILSVRC-2012 validation images.
 
     Beyer et al., "Are we done with ImageNet?", arXiv 2006.07159: an image may have several right classes; a

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from timm.task.evaluator import ClassificationEvaluator
 from torch import distributed
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,7 @@ class Tally:
         self._evaluator = ClassificationEvaluator(device)
         self._start = time.perf_counter()
 
-    def add(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+    def add(self, logits: Float[torch.Tensor, "B classes"], targets: Int[torch.Tensor, " B"]) -> None:
         """Count a batch: logits (B, classes), targets (B,) int64. An empty batch changes nothing."""
         self._evaluator.update(logits, targets)
 

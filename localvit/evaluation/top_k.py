@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import distributed
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 GUESSES = 5
 
@@ -67,7 +71,7 @@ class TopKPredictions:
         self._confidences = torch.zeros(images, device=device)
         self._predicted = torch.zeros(images, dtype=torch.int64, device=device)
 
-    def add(self, rows: Sequence[int], logits: torch.Tensor) -> None:
+    def add(self, rows: Sequence[int], logits: Float[torch.Tensor, "B classes"]) -> None:
         """Add the logits (B, classes) of the images `rows` (B) of the set."""
         index = torch.tensor(rows, device=logits.device)
         logits = logits.float()
@@ -92,17 +96,19 @@ class TopKPredictions:
             raise RuntimeError(f"{wrong} of {len(self._predicted)} images were not predicted exactly once")
 
     @property
-    def guesses(self) -> np.ndarray:
+    def guesses(self) -> Int[np.ndarray, "N 5"]:
         """(N, 5) int64: outputs, the most probable first; -1 where the model has fewer."""
         return self._guesses.cpu().numpy()
 
     @property
-    def confidences(self) -> np.ndarray:
+    def confidences(self) -> Float[np.ndarray, " N"]:
         """(N,) float64: probability of the first guess."""
         return self._confidences.cpu().numpy().astype(np.float64)
 
 
-def confusion_counts(targets: np.ndarray, guesses: np.ndarray) -> dict[tuple[int, int], int]:
+def confusion_counts(
+    targets: Int[np.ndarray, " N"], guesses: Int[np.ndarray, " N"]
+) -> dict[tuple[int, int], int]:
     """Count each pair (class, first guess): the confusion matrix without its zeros, in order.
 
     Args:
