@@ -65,10 +65,10 @@ def plain(value: Any, where: str = "", depth: int = 0) -> Any:
     if depth > MOST_DEPTH:
         raise ConfigError(f"{where[:80]}...: nested more than {MOST_DEPTH} levels deep")
     if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise ConfigError(f"{join(where, str(key))}: the key {key!r} is not text; quote it")
-        return {key: plain(item, join(where, key), depth + 1) for key, item in value.items()}
+        if wrong := [key for key in value if isinstance(key, bool) or not isinstance(key, (str, int))]:
+            raise ConfigError(f"{join(where, str(wrong[0]))}: the key {wrong[0]!r} is not text; quote it")
+        # An integer (a seed) becomes text, as in `json`.
+        return {str(key): plain(item, join(where, str(key)), depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item, join(where, i), depth + 1) for i, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):

@@ -133,7 +133,8 @@ def test_built_by_hand():
         ({"frames": 3}, "frames: 3 is not accepted; use a string or a list"),
         ({"name": 3}, "name: 3 is not accepted; use a string"),
         ({"extra": {"a": [math.inf]}}, "extra.a[0]: inf is not accepted; use a finite number"),
-        ({"extra": {"a": {5: 1}}}, "extra.a.5: the key 5 is not text; quote it"),
+        ({"extra": {"a": {True: 1}}}, "extra.a.True: the key True is not text; quote it"),
+        ({"extra": {"a": {None: 1}}}, "extra.a.None: the key None is not text; quote it"),
         ({"extra": {"a": b"x"}}, "extra.a: b'x' is no JSON value; quote it if it is text"),
         ({"lens": {"focus": 0}}, "lens: focus=0.0 must be positive"),
         (
@@ -404,7 +405,7 @@ def test_json_never_has_nan():
     assert refused(to_json, {"a": [Lens(focus=math.inf)]}) == (
         "a[0].focus: inf is not accepted; use a finite number"
     )
-    assert to_json({"a": (1, 2)}, indent=None) == '{"a": [1, 2]}'
+    assert to_json({"a": (1, 2), 5: 1}, indent=None) == '{"a": [1, 2], "5": 1}'
 
 
 def test_the_schema_has_every_field_and_forbids_others():

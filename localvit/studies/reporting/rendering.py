@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jinja2
-import yaml
 from markupsafe import Markup, escape
 
 from localvit.atomic import write_atomically, writing
-from localvit.structure import plain, to_json
+from localvit.structure import plain, to_json, to_yaml
 from localvit.studies.execution import Record, tuning_table
 from localvit.studies.reporting import tables
 from localvit.studies.reporting.comparison import verdict
@@ -62,7 +61,7 @@ def verdicts(report: Report) -> list[str]:
 def _render(report: Report, form: str, drawn: Sequence[Figure]) -> str:
     environment = _environment(form)
     values = plain(report.study.base)
-    shared = yaml.safe_dump({k: v for k, v in values.items() if k not in ("seed", "output")}, sort_keys=False)
+    shared = to_yaml({k: v for k, v in values.items() if k not in ("seed", "output")})
     return environment.get_template("report.jinja").render(
         report=report,
         form=f"{form}.jinja",
