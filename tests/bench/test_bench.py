@@ -227,8 +227,6 @@ def test_models_run_fused_where_they_can_be_unless_it_is_declined(short, capsys,
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_engines_of_files(engine, short, capsys):
-    pytest.importorskip(engine)
-    pytest.importorskip("onnxscript")
     assert main([*COMMAND, "--engine", engine, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["model"]
     assert found["engine"] == engine

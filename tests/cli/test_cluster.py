@@ -48,7 +48,6 @@ def words(tmp_path, monkeypatch):
     ],
 )
 def test_wrong_use_is_one_line_and_writes_nothing(arguments, message, words, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main([*words, *arguments]) == 2
     error = capsys.readouterr().err
@@ -85,7 +84,6 @@ def test_without_submitit_the_extra_is_named(words, tmp_path, monkeypatch, capsy
 
 
 def test_a_dry_run_says_what_would_be_submitted(words, tmp_path, capsys):
-    pytest.importorskip("submitit")
     assert main([*words, "--cluster", "local", "--memory", "1.5", "--dry-run"]) == 0
     text = capsys.readouterr().out
     each = "an array of 2 jobs, each"

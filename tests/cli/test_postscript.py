@@ -145,7 +145,6 @@ def test_workers_and_jobs_of_a_study_do_not_start_it(started, monkeypatch, tmp_p
     assert not EpsImagePlugin.has_ghostscript()
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     (tmp_path / cluster.RECORD).touch()  # the job has nothing left to do
-    pytest.importorskip("submitit")
     monkeypatch.setattr("submitit.JobEnvironment.USR_SIG", "USR2")
     cluster.Task(None, tmp_path, 1)()
     assert not EpsImagePlugin.has_ghostscript()

@@ -179,8 +179,6 @@ def test_every_format_of_the_console_tells_the_same(job, capsys):
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_a_full_disk_is_one_line(job, tmp_path, full_disk, capsys, suffix):
-    if suffix == "parquet":
-        pytest.importorskip("pyarrow")
     output = tmp_path / f"found.{suffix}"
     with full_disk(300):
         assert main([*job, "--output", str(output)]) == 1

@@ -1,7 +1,6 @@
 """Files of other engines: they compute what the model does, or they are not there."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -48,11 +47,6 @@ FAMILIES = {
 }
 
 
-def needs(format):
-    for package in FORMATS[format].packages:
-        pytest.importorskip(package)
-
-
 def info_of(model, size, **changes):
     seen = dataclasses.replace(preprocessing_for(model, DataConfig()), input_size=(3, size, size))
     info = ExportInfo.of(seen, architecture="a model", num_classes=model.num_classes)
@@ -92,17 +86,9 @@ def traced_once(monkeypatch):
     monkeypatch.setattr(write, "export_program", once)
 
 
-def installed(*formats):
-    return [f for f in formats if all(map(importlib.util.find_spec, FORMATS[f].packages))]
-
-
 def opened(file, kinds=("onnxruntime", "openvino", "torch")):
-    """By all engines that are there and read it."""
-    return [
-        open_engine(kind, file, threads=1)
-        for kind in kinds
-        if file.suffix in READS[kind] and (kind == "torch" or importlib.util.find_spec(kind))
-    ]
+    """By all engines that read it."""
+    return [open_engine(kind, file, threads=1) for kind in kinds if file.suffix in READS[kind]]
 
 
 def convolutions(model):
@@ -143,7 +129,7 @@ def test_every_family(family, tmp_path, traced_once):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5, **args).eval()
     images = torch.randn(5, 3, 32, 32)
-    for format in installed("torch", "onnx"):
+    for format in ("torch", "onnx"):
         file = tmp_path / f"model{FORMATS[format].suffixes[0]}"
         parity = export_model(model, file, format, info_of(model, 32), pictures)
         checked = [(case.inputs, case.batch) for case in parity.cases]
@@ -159,7 +145,7 @@ def test_every_family(family, tmp_path, traced_once):
 def test_any_size(tmp_path, traced_once):
     model = small(dynamic_img_size=True).eval()
     images = torch.randn(2, 3, 32, 12)
-    for format in installed("torch", "onnx"):
+    for format in ("torch", "onnx"):
         file = tmp_path / f"model{FORMATS[format].suffixes[0]}"
         parity = export(model, file, format, dynamic_size=True)
         assert {case.size for case in parity.cases} == {(16, 16), (20, 24)}
@@ -171,7 +157,6 @@ def test_any_size(tmp_path, traced_once):
 
 @torch.no_grad()
 def test_openvino_s_own_files(tmp_path):
-    needs("openvino")
     model = small(global_pool="avg").eval()  # reads all tokens, so all weights
     export(model, tmp_path / "model.xml", "openvino")
     assert {path.name for path in tmp_path.iterdir()} == {"model.xml", "model.bin"}
@@ -321,7 +306,6 @@ def test_files_that_are_not_ours(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         open_engine("torch", tmp_path / "none.pt2")
     for kind in ("onnxruntime", "openvino"):
-        pytest.importorskip(kind)
         with pytest.raises(ConfigError, match=rf"bad\.onnx' cannot be opened with {kind}") as error:
             open_engine(kind, tmp_path / "bad.onnx")
         assert "\n" not in str(error.value)

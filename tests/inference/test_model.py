@@ -78,7 +78,6 @@ def test_plain_kernels_are_named(folder, monkeypatch):
 )
 def test_what_cannot_be_opened_is_one_line(source, options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pytest.importorskip("onnxruntime")
     with pytest.raises(ConfigError, match=message) as error:
         open_model(source, **options)
     assert "\n" not in str(error.value)

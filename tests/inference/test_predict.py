@@ -24,8 +24,7 @@ from localvit.inference.prediction import ClassProbability, Prediction, Shard, _
 from localvit.inference.writer import PredictionWriter, write_predictions
 from tests.pictures import export_model, make_pictures
 
-PARQUET = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is an extra")
-ANY_FORM = pytest.mark.parametrize("suffix", [".csv", ".jsonl", pytest.param(".parquet", marks=PARQUET)])
+ANY_FORM = pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +194,6 @@ def test_every_name_survives_in_every_format(tmp_path):
     assert b"no text \xff.png" in (tmp_path / "found.csv").read_bytes()
 
 
-@PARQUET
 def test_parquet_is_written_in_files_of_so_many_images(tmp_path, monkeypatch):
     from pyarrow import parquet
 
@@ -291,7 +289,7 @@ def test_what_an_older_version_began_is_named(job, tmp_path):
         write_predictions(*job, str(tmp_path / "found.csv"), device="cpu")
 
 
-@pytest.mark.parametrize("suffix", [".csv", pytest.param(".parquet", marks=PARQUET)])
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("no such type")]
 )
@@ -450,7 +448,6 @@ def test_a_full_disk_does_not_spoil_what_an_interrupted_call_left(job, tmp_path,
     assert path.exists()
 
 
-@PARQUET
 def test_an_error_that_only_closing_the_file_shows_is_not_lost(job, tmp_path, monkeypatch):
     """Some file systems say only then that there is no room."""
 

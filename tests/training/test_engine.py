@@ -240,7 +240,6 @@ def test_curves_go_to_tensorboard_and_go_on_where_they_were(tiny, tmp_path, monk
 
 
 def test_curves_can_be_read_back(tiny, tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     result = train(tiny(f"output={tmp_path / 'run'}"), callbacks=[TensorBoard()])

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("submitit")
-
 from localvit.errors import ConfigError, TrainingFailed, TrainingInterrupted
 from localvit.runs.lock import FolderInUse
 from localvit.runtime.signals import stop_requested
