@@ -2,6 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Rooms whose tests start few processes and compile nothing.
+FAST := $(addprefix tests/,locality config data runs evaluation planning studies/design studies/reporting \
+	surgery/test_localize.py surgery/test_families.py test_structure.py test_shapes.py test_documents.py test_cost.py)
+
 .PHONY: demo test test-fast check bench timm-suite clean
 
 demo: .venv/.study
@@ -11,7 +15,7 @@ test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: .venv/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(FAST)
 
 check: .venv/.dev
 	$(BIN)/ruff check .

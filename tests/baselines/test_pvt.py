@@ -46,7 +46,7 @@ def images(batch: int = 2, height: int = 64, width: int = 64) -> Tensor:
 HUGE = {"embed_dims": (128, 256, 512, 768), "depths": (3, 10, 60, 3), "num_heads": (2, 4, 8, 12)}
 
 
-@pytest.mark.parametrize("reference", [*DEPTHS, "pvt_huge_v2"])
+@pytest.mark.parametrize("reference", [*DEPTHS, pytest.param("pvt_huge_v2", marks=pytest.mark.slow)])
 def test_equals_the_authors_code(reference):
     facts, want = golden.facts(reference), golden.arrays(reference)
     model = on_meta(

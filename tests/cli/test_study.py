@@ -141,6 +141,7 @@ def test_a_failed_run_is_listed_and_left_until_asked(question, pictures, tmp_pat
     assert tried[4:] == [(True, 1)]
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_where_it_was(question, pictures, tmp_path):
     out = tmp_path / "out"
     words = ["study", "run", str(question), "--scale", "tiny", "--data", pictures, *FLAGS]

@@ -94,7 +94,12 @@ def check_taps(seen: dict[str, Tensor], want: dict, facts: dict, prefix: str = "
         assert abs(first_image.sum() - sums["sum"]) < 1e-11 * sums["abs_sum"]
 
 
-@pytest.mark.parametrize("reference", [*NAMES, *BY_ARGUMENTS])
+def marked(names):
+    """Mark the largest ones."""
+    return [pytest.param(name, marks=pytest.mark.slow) if "deit_base" in name else name for name in names]
+
+
+@pytest.mark.parametrize("reference", marked([*NAMES, *BY_ARGUMENTS]))
 def test_model_equals_the_authors_code(reference):
     facts, want = golden.facts(reference), golden.arrays(reference)
     name, args = BY_ARGUMENTS.get(reference, (NAMES.get(reference), {}))

@@ -103,6 +103,7 @@ def test_fewer_processes_go_on_if_that_is_allowed(by_two, double):
     assert distance(by_two / "fewer", by_two / "none") < 1e-11
 
 
+@pytest.mark.slow
 def test_after_the_death_of_a_process_torchrun_goes_on_to_the_same_bits(by_two, tmp_path):
     settings = ["output=" + str(tmp_path / "run")]
     (tmp_path / "config.yaml").write_text(to_yaml(resolve("digits", [*CASES["average"], *settings])))

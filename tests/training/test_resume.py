@@ -63,6 +63,7 @@ class Calls(Callback):
         self.calls.append("end")
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_the_run_ends_the_same(tough, folder, uninterrupted):
     config = tough("workers=2")
     kills = [kill_after(config, folder, updates) for updates in (1, 4, 8, 11, 15)]

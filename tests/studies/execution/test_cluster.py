@@ -201,6 +201,7 @@ def test_a_task_notes_failures_but_not_that_another_is_at_it(error, noted, tiny,
 
 
 @pytest.mark.filterwarnings("ignore:subprocess:ResourceWarning")  # jobs are meant to outlive their submission
+@pytest.mark.slow
 def test_jobs_that_fail_are_preempted_and_killed(tiny, tmp_path, monkeypatch):
     """The first run fails at once, the second is requeued by a signal and then killed; both end well."""
     base = dataclasses.replace(tiny, epochs=30, save_seconds=0.0)
