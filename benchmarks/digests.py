@@ -8,7 +8,9 @@ PART is a key of `PARTS`. Only public names of localvit are used, so that the co
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -215,14 +217,22 @@ def write_images(folder: Path, side: int, channels: int) -> None:
             Image.fromarray(pixels.squeeze()).save(folder / name / f"{i}.png")
 
 
+def either(name: str, *rooms: str) -> Any:
+    """Return a name from the first of these rooms that the tree has; 0.4 moved some."""
+    for room in rooms:
+        with contextlib.suppress(ImportError, AttributeError):
+            return getattr(importlib.import_module(room), name)
+    raise ImportError(f"none of {rooms} has {name}")
+
+
 def train_numbers(config: Any, folder: Path, interrupt: bool) -> dict[str, str]:
     """Train, if asked with an interruption inside the second epoch, and digest weights and metrics."""
     from safetensors.torch import load_file
 
-    from localvit.errors import TrainingInterrupted
-    from localvit.runtime.signals import stop_on_signals
-    from localvit.training.callbacks import Callback
-    from localvit.training.loop import train
+    from localvit.training import Callback, train
+
+    interrupted = either("TrainingInterrupted", "localvit.errors", "localvit.training")
+    stop_on_signals = either("stop_on_signals", "localvit.runtime", "localvit.training")
 
     class Stop(Callback):
         def on_epoch(self, metrics: dict[str, Any]) -> None:
@@ -232,7 +242,7 @@ def train_numbers(config: Any, folder: Path, interrupt: bool) -> dict[str, str]:
         try:
             with stop_on_signals():
                 train(config, callbacks=[Stop()])
-        except TrainingInterrupted:
+        except interrupted:
             pass
         else:
             raise RuntimeError("the training was not interrupted")
@@ -254,8 +264,7 @@ def untimed(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def trainings() -> Numbers:
     """Train three small architectures with locality, straight and interrupted."""
-    from localvit.config.files import resolve
-
+    resolve = either("resolve", "localvit.config", "localvit.training")
     found: Numbers = {}
     with tempfile.TemporaryDirectory() as temporary:
         images = Path(temporary) / "images"
