@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 # Rooms whose tests start few processes and compile nothing.
 FAST := $(addprefix tests/,locality config data runs evaluation planning studies/design studies/reporting \
-	surgery/test_localize.py surgery/test_families.py test_structure.py test_shapes.py test_documents.py test_cost.py)
+	surgery/test_localize.py test_structure.py test_shapes.py test_documents.py test_cost.py)
 
 .PHONY: demo test test-fast check bench timm-suite clean
 
