@@ -328,6 +328,7 @@ def main(part: str, checkout: Path, out: Path) -> None:
     """Measure one part with the checkout on the path, and write its digests as JSON."""
     concurrent.futures.ProcessPoolExecutor = InProcess  # type: ignore[assignment,misc]  # before localvit
 
+    import timm  # noqa: F401 (first: names reach timm when a door is used or timm is imported, not by a submodule)
     import torch
 
     import localvit
