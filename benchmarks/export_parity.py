@@ -23,7 +23,7 @@ from localvit.data.config import DataConfig
 from localvit.engines.info import ExportInfo
 from localvit.engines.open import open_engine
 from localvit.errors import first_line
-from localvit.export.checkpoint import pictures
+from localvit.export.checkpoint import first_images
 from localvit.export.parity import TOLERANCE, Inputs, Parity, check_parity, random_inputs, real_inputs
 from localvit.export.program import export_program
 from localvit.export.write import FORMATS
@@ -55,7 +55,7 @@ def measure(name: str) -> list[dict[str, Any]]:
     model = stirred(name)
     seen = preprocessing_for(model, DataConfig())
     info = ExportInfo.of(seen, architecture=name, num_classes=model.num_classes)
-    load = pictures("digits", DataConfig(), seen)
+    load = first_images("digits", DataConfig(), seen)
     inputs = [*random_inputs(info.input_size[0], info.sizes), *real_inputs(load, info.sizes)]
     program = export_program(model, info)
     return [row(name, format, model, program, info, inputs) for format in FORMATS]

@@ -17,7 +17,7 @@ def suggestion(value: object, accepted: Iterable[str]) -> str:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
-    """An error for a name that does not exist, with the nearest ones that do.
+    """Return the error for a name that does not exist, with the nearest ones that do.
 
     Args:
         what: What was looked for.
@@ -33,20 +33,28 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
 
 
 def at_least(config: Any, prefix: str, low: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not low <= value < float("inf"):
-            where = f"{prefix}.{name}" if prefix else name
-            raise ConfigError(f"{where}={value!r} must be at least {low:g}")
+    """Refuse fields of a configuration that are too small, NaN or infinite, by their dotted names."""
+    check_at_least(low, **{f"{prefix}.{name}" if prefix else name: getattr(config, name) for name in names})
+
+
+def check_at_least(least: float, **values: float) -> None:
+    """Refuse numbers that are too small, NaN or infinite.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for name, value in values.items():
+        if not least <= value < float("inf"):
+            raise ConfigError(f"{name}={value!r} must be at least {least:g}")
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error, or its kind, in one line."""
+    """Return the message of an error, or its kind, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """The gist of a message that may be pages long."""
+    """Return the first line of a message that may be pages long."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -64,14 +72,3 @@ class TrainingFailed(RuntimeError):
 
 class TrainingInterrupted(Exception):
     """A signal asked for the end, and the state is saved; the message says how to go on."""
-
-
-def check_at_least(least: int, **values: int) -> None:
-    """Refuse numbers that are too small.
-
-    Raises:
-        ConfigError: naming the first.
-    """
-    for name, value in values.items():
-        if value < least:
-            raise ConfigError(f"{name}={value!r} must be at least {least}")

@@ -69,7 +69,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
 
 
 def _extended(name: Any, by: str) -> str | None:
-    """What the recipe `by` extends; a file as a full path, so that a circle is seen."""
+    """Return the recipe that `by` extends; a file as a full path, so that a circle is seen."""
     if name is None or (isinstance(name, str) and not name.endswith(_FILES)):
         return name
     if not isinstance(name, str):

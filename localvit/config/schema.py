@@ -222,7 +222,7 @@ class TrainConfig:
         if self.augment.repeats > self.batch_size:
             raise ConfigError(
                 f"augment.repeats={self.augment.repeats} must not be above batch_size={self.batch_size}: "
-                "a batch would hold one picture many times"
+                "a batch would hold one image many times"
             )
         if self.augment.mixes and self.batch_size % 2:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""What must be known to use an exported model: how pictures are prepared, and what its outputs mean."""
+"""Metadata of an exported model: preparation of its images and names of its outputs."""
 
 from __future__ import annotations
 

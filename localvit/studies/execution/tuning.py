@@ -2,7 +2,7 @@
 
 A tuning is itself a study, whose arms are the arms of the question at each learning rate. Its outcome is a
 small value that is kept as JSON: a user's in the folder of the study, those of the recipes that come with
-the package in ``localvit/studies/tuned/``.
+the package in `localvit/studies/execution/tuned/`.
 """
 
 from __future__ import annotations
