@@ -1,5 +1,6 @@
 """What is shipped: the wheel works outside the checkout, the README's code runs, imports point one way."""
 
+import ast
 import importlib
 import os
 import re
@@ -99,3 +100,12 @@ def test_the_linter_sees_a_forbidden_import(tmp_path):
         )
         assert told in " ".join(done.stdout.split()), done.stdout
         assert (done.returncode == 0) == (line == "")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_import_what_is_there(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "localvit":
+            module = importlib.import_module(str(node.module))
+            for name in (alias.name for alias in node.names):
+                assert hasattr(module, name) or importlib.import_module(f"{node.module}.{name}")
