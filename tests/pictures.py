@@ -7,6 +7,14 @@ import timm
 from PIL import Image
 from timm.models import save_for_hf
 
+from localvit.data.config import Preprocessing
+
+HALF = (0.5,) * 3
+PREPROCESSING = Preprocessing(
+    input_size=(3, 16, 16), mean=HALF, std=HALF, interpolation="bicubic", crop_pct=0.9, crop_mode="center"
+)
+"""Preparation for a model that takes small images."""
+
 SIZE = 16
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from localvit.data.config import AugmentConfig, DataConfig, Preprocessing
+from localvit.data.config import AugmentConfig, DataConfig
 from localvit.data.loading import eval_loader, train_loader
 from localvit.data.splits import open_reported, open_splits
 from localvit.evaluation import calibration, evaluate
 from localvit.evaluation.files import confusion_matrix
 from localvit.evaluation.metrics import Tally
-from tests.pictures import export_model, make_pictures
+from tests.pictures import PREPROCESSING, export_model, make_pictures
 
 MODULES = [
     "evaluation.top_k",
@@ -30,14 +30,6 @@ MODULES = [
     "data.sources",
     "data.augment",
 ]
-PREPROCESSING = Preprocessing(
-    input_size=(3, 16, 16),
-    mean=(0.5,) * 3,
-    std=(0.5,) * 3,
-    interpolation="bicubic",
-    crop_pct=0.9,
-    crop_mode="center",
-)
 
 
 def annotated(module):

@@ -10,20 +10,11 @@ from PIL import EpsImagePlugin
 from torchvision.datasets import ImageFolder
 
 from localvit.cli import main
-from localvit.data.config import Preprocessing
 from localvit.data.images import Part, TorchvisionImages, UnreadableImage, decode, decode_pixels
 from localvit.data.loading import eval_loader, train_loader
-from tests.pictures import export_model, make_pictures
+from tests.pictures import PREPROCESSING, export_model, make_pictures
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
-PREPROCESSING = Preprocessing(
-    input_size=(3, 16, 16),
-    mean=(0.5,) * 3,
-    std=(0.5,) * 3,
-    interpolation="bicubic",
-    crop_pct=0.9,
-    crop_mode="center",
-)
 TINY = [f"--set=model.args.{a}" for a in ("img_size=16", "patch_size=8", "embed_dim=16", "depth=1")]
 TINY += ["--set=schedule.warmup_epochs=0", "--set=augment.crop=none", "--set=model.args.num_heads=2"]
 TINY += ["--model=vit_tiny_patch16_224", "--batch-size=4", "--epochs=1"]
