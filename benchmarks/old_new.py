@@ -140,7 +140,7 @@ def all_designs() -> dict[str, Any]:
         "position first": LocalityConfig(position="first"),
         "no convolution": LocalityConfig(depthwise=False),
         "SiLU, inner skip": LocalityConfig(activation="silu", inner_skip=True),
-        "prefix tokens ride along": LocalityConfig(prefix="mlp"),
+        "prefix tokens ride along": LocalityConfig(prefix="pointwise"),
     }
 
 

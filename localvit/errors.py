@@ -62,12 +62,12 @@ class TrainingFailed(RuntimeError):
     """Training cannot go on; the message says where it stopped and why.
 
     Attributes:
-        pictures: Names of the pictures of the batch that it stopped at, if they may be the reason.
+        images: Names of the images of the batch that it stopped at, if they may be the reason.
     """
 
-    def __init__(self, message: str, pictures: tuple[str, ...] = ()) -> None:
+    def __init__(self, message: str, images: tuple[str, ...] = ()) -> None:
         super().__init__(message)
-        self.pictures = pictures
+        self.images = images
 
 
 class TrainingInterrupted(Exception):

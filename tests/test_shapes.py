@@ -18,7 +18,7 @@ from localvit.data.splits import open_reported, open_splits
 from localvit.evaluation import calibration, evaluate
 from localvit.evaluation.files import confusion_matrix
 from localvit.evaluation.metrics import Tally
-from tests.pictures import PREPROCESSING, export_model, make_pictures
+from tests.images import PREPROCESSING, export_model, make_images
 
 MODULES = [
     "evaluation.top_k",
@@ -66,7 +66,7 @@ def checked(monkeypatch):
 
 
 def test_shapes_hold_from_the_file_to_the_report(checked, tmp_path):
-    data = make_pictures(tmp_path / "images", {"a": 6, "b": 5})
+    data = make_images(tmp_path / "images", {"a": 6, "b": 5})
     model = export_model(tmp_path / "model", 2, ["a", "b"])
     found = evaluate(model, data, batch_size=4, device="cpu")
     confusion_matrix(found)

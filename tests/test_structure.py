@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given, settings, strategies as st
 
 from localvit.config import TrainConfig, load_recipe, resolve
-from localvit.config.older import Renamed, from_older
+from localvit.config.older import from_older, to_older
 from localvit.errors import ConfigError
 from localvit.locality import LocalityConfig
 from localvit.structure import (
@@ -29,6 +29,7 @@ from localvit.structure import (
     to_json,
     to_yaml,
 )
+from localvit.studies.design import key_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,31 +417,35 @@ def test_the_schema_has_every_field_and_forbids_others():
     json.dumps(made)
 
 
-OLDER = {
-    "optim.rate": Renamed(name="lr"),
-    "engine.tricks": Renamed(name=None),
-    "model.locality.prefix": Renamed(name="prefix", values={"skip": "bypass"}),
-}
+def test_values_of_an_older_version_are_translated():
+    old = {"model": {"locality": {"prefix": "mlp", "gate": "eca"}}, "epochs": 9}
+    new = {"model": {"locality": {"prefix": "pointwise", "gate": "eca"}}, "epochs": 9}
+    assert from_older(old) == new
+    assert old["model"]["locality"]["prefix"] == "mlp"
+    assert from_older(new) == new
+    assert to_older(new) == old
+    arm = {"model.locality.prefix": "bypass", "model.locality": {"prefix": "passthrough"}, "optim": 3}
+    assert from_older(arm) == {
+        "model.locality.prefix": "skip",
+        "model.locality": {"prefix": "identity"},
+        "optim": 3,
+    }
+    damaged = {"model": {"locality": {"prefix": ["mlp"]}}, "model.locality": None}
+    assert from_older(damaged) == damaged
+    assert from_older(None) is None
 
 
-def test_fields_of_an_older_version_are_renamed_dropped_or_get_another_value():
-    old = {
-        "optim": {"rate": 0.1},
-        "engine": {"tricks": 3},
-        "model": {"locality": {"prefix": "skip"}},
-        "epochs": 9,
-    }
-    assert from_older(old, OLDER) == {
-        "optim": {"lr": 0.1},
-        "engine": {},
-        "model": {"locality": {"prefix": "bypass"}},
-        "epochs": 9,
-    }
-    assert old["optim"] == {"rate": 0.1}
-    arm = {"optim.rate": 0.1, "engine.tricks": 3, "model.locality": {"prefix": "skip"}, "optim": 3}
-    assert from_older(arm, OLDER) == {"optim.lr": 0.1, "model.locality": {"prefix": "bypass"}, "optim": 3}
-    assert from_older(None, OLDER) is None
-    assert from_older({"optim": {"lr": 1}}) == {"optim": {"lr": 1}}
+def test_a_run_keeps_the_name_that_0_3_gave_it():
+    config = plain(resolve(settings=["model.locality={prefix: pointwise}"]))
+    assert key_of(config) == "e25bdea3f757"  # of `model.locality={prefix: mlp}`, computed by 0.3.1
+
+
+@pytest.mark.parametrize("setting", ["model.locality={prefix: mlp}", "model.locality.prefix=mlp"])
+def test_an_old_word_is_refused_with_the_new_one(setting, tmp_path):
+    told = refused(resolve, None, [setting])
+    assert told.endswith("prefix='mlp' is not accepted since version 0.4; write prefix='pointwise'")
+    (tmp_path / "mine.yaml").write_text("model: {locality: {prefix: bypass}}\n")
+    assert "write prefix='skip'" in refused(resolve, str(tmp_path / "mine.yaml"))
 
 
 # The files are described in the README beside them.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         read_config as read_config,
         resolve as resolve,
     )
-    from localvit.config.older import from_older as from_older
+    from localvit.config.older import from_older as from_older, to_older as to_older
     from localvit.config.schema import (
         DistillConfig as DistillConfig,
         EngineConfig as EngineConfig,

@@ -60,7 +60,7 @@ def load_recipe(recipe: str) -> dict[str, Any]:
 
 def _read_recipe(recipe: str) -> dict[str, Any]:
     if recipe.endswith(_FILES):
-        return from_older(read_yaml(recipe))
+        return read_yaml(recipe)
     if recipe not in list_recipes():
         error = unknown("recipe", recipe, list_recipes())
         raise ConfigError(f"{error} (recipes: {', '.join(list_recipes())}; or a .yaml file)")

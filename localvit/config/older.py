@@ -1,53 +1,44 @@
-"""Fields of configurations that version 0.3 wrote under other names or with other values: one table."""
+"""Values of fields that version 0.3 wrote in other words: one table, read in both directions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+from localvit.locality import OLDER_VALUES
 
-@dataclass(frozen=True, kw_only=True)
-class Renamed:
-    """A field of 0.3.
+Table = Mapping[str, Mapping[str, str]]
 
-    Attributes:
-        name: Its last name now; `None`: it is left out.
-        values: Value in 0.3 -> value now; others stay.
-    """
+OLDER: Table = {f"model.locality.{name}": values for name, values in OLDER_VALUES.items()}
+"""Dotted field -> value in 0.3 -> value now."""
 
-    name: str | None
-    values: Mapping[Any, Any] = field(default_factory=dict)
+_NEWER: Table = {path: {now: then for then, now in values.items()} for path, values in OLDER.items()}
 
 
-OLDER: Mapping[str, Renamed] = {}
-"""Dotted field in 0.3 -> what became of it. So far all fields of 0.3 have their names."""
-
-
-def from_older(values: Any, table: Mapping[str, Renamed] = OLDER) -> Any:
-    """Return a configuration, or dotted changes of one, with the names of this version.
+def from_older(values: Any, table: Table = OLDER) -> Any:
+    """Return a configuration, or dotted changes of one, with the values of this version.
 
     Args:
         values: Nested mappings; keys may be dotted, as in the arms of a study.
-        table: What changed.
+        table: Replacements, by dotted field.
     """
-    for path, renamed in table.items():
-        values = _translated(values, path, renamed)
+    for path, replaced in table.items():
+        values = _translate(values, path, replaced)
     return values
 
 
-def _translated(values: Any, path: str, renamed: Renamed) -> Any:
+def to_older(values: Any) -> Any:
+    """Return a configuration with the values of 0.3, whose digest is the name of a run in a study."""
+    return from_older(values, _NEWER)
+
+
+def _translate(values: Any, path: str, replaced: Mapping[str, str]) -> Any:
     if not isinstance(values, Mapping):
         return values  # damaged, which whoever reads it will say
-    made: dict[str, Any] = {}
+    made = dict(values)
     for key, value in values.items():
-        if key == path:
-            before, dot, _ = key.rpartition(".")
-            if renamed.name is not None:
-                new = renamed.values.get(value, value) if isinstance(value, (str, int, float)) else value
-                made[f"{before}{dot}{renamed.name}"] = new
+        if key == path and isinstance(value, str):
+            made[key] = replaced.get(value, value)
         elif path.startswith(f"{key}."):
-            made[key] = _translated(value, path.removeprefix(f"{key}."), renamed)
-        else:
-            made[key] = value
+            made[key] = _translate(value, path.removeprefix(f"{key}."), replaced)
     return made

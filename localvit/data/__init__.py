@@ -11,7 +11,7 @@ if TYPE_CHECKING:
         DataError as DataError,
         Preprocessing as Preprocessing,
     )
-    from localvit.data.identity import fingerprint as fingerprint, picture_name as picture_name
+    from localvit.data.identity import fingerprint as fingerprint, image_name as image_name
     from localvit.data.images import (
         Images as Images,
         Part as Part,

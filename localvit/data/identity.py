@@ -11,7 +11,7 @@ from localvit.data.images import Part
 from localvit.data.splits import Splits
 
 
-def picture_name(part: Part, index: int) -> str:
+def image_name(part: Part, index: int) -> str:
     """Return the file of the image `part[index]`, or its number in the source."""
     position = int(part.indices[index])
     reader = getattr(part.images, "reader", None)

@@ -36,7 +36,7 @@ _REPLACEMENTS = 100
 class SampleSpec(NamedTuple):
     """One sample of an epoch: index of the image, and seed of its augmentation."""
 
-    picture: int
+    image_index: int
     seed: int
 
 
@@ -222,15 +222,13 @@ class BatchDataset(Dataset[Any]):
         for _ in range(_REPLACEMENTS):
             if loaded.error is None or not isinstance(spec, SampleSpec):
                 return
-            spec = SampleSpec(
-                derive_seed(spec.seed, "picture") % len(self), derive_seed(spec.seed, "augment")
-            )
+            spec = SampleSpec(derive_seed(spec.seed, "image") % len(self), derive_seed(spec.seed, "augment"))
             loaded = self._prepare(spec, out)
             yield loaded
 
     def _prepare(self, spec: SampleSpec | int, out: torch.Tensor) -> LoadedSample:
         if isinstance(spec, SampleSpec):
-            index = spec.picture
+            index = spec.image_index
             seed_all(spec.seed)
         else:  # evaluation: nothing is random
             index = spec

@@ -12,7 +12,7 @@ import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from timm.data.readers.class_map import load_class_map
 
-from localvit.data import DataError, Part, picture_name
+from localvit.data import DataError, Part, image_name
 from localvit.errors import ConfigError
 from localvit.inference import OpenModel
 
@@ -119,7 +119,7 @@ def read_real_labels(path: str, images: Part, model: OpenModel) -> Int[torch.Ten
     what = f"real_labels={path!r}"
     if model.labels != tuple(ImageNetInfo("imagenet-1k").label_names()):
         raise ConfigError(f"{what} needs a model with the 1000 classes of ILSVRC-2012 in timm's order")
-    names = [os.path.basename(picture_name(images, i)) for i in range(len(images))]
+    names = [os.path.basename(image_name(images, i)) for i in range(len(images))]
     try:
         known = RealLabelsImagenet(names, None if path == "default" else path).real_labels
         rows = [known[name] for name in names]

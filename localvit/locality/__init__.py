@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from localvit.imports import door
 
 if TYPE_CHECKING:
-    from localvit.locality.config import LocalityConfig as LocalityConfig
+    from localvit.locality.config import OLDER_VALUES as OLDER_VALUES, LocalityConfig as LocalityConfig
     from localvit.locality.feed_forward import (
         HiddenLocality as HiddenLocality,
         LocalityFeedForward as LocalityFeedForward,

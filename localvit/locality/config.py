@@ -18,7 +18,7 @@ Glu = Literal["none", "gate", "both"]
 Gate = Literal["none", "se", "eca", "eca_hard"]
 Norm = Literal["none", "batch", "layer", "group"]
 NormOrder = Literal["norm-act", "act-norm"]
-Prefix = Literal["bypass", "mlp", "passthrough"]
+Prefix = Literal["skip", "pointwise", "identity"]
 
 # Values of fields left at None. "base" is not a value of any field: the FFN in place decides, so the field
 # stays None. (Under init="preserve" an explicit value then contradicts `init`.)
@@ -34,7 +34,7 @@ _DECIDED: dict[Init, dict[str, Any]] = {
         "prenorm": False,
         "drop_path": False,
         "layer_scale": False,
-        "prefix": "bypass",
+        "prefix": "skip",
     },
     "preserve": {
         "activation": _BASE,
@@ -46,9 +46,14 @@ _DECIDED: dict[Init, dict[str, Any]] = {
         "prenorm": True,
         "drop_path": True,
         "layer_scale": True,
-        "prefix": "mlp",
+        "prefix": "pointwise",
     },
 }
+OLDER_VALUES: Mapping[str, Mapping[str, str]] = {
+    "prefix": {"bypass": "skip", "mlp": "pointwise", "passthrough": "identity"}
+}
+"""Values that version 0.3 wrote: field -> value then -> value now. Files are translated on reading."""
+
 # Squeeze units of the SE gate when neither `gate_width` nor `gate_reduction` is given: what the paper's
 # LocalViT-T and -S have (hidden 768 // 192 and 1536 // 384).
 DEFAULT_GATE_WIDTH = 4
@@ -97,10 +102,10 @@ class LocalityConfig:
         prenorm: Keep the block's norm in front of the FFN. Paper: no.
         drop_path: Keep stochastic depth on the FFN branch. Paper: no.
         layer_scale: Keep LayerScale on the FFN branch where the base has it. Paper: no.
-        prefix: What happens to class, distillation and register tokens. `"bypass"` (paper): they skip
-            the FFN. `"mlp"`: they take the point-wise path without the depth-wise stage and the gate, but
-            with the activation of that stage if it is the only one, so that the path is not linear.
-            `"passthrough"`: the FFN returns them unchanged, so the block's residual adds them.
+        prefix: What happens to class, distillation and register tokens. `"skip"` (paper): they skip
+            the FFN. `"pointwise"`: they take the point-wise path without the depth-wise stage and gate. If
+            that stage has the only activation they take it, so that the path is not linear.
+            `"identity"`: the FFN returns them unchanged, so the block's residual adds them.
 
     Raises:
         ConfigError: for a value outside these, and for an explicit value that contradicts `init`.
@@ -203,8 +208,12 @@ class LocalityConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any], *, older: bool = False) -> Self:
         """Make a configuration from what `to_dict` returns; `preset` names a design that the others change.
+
+        Args:
+            values: Field -> value.
+            older: Accept the words of version 0.3, for values out of a file.
 
         Raises:
             ConfigError: if `values` is not a mapping, has an unknown key or a bad value.
@@ -216,11 +225,17 @@ class LocalityConfig:
 
             given = {name: value for name, value in values.items() if name != "preset"}
             values = find_preset(values["preset"]).to_dict() | given
+        if older:
+            values = {name: _newer(name, value) for name, value in values.items()}
         names = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in names:
                 raise ConfigError(f"LocalityConfig has no field {key!r} ({suggestion(key, names)})")
         return cls(**values)
+
+
+def _newer(name: str, value: Any) -> Any:
+    return OLDER_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
 
 
 def _error(name: str, value: object, accepted: str) -> ConfigError:
@@ -233,6 +248,8 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     options = typing.get_args(kind) if is_union else (kind,)
     value = tuple(value) if isinstance(value, list) else value
     if not any(_accepts(option, value) for option in options):
+        if (now := _newer(name, value)) != value:
+            raise ConfigError(f"{name}={value!r} is not accepted since version 0.4; write {name}={now!r}")
         raise _error(name, value, " | ".join(map(_describe, options)))
     return float(value) if type(value) is int and float in options else value
 

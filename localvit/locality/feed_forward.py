@@ -120,12 +120,12 @@ class LocalityFeedForward(GridModule):
             grid = self.current_grid()
         check_grid(tokens, grid)
         prefix = grid.num_prefix_tokens
-        if prefix == 0 or self.prefix == "mlp":  # prefix tokens take the point-wise path
+        if prefix == 0 or self.prefix == "pointwise":  # prefix tokens take the point-wise path
             return self.run(tokens, grid)
         x = self.run(tokens[:, prefix:], Grid(grid.height, grid.width, 0))
-        if self.prefix == "passthrough":
+        if self.prefix == "identity":
             return torch.cat([tokens[:, :prefix], x], dim=1)
-        return F.pad(x, (0, 0, prefix, 0))  # the branch is zero where a token bypasses it
+        return F.pad(x, (0, 0, prefix, 0))  # the branch is zero of a token that skips it
 
     def transform(self, x: Tensor, grid: Grid) -> Tensor:
         """Compute the branch, of the prefix tokens in `grid` too: `(B, P + N, C) -> (B, P + N, C)`."""

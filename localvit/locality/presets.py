@@ -14,7 +14,7 @@ from localvit.locality.config import LocalityConfig
 
 # What stands around the FFN is the baseline's, and a prefix token has the path it had there, less the
 # convolution: most of these designs come from models without one.
-_BRANCH: dict[str, Any] = {"prenorm": True, "drop_path": True, "layer_scale": True, "prefix": "mlp"}
+_BRANCH: dict[str, Any] = {"prenorm": True, "drop_path": True, "layer_scale": True, "prefix": "pointwise"}
 _PLAIN: dict[str, Any] = {"gate": "none", "activation": "gelu", "norm": "none", "bias": True} | _BRANCH
 
 PRESETS: Mapping[str, LocalityConfig] = MappingProxyType(
@@ -22,7 +22,7 @@ PRESETS: Mapping[str, LocalityConfig] = MappingProxyType(
         # Li et al., LocalViT, arXiv 2104.05707; ofsoundof/LocalViT, models/localvit.py
         "localvit": LocalityConfig(),
         # Yuan et al., CeiT, arXiv 2103.11816; coeusguo/ceit (third-party), ceit_model.py
-        "ceit_leff": LocalityConfig(**_PLAIN | {"norm": "batch", "prefix": "passthrough"}),
+        "ceit_leff": LocalityConfig(**_PLAIN | {"norm": "batch", "prefix": "identity"}),
         # Wang et al., Uformer, arXiv 2106.03106; ZhendongWang6/Uformer, model.py
         "uformer_leff": LocalityConfig(**_PLAIN),
         # Xie et al., SegFormer, arXiv 2105.15203; NVlabs/SegFormer, mix_transformer.py

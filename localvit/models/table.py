@@ -52,9 +52,9 @@ class Variant:
 
 def _matched(variant: Variant) -> Variant:
     """Return the variant without confounders: the layers around the FFN are those of the baseline."""
-    locality = replace(variant.locality, prenorm=True, drop_path=True, prefix="mlp")
+    locality = replace(variant.locality, prenorm=True, drop_path=True, prefix="pointwise")
     also = {
-        group: replace(config, prenorm=True, drop_path=True, prefix="mlp")
+        group: replace(config, prenorm=True, drop_path=True, prefix="pointwise")
         for group, config in variant.also.items()
     }
     return Variant(variant.base, locality, also)

@@ -130,8 +130,8 @@ def localized(
         kwargs: Further arguments of the base (`num_classes`, `img_size`, `features_only`, ...).
     """
     saved = pretrained_cfg is not None
-    config = LocalityConfig.from_dict(locality or {})
-    others = {group: LocalityConfig.from_dict(values) for group, values in (also or {}).items()}
+    config = LocalityConfig.from_dict(locality or {}, older=saved)
+    others = {group: LocalityConfig.from_dict(values, older=saved) for group, values in (also or {}).items()}
     base_args = {k: v for k, v in kwargs.items() if k not in _FACTORY_ARGS}
     if not saved:
         base_args |= {"pretrained": pretrained, "cache_dir": cache_dir}

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 
 from localvit.errors import ConfigError, one_line
-from localvit.structure import plain, read_json, to_json
+from localvit.structure import build, plain, read_json, to_json
 
 STATUS = "status.json"
 RunState = Literal["running", "interrupted", "failed", "finished"]
@@ -55,7 +55,7 @@ class RunStatus:
         bad_images: Training images that could not be read.
         changes: Fields that changed within the run.
         error: Why it ended, if it was interrupted or failed; left out of the file otherwise.
-        pictures: Images of the batch that it failed at; left out of the file if there are none.
+        failed_batch: Images of the batch that it failed at; left out of the file if there are none.
     """
 
     state: RunState
@@ -71,7 +71,7 @@ class RunStatus:
     bad_images: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
     error: str | None = None
-    pictures: tuple[str, ...] = ()
+    failed_batch: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.state == "finished" and (self.best is None or self.test is None):
@@ -87,11 +87,14 @@ class RunStatus:
         if not (folder / STATUS).exists():
             return None
         with whole(folder / STATUS) as path:
-            return read_json(cls, path)
+            values = read_json(dict[str, Any], path)
+            if "pictures" in values:  # its name in 0.3
+                values["failed_batch"] = values.pop("pictures")
+            return build(cls, values)
 
     def to_json(self) -> str:
         """Return what `read` reads."""
-        optional = {"error": self.error, "pictures": self.pictures}
+        optional = {"error": self.error, "failed_batch": self.failed_batch}
         values = {name: value for name, value in plain(self).items() if optional.get(name, True)}
         return to_json(values, indent=2)
 

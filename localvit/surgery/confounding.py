@@ -50,12 +50,12 @@ def _inside(locality: LocalityConfig) -> list[str]:
 def _tokens(locality: LocalityConfig, plan: Plan) -> list[str]:
     found = []
     sites = [site for site in plan.sites if site.num_prefix_tokens]
-    if locality.prefix == "bypass" and sites:
+    if locality.prefix == "skip" and sites:
         where = "the" if len(sites) == len(plan.sites) else f"{len(sites)} of {len(plan.sites)}"
         found.append(
             f"The class token bypasses {where} feed-forward networks; in the control it passes through."
         )
-    if locality.prefix == "passthrough" and sites:
+    if locality.prefix == "identity" and sites:
         found.append(
             "The feed-forward networks return the class token unchanged; in the control they transform it."
         )

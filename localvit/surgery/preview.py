@@ -243,13 +243,13 @@ def _dead_parameters(change: PlannedChange, new: nn.Module) -> list[str]:
     site, config = change.site, change.config.resolve()
     path = f"{site.path}." + ("" if config.init == "paper" else f"{HIDDEN_SLOT}.")
     names = [name for name, _ in new.named_parameters()]
-    if config.prefix == "mlp":  # prefix tokens still use the point-wise path
+    if config.prefix == "pointwise":  # prefix tokens still use the point-wise path
         norms = config.norm if isinstance(config.norm, tuple) else (config.norm,) * 3
         # batch and group statistics are over prefix and patch tokens, so these norms tie them together
         tied = [norm in ("batch", "group") for norm in norms]
         past = ("gate",) if config.position == "first" and tied[0] else ("conv", "norm2", "gate")
         return [] if tied[2] else [path + name for name in names if name.split(".")[0] in past]
-    around = [site.norm, site.layer_scale] if config.prefix == "bypass" else []
+    around = [site.norm, site.layer_scale] if config.prefix == "skip" else []
     kept = [name for name in around if name is not None and name not in discarded_layers(change)]
     outside = [
         f"{site.name}.{layer}.{n}"

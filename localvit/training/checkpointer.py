@@ -93,8 +93,8 @@ class Checkpointer:
         if self.directory and self.directory.status:
             interrupted = isinstance(error, KeyboardInterrupt | TrainingInterrupted)
             images: dict[str, Any] = {"bad_images": self._bad_images()}
-            if pictures := getattr(error, "pictures", ()):
-                images["pictures"] = tuple(pictures)
+            if failed := getattr(error, "images", ()):
+                images["failed_batch"] = tuple(failed)
             with suppress(TrainingFailed):
                 state = "interrupted" if interrupted else "failed"
                 self.directory.update(state=state, error=f"{error!r}", **images)

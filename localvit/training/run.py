@@ -20,8 +20,8 @@ from localvit.data import (
     Splits,
     derive_seed,
     eval_loader,
+    image_name,
     open_splits,
-    picture_name,
     random_scope,
     seed_all,
     share,
@@ -124,7 +124,7 @@ class Run:
         """Return the names of the images in one process's share of a batch of the current epoch."""
         draws = self.train.batch_sampler.batch(batch)  # type: ignore[union-attr]
         own = share(draws, rank, self.world.size)
-        return tuple(picture_name(self.splits.train, draw.picture) for draw in own)
+        return tuple(image_name(self.splits.train, draw.image_index) for draw in own)
 
     def snapshot(self) -> State | None:
         """Return the state in the main process, `None` in the others; all must call it.
@@ -154,7 +154,7 @@ class Run:
             at.bad_images |= process["bad_images"]
         return {
             "epoch": at.epoch,
-            "pictures": at.batch * self.config.batch_size,
+            "samples": at.batch * self.config.batch_size,
             "seconds": at.seconds,
             "waited": at.waited,
             "history": at.history,
@@ -185,7 +185,7 @@ class Run:
             reason = " ".join(str(error).split())
             raise ConfigError(f"the saved state does not fit the model or the optimizer: {reason}") from error
         at, processes = self.state, state["processes"]
-        at.epoch, at.batch = state["epoch"], state["pictures"] // self.config.batch_size
+        at.epoch, at.batch = state["epoch"], state["samples"] // self.config.batch_size
         at.seconds, at.waited, at.history = state["seconds"], state["waited"], state["history"]
         at.best_epoch, at.best_weights = state["best_epoch"], state["best_weights"]
         at.best = Metrics(**state["best"]) if state["best"] else None

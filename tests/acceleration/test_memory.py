@@ -15,7 +15,7 @@ from .test_native import kept
 DESIGNS = {
     **PRESETS,
     "eca": LocalityConfig(gate="eca"),
-    "prefix rides along": LocalityConfig(prefix="mlp"),
+    "prefix rides along": LocalityConfig(prefix="pointwise"),
     "layer norms": LocalityConfig(norm="layer"),
     "group norms": LocalityConfig(norm="group", norm_groups=4),
     "first": LocalityConfig(position="first"),

@@ -29,7 +29,7 @@ COVERED = [
     LocalityConfig(),
     LocalityConfig(gate_reduction=4),
     LocalityConfig(gate="eca", kernel_size=5),
-    LocalityConfig(gate="eca_hard", prefix="passthrough", activation="relu6"),
+    LocalityConfig(gate="eca_hard", prefix="identity", activation="relu6"),
     LocalityConfig(gate="none", activation=("none", "relu"), kernel_size=7),
     LocalityConfig(norm="none", bias=True, activation=("relu", "none")),
     LocalityConfig(norm=("none", "batch", "none"), bias=(True, True, False)),
@@ -44,7 +44,7 @@ OTHERS = [
     LocalityConfig(glu="gate"),
     LocalityConfig(inner_skip=True),
     LocalityConfig(depthwise=False),
-    LocalityConfig(prefix="mlp"),
+    LocalityConfig(prefix="pointwise"),
 ]
 
 
@@ -435,7 +435,7 @@ def test_it_keeps_the_input_and_three_maps(monkeypatch):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("kernels", ["auto", "plain"])
 @pytest.mark.parametrize(
-    "config", [LocalityConfig(), LocalityConfig(norm_order="act-norm"), LocalityConfig(prefix="mlp")]
+    "config", [LocalityConfig(), LocalityConfig(norm_order="act-norm"), LocalityConfig(prefix="pointwise")]
 )
 def test_checkpointing_moves_statistics_once(monkeypatch, config, kernels, reentrant):
     """As timm's and Hugging Face's own checkpointing call it."""
@@ -663,7 +663,7 @@ def test_the_operator_of_fused_models(batch, height, width, channels, reduced):
 @pytest.mark.parametrize("act", ["none", "relu", "relu6", "hardswish"])
 def test_slopes_at_corners_are_those_of_pytorch(monkeypatch, act):
     """All hidden values are corners of the activation: 0, 3, -3, 6."""
-    config = LocalityConfig(activation=act, norm="none", gate="none", prefix="bypass")
+    config = LocalityConfig(activation=act, norm="none", gate="none", prefix="skip")
     ffn, tokens = feed_forward(config), images()
     with torch.no_grad():
         ffn.fc1.weight.zero_()

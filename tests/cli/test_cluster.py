@@ -9,7 +9,7 @@ import pytest
 from localvit.cli import main
 from localvit.cli.arguments import command_line, parse
 from localvit.cli.study import Options
-from tests.studies.tiny import SETTINGS, make_pictures
+from tests.studies.tiny import SETTINGS, make_images
 
 QUESTION = """
 question: Does locality help?
@@ -26,7 +26,7 @@ FLAGS = [word for setting in SETTINGS for word in ("--set", setting)]
 def words(tmp_path, monkeypatch):
     """A study's command but for its options on the cluster, in a folder that it must leave as it was."""
     (tmp_path / "pictures").mkdir()
-    make_pictures(tmp_path / "pictures")
+    make_images(tmp_path / "pictures")
     (tmp_path / "mine.yaml").write_text(QUESTION)
     monkeypatch.chdir(tmp_path)
     given = ["mine.yaml", "--scale", "tiny", "--data", "pictures", "--output", "out", "--seeds", "2"]

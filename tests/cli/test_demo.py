@@ -14,7 +14,7 @@ from localvit.cli import main
 from localvit.cli.arguments import command_line, parse
 from localvit.cli.demo import Options, _default_output
 from localvit.studies.execution import run as run_module, tuning as tuning_module
-from tests.studies.tiny import SETTINGS, make_pictures, worker_here
+from tests.studies.tiny import SETTINGS, make_images, worker_here
 
 FLAGS = [word for setting in SETTINGS for word in ("--set", setting)]
 
@@ -22,7 +22,7 @@ FLAGS = [word for setting in SETTINGS for word in ("--set", setting)]
 @pytest.fixture
 def pictures(tmp_path):
     (tmp_path / "pictures").mkdir()
-    return str(make_pictures(tmp_path / "pictures"))
+    return str(make_images(tmp_path / "pictures"))
 
 
 def demo(*arguments):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from localvit.cli import main
-from tests.pictures import export_model, make_pictures
+from tests.images import export_model, make_images
 
 CLASSES = {"ant": 3, "[bee]": 4}  # brackets are markup for rich
 
@@ -18,7 +18,7 @@ def exported(tmp_path_factory):
     """Arguments that evaluate a tiny model on seven pictures."""
     folder = tmp_path_factory.mktemp("evaluate")
     checkpoint = export_model(folder / "model", 2, list(CLASSES))
-    data = make_pictures(folder / "pictures", CLASSES)
+    data = make_images(folder / "pictures", CLASSES)
     return ["evaluate", "--checkpoint", checkpoint, "--data", data, "--device", "cpu"]
 
 

@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 from localvit.cli import main
 from localvit.data.images import Part, TorchvisionImages, UnreadableImage, decode, decode_pixels
 from localvit.data.loading import eval_loader, train_loader
-from tests.pictures import PREPROCESSING, export_model, make_pictures
+from tests.images import PREPROCESSING, export_model, make_images
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
 TINY = [f"--set=model.args.{a}" for a in ("img_size=16", "patch_size=8", "embed_dim=16", "depth=1")]
@@ -36,7 +36,7 @@ def started(tmp_path, monkeypatch):
 @pytest.fixture
 def pictures(tmp_path):
     """Two classes of six images; the first image of the first class is PostScript."""
-    folder = Path(make_pictures(tmp_path / "pictures", {"a": 6, "b": 6}))
+    folder = Path(make_images(tmp_path / "pictures", {"a": 6, "b": 6}))
     (folder / "a" / "0.png").unlink()
     (folder / "a" / "0.jpg").write_bytes(POSTSCRIPT)
     return folder

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from localvit.cli import main
-from tests.pictures import export_model, make_pictures
+from tests.images import export_model, make_images
 
 SLOWLY = """
 import importlib, sys, time
@@ -26,7 +26,7 @@ def job(tmp_path_factory):
     """Arguments that classify sixty pictures with a tiny model."""
     folder = tmp_path_factory.mktemp("predict")
     checkpoint = export_model(folder / "model", 3, ["[ant]", "bee", "cat"])
-    pictures = make_pictures(folder / "pictures", {"x": 60})
+    pictures = make_images(folder / "pictures", {"x": 60})
     return ["predict", "--checkpoint", checkpoint, "--device", "cpu", "--top-k", "2", pictures]
 
 

@@ -15,7 +15,7 @@ from localvit.cli.arguments import command_line, parse
 from localvit.cli.study import Options
 from localvit.errors import TrainingFailed
 from localvit.studies.execution import run as run_module
-from tests.studies.tiny import SETTINGS, make_pictures, worker_here
+from tests.studies.tiny import SETTINGS, make_images, worker_here
 
 QUESTION = """
 question: Does locality help?
@@ -31,7 +31,7 @@ FLAGS = [word for setting in SETTINGS for word in ("--set", setting)]
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return str(make_pictures(tmp_path_factory.mktemp("pictures")))
+    return str(make_images(tmp_path_factory.mktemp("pictures")))
 
 
 @pytest.fixture

@@ -77,19 +77,21 @@ def test_random_scope_keeps_the_seed_that_surgery_reads():
 
 def test_every_epoch_is_another_permutation_in_whole_batches():
     order = EpochBatchSampler(10, 4, seed=0)
-    first = [draw.picture for batch in order for draw in batch]
+    first = [draw.image_index for batch in order for draw in batch]
     order.set_epoch(1)
-    second = [draw.picture for batch in order for draw in batch]
+    second = [draw.image_index for batch in order for draw in batch]
     assert len(first) == len(set(first)) == 8 == 4 * len(order)
     assert first != second
 
 
 def test_repeats_by_hand():
-    plain = [draw.picture for batch in EpochBatchSampler(10, 1, seed=0) for draw in batch]  # the permutation
+    plain = [
+        draw.image_index for batch in EpochBatchSampler(10, 1, seed=0) for draw in batch
+    ]  # the permutation
     batches = list(EpochBatchSampler(10, 4, seed=0, repeats=3))
     # Ten places: three pictures three times and one once, of which two whole batches take eight.
     expected = [plain[0]] * 3 + [plain[1]] * 3 + [plain[2]] * 2
-    assert [[draw.picture for draw in batch] for batch in batches] == [expected[:4], expected[4:]]
+    assert [[draw.image_index for draw in batch] for batch in batches] == [expected[:4], expected[4:]]
     assert len({draw.seed for batch in batches for draw in batch}) == 8  # each augmented in its own way
     order = EpochBatchSampler(10, 4, seed=0, repeats=3)
     order.set_epoch(1)
@@ -104,7 +106,7 @@ def test_an_epoch_with_repeats_holds_what_timms_sampler_deals_out_to_all_process
     ]
     assert len(EpochBatchSampler(1000, 256, seed=0, repeats=3)) * 256 == sum(map(len, ranks)) == 768
     theirs = Counter(Counter(picture for rank in ranks for picture in rank).values())
-    drawn = Counter(d.picture for batch in EpochBatchSampler(1000, 256, seed=0, repeats=3) for d in batch)
+    drawn = Counter(d.image_index for batch in EpochBatchSampler(1000, 256, seed=0, repeats=3) for d in batch)
     assert Counter(drawn.values()) == theirs == {3: 256}
 
 

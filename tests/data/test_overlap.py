@@ -7,7 +7,7 @@ import pytest
 
 from localvit.cli import main
 from localvit.data.config import DataConfig, DataError
-from localvit.data.identity import picture_name
+from localvit.data.identity import image_name
 from localvit.data.splits import open_reported, open_splits
 
 CLASSES = {"a": 10, "b": 10}
@@ -21,7 +21,7 @@ TINY = [
 
 
 def names(part):
-    return {os.path.realpath(picture_name(part, i)) for i in range(len(part))}
+    return {os.path.realpath(image_name(part, i)) for i in range(len(part))}
 
 
 def assert_disjoint(splits):

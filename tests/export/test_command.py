@@ -16,7 +16,7 @@ from localvit.export import write
 from localvit.export.program import export_program
 from localvit.export.write import FORMATS
 from localvit.inference import open_model
-from tests.pictures import export_model, make_pictures
+from tests.images import export_model, make_images
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -27,7 +27,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     seen = {"crop_pct": 0.7, "mean": (0.3, 0.4, 0.5), "std": (0.2, 0.3, 0.4), "interpolation": "bilinear"}
     export_model(folder / "model", 3, NAMES, **seen)
-    make_pictures(folder / "pictures", {"x": 5, "y": 4})
+    make_images(folder / "pictures", {"x": 5, "y": 4})
     for format, form in FORMATS.items():
         file = folder / f"model{form.suffixes[0]}"
         assert main(["export", str(folder / "model"), "--format", format, "--output", str(file)]) == 0

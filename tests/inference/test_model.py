@@ -6,7 +6,7 @@ import torch
 
 from localvit.errors import ConfigError
 from localvit.inference import fused, open_model
-from tests.pictures import SIZE, export_model
+from tests.images import SIZE, export_model
 
 NAMES = ["ant", "bee", "cat"]
 SMALL = {"img_size": SIZE, "patch_size": 8, "embed_dim": 96, "depth": 1, "num_heads": 2, "num_classes": 3}

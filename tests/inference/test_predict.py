@@ -22,7 +22,7 @@ from localvit.inference.formats import (
 )
 from localvit.inference.prediction import ClassProbability, Prediction, Shard, _Files, find_files
 from localvit.inference.writer import PredictionWriter, write_predictions
-from tests.pictures import export_model, make_pictures
+from tests.images import export_model, make_images
 
 ANY_FORM = pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 
@@ -32,7 +32,7 @@ def job(tmp_path_factory):
     """A model and 61 pictures in two folders, one of them broken."""
     folder = tmp_path_factory.mktemp("predict")
     pictures = folder / "pictures"
-    make_pictures(pictures, {"a": 30, "b": 31})
+    make_images(pictures, {"a": 30, "b": 31})
     (pictures / "b" / "7.png").write_bytes(b"broken")
     return export_model(folder / "model", 4, ["ant", "bee", "cat", "dog"]), [str(pictures)]
 
@@ -264,7 +264,7 @@ def test_a_file_is_not_resumed_in_another_way(job, tmp_path, monkeypatch):
 def test_a_file_is_not_resumed_with_other_images(tmp_path, monkeypatch, shard, change):
     monkeypatch.chdir(tmp_path)
     model = export_model(tmp_path / "model", 4)
-    make_pictures(tmp_path / "images", {"a": 20, "b": 20})
+    make_images(tmp_path / "images", {"a": 20, "b": 20})
     settings = {"device": "cpu", "batch_size": 4, "shard": shard}
     with pytest.raises(Stop):
         write_predictions(model, ["images/a", "images/b"], "found.csv", **settings, watch=stop_after(8))

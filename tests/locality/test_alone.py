@@ -129,10 +129,10 @@ def checked(monkeypatch) -> list[str]:
     "config",
     [
         LocalityConfig(),
-        LocalityConfig(prefix="mlp", gate="eca"),
-        LocalityConfig(glu="both", prefix="passthrough"),
-        LocalityConfig(glu="gate", prefix="mlp"),
-        LocalityConfig(position="first", prefix="mlp"),
+        LocalityConfig(prefix="pointwise", gate="eca"),
+        LocalityConfig(glu="both", prefix="identity"),
+        LocalityConfig(glu="gate", prefix="pointwise"),
+        LocalityConfig(position="first", prefix="pointwise"),
     ],
     ids=str,
 )

@@ -21,7 +21,7 @@ _PAPER = st.fixed_dictionaries(
         "prenorm": st.booleans(),
         "drop_path": st.booleans(),
         "layer_scale": st.booleans(),
-        "prefix": st.sampled_from(["bypass", "mlp", "passthrough"]),
+        "prefix": st.sampled_from(["skip", "pointwise", "identity"]),
         "gate": st.sampled_from(["none", "se", "eca", "eca_hard"]),
     },
 )
@@ -33,7 +33,7 @@ _GLU = st.fixed_dictionaries(
         "kernel_size": st.sampled_from([1, 3, 5]),
         "activation": st.sampled_from(["gelu", "silu"]),
         "norm": st.sampled_from(["none", ["batch", "none", "group"]]),
-        "prefix": st.sampled_from(["bypass", "mlp", "passthrough"]),
+        "prefix": st.sampled_from(["skip", "pointwise", "identity"]),
     },
 )
 
@@ -52,7 +52,7 @@ def test_defaults_are_omitted_and_the_paper_is_the_default():
     assert LocalityConfig(init="preserve", kernel_size=5).to_dict() == {"init": "preserve", "kernel_size": 5}
     paper = LocalityConfig().resolve()
     assert (paper.activation, paper.gate, paper.expansion, paper.norm) == ("hardswish", "se", None, "batch")
-    assert (paper.prenorm, paper.drop_path, paper.bias, paper.prefix) == (False, False, False, "bypass")
+    assert (paper.prenorm, paper.drop_path, paper.bias, paper.prefix) == (False, False, False, "skip")
 
 
 def test_preserve_leaves_to_the_base_what_is_the_base_s():
@@ -60,7 +60,12 @@ def test_preserve_leaves_to_the_base_what_is_the_base_s():
     assert resolved.activation is None
     assert resolved.expansion is None
     assert resolved.bias is None
-    assert (resolved.norm, resolved.gate, resolved.prefix, resolved.prenorm) == ("none", "none", "mlp", True)
+    assert (resolved.norm, resolved.gate, resolved.prefix, resolved.prenorm) == (
+        "none",
+        "none",
+        "pointwise",
+        True,
+    )
 
 
 def test_config_is_frozen_and_hashable():
@@ -122,7 +127,7 @@ def test_bad_values_are_named_with_what_is_accepted(values, named):
         {"prenorm": False},
         {"drop_path": False},
         {"layer_scale": False},
-        {"prefix": "bypass"},
+        {"prefix": "skip"},
         {"position": "first"},
         {"depthwise": False},
         {"glu": "gate"},
@@ -135,7 +140,7 @@ def test_what_contradicts_preserve_is_an_error_naming_both(values):
 
 
 def test_what_agrees_with_preserve_may_be_said():
-    said = LocalityConfig(init="preserve", norm="none", gate="none", prefix="mlp", prenorm=True)
+    said = LocalityConfig(init="preserve", norm="none", gate="none", prefix="pointwise", prenorm=True)
     assert said.resolve() == LocalityConfig(init="preserve").resolve()
 
 

@@ -25,7 +25,7 @@ def random_weights(module: nn.Module) -> None:
 def test_by_hand():
     """Two channels, a 2 x 3 lattice, one prefix token: expand by identity, sum over neighbours, project."""
     config = LocalityConfig(
-        kernel_size=3, activation="none", gate="none", expansion=1, norm="none", prefix="passthrough"
+        kernel_size=3, activation="none", gate="none", expansion=1, norm="none", prefix="identity"
     )
     ffn = LocalityFeedForward(2, config)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def configurations(draw) -> LocalityConfig:
         norm_groups=4,
         norm_order=draw(st.sampled_from(["norm-act", "act-norm"])) if glu == "none" else "norm-act",
         bias=draw(st.one_of(st.booleans(), st.tuples(*[st.booleans()] * 3))),
-        prefix=draw(st.sampled_from(["bypass", "mlp", "passthrough"])),
+        prefix=draw(st.sampled_from(["skip", "pointwise", "identity"])),
     )
 
 
@@ -204,7 +204,7 @@ def test_shifting_the_input_shifts_the_output_away_from_borders(seed, kernel_siz
     torch.testing.assert_close(b[m:-m, m:-m], a[m - 1 : -m - 1, m - 1 : -m - 1])
 
 
-@pytest.mark.parametrize("prefix", ["bypass", "mlp", "passthrough"])
+@pytest.mark.parametrize("prefix", ["skip", "pointwise", "identity"])
 def test_prefix_tokens_do_not_mix_with_patches(prefix):
     ffn = LocalityFeedForward(8, LocalityConfig(prefix=prefix)).eval()
     random_weights(ffn)
@@ -214,7 +214,7 @@ def test_prefix_tokens_do_not_mix_with_patches(prefix):
     with torch.no_grad():
         a, b = ffn(tokens, Grid(3, 4, 2)), ffn(other, Grid(3, 4, 2))
     assert torch.equal(a[:, 2:], b[:, 2:])
-    if prefix == "bypass":
+    if prefix == "skip":
         assert a[:, :2].abs().max() == 0
     else:
         assert not torch.equal(a[:, :2], b[:, :2])

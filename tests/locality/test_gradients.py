@@ -23,7 +23,7 @@ DESIGNS = {
     "first": LocalityConfig(position="first"),
     "act-norm": LocalityConfig(norm_order="act-norm"),
     "first, act-norm": LocalityConfig(position="first", norm_order="act-norm", gate="eca"),
-    "prefix rides along": LocalityConfig(prefix="mlp", gate="eca_hard"),
+    "prefix rides along": LocalityConfig(prefix="pointwise", gate="eca_hard"),
     "glu gate": LocalityConfig(glu="gate", gate="none"),
     "glu both": LocalityConfig(glu="both", activation="gelu"),
     "norm 1 only": LocalityConfig(norm=("batch", "none", "none")),

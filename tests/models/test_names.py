@@ -15,6 +15,7 @@ from timm.models._features_fx import create_feature_extractor
 from torch import nn
 
 import localvit
+from localvit.errors import ConfigError
 from localvit.locality.feed_forward import HiddenLocality, LocalityFeedForward
 from localvit.models.table import BASELINES, VARIANTS
 
@@ -391,3 +392,16 @@ def test_pretrained_reads_the_authors_layout(key, monkeypatch):
 def test_a_name_without_published_weights_says_so(key):
     with pytest.raises(RuntimeError, match="No pretrained weights exist"):
         timm.create_model(key, pretrained=True)
+
+
+def test_a_saved_model_of_0_3_opens_under_its_old_words(tmp_path):
+    model = timm.create_model(
+        "localized", base="deit_tiny_patch16_224", locality={"prefix": "pointwise"}, blocks=[0], depth=1
+    )
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"pointwise"', '"mlp"'))
+    opened = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert opened.blocks[0].mlp.prefix == "pointwise"
+    with pytest.raises(ConfigError, match="write prefix='pointwise'"):
+        timm.create_model("localized", base="deit_tiny_patch16_224", locality={"prefix": "mlp"})

@@ -29,7 +29,7 @@ def feed_forward(
     acts = config.activation if isinstance(config.activation, tuple) else (config.activation,) * 2
     acts = acts if config.glu == "none" else ("none", "none")
     norms = config.norm if isinstance(config.norm, tuple) else (config.norm,) * 3
-    takes_mlp = config.prefix == "mlp"
+    takes_mlp = config.prefix == "pointwise"
     x = tokens if takes_mlp else tokens[:, prefix:]
     riding = prefix if takes_mlp else 0
 
@@ -61,7 +61,7 @@ def feed_forward(
     if takes_mlp:
         return x
     first = tokens[:, :prefix]
-    return torch.cat([first if config.prefix == "passthrough" else torch.zeros_like(first), x], dim=1)
+    return torch.cat([first if config.prefix == "identity" else torch.zeros_like(first), x], dim=1)
 
 
 def _linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:

@@ -87,7 +87,7 @@ def test_each_state_of_a_directory_has_its_decision_and_opening_writes_nothing(
         found = decision(resolve("digits", [*TINY, "save_seconds=0", f"output={folder}"]))
         assert found.kind == kind
         assert contents(folder) == before
-    assert (found.state["epoch"], found.state["pictures"]) == (1, 3 * 128)
+    assert (found.state["epoch"], found.state["samples"]) == (1, 3 * 128)
 
 
 def test_a_resume_parses_each_file_once(stopped, copy, parsed):
@@ -184,9 +184,9 @@ def test_a_run_of_an_older_version_is_read_and_not_resumed(stopped, copy):
 def test_a_status_is_written_as_it_was_read():
     text = (OLD / "status.json").read_text()
     assert RunStatus.read(OLD).to_json() == text
-    failed = RunStatus(state="failed", error="it broke", pictures=("a.png",))
+    failed = RunStatus(state="failed", error="it broke", failed_batch=("a.png",))
     values = json.loads(failed.to_json())
-    assert (values["error"], values["pictures"]) == ("it broke", ["a.png"])
+    assert (values["error"], values["failed_batch"]) == ("it broke", ["a.png"])
 
 
 def test_a_reader_reads_what_it_is_asked_for(tmp_path, finished, monkeypatch, parsed):

@@ -23,7 +23,7 @@ def test_what_0_3_wrote_by_hand():
     assert status.best.validation["top1"] == 75.0
     assert (status.test["images"], type(status.test["images"])) == (5, int)
     assert status.versions["localvit"] == "0.3.2"
-    assert (status.error, status.pictures, status.changes) == (None, (), ())
+    assert (status.error, status.failed_batch, status.changes) == (None, (), ())
 
 
 def test_it_is_read_as_it_was_written(tmp_path):
@@ -35,9 +35,14 @@ def test_it_is_read_as_it_was_written(tmp_path):
         best=BestEpoch(epoch=1, validation={"loss": 0.5, "images": 4}),
         changes=(Change(field="optim.lr", old=0.1, new="x"), Change(field="data", old=None, new=[1])),
         error="TrainingFailed('loss became nan')",
-        pictures=("a.png",),
+        failed_batch=("a.png",),
     )
     assert RunStatus.read(write(tmp_path, status.to_json())) == status
+
+
+def test_a_failed_run_of_0_3_names_its_batch(tmp_path):
+    old = {"state": "failed", "error": "it broke", "pictures": ["a.png", "b.png"]}
+    assert RunStatus.read(write(tmp_path, json.dumps(old))).failed_batch == ("a.png", "b.png")
 
 
 def test_a_run_that_was_killed_before_it_was_written_has_none(tmp_path):

@@ -4,7 +4,7 @@ from localvit.config.files import resolve
 from localvit.studies.demo import demo_study
 from localvit.studies.execution import run as run_module
 from localvit.studies.execution.folder import StudyFolder
-from tests.studies.tiny import SETTINGS, make_pictures, worker_here
+from tests.studies.tiny import SETTINGS, make_images, worker_here
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def in_this_process(monkeypatch):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
+    return make_images(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture

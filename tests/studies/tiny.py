@@ -16,7 +16,7 @@ SETTINGS = (
 )
 
 
-def make_pictures(folder):
+def make_images(folder):
     """Two classes, bright and dark, of 12 pictures each."""
     rng = np.random.default_rng(0)
     for name, mean in (("bright", 160), ("dark", 96)):

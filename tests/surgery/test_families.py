@@ -84,7 +84,7 @@ def test_the_plan_counts_what_then_happens(name):
 
 @every_model
 @pytest.mark.parametrize(  # with more squeeze units than a few images can silence
-    "config", [LocalityConfig(gate_width=32), LocalityConfig(gate_width=32, prefix="mlp", norm="layer")]
+    "config", [LocalityConfig(gate_width=32), LocalityConfig(gate_width=32, prefix="pointwise", norm="layer")]
 )
 def test_parameters_learn_except_those_the_plan_calls_dead(name, config):
     model = make(name).train()

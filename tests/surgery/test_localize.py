@@ -37,7 +37,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 # --- the plan ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [LocalityConfig(), PRESERVE, LocalityConfig(prenorm=True, prefix="mlp")])
+@pytest.mark.parametrize(
+    "config", [LocalityConfig(), PRESERVE, LocalityConfig(prenorm=True, prefix="pointwise")]
+)
 @pytest.mark.parametrize("kwargs", [{}, {"init_values": 1e-5}, {"global_pool": "avg"}])
 def test_the_plan_counts_what_then_happens(config, kwargs):
     model = make(**kwargs)
@@ -158,13 +160,13 @@ def test_preserve_starts_as_exactly_the_same_function(kind, base, training):
     [
         PRESERVE,
         LocalityConfig(),
-        LocalityConfig(prefix="mlp"),
-        LocalityConfig(prefix="mlp", norm="layer"),
-        LocalityConfig(prefix="mlp", norm=("batch", "layer", "none"), position="first", gate_width=32),
-        LocalityConfig(prefix="passthrough", prenorm=True),
+        LocalityConfig(prefix="pointwise"),
+        LocalityConfig(prefix="pointwise", norm="layer"),
+        LocalityConfig(prefix="pointwise", norm=("batch", "layer", "none"), position="first", gate_width=32),
+        LocalityConfig(prefix="identity", prenorm=True),
         LocalityConfig(prenorm=True, layer_scale=True),
     ],
-    ids=["preserve", "paper", "mlp", "mlp+layer", "mlp+first", "passthrough", "prenorm"],
+    ids=["preserve", "paper", "pointwise", "pointwise+layer", "pointwise+first", "identity", "prenorm"],
 )
 def test_new_parameters_learn_except_those_the_plan_calls_dead(kind, kwargs, config):
     model = make(**FFNS[kind], **kwargs, init_values=0.1).train()
@@ -176,7 +178,7 @@ def test_new_parameters_learn_except_those_the_plan_calls_dead(kind, kwargs, con
     model(images()).square().sum().backward()
     silent = {n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0}
     assert silent == dead
-    shared_statistics = config == LocalityConfig(prefix="mlp")  # of its last batch norm
+    shared_statistics = config == LocalityConfig(prefix="pointwise")  # of its last batch norm
     assert bool(dead) == (kwargs == {} and not shared_statistics)
     assert all(n.startswith("blocks.2.") for n in dead)
 

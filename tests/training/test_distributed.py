@@ -148,7 +148,7 @@ def test_shares_are_the_batch_and_keep_mixed_pairs_together(size, parts):
     if size // parts % 2 == 0:
         for each in shares:
             for one, other in zip(each, reversed(each), strict=True):
-                assert one.picture + other.picture == size - 1
+                assert one.image_index + other.image_index == size - 1
 
 
 def test_all_shares_of_an_epoch_are_the_epoch():

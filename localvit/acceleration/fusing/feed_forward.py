@@ -103,7 +103,7 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
 
     @property
     def ends_in_projection(self) -> bool:
-        return isinstance(self.norm3, nn.Identity) and self.prefix != "passthrough"
+        return isinstance(self.norm3, nn.Identity) and self.prefix != "identity"
 
     def own_grid(self, x: Tensor) -> Grid:
         return self.current_grid()
@@ -112,8 +112,8 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
         return self.transform(x, grid)
 
     def on_prefix(self, x: Tensor) -> Tensor | None:
-        if self.prefix != "mlp":
-            return x if self.prefix == "passthrough" else None
+        if self.prefix != "pointwise":
+            return x if self.prefix == "identity" else None
         row = tokens_to_row(self.fc1(x))
         h = map_to_tokens(self.act1(self.norm1(row)) if self.norm_before_act else self.norm1(self.act1(row)))
         if self.conv_mid:

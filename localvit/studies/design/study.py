@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from localvit.config import UNCOMPARED, TrainConfig, differences, from_older
+from localvit.config import UNCOMPARED, TrainConfig, differences, from_older, to_older
 from localvit.errors import ConfigError
 from localvit.structure import build, plain
 from localvit.studies.design.resources import Resources
@@ -204,11 +204,12 @@ def replace_fields(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
 def key_of(config: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits that name a configuration (a mapping as `plain` makes it).
 
-    Fields at their defaults are left out, so that the name survives the addition of fields.
+    Fields at their defaults are left out, so that the name survives the addition of fields. Values have
+    the words of 0.3, so that it survives new words.
     """
     changed = differences(plain(TrainConfig()), config)
     identity = {path: new for path, (_, new) in changed.items() if path not in _NOT_IDENTITY}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(to_older(identity), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _check_unique(what: str, values: list[Any]) -> None:

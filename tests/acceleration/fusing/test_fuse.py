@@ -183,7 +183,7 @@ def test_every_published_design(name):
 def test_batch_norms_are_gone_where_they_can_be():
     fused = localvit.fuse(local())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
-    kept = localvit.fuse(local(LocalityConfig(norm_order="act-norm", prefix="mlp")))
+    kept = localvit.fuse(local(LocalityConfig(norm_order="act-norm", prefix="pointwise")))
     batch_norms = [name for name, m in kept.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert batch_norms == [f"blocks.{i}.mlp.{norm}" for i in (0, 1) for norm in ("norm1", "norm2")]
 
@@ -232,8 +232,8 @@ def test_group_norm_keeps_the_plain_form_with_one_warning():
     ("config", "folded"),
     [
         (LocalityConfig(layer_scale=True), True),
-        (LocalityConfig(layer_scale=True, prefix="passthrough"), False),
-        (LocalityConfig(layer_scale=True, prefix="mlp", norm=("batch", "batch", "layer")), False),
+        (LocalityConfig(layer_scale=True, prefix="identity"), False),
+        (LocalityConfig(layer_scale=True, prefix="pointwise", norm=("batch", "batch", "layer")), False),
         (LocalityConfig(init="preserve"), True),
     ],
 )
@@ -255,8 +255,8 @@ def test_layer_scale_is_folded_where_the_projection_comes_last(config, folded):
     [
         ("deit", None, True),
         ("distilled", LocalityConfig(), True),
-        ("registers", LocalityConfig(prefix="mlp", prenorm=True, layer_scale=True), True),
-        ("deit", LocalityConfig(prefix="passthrough"), True),
+        ("registers", LocalityConfig(prefix="pointwise", prenorm=True, layer_scale=True), True),
+        ("deit", LocalityConfig(prefix="identity"), True),
         ("deit", LocalityConfig(init="preserve"), True),
         ("average with class token", None, False),
         ("attention pooling", None, False),
@@ -316,7 +316,7 @@ def test_hooks_of_the_original_see_what_they_saw():
 
 @torch.no_grad()
 def test_images_in_parts(monkeypatch):
-    model = local(LocalityConfig(prefix="mlp", prenorm=True))
+    model = local(LocalityConfig(prefix="pointwise", prenorm=True))
     fused = localvit.fuse(model)
     sizes = []
     on_patches = fast.FastLocalityFeedForward.on_patches
@@ -462,7 +462,7 @@ def packs(model: nn.Module) -> set[bool]:
 @plain_and_packed
 @torch.no_grad()
 def test_packed_weights_give_the_same(monkeypatch, packed):
-    model, x = local(LocalityConfig(prefix="mlp")), photos()
+    model, x = local(LocalityConfig(prefix="pointwise")), photos()
     set_packed(monkeypatch, packed)
     packed_linear, calls = packing.packed_linear, []
     monkeypatch.setattr(packing, "packed_linear", lambda *a: calls.append(1) or packed_linear(*a))

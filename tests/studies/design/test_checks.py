@@ -64,8 +64,9 @@ def test_heads_and_tokens_and_fields_that_follow():
     tokens = Arm(name="tokens", changes={"model.args.patch_size": 4})
     assert "Tokens differ: 17 in the control, 5 here." in sentences(tokens)
     preserve = Arm(name="preserve", control="local", changes={"model.locality": {"init": "preserve"}})
-    assert "prefix follows from the fields that differ: 'bypass' in the control, 'mlp' here." in sentences(
-        preserve, LOCAL
+    assert (
+        "prefix follows from the fields that differ: 'skip' in the control, 'pointwise' here."
+        in sentences(preserve, LOCAL)
     )
 
 

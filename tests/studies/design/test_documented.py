@@ -14,7 +14,7 @@ from localvit.studies.design.question import Question, Scale, load_question, wri
 from localvit.studies.design.resources import Resources
 from localvit.studies.design.study import Arm, Claim, Expectation
 from localvit.studies.execution import run as run_module
-from tests.studies.tiny import SETTINGS, make_pictures, worker_here
+from tests.studies.tiny import SETTINGS, make_images, worker_here
 
 PAGE = (Path(__file__).parents[3] / "docs" / "studies.md").read_text()
 UNTOLD = {"none": None, "required": dataclasses.MISSING}
@@ -95,7 +95,7 @@ def test_the_question_that_is_written_runs_as_it_is(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_module, "_worker", worker_here)
     (tmp_path / "images").mkdir()
-    make_pictures(tmp_path / "images")
+    make_images(tmp_path / "images")
     assert main(["study", "new", "mine"]) == 0
     assert "localvit study run mine.yaml" in capsys.readouterr().out
     assert "#   localvit study run mine.yaml " in (tmp_path / "mine.yaml").read_text()

@@ -36,7 +36,7 @@ def export_model(folder: Path, classes: int, names: list[str] | None = None, **d
     return str(folder)
 
 
-def make_pictures(folder: Path, classes: dict[str, int], seed: int = 0) -> str:
+def make_images(folder: Path, classes: dict[str, int], seed: int = 0) -> str:
     """Write FOLDER/class_name/N.png of random sizes and contents."""
     rng = np.random.default_rng(seed)
     for name, count in classes.items():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from localvit.config.files import resolve
 from localvit.data import loading
-from localvit.data.identity import picture_name
+from localvit.data.identity import image_name
 from localvit.data.images import UnreadableImage
 from localvit.data.loading import train_loader
 from localvit.data.splits import open_splits
@@ -41,7 +41,7 @@ def pictures(tmp_path):
         )
         # Held-out pictures must stay whole.
         train_part = open_splits(config.data, seed=config.seed).train
-        names = [picture_name(train_part, i) for i in range(len(train_part))]
+        names = [image_name(train_part, i) for i in range(len(train_part))]
         for name in names[:spoilt]:
             Path(name).write_bytes(b"no picture")
         return config, names[:spoilt]
@@ -95,7 +95,7 @@ def test_a_process_that_loads_and_dies_is_named_in_one_line(tiny, tmp_path, monk
     main, real = os.getpid(), loading.BatchDataset._prepare
 
     def deadly(self, draw, out):
-        if os.getpid() != main and isinstance(draw, loading.SampleSpec) and draw.picture == 7:
+        if os.getpid() != main and isinstance(draw, loading.SampleSpec) and draw.image_index == 7:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, draw, out)
 
