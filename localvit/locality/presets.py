@@ -1,8 +1,8 @@
 """Published designs of a feed-forward network (FFN) with locality, as configurations of the one block.
 
 A preset is the design of the FFN alone. The hidden width stays that of the FFN in place (`expansion`), and
-so do the weights' initial values, which are the block's own. `docs/decisions.md` says what is equal to the
-published code and what is not.
+so do the weights' initial values, which are the block's own. `docs/decisions/locality.md` says what is equal
+to the published code and what is not.
 """
 
 from collections.abc import Mapping
