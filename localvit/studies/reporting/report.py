@@ -54,7 +54,7 @@ class Report:
         tuning: Search for the learning rates; `None` if they were not tuned.
         command: Command that repeats the study; empty if it was no command.
         speed_machine: Machine on which inference was timed, in words; empty if it was not.
-        kernels: Those that are drawn; empty where no weights are at hand.
+        kernels: Kernels that are drawn; empty if no weights are available.
     """
 
     folder: Path
@@ -70,7 +70,7 @@ class Report:
 
 
 def read_report(folder: Path) -> Report:
-    """Read a study's folder, as far as it has got; what cannot be used becomes a warning.
+    """Read the folder of a study, finished or not; a file that cannot be used becomes a warning.
 
     Raises:
         ConfigError: if it holds no study.
@@ -128,7 +128,7 @@ def read_speed(folder: Path) -> Speed:
 def read_kernels(store: StudyFolder, records: Mapping[Run, Record], classes: int) -> tuple[Kernels, ...]:
     """Read the depth-wise kernels of up to three feed-forward networks (first, middle, last).
 
-    They are those of the first run with locality whose weights are at hand. Networks that no output depends
+    They are those of the first run with locality whose weights are available. Networks that no output depends
     on are left out.
 
     Raises:

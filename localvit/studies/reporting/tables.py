@@ -98,7 +98,7 @@ def differing_fields(report: Report) -> Table:
 
 
 def confounders(report: Report) -> dict[str, list[str]]:
-    """Sort what else differs by the arms that it is true of: names of arms -> sentences."""
+    """Group the sentences on other differences by the arms that they hold for: names of arms -> sentences."""
     arms: dict[str, list[str]] = {}
     for name, facts in report.facts.arms.items():
         for sentence in facts.confounders:
@@ -181,13 +181,13 @@ def untuned_text(study: Study) -> str:
 
 
 def field_value(value: Any) -> str:
-    """Write a field's value as a reader understands it; `{}` says little about locality."""
+    """Write a field's value for readers: `{}` is the paper's locality; `None` is not the value `"none"`."""
     if isinstance(value, Mapping) and not value:
         chosen = LocalityConfig().resolve().to_dict()
         return "the paper's: " + ", ".join(f"{name} {v}" for name, v in chosen.items())
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {field_value(v)}" for name, v in value.items())
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "not set" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def plain(text: str) -> str:

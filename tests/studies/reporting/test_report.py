@@ -147,7 +147,7 @@ def test_a_line_that_is_no_record_is_said_so(report, copy):
 
 def test_how_arms_differ_is_the_difference_of_their_configurations(report):
     fields = {row[2]: (row[0], row[1], row[3]) for row in differing_fields(report).rows}
-    assert fields.pop("model.locality") == ("locality", "baseline", "none")
+    assert fields.pop("model.locality") == ("locality", "baseline", "not set")
     assert set(fields) <= {"optim.lr"}
 
 
