@@ -208,4 +208,4 @@ def _missing(study: Study, records: Mapping[Run, Record]) -> list[str]:
         return []
     listed = "; ".join(f"{a} seed{'s' if len(s) > 1 else ''} {', '.join(s)}" for a, s in missing.items())
     number = sum(map(len, missing.values()))
-    return [f"Not complete: {number} of {len(study.runs())} runs are missing ({listed})."]
+    return [f"Incomplete: {number} of {len(study.runs())} runs are missing ({listed})."]
