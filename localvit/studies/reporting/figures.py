@@ -148,7 +148,7 @@ def against_cost(found: Findings, cost: Cost, metric: str) -> str:
         canvas, axes = _canvas(4.8, 3.2 + 0.2 * (len(found.arms) // 3))
         for i, arm in enumerate(found.arms):
             mean, spread = _score(arm)
-            look = {"fmt": MARKS[i % len(MARKS)], "color": COLOURS[i % len(COLOURS)], "markersize": 6}
+            look: Any = {"fmt": MARKS[i % len(MARKS)], "color": COLOURS[i % len(COLOURS)], "markersize": 6}
             axes.errorbar(getattr(arm, cost), mean, yerr=spread, capsize=3, label=arm.name, **look)
         axes.set(xlabel=_COSTS[cost], ylabel=f"{metric} on the\ntest split (%)")
         axes.margins(x=0.1)
