@@ -93,8 +93,8 @@ def _breakable(text: str) -> Markup:
 
 
 def _unbroken(text: str) -> str:
-    """Keep a number on the line of its sign and unit: `p < 0.001`, `95 %`."""
-    return re.sub(r"(?<=\d) (?=%)|(?<=\bp) (?=[<=])|(?<=[<=]) (?=\d)", "\N{NO-BREAK SPACE}", text)
+    """Keep a number on the line of its sign and unit: `p < 0.001`, `95 %`; escaped text stays so."""
+    return type(text)(re.sub(r"(?<=\d) (?=%)|(?<=\bp) (?=[<=])|(?<=[<=]) (?=\d)", "\N{NO-BREAK SPACE}", text))
 
 
 def _origin(records: Sequence[Record]) -> dict[str, str] | None:
