@@ -21,21 +21,21 @@ _SETTINGS = re.compile(
 
 
 def machine(threads: int) -> str:
-    """The processor, the number of threads used on it, and the GPU if there is one, in words."""
+    """Describe the processor, the number of threads used on it, and the GPU if there is one."""
     name = processor("model name") or platform.processor() or platform.machine()
     words = f"{name}, {threads} thread{'s' if threads > 1 else ''}"
     return f"{words}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else words
 
 
 def cpus() -> int:
-    """How many processors this process may use."""
+    """Count the processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def allocator() -> str:
-    """What serves ``malloc`` in this process: a preloaded library by name, else the C library's own.
+    """Name the library that serves `malloc` in this process: a preloaded one, else the C library.
 
-    Temporaries above 32 MB go back to the system at every ``free`` of glibc and must be mapped again, so
+    Temporaries above 32 MB go back to the system at every `free` of glibc and must be mapped again, so
     times depend on it.
     """
     loaded = ""
@@ -46,17 +46,17 @@ def allocator() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Variables that steer threads, allocators and libraries of arithmetic."""
+    """Return the environment variables that set threads, allocators and math libraries."""
     found = {name: value for name, value in sorted(os.environ.items()) if _SETTINGS.fullmatch(name)}
     preloaded = " ".join(Path(path).name for path in re.split(r"[ :]+", os.environ.get("LD_PRELOAD", "")))
     return found | ({"LD_PRELOAD": preloaded} if preloaded else {})
 
 
 def memory_growth(work: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that a call of `work` holds at its peak beyond what was held before it.
+    """Measure the bytes that a call of `work` holds at its peak beyond what was held before it.
 
-    On a GPU what torch allocates; on a CPU the resident memory of the process, after the C library has given
-    back what it kept. ``None`` where the system does not tell.
+    On a GPU these are torch's allocations; on a CPU the resident memory of the process, after the C library
+    has returned its free memory. `None` if the system does not report it.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -76,7 +76,7 @@ def memory_growth(work: Callable[[], object], device: torch.device) -> int | Non
 
 
 def forget_peak_memory() -> None:
-    """Let `peak_memory` count from here on."""
+    """Reset the peak that `peak_memory` returns."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
@@ -84,7 +84,7 @@ def forget_peak_memory() -> None:
 
 
 def peak_memory() -> int | None:
-    """Bytes that torch allocated on the GPU, where there is one; else of this process's memory."""
+    """Return the peak in bytes: torch's allocations on a GPU, else the memory of the process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return _status("VmHWM")

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices: the yardstick of every model on it."""
+"""Speed of the fastest matrix product on this machine, the reference of every model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SHAPES = {"cpu": [(1568, 192, 768), (1024, 1024, 1024), (2048, 1024, 1024)], "c
 
 @dataclass(frozen=True)
 class Matmul:
-    """A matrix product that can be repeated.
+    """Matrix product that can be repeated.
 
     Attributes:
         words: Library and shape.
         flops: Floating-point operations, two for each multiply-accumulate.
-        work: Does it.
+        work: Function that computes it.
     """
 
     words: str
@@ -32,9 +32,9 @@ class Matmul:
 
 
 def fastest_matmul(device: torch.device, dtype: torch.dtype = torch.float32) -> Matmul:
-    """The product with the most operations per second, with the present number of threads.
+    """Find the product with the most operations per second, with the current number of threads.
 
-    On a CPU ``F.linear`` (PyTorch's BLAS) competes with oneDNN, as a 1 x 1 convolution and with packed
+    On a CPU `F.linear` (PyTorch's BLAS) competes with oneDNN, as a 1 x 1 convolution and with packed
     weights, because either may be twice as fast on some processors. The least time of a few rounds decides:
     a busy moment makes a run slower, never faster.
     """
@@ -47,7 +47,7 @@ def fastest_matmul(device: torch.device, dtype: torch.dtype = torch.float32) -> 
 
 
 def matmuls(rows: int, inside: int, out: int, device: torch.device, dtype: torch.dtype) -> Iterator[Matmul]:
-    """The products of (rows, inside) by (inside, out), with a bias, by every library there is for them."""
+    """Yield the product of (rows, inside) by (inside, out), with a bias, by each available library."""
     x, weight = (torch.rand(n, inside, device=device, dtype=dtype) for n in (rows, out))
     bias = torch.rand(out, device=device, dtype=dtype)
     shape, flops = f"{rows} x {inside} x {out}", 2 * rows * inside * out

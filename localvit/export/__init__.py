@@ -1,4 +1,4 @@
-"""Models for other engines: written, compared with the original, and opened again."""
+"""Export for other engines: a file is written, opened, compared with the model, and only then kept."""
 
 from typing import TYPE_CHECKING
 

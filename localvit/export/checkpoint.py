@@ -38,12 +38,12 @@ def export_checkpoint(
         file: As `export_model`, and so are `dynamic_size`, `overwrite`, `tolerance` and `threads`.
         format: `"onnx"`, `"openvino"` or `"torch"`.
         args: Constructor arguments in which the model is to differ, e.g. `{"img_size": 192}`.
-        random_weights: `source` is a timm name and its weights are not wanted: to measure speed.
+        random_weights: `source` is a timm name and random weights suffice: to measure speed.
         data: Source of the real images of the comparison; the first three are taken.
         config: For `root` and the names of splits.
 
     Raises:
-        ConfigError, DataError: if the model, the images or the file cannot be had.
+        ConfigError, DataError: if the model or the images cannot be opened, or the file not be written.
         ExportFailed, ParityError: as `localvit.export.export_model`.
     """
     check_export(file, format, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""ONNX, through torch's exporter of graphs."""
+"""ONNX files, written by torch's exporter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from localvit.errors import ConfigError
 
 OPSET = 20
 """The opset that torch's exporter writes without converting: the first with GELU. ONNX Runtime reads it since
-1.17, OpenVINO since 2024. Given, so that another torch does not write other files."""
+1.17, OpenVINO since 2024. Fixed, so that another version of torch writes the same files."""
 INPUT, OUTPUT = "images", "logits"
 LIMIT = 2**31
 """Bytes of a protocol buffer, and so of an ONNX file that holds its weights."""
@@ -28,9 +28,9 @@ def check_onnx(weight_bytes: int) -> None:
 
 
 def write_onnx(program: ExportedProgram, path: Path, info: ExportInfo) -> None:
-    """One file with weights and, in its ``metadata_props``, `info`.
+    """Write one file with weights and, in its `metadata_props`, `info`.
 
-    Input ``images`` (batch, C, H, W), output ``logits`` (batch, classes), both float32.
+    Input `images` (batch, C, H, W), output `logits` (batch, classes), both float32.
     """
     import torch
 

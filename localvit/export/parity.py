@@ -1,4 +1,4 @@
-"""Whether an exported file computes what the model does, in numbers."""
+"""Comparison of an exported file with its model, in numbers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from localvit.engines import Size
 
 TOLERANCE = 1e-4
-"""Accepted difference, as a share of the largest logit.
+"""Accepted difference, as a fraction of the largest logit.
 
-Other kernels add in another order. What that makes in single precision was measured on all five families
-(`benchmarks/results/`): a few millionths. Half precision makes some thousandths, so an engine that falls into
-it without a word is found out, and so is every weight that matters.
+Other kernels add in another order. In single precision this gives a few millionths on all five families
+(`benchmarks/results/`). Half precision gives some thousandths, so an engine that silently uses it is
+detected, and so is every wrong weight that matters.
 """
 BATCHES = (1, 3)
-"""Batch sizes that are checked; the model is traced with two pictures."""
+"""Batch sizes that are checked; the model is traced with two images."""
 
 
 class Inputs(NamedTuple):
-    """Pictures for a check: what kind (``"random"``, ``"real"``), and (B, C, H, W) float32."""
+    """Images for a check: their kind (`"random"` or `"real"`), and (B, C, H, W) float32."""
 
     kind: str
     images: Tensor
@@ -31,15 +31,15 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ParityCase:
-    """One comparison.
+    """Comparison on one batch.
 
     Attributes:
-        inputs: ``"random"`` or ``"real"``.
-        batch: Number of pictures.
+        inputs: `"random"` or `"real"`.
+        batch: Number of images.
         size: Their height and width.
         difference: Largest absolute difference between the logits of the file and of the model.
         scale: Largest absolute logit of the model.
-        tolerance: Accepted `difference`, as a share of `scale`.
+        tolerance: Accepted `difference`, as a fraction of `scale`.
     """
 
     inputs: str
@@ -50,26 +50,26 @@ class ParityCase:
     tolerance: float
 
     @property
-    def share(self) -> float:
-        """The difference as a share of the largest logit."""
+    def relative(self) -> float:
+        """Difference as a fraction of the largest logit."""
         return self.difference / self.scale if self.scale else float(self.difference > 0)
 
     @property
     def passed(self) -> bool:
-        """Whether it is accepted; a difference that is no number is not."""
+        """True if the difference is accepted; NaN is not."""
         return self.difference <= self.tolerance * self.scale
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """All comparisons of one file."""
+    """Comparisons of one file."""
 
     cases: tuple[ParityCase, ...]
 
     @property
     def worst(self) -> ParityCase:
-        """The one with the largest share; one that is no number is larger than any."""
-        return max(self.cases, key=lambda case: (not case.passed, case.share))
+        """Case with the largest relative difference; NaN counts as larger than any."""
+        return max(self.cases, key=lambda case: (not case.passed, case.relative))
 
     @property
     def passed(self) -> bool:
@@ -95,7 +95,7 @@ class ParityError(RuntimeError):
 
 
 def random_inputs(channels: int, sizes: Sequence[Size], seed: int = 0) -> list[Inputs]:
-    """Standard normal pixels, as normalised pictures have them on average: each size in each of `BATCHES`."""
+    """Draw standard normal pixels, the distribution of normalised images: each size in each of `BATCHES`."""
     generator = torch.Generator().manual_seed(seed)
     return [
         Inputs("random", torch.randn(batch, channels, *size, generator=generator))
@@ -105,7 +105,7 @@ def random_inputs(channels: int, sizes: Sequence[Size], seed: int = 0) -> list[I
 
 
 def real_inputs(load: Callable[[Size], Tensor], sizes: Sequence[Size]) -> list[Inputs]:
-    """The same of real pictures; ``load(size)`` gives at least ``max(BATCHES)`` of them, normalised."""
+    """Load real images likewise; `load(size)` returns at least `max(BATCHES)` of them, normalised."""
     return [Inputs("real", load(size)[:batch]) for size in sizes for batch in BATCHES]
 
 
@@ -120,7 +120,7 @@ def check_parity(
 
     Args:
         model: In evaluation mode.
-        engine: Logits of a batch, as `localvit.export.open_engine` gives.
+        engine: Function from a batch to its logits, from `localvit.engines.open_engine`.
         inputs: At least one.
         tolerance: See `TOLERANCE`.
     """

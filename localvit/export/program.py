@@ -1,4 +1,4 @@
-"""``torch.export``: a model as a graph without Python, and its ``.pt2`` file."""
+"""Graphs by `torch.export`, without Python, and their `.pt2` files."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from localvit.errors import ConfigError, first_line
 
 
 def size_step(model: nn.Module) -> int:
-    """Pixels by which the sides of a picture may differ: the reduction of the deepest feature map.
+    """Return the step of the image sides in pixels: the reduction of the deepest feature map.
 
     Raises:
-        ConfigError: if the model does not say it, or is a Swin transformer.
+        ConfigError: if the model does not report it, or is a Swin transformer.
     """
     if isinstance(model, SwinTransformer):
         raise ConfigError(
-            f"--dynamic-size: {type(model).__name__} cannot have it, because the masks of its windows "
-            "follow from the size and torch.export does not come to an end with them; "
-            "accepted is a file for each size: --set 'img_size=[HEIGHT,WIDTH]'"
+            f"--dynamic-size: {type(model).__name__} is not supported, because the masks of its windows "
+            "depend on the size and torch.export does not finish; "
+            "write one file for each size: --set 'img_size=[HEIGHT,WIDTH]'"
         )
     features = getattr(model, "feature_info", None)
     try:
         return int(features[-1]["reduction"])  # type: ignore[index]
     except (TypeError, KeyError, IndexError) as error:
         raise ConfigError(
-            f"--dynamic-size: {type(model).__name__} does not say by how much it reduces pictures"
+            f"--dynamic-size: {type(model).__name__} has no feature_info; leave the flag out"
         ) from error
 
 
@@ -49,11 +49,11 @@ def check_sizes(model: nn.Module, info: ExportInfo) -> None:
             with torch.no_grad():
                 output = model(torch.zeros(1, info.input_size[0], height, width))
         except Exception as error:  # assertions of timm, shapes that do not fit in torch
-            at = f"model {info.architecture!r} fails on pictures of {height}x{width}: {first_line(error)}"
+            at = f"model {info.architecture!r} fails on images of {height}x{width}: {first_line(error)}"
             if info.size_step is None:
                 raise ConfigError(at) from error
             raise ConfigError(
-                f"--dynamic-size: {at}; accepted are models built for any size: --set dynamic_img_size=true "
+                f"--dynamic-size: {at}; use a model built for any size: --set dynamic_img_size=true "
                 "(plain ViT, DeiT, PVT, T2T-ViT)"
             ) from error
         if not isinstance(output, torch.Tensor) or output.shape != (1, info.num_classes):
@@ -62,14 +62,14 @@ def check_sizes(model: nn.Module, info: ExportInfo) -> None:
 
 
 def export_program(model: nn.Module, info: ExportInfo) -> ExportedProgram:
-    """The graph of `model` for any batch and, with `info.size_step`, any size in such steps.
+    """Return the graph of `model` for any batch size and, with `info.size_step`, any size in such steps.
 
-    It is that of the fast form (`localvit.fuse`), where there is one: point-wise convolutions are linear
-    layers on tokens then, for which engines need not change the layout to and fro.
+    The fused form (`localvit.fuse`) is exported if there is one: its point-wise convolutions are linear
+    layers on tokens, so that engines need not change the layout back and forth.
 
     Args:
         model: On the CPU, in evaluation mode.
-        info: For sizes.
+        info: Sizes.
     """
     channels, *size = info.input_size
     shape: dict[int, Any] = {0: Dim("batch")}
@@ -78,7 +78,7 @@ def export_program(model: nn.Module, info: ExportInfo) -> ExportedProgram:
         # equal sides would be taken for equal always.
         size = list(info.sizes[-1])
         shape |= {2: info.size_step * Dim("height"), 3: info.size_step * Dim("width")}
-    # Two pictures: torch.export takes a 1 for a constant.
+    # Two images: torch.export takes a 1 for a constant.
     images = torch.zeros(2, channels, *size)
     with torch.no_grad():
         program = torch.export.export(_fast(model), (images,), dynamic_shapes=(shape,), strict=False)
@@ -101,10 +101,10 @@ def _fast(model: nn.Module) -> nn.Module:
 
 
 def write_program(program: ExportedProgram, path: Path, info: ExportInfo) -> None:
-    """A ``.pt2`` for `torch.export.load`.
+    """Write a `.pt2` for `torch.export.load`.
 
-    Reading one runs what its maker wants: torch unpickles parts of it and evaluates expressions in it. So
-    load only those that you trust, as with any pickle.
+    Reading one can run any code: torch unpickles parts of it and evaluates expressions in it. So load only
+    those that you trust, as with any pickle.
     """
     content = io.BytesIO()  # torch ends the process where it cannot write a file itself
     torch.export.save(program, content, extra_files={KEY: info.to_json()})

@@ -1,4 +1,4 @@
-"""A model into a file, which is there only if it computes what the model does."""
+"""Export of a model to a file, which is kept only if it computes what the model does."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ FormatName = Literal["onnx", "openvino", "torch"]
 
 @dataclass(frozen=True)
 class Format:
-    """A row of `FORMATS`.
+    """Row of `FORMATS`.
 
     Attributes:
-        suffixes: Of its files; the first is that of the one that is named, and comes into place last.
-        packages: That write it and check it.
-        engine: That checks it.
-        write: Writes a graph to a path.
+        suffixes: Suffixes of its files; the first is of the one that is named, which is put in place last.
+        packages: Packages that write and check it.
+        engine: Engine that checks it.
+        write: Function that writes a graph to a path.
     """
 
     suffixes: tuple[str, ...]
@@ -50,7 +50,7 @@ FORMATS: dict[FormatName, Format] = {
 
 
 class ExportFailed(RuntimeError):
-    """The exporter or the engine gave up on this model."""
+    """Failure of the exporter or of the engine."""
 
 
 def check_export(file: str | Path, format: FormatName, *, overwrite: bool = False) -> None:
@@ -61,16 +61,20 @@ def check_export(file: str | Path, format: FormatName, *, overwrite: bool = Fals
             exists (unless `overwrite`), or a folder that cannot be written.
     """
     if format not in FORMATS:
-        raise ConfigError(f"format={format!r}: accepted are {', '.join(get_args(FormatName))}")
+        raise ConfigError(f"format={format!r} is not accepted; use one of {', '.join(get_args(FormatName))}")
     form, path = FORMATS[format], Path(file)
     if path.suffix != form.suffixes[0]:
-        raise ConfigError(f"output={str(file)!r} must end in {form.suffixes[0]} for format {format}")
+        raise ConfigError(
+            f"output={str(file)!r} is not accepted for format {format}; use the suffix {form.suffixes[0]}"
+        )
     for suffix in form.suffixes:
         other = path.with_suffix(suffix)
         if other.is_dir() or (os.path.lexists(other) and not overwrite):
-            raise ConfigError(f"output: {str(other)!r} exists already (--overwrite replaces a file)")
+            raise ConfigError(
+                f"output: {str(other)!r} exists already; choose another name, or replace it by --overwrite"
+            )
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"output={str(file)!r}: {str(path.parent)!r} is no writable folder")
+        raise ConfigError(f"output={str(file)!r}: {str(path.parent)!r} is not a writable folder")
     check_packages(f"format {format!r}", *form.packages)
 
 
@@ -88,28 +92,28 @@ def export_model(
 ) -> Parity:
     """Write a model for another engine, in single precision, for any batch.
 
-    It is written beside `file`, opened from there by the engine of its format, compared with the model in
-    evaluation mode, and only then given its name. The model is copied and left as it is.
+    A temporary file beside `file` is opened by the engine of its format and compared with the model in
+    evaluation mode; only then it gets its name. The model is copied, not changed.
 
     Args:
-        model: From pictures (B, C, H, W) to logits (B, classes).
-        file: ``.onnx``, ``.xml`` (and a ``.bin`` beside it) or ``.pt2``.
-        format: Which of them.
-        info: What goes along.
-        real: Prepared pictures for the comparison, at least three, of a given (height, width).
-        dynamic_size: Also for any size; the model must take more than one.
+        model: Maps images (B, C, H, W) to logits (B, classes).
+        file: `.onnx`, `.xml` (and a `.bin` beside it) or `.pt2`.
+        format: Its format.
+        info: Metadata of the file.
+        real: Prepared images for the comparison, at least three, of a given (height, width).
+        dynamic_size: Accept any size of image; the model must take more than one.
         overwrite: Replace a file that is there.
         tolerance: See `TOLERANCE`.
-        threads: Of the engine that is compared.
+        threads: Threads of the engine that is compared.
 
     Raises:
         ConfigError: as `check_export`; if the model does not take the sizes or `tolerance` is not positive.
-        ExportFailed: if a graph cannot be made of it or the engine cannot run it.
+        ExportFailed: if it cannot be exported or the engine cannot run it.
         ParityError: if the file computes something else. There is no file then.
     """
     check_export(file, format, overwrite=overwrite)
     if not tolerance > 0:
-        raise ConfigError(f"tolerance={tolerance} must be above 0")
+        raise ConfigError(f"tolerance={tolerance} is not accepted; use a positive number")
     form, path = FORMATS[format], Path(file)
     model = copy.deepcopy(model).cpu().float().eval()
     if "onnx" in form.packages:
@@ -131,7 +135,7 @@ def export_model(
 
 
 def _into_place(new: Path, path: Path, suffixes: tuple[str, ...]) -> None:
-    """Give files their names, so that at every instant the named one is absent or belongs to the others."""
+    """Rename the files, so that at every instant the named one is absent or belongs to the others."""
     if len(suffixes) > 1:
         path.unlink(missing_ok=True)
     for suffix in reversed(suffixes):

@@ -125,7 +125,7 @@ def test_a_name_with_arguments_and_random_weights(tmp_path, capsys):
     ]
     assert "largest difference" in out
     assert main([*command, "--format", "torch", "--output", str(file)]) == 2  # it is there
-    assert "exists already (--overwrite" in capsys.readouterr().err
+    assert "exists already; --overwrite" in capsys.readouterr().err
 
 
 def test_a_failed_parity_is_exit_code_1_and_no_file(place, tmp_path, capsys, monkeypatch):
@@ -158,15 +158,15 @@ SMALL = {
     [
         (["MODEL"], "--output FILE is missing"),
         (["MODEL", "--output", "x.onnx", "--format", "tflite"], "--format"),
-        (["MODEL", "--output", "x.onnx", "--format", "torch"], "must end in .pt2"),
-        (["MODEL", "--output", "no/x.pt2", "--format", "torch"], "is no writable folder"),
+        (["MODEL", "--output", "x.onnx", "--format", "torch"], "use the suffix .pt2"),
+        (["MODEL", "--output", "no/x.pt2", "--format", "torch"], "is not a writable folder"),
         (["nowhere/at/all", "--output", "x.pt2", "--format", "torch"], "there is no such folder"),
         (["deit_tny_patch16_224", "--output", "x.pt2", "--format", "torch"], "did you mean"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--random-weights"], "need the name of a model"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--data", "none"], "no data source 'none'"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--set", "depths=1"], "depths"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--set", "depth"], "key=value"),
-        (["MODEL", "--output", "x.pt2", "--format", "torch", "--tolerance", "0"], "must be above 0"),
+        (["MODEL", "--output", "x.pt2", "--format", "torch", "--tolerance", "0"], "use a positive number"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--dynamic-size"], "dynamic_img_size=true"),
     ],
 )
