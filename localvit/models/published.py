@@ -60,7 +60,7 @@ class LoadReport:
         for word in ("dropped", "missing", "unexpected"):
             keys = list(getattr(self, word))
             if keys:
-                parts.append(f"{len(keys)} {word} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
+                parts.append(f"{len(keys)} {word} ({listed(keys)})")
         return f"{self.model}: {', '.join(parts)}"
 
 
@@ -161,6 +161,11 @@ def weights_of(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
     if not weights:
         raise CheckpointError("the checkpoint has no tensors")
     return weights, dropped
+
+
+def listed(names: list[str]) -> str:
+    """Return the first three names, for a message."""
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
 def reference_layers(config: LocalityConfig) -> dict[str, str]:
