@@ -10,6 +10,7 @@ Shapes: B batch, P prefix tokens, N patch tokens on a grid of H rows and W colum
 D = hidden width. A "row" is a map (B, C, 1, T): point-wise layers run on it over all T tokens at once.
 """
 
+import threading
 from typing import Any, Optional
 
 import torch
@@ -171,6 +172,9 @@ class LocalityFeedForward(GridModule):
         return y if prefix == 0 else torch.cat([self.act_prefix(x[:, :prefix]), y], dim=1)
 
 
+_load = threading.local()  # the `load_state_dict` under way: `missing`, `plain`
+
+
 class HiddenLocality(GridModule):
     """Depth-wise convolution added to the hidden state of an existing FFN: `h + conv(h)` on the patch
     tokens, then the layer it stands in front of.
@@ -211,6 +215,23 @@ class HiddenLocality(GridModule):
             grid = self.current_grid()
         check_grid(hidden, grid)
         return self.then(self.transform(hidden, grid))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take a kernel of zeros from a plain checkpoint, which has no kernel anywhere.
+
+        PyTorch shows a module its own entries only; the list of missing keys is the same for the whole load,
+        and so tells which load this is.
+        """
+        key, (_, strict, missing, _, errors) = f"{prefix}conv.weight", args
+        plain = key not in state_dict
+        if getattr(_load, "missing", None) is not missing:
+            _load.missing, _load.plain = missing, plain
+        if plain and _load.plain:
+            device = "cpu" if self.conv.weight.is_meta else self.conv.weight.device
+            state_dict[key] = torch.zeros(self.conv.weight.shape, dtype=self.conv.weight.dtype, device=device)
+        elif _load.plain and strict:
+            errors.append(f"{key} is there, but kernels before it are missing.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def transform(self, hidden: Tensor, grid: Grid) -> Tensor:
         """Add the convolution to the patch tokens: `(B, P + N, D) -> (B, P + N, D)`."""

@@ -194,7 +194,9 @@ def _whole(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     missing = [key for key in model.state_dict() if key not in weights and not key.startswith(heads)]
     if missing:
-        raise CheckpointError(f"the weights are damaged: {len(missing)} tensors are missing ({listed(missing)})")
+        raise CheckpointError(
+            f"the weights are damaged: {len(missing)} tensors are missing ({listed(missing)})"
+        )
     return dict(weights)
 
 
