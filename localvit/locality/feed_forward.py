@@ -172,7 +172,7 @@ class LocalityFeedForward(GridModule):
         return y if prefix == 0 else torch.cat([self.act_prefix(x[:, :prefix]), y], dim=1)
 
 
-_load = threading.local()  # the `load_state_dict` under way: `missing`, `plain`
+_load = threading.local()  # the load under way: its list of missing keys, kernels filled in so far
 
 
 class HiddenLocality(GridModule):
@@ -222,15 +222,17 @@ class HiddenLocality(GridModule):
         PyTorch shows a module its own entries only; the list of missing keys is the same for the whole load,
         and so tells which load this is.
         """
-        key, (_, strict, missing, _, errors) = f"{prefix}conv.weight", args
-        plain = key not in state_dict
+        key, missing = f"{prefix}conv.weight", args[2]
         if getattr(_load, "missing", None) is not missing:
-            _load.missing, _load.plain = missing, plain
-        if plain and _load.plain:
-            device = "cpu" if self.conv.weight.is_meta else self.conv.weight.device
-            state_dict[key] = torch.zeros(self.conv.weight.shape, dtype=self.conv.weight.dtype, device=device)
-        elif _load.plain and strict:
-            errors.append(f"{key} is there, but kernels before it are missing.")
+            _load.missing, _load.filled = missing, []
+        if key in state_dict:  # not plain, so those before it are missing
+            missing += _load.filled or []
+            _load.filled = None
+        elif _load.filled is not None:
+            weight = self.conv.weight
+            device = "cpu" if weight.is_meta else weight.device
+            state_dict[key] = torch.zeros(weight.shape, dtype=weight.dtype, device=device)
+            _load.filled.append(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def transform(self, hidden: Tensor, grid: Grid) -> Tensor:

@@ -164,10 +164,12 @@ def why_unreadable(source: str, error: BaseException) -> str:
     folder = Path(source.removeprefix("local-dir:"))
     files = sorted(folder.glob("*.*")) if source.startswith("local-dir:") else []
     for file in files:
-        if file.suffix in (".safetensors", ".bin", ".pth") and (reason := foreign(file)):
-            return f"{file}: {reason}"
-    damaged = "the weights are truncated or damaged: " if isinstance(error, SafetensorError) else ""
-    return damaged + shorten(one_line(error), 400, placeholder=" ...")
+        if file.suffix in (".safetensors", ".bin", ".pth"):
+            try:
+                read_checkpoint(file)
+            except CheckpointError as damaged:
+                return str(damaged)
+    return shorten(one_line(error), 400, placeholder=" ...")
 
 
 def weights_of(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
