@@ -66,7 +66,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     except _REFUSED as error:
         raise ConfigError(f"model {name!r}: {one_line(error)}") from error
     except (OSError, RuntimeError, EOFError, SafetensorError) as error:
-        what = "model.pretrained: no weights for" if config.pretrained else "model: cannot build"
+        what = "model.pretrained: no weights for" if config.pretrained else "model.name: cannot open"
         raise ConfigError(f"{what} {name!r}: {why_unreadable(name, error)}") from error
 
 

@@ -243,10 +243,7 @@ class Run:
         optimizer = dict(state["optimizer"])
         if new_settings:  # LAMB and Adan also count their steps among the settings
             pairs = zip(optimizer["param_groups"], engine.optimizer.state_dict()["param_groups"], strict=True)
-            counts = ("step", "lookahead_step")
-            optimizer["param_groups"] = [
-                {**new, **{name: old[name] for name in counts if name in old}} for old, new in pairs
-            ]
+            optimizer["param_groups"] = [{**old, **new} for old, new in pairs]
         engine.optimizer.load_state_dict(optimizer)
         if state["scaler"] and engine.scaler.is_enabled():
             engine.scaler.load_state_dict(state["scaler"])
