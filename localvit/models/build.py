@@ -93,6 +93,7 @@ def _check_args(args: Mapping[str, Any], num_classes: int) -> None:
 
 def _create(config: ModelConfig, args: dict[str, Any], weights: Path | None) -> nn.Module:
     """Create the model; `weights` are those of the plain model or of the localized one."""
+    blocks: Any = config.blocks
     groups = {group: LocalityConfig.from_dict(values) for group, values in args.pop("also", {}).items()}
     model = timm.create_model(config.name, pretrained=config.pretrained, **args)
     saved: Any = model._model_args
@@ -103,7 +104,7 @@ def _create(config: ModelConfig, args: dict[str, Any], weights: Path | None) -> 
         with suppress(CheckpointError):
             loaded = _load(model, weights)
     if config.locality is not None:
-        localize(model, config.locality, config.blocks, also=groups, keep_originals=False, count_macs=False)
+        localize(model, config.locality, blocks, also=groups, keep_originals=False, count_macs=False)
     if weights and not loaded:
         _load(model, weights)
     return model
@@ -112,9 +113,11 @@ def _create(config: ModelConfig, args: dict[str, Any], weights: Path | None) -> 
 def _load(model: nn.Module, path: Path) -> bool:
     """Load a file if the model has memory; return True."""
     like = next(model.parameters())
+    if like.is_meta:
+        return True
     if path.suffix in (".npz", ".npy"):
         load_checkpoint(model, str(path))  # the model's own reader
-    elif not like.is_meta:
+    else:
         load_official(path, model).train().to(like.dtype)
     return True
 

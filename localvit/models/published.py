@@ -154,7 +154,7 @@ def foreign(path: Path) -> str | None:
         return "the file is empty; copy it again"
     if start.startswith(b"version https://git-lfs"):
         return "this is a pointer of Git LFS, not the weights; get them with git lfs pull"
-    if start.startswith(b"<"):
+    if start.lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
         return "this is an HTML page, not the weights; download the file itself"
     return None
 

@@ -160,12 +160,12 @@ def localized(
     if not saved:
         base_args |= {"pretrained": pretrained, "cache_dir": cache_dir, **source}
     model = _localized_base(base, config, blocks, others, **base_args)
-    model.base_name = architecture = model._model_args["base"]  # type: ignore[index, assignment]
+    model.base_name = architecture = model._model_args["base"]  # type: ignore[index]
     return build_model_with_cfg(
         lambda **_: model,
         LOCALIZED,
         pretrained and saved,
-        **(source if saved else {"pretrained_cfg": model.pretrained_cfg}),  # type: ignore[arg-type]
+        **(source if saved else {"pretrained_cfg": model.pretrained_cfg}),
         pretrained_filter_fn=partial(_fit_to_base, str(architecture)),
         feature_cfg=_features(str(architecture)),
         cache_dir=cache_dir,

@@ -215,14 +215,20 @@ def test_a_localized_checkpoint_path_is_that_of_the_localized_model(tmp_path):
         build_model(ModelConfig(name="vit_tiny_patch16_224", args=args), 5)
 
 
-def test_a_model_from_a_reference_is_self_contained(tmp_path):
+@pytest.mark.parametrize("place", ["local-dir", "hf-hub"])
+def test_a_model_from_a_reference_is_self_contained(tmp_path, monkeypatch, place):
+    def download(repository, filename, **_options):
+        return str(tmp_path / repository.partition("/")[2] / filename)
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
     source = save(timm.create_model("vit_tiny_patch16_224", **SMALL), tmp_path / "A")
+    source = "hf-hub:someone/A" if place == "hf-hub" else source
     made = build_model(ModelConfig(name=source, pretrained=True, locality=LocalityConfig(**PRESERVE)), 5)
     again = save(made, tmp_path / "B")
     assert (
         json.loads((tmp_path / "B/config.json").read_text())["model_args"]["base"] == "vit_tiny_patch16_224"
     )
-    with pytest.raises(ConfigError, match=r"base='local-dir:.*' is a reference.*use localvit\.localize"):
+    with pytest.raises(ConfigError, match=rf"base='{place}:.*' is a reference.*use localvit\.localize"):
         timm.create_model("localized", base=source)
     third = save(build_model(ModelConfig(name=again, pretrained=True), 5), tmp_path / "C")
     shutil.rmtree(tmp_path / "A")

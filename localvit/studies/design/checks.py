@@ -244,8 +244,8 @@ def _confounders(
 ) -> tuple[str, ...]:
     """What differs between an arm and its control, the second of each pair, beside the fields it names."""
     control, own = configs
-    there, here = map(heads, models)
-    found = [] if there == here else [f"Heads differ: {there} in the control, {here} here."]
+    before, after = map(heads, models)
+    found = [] if before == after else [f"Heads differ: {before} in the control, {after} here."]
     plain = own.name == control.name and control.locality is None and own.locality is not None
     if plain:
         sentences = confounders(_plan_of(own, classes), float(own.args.get("drop_path_rate", 0.0)))
