@@ -158,7 +158,7 @@ def test_a_plain_checkpoint_loads_into_a_preserved_model(files):
 def test_a_file_with_some_of_the_kernels_is_damaged(lost):
     model = timm.create_model("localized", base="vit_tiny_patch16_224", locality=PRESERVE, **SMALL)
     weights = {k: v + 1 for k, v in model.state_dict().items() if k != f"blocks.{lost}.mlp.drop1.conv.weight"}
-    with pytest.raises(RuntimeError, match=r"blocks\.1\.mlp\.drop1\.conv\.weight"):
+    with pytest.raises(RuntimeError, match=rf"Missing key.*blocks\.{lost}\.mlp\.drop1"):
         model.load_state_dict(weights)
     with pytest.raises(CheckpointError, match=rf"1 missing \(blocks\.{lost}\.mlp\.drop1\.conv\.weight"):
         localvit.load_official(weights, model)
@@ -217,8 +217,8 @@ def test_a_localized_checkpoint_path_is_that_of_the_localized_model(tmp_path):
 
 @pytest.mark.parametrize("place", ["local-dir", "hf-hub"])
 def test_a_model_from_a_reference_is_self_contained(tmp_path, monkeypatch, place):
-    def download(repository, filename, **_options):
-        return str(tmp_path / repository.partition("/")[2] / filename)
+    def download(repo_id, filename, **_options):
+        return str(tmp_path / repo_id.partition("/")[2] / filename)
 
     monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
     source = save(timm.create_model("vit_tiny_patch16_224", **SMALL), tmp_path / "A")
