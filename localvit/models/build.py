@@ -66,7 +66,8 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     except _REFUSED as error:
         raise ConfigError(f"model {name!r}: {one_line(error)}") from error
     except (OSError, RuntimeError, EOFError, SafetensorError) as error:
-        what = "model.pretrained: no weights for" if config.pretrained else "model.name: cannot open"
+        what = "model.name: cannot open" if ":" in name else "model"
+        what = "model.pretrained: no weights for" if config.pretrained else what
         raise ConfigError(f"{what} {name!r}: {why_unreadable(name, error)}") from error
 
 
@@ -94,7 +95,8 @@ def _check_args(args: Mapping[str, Any], num_classes: int) -> None:
 def _create(config: ModelConfig, args: dict[str, Any], weights: Path | None) -> nn.Module:
     """Create the model; `weights` are those of the plain model or of the localized one."""
     blocks: Any = config.blocks
-    groups = {group: LocalityConfig.from_dict(values) for group, values in args.pop("also", {}).items()}
+    also = {} if config.locality is None else args.pop("also", {})
+    groups = {group: LocalityConfig.from_dict(values) for group, values in also.items()}
     model = timm.create_model(config.name, pretrained=config.pretrained, **args)
     saved: Any = model._model_args
     if ":" in str(saved.get("base", "")):  # version 0.3 saved references
