@@ -260,7 +260,7 @@ def test_an_average_that_stays_mostly_initial_is_named_with_its_share(tiny, deca
 )
 def test_random_weights_of_a_saved_model_are_named(tiny, tmp_path, settings, random):
     source = export_model(tmp_path, 10)
-    own = ("model.args={img_size: 16, global_pool: avg}", f"model.name=local-dir:{source}")
+    own = ("model.args={img_size: 16, depth: 1, global_pool: avg}", f"model.name=local-dir:{source}")
     said = [note for note in notes(tiny(*own, *settings)) if "random weights" in note]
     assert [f"local-dir:{source}" in note for note in said] == [True] * random
 
