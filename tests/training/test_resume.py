@@ -313,8 +313,8 @@ def test_a_loss_that_is_no_number_leaves_good_states_only(tough, folder, uninter
     assert f"the last good state is '{folder / 'state' / 'update-000000010.state'}'" in message
     recorded = status(folder)
     assert recorded["state"] == "failed"
-    assert len(recorded["pictures"]) == 128
-    assert recorded["pictures"][0] in message
+    assert len(recorded["failed_batch"]) == 128
+    assert recorded["failed_batch"][0] in message
     train(tough())
     assert story(folder) == uninterrupted
 
