@@ -41,7 +41,7 @@ class OptimConfig:
     args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        at_least(self, "optim", 0.0, "weight_decay")
+        at_least(self, "optim", 0.0, "weight_decay", "momentum")
         if not 0.0 < self.lr < float("inf"):
             raise ConfigError(f"optim.lr={self.lr!r} must be positive")
         if self.lr_batch is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from localvit.config import TrainConfig
 from localvit.data import DataConfig, Preprocessing
 from localvit.engines import ENGINE_NAMES, Engine, EngineKind, open_engine, pick_engine
 from localvit.errors import ConfigError, one_line, unknown
-from localvit.models import preprocessing_for
+from localvit.models import preprocessing_for, why_unreadable
 from localvit.runs import read_run
 from localvit.runtime import pick_device
 
@@ -28,7 +29,10 @@ PLAIN = "PyTorch"
 FUSED = "PyTorch, fused"
 
 _PREFIXES = ("local-dir:", "hf-hub:", "hf_hub:")
-_UNUSABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, AssertionError)
+_UNUSABLE = (
+    *(OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError),
+    *(ArithmeticError, EOFError, SafetensorError),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +123,7 @@ def open_model(
     try:
         model = timm.create_model(name, pretrained=not random_weights, **(args or {})).eval().to(place)
     except _UNUSABLE as error:
-        raise ConfigError(f"model {source!r} cannot be loaded: {one_line(error)}") from error
+        raise ConfigError(f"model {source!r} cannot be loaded: {why_unreadable(name, error)}") from error
     labels, descriptions = (None, None) if random_weights else _class_names(model)
     opened = OpenModel(
         source=source,
@@ -213,10 +217,17 @@ def _locate(source: str) -> tuple[str, TrainConfig | None]:
 
 
 def _class_names(model: nn.Module) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
-    """Return labels and descriptions of the outputs, as far as they are known."""
-    names = model.pretrained_cfg.get("label_names")  # type: ignore[union-attr, operator]
-    if names and len(names) == model.num_classes:
-        return tuple(names), tuple(names)
+    """Return labels and descriptions of the outputs, as far as they are known.
+
+    ImageNet's are those of a model that names none. Outputs beyond the names were never trained for a class.
+    """
+    config: Any = model.pretrained_cfg
+    outputs = int(model.num_classes)  # type: ignore[arg-type]
+    if names := config.get("label_names"):
+        if outputs != config["num_classes"] or len(names) > outputs:
+            return None, None  # a new head
+        names = (*names, *(f"output {number}" for number in range(len(names), outputs)))
+        return names, names
     subset = infer_imagenet_subset(model)  # by the number of outputs: 1000 are those of ILSVRC-2012
     if subset is not None:
         info = ImageNetInfo(subset)

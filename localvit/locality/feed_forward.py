@@ -10,6 +10,7 @@ Shapes: B batch, P prefix tokens, N patch tokens on a grid of H rows and W colum
 D = hidden width. A "row" is a map (B, C, 1, T): point-wise layers run on it over all T tokens at once.
 """
 
+import threading
 from typing import Any, Optional
 
 import torch
@@ -171,6 +172,9 @@ class LocalityFeedForward(GridModule):
         return y if prefix == 0 else torch.cat([self.act_prefix(x[:, :prefix]), y], dim=1)
 
 
+_load = threading.local()  # the load under way: its list of missing keys, kernels filled in so far
+
+
 class HiddenLocality(GridModule):
     """Depth-wise convolution added to the hidden state of an existing FFN: `h + conv(h)` on the patch
     tokens, then the layer it stands in front of.
@@ -211,6 +215,25 @@ class HiddenLocality(GridModule):
             grid = self.current_grid()
         check_grid(hidden, grid)
         return self.then(self.transform(hidden, grid))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take a kernel of zeros from a plain checkpoint, which has no kernel anywhere.
+
+        PyTorch shows a module its own entries only; the list of missing keys is the same for the whole load,
+        and so tells which load this is.
+        """
+        key, missing = f"{prefix}conv.weight", args[2]
+        if getattr(_load, "missing", None) is not missing:
+            _load.missing, _load.filled = missing, []
+        if key in state_dict:  # not plain, so those before it are missing
+            missing += _load.filled or []
+            _load.filled = None
+        elif _load.filled is not None:
+            weight = self.conv.weight
+            device = "cpu" if weight.is_meta else weight.device
+            state_dict[key] = torch.zeros(weight.shape, dtype=weight.dtype, device=device)
+            _load.filled.append(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def transform(self, hidden: Tensor, grid: Grid) -> Tensor:
         """Add the convolution to the patch tokens: `(B, P + N, D) -> (B, P + N, D)`."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from localvit.models.listing import (
         ModelCard as ModelCard,
         ModelEntry as ModelEntry,
+        heads as heads,
         model_card as model_card,
         names as names,
         registry as registry,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         CheckpointError as CheckpointError,
         LoadReport as LoadReport,
         load_official as load_official,
+        why_unreadable as why_unreadable,
     )
     from localvit.models.table import (
         BASELINES as BASELINES,

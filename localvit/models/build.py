@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.data import resolve_input_data_config
+from timm.models import load_checkpoint
 from torch import nn
 
 from localvit.data import DataConfig, Preprocessing
 from localvit.errors import ConfigError, one_line, unknown
 from localvit.imports import do_what_waits
+from localvit.locality import LocalityConfig
 from localvit.models.config import ModelConfig
+from localvit.models.published import CheckpointError, load_official, why_unreadable
+from localvit.surgery import localize
 
-_BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, KeyError, IndexError)
+_REFUSED = (TypeError, ValueError, AssertionError, KeyError, IndexError, AttributeError, ArithmeticError)
+# Arguments of timm's models that are sizes or counts, or lists of them.
+_POSITIVE = (
+    *("img_size", "patch_size", "window_size", "in_chans", "num_classes", "depth", "depths", "mlp_ratio"),
+    *("mlp_ratios", "embed_dim", "embed_dims", "inner_dim", "token_dim", "hidden_size"),
+    *("num_heads", "num_heads_inner", "num_heads_outer"),
+)
+# Arguments of timm's factory that a run decides elsewhere, and where.
+_ELSEWHERE = {
+    "device": "device",
+    "dtype": "engine.precision",
+    "pretrained": "model.pretrained",
+    "features_only": "a model with a classifier",
+}
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     """Build the model of `config`; its initial weights come from torch's global random state.
+
+    Saved by timm's `save_for_hf`, it is self-contained: a `local-dir:` or `hf-hub:` reference is resolved to
+    its architecture and arguments.
 
     Args:
         config: Name, locality and arguments of the model.
@@ -27,30 +52,76 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
 
     Raises:
         ConfigError: for an unknown name, arguments that the model refuses, a locality that does not fit the
-            model, or fewer outputs than `num_classes`.
+            model, weights that cannot be read or do not fit, or fewer outputs than `num_classes`.
     """
     do_what_waits()  # a worker process may have come here past every door
     name = config.name
     if ":" not in name and not timm.is_model(name):
         raise unknown("model.name", name, timm.list_models())
     args = {"num_classes": num_classes, **config.args}
-    if args["num_classes"] < num_classes:
+    _check_args(args, num_classes)
+    path = args.pop("checkpoint_path", None)
+    try:
+        return _create(config, args, Path(path) if path else None)
+    except _REFUSED as error:
+        raise ConfigError(f"model {name!r}: {one_line(error)}") from error
+    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
+        what = "model.name: cannot open" if ":" in name else "model"
+        what = "model.pretrained: no weights for" if config.pretrained else what
+        raise ConfigError(f"{what} {name!r}: {why_unreadable(name, error)}") from error
+
+
+def _check_args(args: Mapping[str, Any], num_classes: int) -> None:
+    for name, value in args.items():
+        given = f"model.args.{name}: {value!r} is not accepted"
+        each = value if isinstance(value, list | tuple) else (value,)
+        numbers = [number for number in each if isinstance(number, int | float)]
+        if name in _ELSEWHERE:
+            raise ConfigError(f"{given}; use {_ELSEWHERE[name]}")
+        if name in _POSITIVE and not all(0 < number < math.inf for number in numbers):
+            raise ConfigError(f"{given}; use a positive number")
+        if name.endswith("_rate") and not all(0 <= number <= 1 for number in numbers):
+            raise ConfigError(f"{given}; use a number from 0 to 1")
+        if name == "checkpoint_path" and value and not Path(value).is_file():
+            raise ConfigError(f"{given}: there is no such file")
+    outputs = args["num_classes"]
+    if type(outputs) is not int or outputs < num_classes:
         raise ConfigError(
-            f"model.args.num_classes={args['num_classes']} is not accepted; "
+            f"model.args.num_classes={outputs} is not accepted; "
             f"the data has {num_classes} classes, so use {num_classes} or more"
         )
+
+
+def _create(config: ModelConfig, args: dict[str, Any], weights: Path | None) -> nn.Module:
+    """Create the model; `weights` are those of the plain model or of the localized one."""
+    blocks: Any = config.blocks
+    also = {} if config.locality is None else args.pop("also", {})
+    groups = {group: LocalityConfig.from_dict(values) for group, values in also.items()}
+    model = timm.create_model(config.name, pretrained=config.pretrained, **args)
+    saved: Any = model._model_args
+    if ":" in str(saved.get("base", "")):  # version 0.3 saved references
+        saved["base"] = model.base_name
+    loaded = weights is None
+    if weights and config.locality is not None:
+        with suppress(CheckpointError):
+            loaded = _load(model, weights)
     if config.locality is not None:
-        args |= {"base": name, "locality": config.locality.to_dict(), "blocks": config.blocks}
-        name = "localized"
-    try:
-        return timm.create_model(name, pretrained=config.pretrained, **args)
-    except _BAD_ARGUMENTS as error:
-        raise ConfigError(f"model {config.name!r}: {one_line(error)}") from error
-    except (OSError, RuntimeError) as error:
-        if not config.pretrained and ":" not in config.name:
-            raise
-        what = "model.pretrained: no weights for" if config.pretrained else "model.name: cannot open"
-        raise ConfigError(f"{what} {config.name!r}: {one_line(error)}") from error
+        localize(model, config.locality, blocks, also=groups, keep_originals=False, count_macs=False)
+    if weights and not loaded:
+        _load(model, weights)
+    return model
+
+
+def _load(model: nn.Module, path: Path) -> bool:
+    """Load a file if the model has memory; return True."""
+    like = next(model.parameters())
+    if like.is_meta:
+        return True
+    if path.suffix in (".npz", ".npy"):
+        load_checkpoint(model, str(path))  # the model's own reader
+    else:
+        load_official(path, model).train().to(like.dtype)
+    return True
 
 
 def preprocessing_for(model: nn.Module, config: DataConfig) -> Preprocessing:
@@ -99,7 +170,7 @@ def check_forward(model: nn.Module, name: str, input_size: tuple[int, int, int])
         with torch.no_grad():
             device = next(model.parameters()).device
             output = model.eval()(torch.zeros(1, *input_size, device=device))
-    except (*_BAD_ARGUMENTS, RuntimeError) as error:
+    except (*_REFUSED, RuntimeError) as error:
         at = f"model {name!r} fails on an image of size {input_size}"
         raise ConfigError(f"{at}: {one_line(error)}") from error
     finally:

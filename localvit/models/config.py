@@ -22,6 +22,7 @@ class ModelConfig:
         pretrained: Start from published weights.
         args: Further arguments of `timm.create_model` (`img_size`, `patch_size`, `in_chans`, `embed_dim`,
             `depth`, `num_heads`, `drop_path_rate`, ...). By default, `num_classes` comes from the data.
+            `checkpoint_path` is a file with weights of the plain or of the localized model.
     """
 
     name: str = "deit_tiny_patch16_224"

@@ -92,11 +92,15 @@ def model_card(name: str) -> ModelCard:
 
 
 def _other_heads(base: nn.Module, model: nn.Module) -> list[str]:
-    heads = [[m.num_heads for m in each.modules() if hasattr(m, "num_heads")] for each in (base, model)]
-    if heads[0] == heads[1]:
+    control, local = heads(base), heads(model)
+    if control == local:
         return []
-    control, local = ("/".join(map(str, dict.fromkeys(each))) for each in heads)
     return [f"Attention heads: {control} in the control, {local} with locality."]
+
+
+def heads(model: nn.Module) -> str:
+    """Return the different numbers of attention heads by depth: `"2/4/8"`."""
+    return "/".join(dict.fromkeys(str(m.num_heads) for m in model.modules() if hasattr(m, "num_heads")))
 
 
 def registry() -> Iterator[ModelEntry]:

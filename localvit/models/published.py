@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import timm
@@ -21,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from localvit.locality import LocalityConfig, LocalityFeedForward
+from localvit.errors import first_line, one_line
+from localvit.locality import HiddenLocality, LocalityConfig, LocalityFeedForward
 from localvit.models.families import family_of, family_of_file
 from localvit.models.table import VARIANTS
 
@@ -30,7 +32,9 @@ _logger = logging.getLogger(__name__)
 # Buffers that a model computes from its input size (Swin).
 _DERIVED = ("relative_position_index", "attn_mask")
 # Possible keys of the weights in a file; T2T-ViT's authors evaluate the averaged ones.
-_CONTAINERS = ("model", "state_dict_ema", "state_dict")
+_CONTAINERS = ("model", "state_dict_ema", "state_dict", "model_ema")
+# What DistributedDataParallel and `torch.compile` put before all keys.
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
 class CheckpointError(ValueError):
@@ -60,7 +64,7 @@ class LoadReport:
         for word in ("dropped", "missing", "unexpected"):
             keys = list(getattr(self, word))
             if keys:
-                parts.append(f"{len(keys)} {word} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
+                parts.append(f"{len(keys)} {word} ({listed(keys)})")
         return f"{self.model}: {', '.join(parts)}"
 
 
@@ -133,14 +137,39 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: not a checkpoint, or one with more than weights: {reason}") from error
-    except (RuntimeError, SafetensorError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or not a checkpoint ({error})") from error
+    except (pickle.UnpicklingError, RuntimeError, SafetensorError, EOFError, OSError) as error:
+        more = ", or one with more than weights" if isinstance(error, pickle.UnpicklingError) else ""
+        reason = foreign(path) or f"truncated or not a checkpoint{more} ({first_line(error)})"
+        raise CheckpointError(f"{path}: {reason}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} has a {type(content).__name__}; accepted: a dictionary")
     return content
+
+
+def foreign(path: Path) -> str | None:
+    """Return what stands in the place of weights, and what to do; `None` if it may be weights."""
+    with open(path, "rb") as file:
+        start = file.read(100).lstrip()
+    if not start:
+        return "the file is empty; copy it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "this is a pointer of Git LFS, not the weights; get them with git lfs pull"
+    if start.lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "this is an HTML page, not the weights; download the file itself"
+    return None
+
+
+def why_unreadable(source: str, error: BaseException) -> str:
+    """Return in one line why a model cannot be opened: by its weights, if it is a `local-dir:` reference."""
+    folder = Path(source.removeprefix("local-dir:"))
+    files = sorted(folder.glob("*.*")) if source.startswith("local-dir:") else []
+    for file in files:
+        if file.suffix in (".safetensors", ".bin", ".pth"):
+            try:
+                read_checkpoint(file)
+            except CheckpointError as damaged:
+                return str(damaged)
+    return shorten(one_line(error), 400, placeholder=" ...")
 
 
 def weights_of(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -160,7 +189,14 @@ def weights_of(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
             raise CheckpointError(f"{key!r} has a {type(value).__name__}; accepted: a tensor")
     if not weights:
         raise CheckpointError("the checkpoint has no tensors")
+    while prefix := next((p for p in _WRAPPERS if all(key.startswith(p) for key in weights)), None):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     return weights, dropped
+
+
+def listed(names: list[str]) -> str:
+    """Return the first three names, for a message."""
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
 def reference_layers(config: LocalityConfig) -> dict[str, str]:
@@ -221,7 +257,9 @@ def _fit(
         else:
             fitting[names[key]] = value
     matched = tuple(key for key in weights if names[key] in fitting)
-    missing = tuple(key for key in own if key not in fitting)
+    kernels = {f"{path}.conv.weight" for path, m in model.named_modules() if isinstance(m, HiddenLocality)}
+    neutral = set() if kernels & fitting.keys() else kernels  # a plain file: they start at zero
+    missing = tuple(key for key in own if key not in fitting and key not in neutral)
     return fitting, LoadReport(name, matched, dropped, missing, tuple(unexpected))
 
 

@@ -17,8 +17,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).item()  # the meta device has no values
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ConfigError(
             f"device={name!r} cannot be used here: {one_line(error)}; use auto, cpu or cuda"
         ) from error

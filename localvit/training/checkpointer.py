@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from contextlib import suppress
 from typing import Any, Literal
+
+import torch
 
 from localvit.data import fingerprint
 from localvit.errors import TrainingFailed, TrainingInterrupted
@@ -44,7 +47,7 @@ class Checkpointer:
             decision.state.clear()  # its tensors need memory
         if directory:
             directory.begin(
-                notes=run.splits.notes,
+                notes=run.notes,
                 history=run.state.history,
                 best=self._best(),
                 bad_images=self._bad_images(),
@@ -105,8 +108,10 @@ class Checkpointer:
 
     def _save_model(self, name: Literal["last", "best"]) -> None:
         assert self.directory is not None
-        names = list(self.run.splits.class_names)
-        self.directory.save_model(name, self.run.engine.evaluated, self.run.preprocessing, names)
+        model, names = self.run.engine.evaluated, list(self.run.splits.class_names)
+        if self.run.config.engine.channels_last:  # safetensors stores contiguous tensors only
+            model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+        self.directory.save_model(name, model, self.run.preprocessing, names)
 
     def _best(self) -> BestEpoch | None:
         at = self.run.state

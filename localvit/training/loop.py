@@ -122,7 +122,7 @@ def _fit(
     checkpointer.finish(test)
     progress.finish(at.best_epoch, test)
     result = _result(
-        run.config.output, at.history, (at.best_epoch, at.best, test), run.splits.notes, run.engine.evaluated
+        run.config.output, at.history, (at.best_epoch, at.best, test), run.notes, run.engine.evaluated
     )
     for callback in callbacks:
         callback.on_end(result)
@@ -290,6 +290,7 @@ def _finished(directory: RunDirectory | None, console: Console | None) -> RunRes
             f"{result.test.top1:.2f} %",
             highlight=False,
             soft_wrap=True,
+            markup=False,
         )
     return result
 

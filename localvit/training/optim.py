@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from timm.optim import (
     create_optimizer_v2,
+    get_optimizer_info,
     list_optimizers,
     param_groups_layer_decay,
     param_groups_weight_decay,
@@ -67,6 +68,10 @@ def build_optimizer(
     known = [str(name) for name in list_optimizers()]
     if config.name not in known:
         raise unknown("optim.name", config.name, known)
+    if get_optimizer_info(config.name).second_order:
+        raise ConfigError(
+            f"optim.name={config.name!r} needs second derivatives, which are not computed; use another"
+        )
     if config.lr_batch is not None and batch_size is None:
         raise ConfigError(f"optim.lr_batch={config.lr_batch}: the learning rate needs the batch size")
     if config.layer_decay is not None and not hasattr(model, "group_matcher"):

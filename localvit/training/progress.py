@@ -72,8 +72,9 @@ class Progress:
             f"{splits.num_classes} classes",
             highlight=False,
             soft_wrap=True,
+            markup=False,
         )
-        for note in splits.notes:
+        for note in self.run.notes:
             self.note(note)
         self.bar.start()
         return self

@@ -102,6 +102,25 @@ class Run:
     test: DataLoader[Batch]
     state: TrainState
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the reader of the results: on the splits, and on the initial weights."""
+        config, notes = self.config, list(self.splits.notes)
+        if ":" in config.model.name and not (
+            config.model.pretrained or config.model.args.get("checkpoint_path")
+        ):
+            notes.append(
+                f"model: random weights in the architecture of {config.model.name!r}; "
+                "model.pretrained=true (--pretrained) starts from its weights"
+            )
+        steps = config.epochs * self.state.steps_per_epoch
+        if config.ema_decay and (share := config.ema_decay**steps) > 0.5:
+            notes.append(
+                f"warning: ema_decay={config.ema_decay:g}: after all {steps} steps, {share:.0%} of the "
+                f"averaged weights are still the initial ones; with {0.01 ** (1 / steps):.4g} it is 1 %"
+            )
+        return tuple(notes)
+
     def close(self) -> None:
         """End the data workers at once: a traceback may refer to them until the program ends."""
         for loader in (self.train, self.validation, self.test):
@@ -179,6 +198,12 @@ class Run:
         Raises:
             ConfigError: if it does not fit the model or the optimizer.
         """
+        if "optim.name" in changes:
+            raise ConfigError(
+                "optim.name: {!r} cannot resume the state of {!r}; choose another folder".format(
+                    *reversed(changes["optim.name"])
+                )
+            )
         try:
             self._restore_engine(state, any(path.startswith("optim") for path in changes))
         except (RuntimeError, ValueError, KeyError) as error:
@@ -215,8 +240,11 @@ class Run:
         if engine.average is not None:
             saved = state["average"] or {f"{key}_ema": value for key, value in state["task"].items()}
             engine.task.load_checkpoint_state(saved["state_dict_ema"], saved.get("task_state_ema"), ema=True)
-        optimizer = engine.optimizer.state_dict() if new_settings else state["optimizer"]
-        engine.optimizer.load_state_dict({**optimizer, "state": state["optimizer"]["state"]})
+        optimizer = dict(state["optimizer"])
+        if new_settings:  # LAMB and Adan also count their steps among the settings
+            pairs = zip(optimizer["param_groups"], engine.optimizer.state_dict()["param_groups"], strict=True)
+            optimizer["param_groups"] = [{**old, **new} for old, new in pairs]
+        engine.optimizer.load_state_dict(optimizer)
         if state["scaler"] and engine.scaler.is_enabled():
             engine.scaler.load_state_dict(state["scaler"])
 

@@ -33,6 +33,18 @@ def test_one_model_by_all_its_names(folder):
         assert one.run is None
 
 
+@pytest.mark.parametrize("outputs", [4, 1000])
+def test_outputs_beyond_the_names_of_a_model_have_numbers_and_no_names_of_imagenet(outputs, tmp_path):
+    found = open_model(export_model(tmp_path, outputs, NAMES), "cpu")
+    assert found.labels == found.descriptions == (*NAMES, *(f"output {i}" for i in range(3, outputs)))
+
+
+@pytest.mark.parametrize("outputs", [2, 4, 1000])
+def test_a_new_head_has_no_names(folder, outputs):
+    found = open_model(folder, "cpu", args={"num_classes": outputs})
+    assert (found.num_classes, found.labels, found.descriptions) == (outputs, None, None)
+
+
 def test_random_weights_are_asked_for(folder):
     found = open_model("localvit_tiny_patch16_224", "cpu", random_weights=True, args=SMALL)
     assert (found.num_classes, found.labels, found.run) == (3, None, None)
@@ -73,6 +85,7 @@ def test_plain_kernels_are_named(folder, monkeypatch):
         ("x.onnx", {"args": {"depth": 1}}, "is an exported file, which takes none"),
         ("x.onnx", {}, "there is no such file"),
         ("x.txt", {"engine": "onnxruntime"}, "reads .onnx"),
+        ("test_vit", {"device": "meta"}, "device='meta' cannot be used here: .* use auto, cpu or cuda"),
         ("test_vit", {"device": "tpu9"}, "device='tpu9' cannot be used here"),
     ],
 )

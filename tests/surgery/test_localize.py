@@ -147,10 +147,7 @@ def test_preserve_starts_as_exactly_the_same_function(kind, base, training):
         outputs.append(m(images()))
     assert torch.equal(*outputs)
     assert set(plain.state_dict()) < set(model.state_dict())  # plain checkpoints still load
-    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
-    assert unexpected == []
-    assert {key.rpartition(".")[2] for key in missing} == {"weight"}
-    assert all(key.endswith("mlp.drop1.conv.weight") for key in missing)
+    model.load_state_dict(plain.state_dict(), strict=True)
 
 
 @pytest.mark.parametrize("kind", FFNS)

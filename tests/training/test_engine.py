@@ -13,6 +13,7 @@ from torch import nn
 from localvit.config.files import resolve
 from localvit.config.schema import EngineConfig
 from localvit.errors import ConfigError
+from localvit.inference import open_model
 from localvit.runtime.distributed import World
 from localvit.training.callbacks import Callback, TensorBoard
 from localvit.training.engine import LossWatch, deterministic, place_model
@@ -133,6 +134,15 @@ def test_options_for_speed_and_memory_do_not_change_the_gradient(tiny, option):
         assert torch.allclose(parameter.grad, plain[name], rtol=1e-3, atol=1e-6), name
     if option == "channels_last":
         assert engine.model.patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("more", [(), ("ema_decay=0.9",)])
+def test_a_channels_last_model_is_saved_as_it_is(tiny, tmp_path, more):
+    short = ("epochs=1", "schedule.warmup_epochs=0", "model.args.depth=1", f"output={tmp_path / 'run'}")
+    trained = train(tiny("engine.channels_last=true", "model.locality={}", *short, *more)).model.state_dict()
+    saved = open_model(tmp_path / "run", "cpu").model.state_dict()
+    assert saved.keys() == trained.keys()
+    assert all(torch.equal(saved[key], trained[key]) for key in saved)
 
 
 def test_a_compiled_model_is_saved_under_its_plain_names(tiny, tmp_path, monkeypatch):

@@ -15,14 +15,15 @@ from localvit.config.files import resolve
 from localvit.errors import ConfigError, TrainingFailed, TrainingInterrupted
 from localvit.runs import directory as output, state
 from localvit.runs.directory import RunDirectory
-from localvit.runs.state import DamagedState
+from localvit.runs.state import DamagedState, read_newest
+from localvit.runtime import open_world
 from localvit.runtime.signals import stop_on_signals
 from localvit.structure import to_yaml
 from localvit.training import checkpointer, loop
 from localvit.training.callbacks import Callback
 from localvit.training.engine import Engine
 from localvit.training.loop import train
-from localvit.training.run import Run
+from localvit.training.run import Run, prepare
 from tests.training.conftest import TINY
 from tests.training.runs import TOUGH, kill_after, states, status, stop_after, story, updates_saved
 
@@ -312,8 +313,8 @@ def test_a_loss_that_is_no_number_leaves_good_states_only(tough, folder, uninter
     assert f"the last good state is '{folder / 'state' / 'update-000000010.state'}'" in message
     recorded = status(folder)
     assert recorded["state"] == "failed"
-    assert len(recorded["pictures"]) == 128
-    assert recorded["pictures"][0] in message
+    assert len(recorded["failed_batch"]) == 128
+    assert recorded["failed_batch"][0] in message
     train(tough())
     assert story(folder) == uninterrupted
 
@@ -409,3 +410,18 @@ def test_a_run_that_another_process_has_just_finished_is_left_alone(tough, folde
     with pytest.raises(ConfigError, match="another process has just trained there; run the same command"):
         train(config)
     assert status(folder)["state"] == "finished"
+
+
+@pytest.mark.parametrize("name", ["lamb", "adan"])
+def test_an_allowed_change_keeps_the_count_of_steps_in_the_settings(tiny, tmp_path, monkeypatch, name):
+    settings = (f"optim.name={name}", f"output={tmp_path / 'run'}", "model.args.depth=1")
+    stop_after(monkeypatch, tiny(*settings), 3)
+    config, (state, _) = tiny(*settings, "optim.weight_decay=0.01"), read_newest(tmp_path / "run/state")
+    with open_world("cpu") as world:
+        run = prepare(config, world)
+    run.restore(state, {"optim.weight_decay": (0.05, 0.01)})
+    groups = run.engine.optimizer.param_groups
+    assert [int(group["step"]) for group in groups] == [3] * len(groups)
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.01}
+    with pytest.raises(ConfigError, match=f"optim.name: 'adamw' cannot resume the state of '{name}'"):
+        train(tiny(*settings, "optim.name=adamw"), allow_change=["optim"])

@@ -1,18 +1,23 @@
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from timm.task import ClassificationTask
 
 from localvit.config import TrainConfig, resolve as resolve_config
 from localvit.data.images import UnreadableImage
 from localvit.errors import ConfigError, TrainingFailed
+from localvit.runtime import open_world
 from localvit.structure import build
 from localvit.training import loop
 from localvit.training.loop import train
+from localvit.training.run import prepare
+from tests.images import export_model
 
 
 def weights(result):
@@ -233,3 +238,39 @@ def test_output_folder_tells_the_whole_story(tiny, tmp_path):
 def test_digits_are_learned_in_a_few_epochs():
     settings = ["epochs=4", "schedule.warmup_epochs=1", "model.locality={}", "device=cpu", "batch_size=32"]
     assert train(resolve_config("digits", settings)).test.top1 > 80
+
+
+def notes(config):
+    with open_world("cpu") as world:
+        return prepare(config, world).notes
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.99, 0.9999])
+def test_an_average_that_stays_mostly_initial_is_named_with_its_share(tiny, decay):
+    steps = 2 * (1038 // 128)
+    said = [note for note in notes(tiny(f"ema_decay={decay}")) if "ema_decay" in note]
+    assert len(said) == (decay**steps > 0.5)
+    if said:
+        assert f"after all {steps} steps, {100 * decay**steps:.0f}% of the averaged" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "random"),
+    [((), True), (("model.pretrained=true",), False), (("model.name=test_vit",), False)],
+)
+def test_random_weights_of_a_saved_model_are_named(tiny, tmp_path, settings, random):
+    source = export_model(tmp_path, 10)
+    own = ("model.args={img_size: 16, depth: 1, global_pool: avg}", f"model.name=local-dir:{source}")
+    said = [note for note in notes(tiny(*own, *settings)) if "random weights" in note]
+    assert [f"local-dir:{source}" in note for note in said] == [True] * random
+
+
+def test_square_brackets_in_names_are_printed(tiny, tmp_path):
+    source = export_model(tmp_path / "[/m]", 10)
+    args = "model.args={img_size: 16, embed_dim: 16, depth: 1, num_heads: 2, global_pool: avg}"
+    short = (args, "epochs=1", "schedule.warmup_epochs=0", f"output={tmp_path / '[/x]'}")
+    config, text = tiny(f"model.name=local-dir:{source}", *short), io.StringIO()
+    for _ in range(2):
+        train(config, console=Console(file=text, width=1000))
+    assert f"{source}: 0.00" in text.getvalue()
+    assert f"{tmp_path}/[/x] holds this run already" in text.getvalue()

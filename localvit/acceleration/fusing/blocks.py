@@ -46,6 +46,7 @@ class FastBlock(InferenceOnly, Block):
         return (
             self.plain_attention
             and isinstance(self.attn, Attention)
+            and isinstance(self.attn.qkv.weight, Tensor)  # not quantized
             and isinstance(self.mlp, FastFeedForward)
             and isinstance(self.ls2, nn.Identity)
             and not any(hooked(module) for module in self.modules())

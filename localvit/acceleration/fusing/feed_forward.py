@@ -289,8 +289,8 @@ def fuse_mlp(mlp: Any) -> str | None:
     """Change one of timm's MLPs to its fast form. Return the reason if it has none."""
     if any(hooked(module) for module in mlp.modules() if module is not mlp):
         return "hooks on its layers"
-    if type(mlp.fc2) is not nn.Linear:
-        return f"{type(mlp.fc2).__name__} in the place of a linear layer"
+    if type(last := mlp.fc2) is not nn.Linear:
+        return f"{type(last).__module__}.{type(last).__name__} in the place of a linear layer"
     if type(mlp.drop1) is HiddenLocality:
         hidden: Any = mlp.drop1
         if type(hidden.conv) is not nn.Conv2d or type(hidden.then) is not nn.Identity:

@@ -67,6 +67,10 @@ def fuse(model: nn.Module, *, compile: bool = False) -> nn.Module:
       `strict=False`), but not scripted. Folding is in the type that the model has: convert afterwards from
       float32, not before.
 
+    Dynamic quantization (`torch.ao.quantization.quantize_dynamic`) goes before or after it. Before is better
+    on processors of other makers than Intel, where afterwards most linear layers have packed weights and
+    stay as they are.
+
     Layers whose class has no fast form stay as they are; so does an FFN with forward hooks on its layers.
 
     With the environment variable `LOCALVIT_KERNELS=plain` the result is a plain copy in evaluation mode.

@@ -14,7 +14,7 @@ from localvit.config import differences
 from localvit.cost import count_macs, count_parameters, on_meta
 from localvit.errors import ConfigError
 from localvit.locality import LocalityConfig
-from localvit.models import ModelConfig, build_model, check_forward, preprocessing_for
+from localvit.models import ModelConfig, build_model, check_forward, heads, preprocessing_for
 from localvit.planning import Figure, count_data
 from localvit.structure import plain
 from localvit.studies.design.study import Arm, Study
@@ -244,7 +244,8 @@ def _confounders(
 ) -> tuple[str, ...]:
     """What differs between an arm and its control, the second of each pair, beside the fields it names."""
     control, own = configs
-    found = _heads(arm, models)
+    before, after = map(heads, models)
+    found = [] if before == after else [f"Heads differ: {before} in the control, {after} here."]
     plain = own.name == control.name and control.locality is None and own.locality is not None
     if plain:
         sentences = confounders(_plan_of(own, classes), float(own.args.get("drop_path_rate", 0.0)))
@@ -262,14 +263,6 @@ def _confounders(
                 f"Not matched in {what}: {there:,} in the control, {here:,} here ({here / there - 1:+.1%})."
             )
     return tuple(found)
-
-
-def _heads(arm: Arm, models: tuple[nn.Module, nn.Module]) -> list[str]:
-    heads = [[m.num_heads for m in model.modules() if hasattr(m, "num_heads")] for model in models]
-    if heads[0] == heads[1]:
-        return []
-    there, here = ("/".join(map(str, dict.fromkeys(each))) for each in heads)
-    return [f"Heads differ: {there} in the control, {here} here."]
 
 
 def _differing(study: Study, control: Arm, arm: Arm) -> dict[str, tuple[Any, ...]]:

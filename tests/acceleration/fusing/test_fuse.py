@@ -618,3 +618,27 @@ def test_hidden_locality_is_folded():
     fused = localvit.fuse(local(LocalityConfig(init="preserve")))
     assert all(type(block.mlp.drop1) is fast.FoldedHiddenLocality for block in fused.blocks)
     assert all(isinstance(block.mlp.drop1, HiddenLocality) for block in fused.blocks)
+
+
+@pytest.mark.filterwarnings("ignore:.*(deprecated|torchao|quantized.*Linear in the place of a linear layer)")
+@pytest.mark.parametrize("order", ["fuse, then quantize", "quantize, then fuse"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("localvit_tiny_patch16_224", "localized", "localized deit_tiny_distilled_patch16_224"),
+        *("localvit_t2t_vit_7", "localized t2t_vit_7", "localvit_pvt_tiny", "localized pvt_tiny"),
+        *("localvit_swin_tiny_patch4_window7_224", "localized swin_tiny_patch4_window7_224"),
+    ],
+)
+def test_dynamic_quantization_goes_with_fusing(key, order):
+    model, x = make(key).eval(), images(key)
+
+    def quantize(module):
+        return torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, torch.qint8)
+
+    fused_first = order.startswith("fuse")
+    found = quantize(localvit.fuse(model)) if fused_first else localvit.fuse(quantize(copy.deepcopy(model)))
+    assert any(isinstance(module, torch.ao.nn.quantized.dynamic.Linear) for module in found.modules())
+    with torch.inference_mode():
+        expected = model(x)
+        assert (found(x) - expected).abs().max() < 0.1 * expected.abs().max()

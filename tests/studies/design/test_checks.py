@@ -116,3 +116,9 @@ def test_an_arm_that_cannot_be_built_is_refused():
                 seeds=(0,),
             )
         )
+
+
+def test_heads_differ_by_their_number_not_by_the_depth():
+    assert "Heads" not in sentences(Arm(name="deep", changes={"model.args.depth": 3}))
+    text = sentences(Arm(name="more", changes={"model.args.num_heads": 4, "model.args.depth": 3}))
+    assert "Heads differ: 2 in the control, 4 here." in text
