@@ -14,7 +14,6 @@ from localvit.data.images import MAX_ASPECT, Part, UnreadableImage, decode, plai
 from localvit.data.loading import eval_loader
 from localvit.data.sources import find_splits
 from localvit.data.splits import open_reported, open_splits
-from localvit.data.tar import open_tar
 from tests.data.conftest import picture
 
 
@@ -55,10 +54,10 @@ def test_unreadable_image_survives_pickling():
 
 def test_tar_without_pictures_or_compressed_is_refused(tmp_path, make_tar):
     with pytest.raises(DataError, match="0 images in it"):
-        open_tar(str(make_tar("empty.tar", {})))
+        open_reported(str(make_tar("empty.tar", {})), DataConfig())
     (tmp_path / "not.tar").write_bytes(b"no tar at all")
     with pytest.raises(DataError, match="not an uncompressed tar"):
-        open_tar(str(tmp_path / "not.tar"))
+        open_reported(str(tmp_path / "not.tar"), DataConfig())
 
 
 def test_labels_follow_the_given_classes(make_folder):

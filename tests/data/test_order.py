@@ -12,7 +12,6 @@ from timm.utils.misc import natural_key
 from localvit.data.config import DataConfig
 from localvit.data.order import name_order
 from localvit.data.splits import open_reported, open_splits
-from localvit.data.tar import open_tar
 from localvit.inference.prediction import find_files
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +55,7 @@ def test_a_name_with_an_odd_digit_is_a_class_and_a_file(make_folder, make_tar):
     classes = {"①": 10, "x²": 10}
     folder = make_folder("d", classes)
     assert open_splits(DataConfig(train=str(folder))).class_names == ("x²", "①")
-    assert open_tar(str(make_tar("d.tar", classes))).class_names == ("x²", "①")
+    assert open_reported(str(make_tar("d.tar", classes)), DataConfig()).class_names == ("x²", "①")
     assert len(find_files([str(folder)])) == 20
 
 
