@@ -45,6 +45,10 @@ class Options:
     """let the model guess only classes that have images"""
     real_labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """also count against reassessed ImageNet labels: default, or their JSON file"""
+    allow_overlap: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """accept images that the model was trained on; the result says how many"""
+    allow_change: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="data")] = ()
+    """data: accept a test split that changed since the training; the result says how"""
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 128
     """images at a time"""
     workers: Annotated[int, tyro.conf.arg(metavar="N")] = 0
@@ -71,6 +75,7 @@ def run(options: Options) -> int:
             test_split=options.split,
             crop_pct=options.crop_pct,
             interpolation=options.interpolation,
+            allow_overlap=options.allow_overlap,
         )
         result = evaluate(
             options.checkpoint,
@@ -84,6 +89,7 @@ def run(options: Options) -> int:
             real_labels=options.real_labels,
             engine=options.engine,
             fuse=options.fuse,
+            allow_change=options.allow_change,
         )
     if os.environ.get("RANK", "0") == "0":
         _print(result)  # before the files: a full disk does not cost the numbers
@@ -127,6 +133,8 @@ def _print(result: Evaluation) -> None:
         f"calibration error {result.calibration_error:.2f} "
         f"({m.images} images, {m.images_per_second:,.0f} images/s)"
     )
+    for note in result.notes:
+        print(note)
     if result.restricted:
         print(f"guesses restricted to the {len(result.classes)} classes that have images")
     if result.real is not None:

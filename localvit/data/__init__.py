@@ -31,7 +31,11 @@ if TYPE_CHECKING:
         share as share,
         train_loader as train_loader,
     )
-    from localvit.data.manifest import Manifest as Manifest, make_manifest as make_manifest
+    from localvit.data.manifest import (
+        Manifest as Manifest,
+        make_manifest as make_manifest,
+        split_record as split_record,
+    )
     from localvit.data.order import name_order as name_order
     from localvit.data.overlap import equal_contents as equal_contents, shared as shared
     from localvit.data.sources import find_splits as find_splits

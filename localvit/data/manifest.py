@@ -51,6 +51,14 @@ class SplitRecord:
         """Number of images."""
         return sum(record.count for record in self.classes.values())
 
+    def fingerprint(self) -> str:
+        """Return a digest of names, sizes and classes.
+
+        Names are those within the source, so a copy elsewhere has the same fingerprint.
+        """
+        classes = {label: record.digest for label, record in self.classes.items()}
+        return hashlib.sha256(repr(classes).encode()).hexdigest()[:16]
+
     def entries(self) -> set[str] | None:
         """Return name and size of each image, in one text each; `None` if they are not known.
 
@@ -82,16 +90,12 @@ class Manifest:
     paths: dict[str, str]
 
     def fingerprint(self) -> str:
-        """Return the sizes of the splits, and a digest of names, sizes and classes of all images.
-
-        Names are those within the source, so a copy elsewhere has the same fingerprint.
-        """
-        digest = hashlib.sha256(repr(self.class_names).encode(errors="replace"))
-        for name, split in self.splits.items():
-            classes = {label: record.digest for label, record in split.classes.items()}
-            digest.update(repr((name, classes)).encode(errors="replace"))
-        sizes = "+".join(str(self.splits[name].count) for name in ("train", "validation", "test"))
-        return f"{sizes} images, {len(self.class_names)} classes, {digest.hexdigest()[:16]}"
+        """Return the sizes of the splits, and a digest of all images (see `SplitRecord`)."""
+        splits = self.splits.values()
+        whole = repr((self.class_names, [split.fingerprint() for split in splits]))
+        sizes = "+".join(str(split.count) for split in splits)
+        digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
+        return f"{sizes} images, {len(self.class_names)} classes, {digest}"
 
     def source(self, config: DataConfig) -> DataConfig:
         """Return the configuration with sources that are no longer found replaced by their absolute paths."""
@@ -143,7 +147,7 @@ def make_manifest(splits: Splits, config: DataConfig) -> Manifest:
     sources = {f.name: getattr(config, f.name) for f in fields(config) if f.name in (*parts, "root")}
     return Manifest(
         class_names=splits.class_names,
-        splits={name: _record(part, named) for name, part in parts.items()},
+        splits={name: split_record(part, named=named) for name, part in parts.items()},
         paths={
             name: path
             for name, source in sources.items()
@@ -152,7 +156,8 @@ def make_manifest(splits: Splits, config: DataConfig) -> Manifest:
     )
 
 
-def _record(part: Part, named: bool) -> SplitRecord:
+def split_record(part: Part, *, named: bool) -> SplitRecord:
+    """Return the record of a split, with names if `named`."""
     entries, labels = list(_entries(part)), part.labels
     reader = file_reader(part.images)
     classes: dict[str, ClassRecord] = {}

@@ -7,7 +7,6 @@ import time
 from contextlib import suppress
 from typing import Any, Literal
 
-from localvit.data import fingerprint
 from localvit.errors import TrainingFailed, TrainingInterrupted
 from localvit.evaluation import Metrics
 from localvit.runs import BestEpoch, Decision, RunDirectory, numbers
@@ -36,7 +35,7 @@ class Checkpointer:
 
         def claim() -> None:
             if directory:
-                directory.claim(fingerprint(run.splits))
+                directory.claim(run.manifest.fingerprint())
 
         run.world.broadcast_from_main(claim)
         if decision.state is not None:
@@ -45,6 +44,7 @@ class Checkpointer:
         if directory:
             directory.begin(
                 notes=run.splits.notes,
+                manifest=run.manifest,
                 history=run.state.history,
                 best=self._best(),
                 bad_images=self._bad_images(),
