@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from localvit.cli.arguments import UsageError, one_line_errors
+from localvit.cli.arguments import UsageError, one_line_errors, printable
 
 if TYPE_CHECKING:
     from localvit.evaluation import Evaluation
@@ -134,7 +134,7 @@ def _print(result: Evaluation) -> None:
         f"({m.images} images, {m.images_per_second:,.0f} images/s)"
     )
     for note in result.notes:
-        print(note)
+        print(printable(note))
     if result.restricted:
         print(f"guesses restricted to the {len(result.classes)} classes that have images")
     if result.real is not None:
@@ -146,8 +146,8 @@ def _print(result: Evaluation) -> None:
 def _print_classes(result: Evaluation) -> None:
     """Print a table of the classes with the lowest top-1."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     weakest = sorted(result.classes, key=lambda row: row.top1)[:_WEAKEST]
     shown = "classes" if len(weakest) == len(result.classes) else f"weakest of {len(result.classes)} classes"
@@ -155,7 +155,7 @@ def _print_classes(result: Evaluation) -> None:
     for row in weakest:
         confused = f"{row.confused_with} ({row.confused})" if row.confused_with is not None else "-"
         name = row.label if row.description == row.label else f"{row.label} {row.description}"
-        table.add_row(escape(name), str(row.images), f"{row.top1:.2f}", escape(confused))
+        table.add_row(*(Text(printable(t)) for t in (name, str(row.images), f"{row.top1:.2f}", confused)))
     Console().print(table)
 
 

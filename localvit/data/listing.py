@@ -353,6 +353,7 @@ def split_folders(source: str, folders: Mapping[str, Collection[str]]) -> tuple[
             )
         if split:
             found[split] = name
+    found = {split: found[split] for split in _SPLIT_WORDS if split in found}
     classes = set().union(*(folders[name] for name in found.values()))
     rest = [name for name in folders if name not in found.values()]
     for name in rest:

@@ -50,7 +50,7 @@ def check_disjoint(config: DataConfig, splits: Mapping[str, Part]) -> list[str]:
 
     Args:
         config: The sources, for the message.
-        splits: Images of `train`, `test` and `validation`, in this order.
+        splits: Images of `train` (those before others are held out), `test` and `validation`, in this order.
 
     Returns:
         Notes for the result, if `config.allow_overlap`.
@@ -60,13 +60,16 @@ def check_disjoint(config: DataConfig, splits: Mapping[str, Part]) -> list[str]:
     """
     notes = []
     for other, name in combinations(splits, 2):
-        common = shared(splits[name], splits[other])
+        one, two = splits[name], splits[other]
+        if one.images is two.images:  # held out of the other one
+            two = Part(two.images, np.setdiff1d(two.indices, one.indices), two.class_names)
+        common = shared(one, two)
         if not len(common):
             continue
-        count = "all" if len(common) == len(splits[name]) else f"{len(common)} of"
+        count = "all" if len(common) == len(one) else f"{len(common)} of"
         what = (
-            f"{_shown(config, name)} and {_shown(config, other)} have {count} {len(splits[name])} images in "
-            f"common, such as {image_name(splits[name], int(common[0]))!r}"
+            f"{_shown(config, name)} and {_shown(config, other)} have {count} {len(one)} images in "
+            f"common, such as {image_name(one, int(common[0]))!r}"
         )
         if not config.allow_overlap:
             remedy = "name sources that do not contain each other"

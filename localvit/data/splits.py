@@ -81,8 +81,7 @@ def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
     else:
         remaining, validation = _hold_out(train, remaining, names, config.holdout, seed)
         notes.append(_note("validation", validation, config.train, f"chosen by seed {seed}"))
-    whole = Part(train, remaining, names)
-    notes += check_disjoint(config, {"train": whole, "test": test, "validation": validation})
+    notes += check_disjoint(config, {"train": everything(train), "test": test, "validation": validation})
     opened = {id(images): images for images in (train, test.images, validation.images)}
     notes += [note for images in opened.values() for note in getattr(file_reader(images), "notes", ())]
     if config.fraction < 1.0:

@@ -98,7 +98,7 @@ def _unwrapped(tree: Tree) -> Tree:
             return tree
         (top,) = tops
         inner = any(name.startswith(f"{top}/") for name in tree.folders)
-        if not inner or split_of(top) or any(item.name.count("/") == 1 for item in tree.items):
+        if not inner or split_of(top):
             return tree
         others, tree = tree.others, tree.below(top)
         tree.others.update(others)

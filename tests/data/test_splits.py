@@ -86,9 +86,11 @@ def test_one_source_for_two_splits_is_refused(make_folder, tmp_path):
     folder = make_folder("pictures", {"a": 10, "b": 10})
     other = tmp_path / "link"
     other.symlink_to(folder)
-    with pytest.raises(DataError, match=r"data\.test=.* and data\.train=.* all images in common"):
+    with pytest.raises(DataError, match=r"data\.test=.* and data\.train=.* have all 20 images in common"):
         open_splits(DataConfig(train=str(folder), test=str(other)))
-    with pytest.raises(DataError, match=r"data\.validation=.* and data\.test=.* all images in common"):
+    with pytest.raises(
+        DataError, match=r"data\.validation=.* and data\.test=.* have all 20 images in common"
+    ):
         open_splits(DataConfig(train="digits", test=str(folder), validation=str(folder)))
 
 
