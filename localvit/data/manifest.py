@@ -89,6 +89,10 @@ class Manifest:
     splits: dict[str, SplitRecord]
     paths: dict[str, str]
 
+    def __post_init__(self) -> None:
+        if set(self.splits) != {"train", "validation", "test"}:
+            raise ValueError("splits: train, validation and test are needed")
+
     def fingerprint(self) -> str:
         """Return the sizes of the splits, and a digest of all images (see `SplitRecord`)."""
         splits = self.splits.values()

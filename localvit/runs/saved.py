@@ -48,7 +48,10 @@ class SavedRun:
         if not (self.path / MANIFEST).exists():
             return None
         with whole(self.path / MANIFEST) as path:
-            return read_json(Manifest, path)
+            manifest = read_json(Manifest, path)
+            for split in manifest.splits.values():
+                split.entries()  # a damaged text of names is an error here
+        return manifest
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
