@@ -44,7 +44,7 @@ def run(options: Options) -> int:
     from localvit.config import resolve
     from localvit.data import equal_contents, open_splits
 
-    given = {"train": options.data, "test": options.val_data, "root": options.data_root}
+    given: dict[str, object] = {"train": options.data, "test": options.val_data, "root": options.data_root}
     given |= {"allow_overlap": options.allow_overlap or None}
     with one_line_errors():
         values = {name: value for name, value in given.items() if value is not None}

@@ -219,14 +219,14 @@ def class_images(tree: Tree, *, allow_links: bool = False) -> tuple[FileReader, 
     items = sorted(tree.items, key=lambda item: name_order(item.name))
     kept, links = items, 0
     if not allow_links:
-        kept = list(_once(items))
+        kept = list(_once(tree.source, items))
         links = len(items) - len(kept)
     texts = {item.name.partition("/")[0]: "" for item in kept}
     texts = {folder: label_text(folder) for folder in sorted(texts, key=name_order)}
     names = sorted(set(texts.values()), key=name_order)
     index = {name: i for i, name in enumerate(names)}
     labels = [index[texts[item.name.partition("/")[0]]] for item in kept]
-    return FileReader(tree.base, kept, _notes(tree, links)), names, labels
+    return FileReader(tree.base, kept, tuple(_notes(tree, links))), names, labels
 
 
 def label_text(folder: str) -> str:
@@ -274,7 +274,7 @@ def _deep_message(tree: Tree, deep: Sequence[str]) -> str:
     )
 
 
-def _once(items: Iterable[Item]) -> Iterator[Item]:
+def _once(source: str, items: Iterable[Item]) -> Iterator[Item]:
     """Yield each file once.
 
     Raises:
@@ -291,8 +291,8 @@ def _once(items: Iterable[Item]) -> Iterator[Item]:
     if twice:
         one, other = twice[0]
         raise DataError(
-            f"{len(twice)} images are in two classes: {one!r} and {other!r} are one file (a link); remove "
-            "one of the names, or allow it by --allow-overlap (data.allow_overlap)"
+            f"{source!r}: {len(twice)} images are in two classes: {one!r} and {other!r} are one file (a "
+            "link); remove one of the names, or allow it by --allow-overlap (data.allow_overlap)"
         )
 
 

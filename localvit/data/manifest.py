@@ -134,7 +134,7 @@ class Manifest:
         """Return the names of images of the present test split that the run trained on, as far as known."""
         train, test = self.splits["train"], now.splits["test"]
         known, tested = train.entries(), test.entries()
-        if train.place != test.place or known is None or tested is None:
+        if now.splits["train"].place != test.place or known is None or tested is None:
             return []
         return sorted(map(_name, known & tested))
 

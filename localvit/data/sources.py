@@ -163,12 +163,12 @@ def _folder_splits(folder: str, config: DataConfig) -> dict[str, Opener]:
     }
     found, notes = split_folders(folder, inner)
     if not found:
-        return {"all": lambda: _open_tree(walk(folder), config)}
+        return {"all": partial(_open_tree, partial(walk, folder), config)}
     beside = sum(is_image(entry.name) for entry in os.scandir(folder) if not is_hidden(entry.name))
     if beside:
         notes.append(f"{folder!r}: {beside} images beside the splits: left out")
     return {
-        split: lambda name=name: _open_tree(walk(os.path.join(folder, name)), config, notes)
+        split: partial(_open_tree, partial(walk, os.path.join(folder, name)), config, notes)
         for split, name in found.items()
     }
 
@@ -181,15 +181,16 @@ def _tar_splits(path: str, config: DataConfig) -> dict[str, Opener]:
         inner.setdefault(top, set()).update([rest.partition("/")[0]] if rest else [])
     found, notes = split_folders(path, inner)
     if not found:
-        return {"all": lambda: _open_tree(tree, config)}
+        return {"all": partial(_open_tree, lambda: tree, config)}
     if beside := sum("/" not in item.name for item in tree.items):
         notes.append(f"{path!r}: {beside} images beside the splits: left out")
     return {
-        split: lambda name=name: _open_tree(tree.below(name), config, notes) for split, name in found.items()
+        split: partial(_open_tree, partial(tree.below, name), config, notes) for split, name in found.items()
     }
 
 
-def _open_tree(tree: Tree, config: DataConfig, notes: Sequence[str] = ()) -> ReaderImages:
+def _open_tree(read: Callable[[], Tree], config: DataConfig, notes: Sequence[str] = ()) -> ReaderImages:
+    tree = read()
     reader, names, labels = class_images(tree, allow_links=config.allow_overlap)
     reader.notes = (*notes, *reader.notes)
     return ReaderImages(reader, names, labels, origin=tree.base)

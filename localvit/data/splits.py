@@ -83,7 +83,8 @@ def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
         notes.append(_note("validation", validation, config.train, f"chosen by seed {seed}"))
     notes += check_disjoint(config, {"train": everything(train), "test": test, "validation": validation})
     opened = {id(images): images for images in (train, test.images, validation.images)}
-    notes += [note for images in opened.values() for note in getattr(file_reader(images), "notes", ())]
+    asides = [note for images in opened.values() for note in getattr(file_reader(images), "notes", ())]
+    notes += dict.fromkeys(asides)
     if config.fraction < 1.0:
         total = len(remaining)
         remaining = nested_subset(np.asarray(train.labels), remaining, config.fraction)

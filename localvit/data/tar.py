@@ -133,7 +133,7 @@ def _one_by_one(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
         if member.size < 0 or tar.offset <= member.offset:  # it would be read forever
             raise tarfile.ReadError(f"size {member.size} of {member.name!r}")
-        tar.members.clear()  # a kilobyte for each
+        tar.members.clear()  # type: ignore[attr-defined]  # a kilobyte for each
         yield member
 
 
