@@ -8,10 +8,11 @@ import stat
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers import img_extensions
 from timm.data.readers.reader import Reader
 
 from localvit.data.config import DataError
@@ -77,8 +78,12 @@ class Tree:
 
 def is_image(name: str) -> bool:
     """Return whether a file's suffix is that of an accepted format or of timm's list."""
-    suffix = os.path.splitext(name)[1].lower()
-    return suffix in image_suffixes() or suffix in get_img_extensions(as_set=True)
+    return os.path.splitext(name)[1].lower() in _suffixes(img_extensions.IMG_EXTENSIONS)
+
+
+@lru_cache
+def _suffixes(timms: tuple[str, ...]) -> dict[str, None]:
+    return dict.fromkeys((*timms, *image_suffixes()))
 
 
 def is_hidden(name: str) -> bool:
@@ -88,7 +93,7 @@ def is_hidden(name: str) -> bool:
 
 def accepted_names() -> str:
     """Return the accepted suffixes, for a message."""
-    return ", ".join(dict.fromkeys((*get_img_extensions(), *image_suffixes())))
+    return ", ".join(_suffixes(img_extensions.IMG_EXTENSIONS))
 
 
 def sub_folders(folder: str) -> list[str]:
@@ -119,7 +124,7 @@ def walk(folder: str) -> Tree:
                 raise DataError(f"{entry.path!r} leads nowhere ({error.strerror}); remove it") from error
             inode = status.st_dev, status.st_ino
             if not stat.S_ISDIR(status.st_mode):
-                if is_image(name):
+                if not stat.S_ISREG(status.st_mode) and is_image(name):
                     check_regular(entry.path, status.st_mode)
                 tree.add(Item(name, entry.path, (*inode, 0), status.st_size))
             elif inode not in above:

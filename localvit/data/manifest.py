@@ -116,14 +116,11 @@ class Manifest:
         gone, new = before.classes.keys() - after.classes.keys(), after.classes.keys() - before.classes.keys()
         notes = [f"classes {_some(gone)} are gone"] if gone else []
         notes += [f"classes {_some(new)} are new"] if new else []
-        changed = [
-            f"{label!r} ({before.classes[label].count} images, now {after.classes[label].count})"
-            for label in before.classes.keys() & after.classes.keys()
-            if before.classes[label].digest != after.classes[label].digest
-        ]
-        if changed:
-            more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-            notes.append(f"classes {', '.join(sorted(changed)[:_SHOWN])}{more} changed")
+        both = before.classes.keys() & after.classes.keys()
+        if changed := {label for label in both if before.classes[label] != after.classes[label]}:
+            notes.append(f"classes {_some(changed)} changed")
+        if before.count != after.count:
+            notes.append(f"{before.count} images are now {after.count}")
         old, now_there = before.entries(), after.entries()
         if notes and old is not None and now_there is not None:
             differ = old ^ now_there

@@ -133,7 +133,7 @@ def _own_test_split(model: OpenModel, saved: SavedRun, config: DataConfig, chang
             notes.append(f"change allowed: {text}")
         if trained := before.trained(now):
             text = f"{len(trained)} of {len(splits.test)} test images were trained on, such as {trained[0]!r}"
-            if not config.allow_overlap:
+            if not sources.allow_overlap:
                 raise ConfigError(f"{model.source!r}: {text}; {remedy}, or allow it by --allow-overlap")
             notes.append(f"overlap allowed: {text}")
     names = before.class_names if before else model.model.pretrained_cfg.get("label_names")  # type: ignore[union-attr, operator]

@@ -58,7 +58,7 @@ def test_an_overlap_that_is_allowed_is_in_the_results_of_a_run(place, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # of the drawing: matplotlib's font has no control characters
-def test_names_of_every_kind_go_from_training_to_every_output(place, capsys):
+def test_names_of_every_kind_go_from_training_to_every_output(place, capfdbinary):
     shutil.rmtree("d/[b]")
     for name in NAMES:
         shutil.copytree("d/a", f"d/{name}")
@@ -77,8 +77,11 @@ def test_names_of_every_kind_go_from_training_to_every_output(place, capsys):
     predicted = ["predict", "--checkpoint", "run[/x]", "--device", "cpu", "--top-k", "1", "d"]
     for output in ("p.csv", "p.jsonl", "p.parquet"):
         assert main([*predicted, "--output", output]) == 0
+    said = {}
     for form in ("table", "json", "jsonl", "csv"):
+        capfdbinary.readouterr()
         assert main([*predicted, "--format", form]) == 0
+        said[form] = capfdbinary.readouterr().out
     with open("p.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         table = list(csv.DictReader(file))
     lines = [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
@@ -86,4 +89,11 @@ def test_names_of_every_kind_go_from_training_to_every_output(place, capsys):
     assert {os.path.exists(line["path"]) for line in lines} == {True}
     assert len({line["path"] for line in lines}) == 100
     assert {row["label"] for row in table} <= labels
-    assert "\x1b" not in "".join(capsys.readouterr().out.splitlines()[:30])
+    for form in ("json", "jsonl"):
+        assert b"\x1b" not in said[form]
+    assert b"\x1b" not in said["table"]
+    assert said["csv"].count(b"caf\xe9") == said["table"].count(b"caf\xe9") == 13
+    assert (
+        said["csv"].decode(errors="surrogateescape").splitlines()
+        == Path("p.csv").read_text(errors="surrogateescape").splitlines()
+    )
