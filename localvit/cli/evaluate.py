@@ -127,8 +127,8 @@ def _write(options: Options, result: Evaluation) -> None:
 def _print(result: Evaluation) -> None:
     m = result.metrics
     print(
-        f"{result.checkpoint} ({result.form}) on {result.data}: "
-        f"top-1 {m.top1:.2f} % [{result.top1.low:.2f} to {result.top1.high:.2f}], "
+        printable(f"{result.checkpoint} ({result.form}) on {result.data}: ")
+        + f"top-1 {m.top1:.2f} % [{result.top1.low:.2f} to {result.top1.high:.2f}], "
         f"top-5 {m.top5:.2f} % [{result.top5.low:.2f} to {result.top5.high:.2f}], loss {m.loss:.4f}, "
         f"calibration error {result.calibration_error:.2f} "
         f"({m.images} images, {m.images_per_second:,.0f} images/s)"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
         DataError as DataError,
         Preprocessing as Preprocessing,
     )
-    from localvit.data.identity import image_name as image_name
+    from localvit.data.identity import file_reader as file_reader, image_name as image_name
     from localvit.data.images import (
         Images as Images,
         Part as Part,

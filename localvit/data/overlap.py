@@ -139,6 +139,9 @@ def _by_digest(part: Part, positions: Sequence[int], length: int | None) -> dict
         index = int(part.indices[position])
         size = int(reader.sizes[index])
         start = 0 if length is None else max(0, (size - length) // 2)
-        content = reader.read(index, start, None if length is None else min(length, size - start))
+        try:
+            content = reader.read(index, start, None if length is None else min(length, size - start))
+        except OSError:
+            continue  # an error with its name when it is used as an image
         found[hashlib.sha256(size.to_bytes(8, "big") + content).digest()].append(position)
     return found

@@ -7,18 +7,18 @@ that depends on the number of workers, skips unreadable images, and has no subse
 
 from __future__ import annotations
 
-import json
 import os
 import posixpath
 import re
 import stat
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from localvit.data.config import DataError
 from localvit.data.images import ReaderImages
 from localvit.data.listing import FileReader, Item, Tree, accepted_names, is_hidden, is_image, split_of
+from localvit.structure import read_json
 
 _BLOCK = tarfile.BLOCKSIZE
 _MOST_LINKS = 40
@@ -225,11 +225,15 @@ def _from_info(root: str, split: str) -> list[str]:
     for name in ("_info.json", "info.json"):
         path = os.path.join(root, name)
         if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                splits = json.load(file).get("splits", {})
-            if split in splits:
-                return list(splits[split]["filenames"])
-            raise DataError(f"{path!r} has the splits {', '.join(splits)}, not {split!r}")
+            splits = read_json(dict[str, Any], path).get("splits", {})
+            try:
+                if split in splits:
+                    return list(map(str, splits[split]["filenames"]))
+                raise DataError(f"{path!r} has the splits {', '.join(splits)}, not {split!r}")
+            except (TypeError, KeyError) as error:
+                raise DataError(
+                    f"{path!r}: splits has no list of filenames for each split; name shards instead"
+                ) from error
     raise DataError(
         f"split {split!r} is not in {root!r}; name shards ('train-{{0000..0012}}.tar') or add _info.json"
     )

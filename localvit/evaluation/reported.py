@@ -13,8 +13,8 @@ from localvit.data import (
     Manifest,
     Part,
     Splits,
-    UnreadableImage,
     equal_contents,
+    file_reader,
     image_name,
     make_manifest,
     open_reported,
@@ -91,7 +91,8 @@ def reported_images(
     if data is not None:
         images = label_by_outputs(open_reported(data, config), data, model, class_map)
         notes = _compare_with_training(images, data, model, saved, config, world) if saved else []
-        found = Reported(source=data, images=images, notes=tuple(notes))
+        reader = file_reader(images.images)
+        found = Reported(source=data, images=images, notes=(*(reader.notes if reader else ()), *notes))
     elif saved is None or model.run is None:
         raise ConfigError(f"data=None: {model.source!r} is not a run's folder, so name a data source")
     elif class_map is not None:
@@ -180,10 +181,7 @@ def _compare_with_training(
             )
         notes.append(f"overlap allowed: {text}" if part is splits.train else f"warning: {text}")
     if world.is_main_process:
-        try:
-            notes += equal_contents({"train": splits.train, "test": images})
-        except (OSError, UnreadableImage) as error:
-            notes.append(f"warning: contents not compared: {error}")
+        notes += equal_contents({"train": splits.train, "test": images})
     return notes
 
 

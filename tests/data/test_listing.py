@@ -13,6 +13,7 @@ from localvit.data.identity import image_name
 from localvit.data.images import UnreadableImage
 from localvit.data.listing import split_of
 from localvit.data.splits import open_reported, open_splits
+from localvit.errors import ConfigError
 from localvit.inference.prediction import find_files
 from tests.data.conftest import picture
 
@@ -438,3 +439,13 @@ def test_too_many_shards_are_refused_by_their_count(tmp_path):
     config = DataConfig(train="wds/x", root=str(tmp_path), train_split="train-{0..99999999999}.tar")
     with pytest.raises(DataError, match="names more than 100,000 shards"):
         open_splits(config)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"splits": 5}', '{"splits": {"train": 3}}', '{"splits": {"train": {"filenames": 3}}}'],
+)
+def test_a_damaged_list_of_shards_is_named(tmp_path, text):
+    (tmp_path / "_info.json").write_text(text)
+    with pytest.raises((DataError, ConfigError), match=r"_info\.json'"):
+        open_splits(DataConfig(train="wds/x", root=str(tmp_path)))
