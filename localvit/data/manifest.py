@@ -72,6 +72,8 @@ class SplitRecord:
             text = inflate.decompress(base64.b64decode(self.names, validate=True), _MOST_BYTES)
         except zlib.error as error:
             raise ValueError(f"names: {error}") from error
+        if not inflate.eof:
+            raise ValueError(f"names: cut off, or more than {_MOST_BYTES >> 20} MB")
         return set(text.decode(errors="surrogateescape").split("\0")) - {""}
 
 

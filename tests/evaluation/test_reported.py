@@ -91,7 +91,7 @@ def test_data_are_found_from_another_folder(trained, tmp_path, monkeypatch, caps
     assert evaluate(run, device="cpu").metrics.images == 6
     line = refused(capsys, run, "--data", os.path.relpath(trained / "held"))
     assert "54 of 60 images are what" not in line  # validation images are not trained on
-    assert "48 of 60 images are what" in line or "49 of 60" in line
+    assert "48 of 60 images are what" in line
 
 
 @pytest.mark.parametrize("source", ["held", "split"])
@@ -111,7 +111,9 @@ def test_a_class_that_is_gone_is_named(place, capsys, source):
 def test_a_class_that_is_new_is_named(place, capsys):
     paint("held", "0new", 20)
     assert "classes '0new' are new" in refused(capsys, "run-held")
-    assert "class '0new' is not among" in refused(capsys, "run-held", "--allow-change", "data")
+    assert "class '0new' is not among" in refused(
+        capsys, "run-held", "--allow-change", "data", "--allow-overlap"
+    )
     paint("split/train", "0new", 8)  # only in the training images: the test images are what they were
     assert evaluate("run-split", device="cpu").metrics.top1 == 100
 
@@ -145,7 +147,7 @@ def test_an_image_that_changed_is_counted(place, capsys, change):
 
 def test_other_data_are_compared_with_the_training_images(place, capsys, monkeypatch):
     line = refused(capsys, "run-split", "--data", "split/train")
-    assert "32 of 36 images are what" in line or "33 of 36" in line
+    assert "32 of 36 images are what" in line
     assert line.endswith("leave --data out to use the test split of that run, or allow it by --allow-overlap")
     assert main(["evaluate", "--checkpoint", "run-split", "--data", "split/test", "--device", "cpu"]) == 0
     os.symlink("split/train", "elsewhere")
@@ -186,16 +188,16 @@ def test_a_run_of_0_3_has_no_manifest(place):
         shutil.rmtree(folder)
     found = evaluate("run-split", device="cpu")
     assert rights(found) == {name: before[name] for name in "bc"}
-    assert "warning: the data changed since the training: 33+3+12 images, 3 classes, now" in found.notes[0]
+    assert "warning: the data changed since the training: 32+4+12 images, 3 classes, now" in found.notes[0]
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "names", "splits"])
+@pytest.mark.parametrize("damage", ["{", "[]", "names", "noise", "splits"])
 def test_a_damaged_manifest_is_named(place, capsys, damage):
     path = Path("run-split/manifest.json")
-    if damage in ("names", "splits"):
+    if damage in ("names", "noise", "splits"):
         values = json.loads(path.read_text())
-        if damage == "names":
-            values["splits"]["test"]["names"] = "eJwx"
+        if damage in ("names", "noise"):
+            values["splits"]["test"]["names"] = {"names": "eJwx", "noise": "AAAA"}[damage]
         else:
             del values["splits"]["test"]
         path.write_text(json.dumps(values))
