@@ -6,7 +6,7 @@ import io
 import os
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import BinaryIO, NamedTuple
@@ -255,7 +255,7 @@ def _check_depth(tree: Tree) -> None:
         raise DataError(_deep_message(tree, deep))
     if empty := sorted(classes - {item.name.partition("/")[0] for item in tree.items}, key=name_order):
         raise DataError(
-            f"{tree.source!r}: no images in the class folder{'s' * (len(empty) > 1)} {_some(empty)}; remove "
+            f"{tree.source!r}: no images in the class folder{'s' * (len(empty) > 1)} {some(empty)}; remove "
             f"it or add images; accepted files: {accepted_names()}"
         )
 
@@ -270,7 +270,7 @@ def _deep_message(tree: Tree, deep: Sequence[str]) -> str:
     common = set.intersection(*inside.values()) if len(tops) > 1 else set()
     if common:
         return (
-            f"{tree.source!r}: the folders {_some(tops)} repeat the class {min(common)!r}, so they look like "
+            f"{tree.source!r}: the folders {some(tops)} repeat the class {min(common)!r}, so they look like "
             "splits; name them train, val and test"
         )
     return (
@@ -311,60 +311,7 @@ def _notes(tree: Tree, links: int) -> Iterator[str]:
         yield f"{tree.source!r}: {links} names are links to other images of their class, which count once"
 
 
-def _some(names: Collection[str]) -> str:
+def some(names: Collection[str]) -> str:
+    """Return up to three names for a message."""
     shown = ", ".join(map(repr, list(names)[:3]))
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-_SPLIT_WORDS = {
-    "train": {"train", "training", "trainset", "traindata"},
-    "validation": {"validation", "val", "valid", "validate", "dev", "eval", "evaluation", "valset"},
-    "test": {"test", "testing", "testset", "testdata"},
-}
-_FILLERS = {"set", "data", "dataset", "split", "images", "image", "imgs", "img", "folder"}
-
-
-def split_of(folder: str) -> str | None:
-    """Return the split that a folder's name means: `Training`, `test_set`, `val2017`; else `None`."""
-    words = "".join(c if c.isalpha() else " " for c in folder.lower()).split()
-    rest = [word for word in words if word not in _FILLERS]
-    return next((s for s, known in _SPLIT_WORDS.items() if len(rest) == 1 and rest[0] in known), None)
-
-
-def split_folders(source: str, folders: Mapping[str, Collection[str]]) -> tuple[dict[str, str], list[str]]:
-    """Find the splits among the folders of a source.
-
-    A folder is a split if its name is that of one and it has class folders itself: `train/` with images
-    directly in it is a class of trains.
-
-    Args:
-        source: Its path, for messages.
-        folders: Folder -> folders in it.
-
-    Returns:
-        Split -> folder, empty if the folders are classes; and notes about folders that are neither.
-
-    Raises:
-        DataError: if two folders name one split, or another one repeats the classes of a split.
-    """
-    meaning = {name: split_of(name) for name in folders}
-    if not any(folders[name] for name, split in meaning.items() if split):
-        return {}, []
-    found: dict[str, str] = {}
-    for name, split in meaning.items():
-        if split in found:
-            raise DataError(
-                f"{source!r} has {found[split]!r} and {name!r}, which name the same split; rename one of them"
-            )
-        if split:
-            found[split] = name
-    found = {split: found[split] for split in _SPLIT_WORDS if split in found}
-    classes = set().union(*(folders[name] for name in found.values()))
-    rest = [name for name in folders if name not in found.values()]
-    for name in rest:
-        if common := classes & set(folders[name]):
-            raise DataError(
-                f"{source!r}: {name!r} repeats the class {min(common)!r} of {_some(found.values())}, so it "
-                "looks like a split; name it train, val or test, or move it elsewhere"
-            )
-    return found, [f"{source!r}: {_some(rest)} beside the splits: left out"] if rest else []

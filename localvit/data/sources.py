@@ -17,12 +17,11 @@ from localvit.data.listing import (
     class_images,
     is_hidden,
     is_image,
-    split_folders,
-    split_of,
     sub_folders,
     walk,
 )
 from localvit.data.order import name_order
+from localvit.data.split_names import split_folders, split_of
 from localvit.data.tar import open_shards, read_tar
 
 if TYPE_CHECKING:

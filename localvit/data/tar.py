@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 
 from localvit.data.config import DataError
 from localvit.data.images import ReaderImages
-from localvit.data.listing import FileReader, Item, Tree, accepted_names, is_hidden, is_image, split_of
+from localvit.data.listing import FileReader, Item, Tree, accepted_names, is_hidden, is_image
+from localvit.data.split_names import split_of
 from localvit.structure import read_json
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -37,12 +38,16 @@ def read_tar(path: str) -> Tree:
         DataError: if it is no uncompressed tar, is damaged, cut off, or has an image that is not stored as
             plain bytes in it.
     """
+    return _unwrapped(_content(path)[0])
+
+
+def _content(path: str) -> tuple[Tree, dict[str, tarfile.TarInfo]]:
+    """Return the content of an archive, and its members by their plain names."""
     members = {name: m for m in _members(path) if (name := _visible(m.name)) is not None}
     status = os.stat(path)
     tree = Tree(source=path, base=f"{path}:")
-    tree.folders.update(name for name, m in members.items() if m.isdir())
-    for name in members:
-        tree.folders.update(_parents(name))
+    for name, member in members.items():
+        tree.folders.update(_parents(name), [name] if member.isdir() else ())
     for name, member in members.items():
         if member.isdir():
             continue
@@ -53,7 +58,7 @@ def read_tar(path: str) -> Tree:
         elif is_image(name):
             kind = "is stored sparse" if found.issparse() else "is no regular file"
             raise DataError(f"{path!r}: {name!r} {kind} in it; repack it from plain files")
-    return _unwrapped(tree)
+    return tree, members
 
 
 def _visible(name: str) -> str | None:
@@ -171,21 +176,13 @@ def open_shards(root: str, split: str, origin: str) -> ReaderImages:
     images: list[Item] = []
     labels: list[int] = []
     for shard in _shards(root, split):
-        path, status = os.path.join(root, shard), None
-        members = {name: m for m in _members(path) if (name := _visible(m.name)) is not None}
-        status = os.stat(path)
+        path = os.path.join(root, shard)
+        tree, members = _content(path)
         with open(path, "rb") as file:
-            for name, listed in members.items():
-                if listed.isdir() or not is_image(name):
-                    continue
-                member = _follow(path, name, members, set())
-                if not member.isreg() or member.issparse():
-                    raise DataError(
-                        f"{path!r}: {name!r} is not stored as plain bytes; repack it from plain files"
-                    )
-                labels.append(_label(file, members.get(f"{os.path.splitext(name)[0]}.cls"), name, path))
-                place = status.st_dev, status.st_ino, member.offset_data
-                images.append(Item(f"{shard}:{name}", path, place, member.size))
+            for item in tree.items:
+                cls = members.get(f"{os.path.splitext(item.name)[0]}.cls")
+                labels.append(_label(file, cls, item.name, path))
+                images.append(item._replace(name=f"{shard}:{item.name}"))
     if not images:
         raise DataError(
             f"split {split!r} in {root!r}: 0 images in its shards; accepted files: {accepted_names()}"

@@ -11,7 +11,7 @@ import pytest
 from localvit.data.config import DataConfig, DataError
 from localvit.data.identity import image_name
 from localvit.data.images import UnreadableImage
-from localvit.data.listing import split_of
+from localvit.data.split_names import split_of
 from localvit.data.splits import open_reported, open_splits
 from localvit.errors import ConfigError
 from localvit.inference.prediction import find_files
