@@ -19,7 +19,7 @@ import select
 import sys
 from collections.abc import Sequence
 
-from localvit.cli.arguments import Failure, UsageError, parse
+from localvit.cli.arguments import Failure, UsageError, parse, printable
 
 VERBS = {
     "demo": ("localvit.cli.demo", "does locality help? a small controlled comparison, with a report"),
@@ -27,6 +27,7 @@ VERBS = {
     "models": ("localvit.cli.models", "list models with locality: cost, published accuracy"),
     "train": ("localvit.cli.train", "train a model on pictures and report it on a test split"),
     "plan": ("localvit.cli.plan", "say what a training run will take: updates, hours, memory, data"),
+    "data": ("localvit.cli.data", "check data: splits, classes, images that are in two splits, copies"),
     "evaluate": ("localvit.cli.evaluate", "measure a trained model on pictures"),
     "predict": ("localvit.cli.predict", "say what a trained model sees in pictures"),
     "export": ("localvit.cli.export", "write a trained model for ONNX Runtime, OpenVINO or torch, checked"),
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except (UsageError, Failure) as error:
-        print(f"localvit: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"localvit: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("localvit: interrupted", file=sys.stderr)

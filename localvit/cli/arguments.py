@@ -113,6 +113,11 @@ def one_line_errors() -> Iterator[None]:
         raise Failure(f"{file} cannot be written: {error.strerror}; make room and try again") from error
 
 
+def printable(text: str) -> str:
+    """Escape what would move the cursor or change colours; bytes that are not UTF-8 stay."""
+    return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text)
+
+
 def _gist(boxed: str) -> str:
     """The first paragraph inside tyro's frame, without its title."""
     lines = [line.strip(" │╭╮╰╯─\t") for line in boxed.splitlines()]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from localvit.cli.arguments import UsageError, one_line_errors
+from localvit.cli.arguments import UsageError, one_line_errors, printable
 
 if TYPE_CHECKING:
     from localvit.evaluation import Evaluation
@@ -45,6 +45,10 @@ class Options:
     """let the model guess only classes that have images"""
     real_labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """also count against reassessed ImageNet labels: default, or their JSON file"""
+    allow_overlap: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """accept images that the model was trained on; the result says how many"""
+    allow_change: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="data")] = ()
+    """data: accept a test split that changed since the training; the result says how"""
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 128
     """images at a time"""
     workers: Annotated[int, tyro.conf.arg(metavar="N")] = 0
@@ -71,6 +75,7 @@ def run(options: Options) -> int:
             test_split=options.split,
             crop_pct=options.crop_pct,
             interpolation=options.interpolation,
+            allow_overlap=options.allow_overlap,
         )
         result = evaluate(
             options.checkpoint,
@@ -84,6 +89,7 @@ def run(options: Options) -> int:
             real_labels=options.real_labels,
             engine=options.engine,
             fuse=options.fuse,
+            allow_change=options.allow_change,
         )
     if os.environ.get("RANK", "0") == "0":
         _print(result)  # before the files: a full disk does not cost the numbers
@@ -121,12 +127,14 @@ def _write(options: Options, result: Evaluation) -> None:
 def _print(result: Evaluation) -> None:
     m = result.metrics
     print(
-        f"{result.checkpoint} ({result.form}) on {result.data}: "
-        f"top-1 {m.top1:.2f} % [{result.top1.low:.2f} to {result.top1.high:.2f}], "
+        printable(f"{result.checkpoint} ({result.form}) on {result.data}: ")
+        + f"top-1 {m.top1:.2f} % [{result.top1.low:.2f} to {result.top1.high:.2f}], "
         f"top-5 {m.top5:.2f} % [{result.top5.low:.2f} to {result.top5.high:.2f}], loss {m.loss:.4f}, "
         f"calibration error {result.calibration_error:.2f} "
         f"({m.images} images, {m.images_per_second:,.0f} images/s)"
     )
+    for note in result.notes:
+        print(printable(note))
     if result.restricted:
         print(f"guesses restricted to the {len(result.classes)} classes that have images")
     if result.real is not None:
@@ -138,8 +146,8 @@ def _print(result: Evaluation) -> None:
 def _print_classes(result: Evaluation) -> None:
     """Print a table of the classes with the lowest top-1."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     weakest = sorted(result.classes, key=lambda row: row.top1)[:_WEAKEST]
     shown = "classes" if len(weakest) == len(result.classes) else f"weakest of {len(result.classes)} classes"
@@ -147,7 +155,7 @@ def _print_classes(result: Evaluation) -> None:
     for row in weakest:
         confused = f"{row.confused_with} ({row.confused})" if row.confused_with is not None else "-"
         name = row.label if row.description == row.label else f"{row.label} {row.description}"
-        table.add_row(escape(name), str(row.images), f"{row.top1:.2f}", escape(confused))
+        table.add_row(*(Text(printable(t)) for t in (name, str(row.images), f"{row.top1:.2f}", confused)))
     Console().print(table)
 
 

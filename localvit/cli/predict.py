@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from localvit.cli.arguments import UsageError, one_line_errors
+from localvit.cli.arguments import UsageError, one_line_errors, printable
 
 if TYPE_CHECKING:
     from localvit.inference import Prediction, Progress, Shard
@@ -125,12 +125,7 @@ def _table_rows(one: Prediction) -> str:
 
 
 def _table_row(probability: str, label: str, path: str) -> str:
-    return f"{probability:>11}  {_printable(label):<32}  {_printable(path)}\n"
-
-
-def _printable(text: str) -> str:
-    """Escape what would move the cursor or change colours; bytes that are not UTF-8 stay."""
-    return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text)
+    return f"{probability:>11}  {printable(label):<32}  {printable(path)}\n"
 
 
 def _write(options: Options, output: str, arguments: dict[str, Any]) -> int:
@@ -177,7 +172,7 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
 def _complain(predictions: Sequence[Prediction]) -> None:
     for one in predictions:
         if one.error is not None:
-            path, error = _printable(one.path), _printable(one.error)
+            path, error = printable(one.path), printable(one.error)
             print(f"localvit: cannot classify {path}: {error}", file=sys.stderr)
 
 

@@ -29,6 +29,8 @@ class ConfigOptions:
     """pictures that are reported; without it, what the data brings along, or a part held out of it"""
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """where timm's named data sets keep their files"""
+    allow_overlap: tyro.conf.FlagCreatePairsOff[bool] = False
+    """accept images that are in two splits or two classes; every result says how many"""
     output: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """folder for the results: a new one, or that of this very run to go on with it"""
     locality: Annotated[str | None, tyro.conf.arg(metavar="default|none|YAML")] = None
@@ -121,7 +123,12 @@ def configuration(options: ConfigOptions) -> Any:
         model["blocks"] = parse_yaml(options.blocks, f"--blocks {options.blocks!r}")
     given = {
         "model": model,
-        "data": {"train": options.data, "test": options.val_data, "root": options.data_root},
+        "data": {
+            "train": options.data,
+            "test": options.val_data,
+            "root": options.data_root,
+            "allow_overlap": options.allow_overlap or None,
+        },
         "optim": {"lr": options.lr},
         **{name: getattr(options, name) for name in _TOP},
     }

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
         DataError as DataError,
         Preprocessing as Preprocessing,
     )
-    from localvit.data.identity import fingerprint as fingerprint, image_name as image_name
+    from localvit.data.identity import file_reader as file_reader, image_name as image_name
     from localvit.data.images import (
         Images as Images,
         Part as Part,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         decode as decode,
         disable_ghostscript as disable_ghostscript,
     )
+    from localvit.data.listing import check_regular as check_regular, list_files as list_files
     from localvit.data.loading import (
         Batch as Batch,
         derive_seed as derive_seed,
@@ -30,13 +31,18 @@ if TYPE_CHECKING:
         share as share,
         train_loader as train_loader,
     )
+    from localvit.data.manifest import (
+        Manifest as Manifest,
+        make_manifest as make_manifest,
+        split_record as split_record,
+    )
     from localvit.data.order import name_order as name_order
-    from localvit.data.sources import find_splits as find_splits, same_source as same_source
+    from localvit.data.overlap import equal_contents as equal_contents, shared as shared
+    from localvit.data.sources import find_splits as find_splits
     from localvit.data.splits import (
         Splits as Splits,
         open_reported as open_reported,
         open_splits as open_splits,
     )
-    from localvit.data.tar import TarReader as TarReader
 else:
     __getattr__, __dir__, __all__ = door(__name__)

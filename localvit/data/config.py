@@ -65,6 +65,8 @@ class DataConfig:
         interpolation: Interpolation of the resizing. `None`: the model's own.
         crop_pct: Fraction of the resized image that the evaluation crop keeps. `None`: the model's own;
             1.0 suits images that already have the model's size.
+        allow_overlap: Accept images that are in two splits, or in two classes. They are counted in the notes
+            of the result, because its accuracy is then partly that of images trained on.
     """
 
     train: str = "digits"
@@ -81,6 +83,7 @@ class DataConfig:
     std: tuple[float, ...] | None = None
     interpolation: Interpolation | None = None
     crop_pct: float | None = None
+    allow_overlap: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.holdout < 0.5:

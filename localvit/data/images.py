@@ -1,11 +1,12 @@
 """Sets of labelled images, read by index from any process. An unreadable image is an error with its name.
 
-timm's readers and torchvision's data sets read most sources; `localvit.data.tar` reads the others. timm's
-`ImageDataset` returns the next image in place of one that it cannot read.
+Files and archives are read by `localvit.data.listing`, other sources by torchvision's data sets and timm's
+reader of the hub. timm's `ImageDataset` returns the next image in place of one that it cannot read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
 import numpy as np
 import torch
 from PIL import EpsImagePlugin, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -58,11 +60,13 @@ class UnreadableImage(RuntimeError):
 class Images(Protocol):
     """Labelled images by index; `labels[i]` indexes `class_names` and needs no decoding.
 
+    `origin` names the set, the same whenever it is opened, as far as files do not.
     `read_pixels` returns `self[index][0].convert(mode)` as (C, H, W) uint8: the same bits, perhaps faster.
     """
 
     class_names: tuple[str, ...]
     labels: Sequence[int]
+    origin: str
 
     def __len__(self) -> int: ...
 
@@ -85,6 +89,13 @@ def accepted_formats() -> tuple[str, ...]:
     """Return those of `FORMATS` that the installed Pillow has; an older one lacks AVIF, for example."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@lru_cache(maxsize=1)
+def image_suffixes() -> tuple[str, ...]:
+    """Return the suffixes of the accepted formats, such as `.webp`."""
+    formats = accepted_formats()
+    return tuple(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def decode(file: BinaryIO | str, name: str) -> Image.Image:
@@ -132,25 +143,47 @@ def plain(image: Image.Image) -> Image.Image:
     """Convert an image to 8 bits a channel, mode `"L"` (gray) or `"RGB"`.
 
     The result is that of Pillow's `convert`, as in timm and so in published accuracies: the alpha channel is
-    dropped, not composited, and the EXIF orientation is not applied. There are two exceptions. 16-bit gray is
-    divided by 257, so that 65535 becomes 255; Pillow would make every value above 255 white. An image with a
-    side ratio above `MAX_ASPECT` is cropped to its middle: resizing 1 x 5000 pixels to a short side of 248
-    makes 300 million pixels, and the evaluation crop takes the middle anyway.
+    dropped, not composited, and the EXIF orientation is not applied. There are two exceptions. Gray of 9 to
+    16 bits is scaled by the bits of the file, so that the largest value becomes 255 (or 0, where 0 is white);
+    Pillow would make every value above 255 white. An image with a side ratio above `MAX_ASPECT` is cropped to
+    its middle: resizing 1 x 5000 pixels to a short side of 248 makes 300 million pixels, and the evaluation
+    crop takes the middle anyway.
 
     Raises:
-        ValueError: for floating-point pixels, which have no defined range.
+        ValueError: for floating-point, signed and 32-bit pixels, which have no defined range.
     """
+    bits, inverted = _unsigned_bits(image)
     image.info.pop("transparency", None)  # dropped like alpha; Pillow would warn that it is
-    if image.mode == "F":
-        raise ValueError(
-            "floating-point pixels (mode F) are not accepted; save the image with 8 or 16 bits a channel"
-        )
     if image.mode.startswith("I"):
-        deep = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
-        image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+        image = _shades(np.asarray(image), 2**bits - 1, inverted)
     elif image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
     return _middle(image)
+
+
+def _unsigned_bits(image: Image.Image) -> tuple[int, bool]:
+    """Return the bits of gray that has more than 8 (16 unless the file says fewer), and whether 0 is white.
+
+    Raises:
+        ValueError: as for `plain`.
+    """
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    bits = max(tags.get(BITSPERSAMPLE) or (16,))
+    signed = 2 in (tags.get(SAMPLEFORMAT) or ())
+    if image.mode == "F" or signed or bits > 16:
+        kind = "floating-point" if image.mode == "F" else "signed" if signed else f"{bits}-bit"
+        raise ValueError(
+            f"{kind} pixels (mode {image.mode}) are not accepted, because their range is unknown; save the "
+            "image with 8 or 16 bits a channel"
+        )
+    return bits, tags.get(PHOTOMETRIC_INTERPRETATION) == 0
+
+
+def _shades(values: np.ndarray, top: int, inverted: bool) -> Image.Image:
+    if values.min() < 0 or values.max() > top:
+        raise ValueError(f"values from {values.min()} to {values.max()} are not accepted; use 0 to {top}")
+    scaled = (values.astype(np.uint32) * 255 + top // 2) // top
+    return Image.fromarray((255 - scaled if inverted else scaled).astype(np.uint8))
 
 
 def _middle(image: Image.Image) -> Image.Image:
@@ -182,10 +215,18 @@ def _naming(name: str) -> Iterator[None]:
 
 
 class ReaderImages:
-    """Images of a timm reader."""
+    """Images of a timm reader.
 
-    def __init__(self, reader: Any, class_names: Sequence[str], labels: Sequence[int]) -> None:
+    Args:
+        reader: The reader.
+        class_names: Name of each class.
+        labels: Class of each image.
+        origin: Name of this set, the same whenever it is opened.
+    """
+
+    def __init__(self, reader: Any, class_names: Sequence[str], labels: Sequence[int], origin: str) -> None:
         self.reader, self.class_names, self.labels = reader, tuple(class_names), labels
+        self.origin = origin
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -223,8 +264,8 @@ class _Decoded:
 class TorchvisionImages(_Decoded):
     """Images of a torchvision data set, which does its own decoding."""
 
-    def __init__(self, dataset: Any, name: str) -> None:
-        self.dataset, self.name = dataset, name
+    def __init__(self, dataset: Any, name: str, split: str = "") -> None:
+        self.dataset, self.name, self.origin = dataset, name, f"{name}:{split}"
         labels = getattr(dataset, "targets", None)
         if labels is None:  # some sets keep (file, label) pairs under one of these names
             pairs = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None) or dataset.index
@@ -253,6 +294,7 @@ class ArrayImages(_Decoded):
 
     def __init__(self, pixels: np.ndarray, labels: Sequence[int], class_names: Sequence[str]) -> None:
         self.pixels, self.labels, self.class_names = pixels, labels, tuple(class_names)
+        self.origin = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -1,55 +1,83 @@
-"""Check for images that are in two splits, by the folders and tar files that hold them.
-
-A source takes all images of a folder, so two splits with one folder share its images. Links to single files
-are not followed.
-"""
+"""Images in two splits: one file under two names is refused, equal contents are counted."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from typing import Any
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
 
 from localvit.data.config import DataConfig, DataError
-from localvit.data.images import Images
+from localvit.data.identity import file_reader, image_name
+from localvit.data.images import Images, Part
 
 _FLAGS = {"train": " (--data)", "test": " (--val-data)", "validation": ""}
-_Inode = tuple[int, int]
+_MOST_DIGESTS = 100_000
+_PROBE = 4096
+"""Bytes of the middle that are compared before whole files are."""
 
 
-def common_place(first: Images, second: Images) -> str | None:
-    """Return a folder or tar file with images of both sets, or `None`."""
-    there = _places(second)
-    return next((path for inode, path in _places(first).items() if inode in there), None)
+def places(part: Part) -> np.ndarray:
+    """Return the place of each image, (N,): equal for two images that are one.
+
+    It is device, inode and offset of a file; for images without files, the set and the number in it.
+    """
+    reader = file_reader(part.images)
+    if reader is not None:
+        rows = reader.places[part.indices]
+    else:
+        rows = np.empty((len(part), 3), dtype=np.uint64)
+        origin = hashlib.blake2b(part.images.origin.encode(errors="replace"), digest_size=8).digest()
+        rows[:, 0], rows[:, 1] = np.iinfo(np.uint64).max, int.from_bytes(origin, "big")
+        rows[:, 2] = part.indices
+    return np.ascontiguousarray(rows).view("S24").ravel()  # strings of equal length sort fast
 
 
-def check_disjoint(config: DataConfig, splits: Mapping[str, Images]) -> None:
-    """Refuse sources that share images.
+def shared(part: Part, other: Part) -> np.ndarray:
+    """Return the positions in `part` of images that are in `other` too."""
+    return np.flatnonzero(np.isin(places(part), places(other)))
+
+
+def everything(images: Images) -> Part:
+    """Return all images of a set."""
+    return Part(images, np.arange(len(images)), images.class_names)
+
+
+def check_disjoint(config: DataConfig, splits: Mapping[str, Part]) -> list[str]:
+    """Refuse splits that share images.
 
     Args:
         config: The sources, for the message.
-        splits: Images of `train`, `test` and `validation`, in this order. Splits held out of one set are not
-            compared.
+        splits: Images of `train` (those before others are held out), `test` and `validation`, in this order.
+
+    Returns:
+        Notes for the result, if `config.allow_overlap`.
 
     Raises:
-        DataError: if two sources share images; the message names both.
+        DataError: if two splits share images; the message has counts, an example and a remedy.
     """
-    names = list(splits)
-    for i, name in enumerate(names):
-        for other in names[:i]:
-            if splits[name] is splits[other]:
-                continue
-            place = common_place(splits[name], splits[other])
-            if place is not None:
-                raise DataError(overlap_message(config, name, other, f"the images in {place!r}"))
-
-
-def overlap_message(config: DataConfig, name: str, other: str, common: str) -> str:
-    """Return the message for two splits that share images."""
-    remedy = "name sources that do not contain each other"
-    if getattr(config, name) is not None:
-        remedy += f", or leave data.{name}{_FLAGS[name]} out"
-    return f"{_shown(config, name)} and {_shown(config, other)} have {common} in common; {remedy}"
+    notes = []
+    for other, name in combinations(splits, 2):
+        one, two = splits[name], splits[other]
+        if one.images is two.images:  # held out of the other one
+            two = Part(two.images, np.setdiff1d(two.indices, one.indices), two.class_names)
+        common = shared(one, two)
+        if not len(common):
+            continue
+        count = "all" if len(common) == len(one) else f"{len(common)} of"
+        what = (
+            f"{_shown(config, name)} and {_shown(config, other)} have {count} {len(one)} images in "
+            f"common, such as {image_name(one, int(common[0]))!r}"
+        )
+        if not config.allow_overlap:
+            remedy = "name sources that do not contain each other"
+            if getattr(config, name) is not None:
+                remedy += f", or leave data.{name}{_FLAGS[name]} out"
+            raise DataError(f"{what}; {remedy}, or allow it by --allow-overlap (data.allow_overlap)")
+        notes.append(f"overlap allowed: {what}")
+    return notes
 
 
 def _shown(config: DataConfig, name: str) -> str:
@@ -59,12 +87,61 @@ def _shown(config: DataConfig, name: str) -> str:
     return f"data.{name}={source!r}{_FLAGS[name]}"
 
 
-def _places(images: Any) -> dict[_Inode, str]:
-    """Return (device, inode) -> path of each folder or tar file with images of this set."""
-    reader: Any = getattr(images, "reader", None)
-    if hasattr(reader, "samples"):
-        paths = {os.path.dirname(file) for file, _ in reader.samples}
-    else:
-        paths = {member.tar for member in getattr(reader, "members", ())}
-    status = {path: os.stat(path) for path in sorted(paths)}
-    return {(one.st_dev, one.st_ino): path for path, one in status.items()}
+def equal_contents(splits: Mapping[str, Part], most: int | None = _MOST_DIGESTS) -> list[str]:
+    """Return notes about images of two splits whose files have equal contents, such as copies.
+
+    Args:
+        splits: The splits. Images without files are not compared.
+        most: Number of files of equal size above which nothing is read; `None`: no limit.
+    """
+    parts = {name: part for name, part in splits.items() if file_reader(part.images) is not None}
+    notes = []
+    for other, name in combinations(parts, 2):
+        pairs = _equal_pairs(parts[name], parts[other], most)
+        if pairs is None:
+            notes.append(
+                f"{name} and {other}: more than {most:,} files have a size of the other split, so contents "
+                "were not compared; localvit data check does"
+            )
+        elif pairs:
+            mine, theirs = (
+                image_name(p, i) for p, i in zip((parts[name], parts[other]), pairs[0], strict=True)
+            )
+            notes.append(
+                f"warning: {len(pairs)} of {len(parts[name])} {name} images have the same content as {other} "
+                f"images, such as {mine!r} and {theirs!r}; remove the copies"
+            )
+    return notes
+
+
+def _equal_pairs(part: Part, other: Part, most: int | None) -> list[tuple[int, int]] | None:
+    """Return positions of each image of `part` and of one in `other` with equal content, links left out."""
+    sizes = [file_reader(p.images).sizes[p.indices] for p in (part, other)]  # type: ignore[union-attr]
+    mine, theirs = (np.flatnonzero(np.isin(a, b)).tolist() for a, b in (sizes, sizes[::-1]))
+    links = set(shared(part, other).tolist())
+    mine = [position for position in mine if position not in links]
+    if most is not None and len(mine) + len(theirs) > most:
+        return None
+    pairs: list[tuple[int, int]] = []
+    for length in (_PROBE, None):  # whole files only where the middles are equal
+        first, second = _by_digest(part, mine, length), _by_digest(other, theirs, length)
+        equal = first.keys() & second.keys()
+        mine, theirs = ([i for digest in equal for i in found[digest]] for found in (first, second))
+        pairs = sorted((i, second[digest][0]) for digest in equal for i in first[digest])
+    return pairs
+
+
+def _by_digest(part: Part, positions: Sequence[int], length: int | None) -> dict[bytes, list[int]]:
+    """Return the positions for each digest of size and content, or of `length` bytes of the middle."""
+    reader, found = file_reader(part.images), defaultdict(list)
+    assert reader is not None
+    for position in positions:
+        index = int(part.indices[position])
+        size = int(reader.sizes[index])
+        start = 0 if length is None else max(0, (size - length) // 2)
+        try:
+            content = reader.read(index, start, None if length is None else min(length, size - start))
+        except OSError:
+            continue  # an error with its name when it is used as an image
+        found[hashlib.sha256(size.to_bytes(8, "big") + content).digest()].append(position)
+    return found

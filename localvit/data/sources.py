@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,9 +11,18 @@ import numpy as np
 from timm.data import create_dataset
 
 from localvit.data.config import DataConfig, DataError
-from localvit.data.folder import open_folder
 from localvit.data.images import ArrayImages, Images, ReaderImages, TorchvisionImages
-from localvit.data.tar import open_shards, open_tar
+from localvit.data.listing import (
+    Tree,
+    class_images,
+    is_hidden,
+    is_image,
+    sub_folders,
+    walk,
+)
+from localvit.data.order import name_order
+from localvit.data.split_names import split_folders, split_of
+from localvit.data.tar import open_shards, read_tar
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -22,11 +31,6 @@ ACCEPTED = (
     "'digits', an image folder with one folder per class, a .tar of one, or a name for "
     "timm.data.create_dataset (torch/..., hfds/..., wds/...)"
 )
-_SUBFOLDERS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "eval", "evaluation"),
-    "test": ("test",),
-}
 DIGITS_TEST = 500
 """Number of test images of `digits`: 28 %, for a standard error below one point at 95 % accuracy."""
 FIXED_SEED = 20240
@@ -39,7 +43,7 @@ def find_splits(source: str, config: DataConfig) -> dict[str, Opener]:
     """Return the splits of a source, each as a function that opens it.
 
     Keys are `"train"`, `"validation"` and `"test"`, as far as the source has them, or the single key `"all"`
-    for a source without splits (a plain folder or tar).
+    for a source without splits (a plain folder or tar). A tar is listed here, a folder when it is opened.
 
     Raises:
         DataError: if there is no such source.
@@ -48,9 +52,9 @@ def find_splits(source: str, config: DataConfig) -> dict[str, Opener]:
     if source == "digits":
         return {split: partial(open_digits, split) for split in ("train", "test")}
     if os.path.isdir(source):
-        return _folder_splits(source)
-    if os.path.isfile(source) and source.endswith(".tar"):
-        return {"all": partial(open_tar, source)}
+        return _folder_splits(source, config)
+    if os.path.isfile(source) and source.lower().endswith(".tar"):
+        return _tar_splits(source, config)
     if slash and prefix == "torch" and name not in ("folder", "image_folder"):
         return {
             "train": partial(_open_torchvision, source, "train", config),
@@ -65,13 +69,6 @@ def find_splits(source: str, config: DataConfig) -> dict[str, Opener]:
         opener = _open_hub if prefix == "hfds" else _open_shards
         return {key: partial(opener, source, split, config) for key, split in splits.items() if split}
     raise DataError(f"no data source {source!r}; accepted: {ACCEPTED}")
-
-
-def same_source(first: str, second: str) -> bool:
-    """Return True if two names are equal, or are paths of one file or folder."""
-    if os.path.exists(first) and os.path.exists(second):
-        return os.path.samefile(first, second)
-    return first == second
 
 
 def open_digits(split: str) -> ArrayImages:
@@ -157,23 +154,45 @@ def _class_positions(labels: np.ndarray, seed: int) -> np.ndarray:
     return position
 
 
-def _folder_splits(folder: str) -> dict[str, Opener]:
-    entries: dict[str, list[str]] = {}
-    for name in sorted(next(os.walk(folder), (folder, [], []))[1]):
-        entries.setdefault(name.lower(), []).append(name)
-    found = {
-        split: entries[name]
-        for split, names in _SUBFOLDERS.items()
-        for name in reversed(names)
-        if name in entries
+def _folder_splits(folder: str, config: DataConfig) -> dict[str, Opener]:
+    names = sub_folders(folder)
+    # Folders are searched twice only if one has the name of a split.
+    inner = {
+        name: sub_folders(os.path.join(folder, name)) if any(map(split_of, names)) else () for name in names
     }
-    if "train" not in found:  # then "val" and "test" may be names of classes
-        return {"all": partial(open_folder, folder)}
-    for names in found.values():
-        if len(names) > 1:
-            both = " and ".join(map(repr, names))
-            raise DataError(f"{folder!r} has {both}, which name the same split; rename one of them")
-    return {split: partial(open_folder, os.path.join(folder, names[0])) for split, names in found.items()}
+    found, notes = split_folders(folder, inner)
+    if not found:
+        return {"all": partial(_open_tree, partial(walk, folder), config)}
+    beside = sum(is_image(entry.name) for entry in os.scandir(folder) if not is_hidden(entry.name))
+    if beside:
+        notes.append(f"{folder!r}: {beside} images beside the splits: left out")
+    return {
+        split: partial(_open_tree, partial(walk, os.path.join(folder, name)), config, notes)
+        for split, name in found.items()
+    }
+
+
+def _tar_splits(path: str, config: DataConfig) -> dict[str, Opener]:
+    tree = read_tar(path)
+    inner: dict[str, set[str]] = {}
+    for name in sorted(tree.folders, key=name_order):
+        top, _, rest = name.partition("/")
+        inner.setdefault(top, set()).update([rest.partition("/")[0]] if rest else [])
+    found, notes = split_folders(path, inner)
+    if not found:
+        return {"all": partial(_open_tree, lambda: tree, config)}
+    if beside := sum("/" not in item.name for item in tree.items):
+        notes.append(f"{path!r}: {beside} images beside the splits: left out")
+    return {
+        split: partial(_open_tree, partial(tree.below, name), config, notes) for split, name in found.items()
+    }
+
+
+def _open_tree(read: Callable[[], Tree], config: DataConfig, notes: Sequence[str] = ()) -> ReaderImages:
+    tree = read()
+    reader, names, labels = class_images(tree, allow_links=config.allow_overlap)
+    reader.notes = (*notes, *reader.notes)
+    return ReaderImages(reader, names, labels, origin=tree.base)
 
 
 def _open_torchvision(source: str, split: str, config: DataConfig) -> Images:
@@ -184,7 +203,7 @@ def _open_torchvision(source: str, split: str, config: DataConfig) -> Images:
     except (AssertionError, RuntimeError, OSError) as error:
         hint = "" if config.download else "; data.download=true downloads it"
         raise DataError(f"data source {source!r} in {config.root!r}: {_first_line(error)}{hint}") from error
-    return TorchvisionImages(dataset, source)
+    return TorchvisionImages(dataset, source, split)
 
 
 def _open_hub(source: str, split: str, config: DataConfig) -> ReaderImages:
@@ -198,7 +217,9 @@ def _open_hub(source: str, split: str, config: DataConfig) -> ReaderImages:
         raise DataError(f"data source {source!r}, split {split!r}: {_first_line(error)}") from error
     labels = [int(label) for label in reader.iter_targets()]
     names = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
-    return ReaderImages(reader, names or [str(i) for i in range(max(labels) + 1)], labels)
+    return ReaderImages(
+        reader, names or [str(i) for i in range(max(labels) + 1)], labels, f"{source}:{split}"
+    )
 
 
 def _open_shards(source: str, split: str, config: DataConfig) -> ReaderImages:
@@ -206,7 +227,7 @@ def _open_shards(source: str, split: str, config: DataConfig) -> ReaderImages:
         raise DataError(
             f"data.root={config.root!r} is not accepted for {source!r}; use the folder that has its shards"
         )
-    return open_shards(config.root, split)
+    return open_shards(config.root, split, f"{source}:{split}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from localvit.data.config import DataConfig, DataError
+from localvit.data.identity import file_reader
 from localvit.data.images import Images, Part
-from localvit.data.overlap import check_disjoint, common_place, overlap_message
+from localvit.data.overlap import check_disjoint, everything, shared
 from localvit.data.sources import (
     FIXED_SEED,
     Opener,
     find_splits,
     nested_subset,
-    same_source,
     stratified_holdout,
 )
 
@@ -57,7 +57,6 @@ def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
         DataError: if a source does not exist, has no images, has a class that the training images lack, or
             shares images with another source; if there are fewer than two classes.
     """
-    _check_distinct(config)
     available = find_splits(config.train, config)
     train = _open(available, ("train", "all"), config.train)
     names = train.class_names
@@ -82,7 +81,10 @@ def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
     else:
         remaining, validation = _hold_out(train, remaining, names, config.holdout, seed)
         notes.append(_note("validation", validation, config.train, f"chosen by seed {seed}"))
-    check_disjoint(config, {"train": train, "test": test.images, "validation": validation.images})
+    notes += check_disjoint(config, {"train": everything(train), "test": test, "validation": validation})
+    opened = {id(images): images for images in (train, test.images, validation.images)}
+    asides = [note for images in opened.values() for note in getattr(file_reader(images), "notes", ())]
+    notes += dict.fromkeys(asides)
     if config.fraction < 1.0:
         total = len(remaining)
         remaining = nested_subset(np.asarray(train.labels), remaining, config.fraction)
@@ -118,13 +120,15 @@ def _open_given(source: str, config: DataConfig, names: Sequence[str]) -> Part:
 
 
 def _own_validation(available: dict[str, Opener], config: DataConfig, test: Part) -> Images | None:
-    """Open the validation split of the training source, unless its images are the test images."""
+    """Open the validation split of the training source, unless `config.test` has images of it."""
     if config.validation is not None or "validation" not in available:
         return None
     if config.test is None and "test" not in available:
         return None
     images = available["validation"]()
-    return images if common_place(images, test.images) is None else None
+    if config.test is not None and len(shared(test, everything(images))):
+        return None
+    return images
 
 
 def _first(available: dict[str, Opener], keys: Sequence[str]) -> Opener | None:
@@ -162,14 +166,3 @@ def _hold_out(
 
 def _note(split: str, part: Part, source: str, how: str) -> str:
     return f"{split}: {len(part)} images held out of {source!r} ({how})"
-
-
-def _check_distinct(config: DataConfig) -> None:
-    """Refuse a source without splits for two splits; a source with splits may be named twice."""
-    given = [(name, getattr(config, name)) for name in ("train", "test", "validation")]
-    sources = [(name, source) for name, source in given if source is not None]
-    for i, (name, source) in enumerate(sources):
-        for other, second in sources[:i]:
-            plain = "all" in find_splits(source, config)
-            if same_source(source, second) and (plain or other != "train"):
-                raise DataError(overlap_message(config, name, other, "all images"))

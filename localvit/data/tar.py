@@ -1,169 +1,236 @@
-"""Images in tar files, read by index from any process.
+"""Images in tar files: read completely, or refused by name.
 
-timm's tar reader keeps one file open: data workers forked after its first read share one file position and
-return each other's images. timm's stream of WebDataset shards has an order that depends on the number of
-workers, skips unreadable images, and has no subsets. Here the members are listed once and each read opens the
-file again (about 20 microseconds), so processes share nothing.
+Python's `tarfile` ends without an error at a damaged header and at the end of the first of several archives;
+here the rest of the file must be what an archive ends with. timm's stream of WebDataset shards has an order
+that depends on the number of workers, skips unreadable images, and has no subsets.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import os
+import posixpath
 import re
+import stat
 import tarfile
-from collections.abc import Sequence
-from typing import BinaryIO, NamedTuple
-
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader import Reader
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 from localvit.data.config import DataError
 from localvit.data.images import ReaderImages
-from localvit.data.order import name_order
+from localvit.data.listing import FileReader, Item, Tree, accepted_names, is_hidden, is_image
+from localvit.data.split_names import split_of
+from localvit.structure import read_json
+
+_BLOCK = tarfile.BLOCKSIZE
+_MOST_LINKS = 40
+"""Symbolic links in a row, as on Linux."""
+MOST_SHARDS = 100_000
+_DAMAGED = (tarfile.TarError, ValueError, ArithmeticError, LookupError, EOFError, RecursionError)
+"""What `tarfile` raises for damaged headers."""
 
 
-class Member(NamedTuple):
-    """Position of a file in a tar."""
+def read_tar(path: str) -> Tree:
+    """List an uncompressed tar. Of members with one name, the last one counts, as for `tar` itself.
 
-    tar: str
-    name: str
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """Read the content."""
-        with open(self.tar, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-
-def list_members(path: str) -> list[Member]:
-    """List the files in an uncompressed tar, in its order.
+    Folders around all content are left out of the names: `data/cats/1.jpg` is `cats/1.jpg`.
 
     Raises:
-        DataError: if it is not an uncompressed tar.
+        DataError: if it is no uncompressed tar, is damaged, cut off, or has an image that is not stored as
+            plain bytes in it.
     """
+    return _unwrapped(_content(path)[0])
+
+
+def _content(path: str) -> tuple[Tree, dict[str, tarfile.TarInfo]]:
+    """Return the content of an archive, and its members by their plain names."""
+    members = {name: m for m in _members(path) if (name := _visible(m.name)) is not None}
+    status = os.stat(path)
+    tree = Tree(source=path, base=f"{path}:")
+    for name, member in members.items():
+        tree.folders.update(_parents(name), [name] if member.isdir() else ())
+    for name, member in members.items():
+        if member.isdir():
+            continue
+        found = _follow(path, name, members, tree.folders)
+        if found.isreg() and not found.issparse():
+            place = status.st_dev, status.st_ino, found.offset_data
+            tree.add(Item(name, path, place, found.size))
+        elif is_image(name):
+            kind = "is stored sparse" if found.issparse() else "is no regular file"
+            raise DataError(f"{path!r}: {name!r} {kind} in it; repack it from plain files")
+    return tree, members
+
+
+def _visible(name: str) -> str | None:
+    """Return the plain form of a member's name; `None` if it is the top, hidden or in a hidden folder."""
+    plain = posixpath.normpath(name.lstrip("/"))
+    parts = [part for part in plain.split("/") if part != ".."]
+    return None if plain == "." or any(map(is_hidden, parts)) else "/".join(parts)
+
+
+def _parents(name: str) -> Iterator[str]:
+    while "/" in name:
+        name = name.rpartition("/")[0]
+        yield name
+
+
+def _follow(path: str, name: str, members: dict[str, tarfile.TarInfo], folders: set[str]) -> tarfile.TarInfo:
+    """Return the member that a link means, or the member itself.
+
+    Raises:
+        DataError: if it means a folder, or nothing in this archive.
+    """
+    member, at = members[name], name
+    for _ in range(_MOST_LINKS):
+        if not (member.issym() or member.islnk()):
+            return member
+        target = member.linkname if member.islnk() else posixpath.join(posixpath.dirname(at), member.linkname)
+        at = posixpath.normpath(target.lstrip("/") if member.islnk() else target)
+        if at in folders or at not in members:
+            break
+        member = members[at]
+    what = "a folder" if at in folders else "nothing in this archive"
+    raise DataError(
+        f"{path!r}: {name!r} is a link to {what} ({member.linkname!r}); repack it with tar --dereference"
+    )
+
+
+def _unwrapped(tree: Tree) -> Tree:
+    """Return the content of the folders around all of it, unless such a folder is a split or a class."""
+    while True:
+        tops = {name.partition("/")[0] for name in tree.folders}
+        if len(tops) != 1 or any("/" not in item.name for item in tree.items):
+            return tree
+        (top,) = tops
+        inner = any(name.startswith(f"{top}/") for name in tree.folders)
+        if not inner or split_of(top):
+            return tree
+        others, tree = tree.others, tree.below(top)
+        tree.others.update(others)
+
+
+def _members(path: str) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar, and of archives that were appended to it as files."""
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            return [
-                Member(path, m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()
-            ]
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(
-            f"{path!r} is not an uncompressed tar file ({error}); repack it without compression"
-        ) from error
+        with open(path, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise DataError(f"{path!r} is no regular file")
+            start: int | None = 0
+            while start is not None:
+                file.seek(start)
+                end = start
+                try:
+                    with tarfile.open(fileobj=file, mode="r:") as tar:
+                        yield from _one_by_one(tar)
+                        end = tar.offset
+                except _DAMAGED as error:
+                    where = f"at or after byte {start}" if start else f"({error})"
+                    raise DataError(
+                        f"{path!r} is not an uncompressed tar file {where}, or it is damaged; repack it "
+                        "without compression"
+                    ) from error
+                start = _next_archive(file, end, path)
+    except OSError as error:
+        raise DataError(f"{path!r} cannot be read: {error.strerror or error}") from error
 
 
-class TarReader(Reader):
-    """Reader in timm's form, for members of any number of tar files.
-
-    Args:
-        members: The images.
-    """
-
-    def __init__(self, members: Sequence[Member]) -> None:
-        super().__init__()
-        self.members = members
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __getitem__(self, index: int) -> tuple[BinaryIO, None]:
-        return io.BytesIO(self.members[index].read()), None
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        member = self.members[index]
-        if basename:
-            return os.path.basename(member.name)
-        return f"{member.tar}:{member.name}" if absolute else member.name
+def _one_by_one(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (member := tar.next()) is not None:
+        if member.size < 0 or tar.offset <= member.offset:  # it would be read forever
+            raise tarfile.ReadError(f"size {member.size} of {member.name!r}")
+        tar.members.clear()  # type: ignore[attr-defined]  # a kilobyte for each
+        yield member
 
 
-def open_tar(path: str) -> ReaderImages:
-    """Open the images in a tar of `.../class_name/file`, in natural order of their names.
+def _next_archive(file: BinaryIO, end: int, path: str) -> int | None:
+    """Return where another archive begins after the end of one; `None` if the file ends there.
 
     Raises:
-        DataError: if it is not an uncompressed tar or has no images.
+        DataError: if there is no end mark at `end`.
     """
-    found = [member for member in list_members(path) if _is_image(member.name)]
-    images = sorted(found, key=lambda member: name_order(member.name))
-    if not images:
-        raise DataError(f"{path!r}: 0 images in it; accepted files: {_accepted_names()}")
-    folders = [os.path.basename(os.path.dirname(member.name)) for member in images]
-    names = sorted(set(folders), key=name_order)
-    index = {name: i for i, name in enumerate(names)}
-    return ReaderImages(TarReader(images), names, [index[folder] for folder in folders])
+    file.seek(end)
+    zeros = 0
+    while block := file.read(_BLOCK):
+        if any(block):
+            if zeros >= 2:
+                return end + zeros * _BLOCK
+            raise DataError(f"{path!r} is damaged at byte {end + zeros * _BLOCK}; restore it or repack it")
+        zeros += 1
+    if zeros == 0:
+        raise DataError(f"{path!r} has no end mark at byte {end}, so it may be cut off; repack it")
+    return None
 
 
-def open_shards(root: str, split: str) -> ReaderImages:
+def open_shards(root: str, split: str, origin: str) -> ReaderImages:
     """Open the images in local WebDataset shards: `KEY.jpg` (or another format) beside `KEY.cls`.
 
     Args:
         root: Folder of the shards.
         split: timm's name of a split: `"train-{0000..0012}.tar"` (a `"|COUNT"` after it is ignored), or the
             name of a split in `_info.json` or `info.json`.
+        origin: Name of the split, for its manifest.
 
     Raises:
         DataError: if there are no such shards, or an image has no `.cls` file with an integer.
     """
-    images: list[Member] = []
+    images: list[Item] = []
     labels: list[int] = []
     for shard in _shards(root, split):
-        members = list_members(shard)
-        classes = {m.name.removesuffix(".cls"): m for m in members if m.name.endswith(".cls")}
-        for member in members:
-            if _is_image(member.name):
-                key = os.path.splitext(member.name)[0]
-                images.append(member)
-                labels.append(_label(classes.get(key), member))
+        path = os.path.join(root, shard)
+        tree, members = _content(path)
+        with open(path, "rb") as file:
+            for item in tree.items:
+                cls = members.get(f"{os.path.splitext(item.name)[0]}.cls")
+                labels.append(_label(file, cls, item.name, path))
+                images.append(item._replace(name=f"{shard}:{item.name}"))
     if not images:
         raise DataError(
-            f"split {split!r} in {root!r}: 0 images in its shards; accepted files: {_accepted_names()}"
+            f"split {split!r} in {root!r}: 0 images in its shards; accepted files: {accepted_names()}"
         )
-    return ReaderImages(TarReader(images), [str(i) for i in range(max(labels) + 1)], labels)
+    reader = FileReader(os.path.join(root, ""), images)
+    return ReaderImages(reader, [str(i) for i in range(max(labels) + 1)], labels, origin)
 
 
-def _accepted_names() -> str:
-    return ", ".join(get_img_extensions())
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in get_img_extensions(as_set=True)
-
-
-def _label(cls: Member | None, image: Member) -> int:
-    text = cls.read().decode(errors="replace").strip() if cls else None
-    if text is None or not text.isdecimal():
+def _label(file: BinaryIO, cls: tarfile.TarInfo | None, image: str, path: str) -> int:
+    text = None
+    if cls is not None and cls.isreg():
+        file.seek(cls.offset_data)
+        text = file.read(min(cls.size, 100)).decode(errors="replace").strip()
+    if text is None or not (text.isascii() and text.isdecimal() and len(text) < 10):
         found = "no .cls file" if text is None else f"a .cls file with {text[:20]!r}"
-        raise DataError(
-            f"{image.name!r} in {image.tar!r} has {found}; each image needs one with its class number"
-        )
+        raise DataError(f"{image!r} in {path!r} has {found}; each image needs one with its class number")
     return int(text)
 
 
 def _shards(root: str, split: str) -> list[str]:
-    """Return the paths of the shards of a split."""
+    """Return the names of the shards of a split."""
     pattern = split.partition("|")[0]
-    if pattern.endswith(".tar"):
-        span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-        first, last = span.groups() if span else ("0", "0")
-        numbers = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
-        names = [pattern[: span.start()] + n + pattern[span.end() :] for n in numbers] if span else [pattern]
-    else:
-        names = _from_info(root, split)
-    return [os.path.join(root, name) for name in names]
+    if not pattern.endswith(".tar"):
+        return _from_info(root, split)
+    span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if span is None:
+        return [pattern]
+    first, last = span.groups()
+    count = int(last) - int(first) + 1 if len(last) < 20 else MOST_SHARDS + 1
+    if count > MOST_SHARDS:
+        raise DataError(f"split {split!r} names more than {MOST_SHARDS:,} shards; use fewer")
+    numbers = [f"{i:0{len(first)}d}" for i in range(int(first), int(first) + count)]
+    return [pattern[: span.start()] + number + pattern[span.end() :] for number in numbers]
 
 
 def _from_info(root: str, split: str) -> list[str]:
     for name in ("_info.json", "info.json"):
         path = os.path.join(root, name)
         if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                splits = json.load(file).get("splits", {})
-            if split in splits:
-                return list(splits[split]["filenames"])
-            raise DataError(f"{path!r} has the splits {', '.join(splits)}, not {split!r}")
+            splits = read_json(dict[str, Any], path).get("splits", {})
+            try:
+                if split in splits:
+                    return list(map(str, splits[split]["filenames"]))
+                raise DataError(f"{path!r} has the splits {', '.join(splits)}, not {split!r}")
+            except (TypeError, KeyError) as error:
+                raise DataError(
+                    f"{path!r}: splits has no list of filenames for each split; name shards instead"
+                ) from error
     raise DataError(
         f"split {split!r} is not in {root!r}; name shards ('train-{{0000..0012}}.tar') or add _info.json"
     )

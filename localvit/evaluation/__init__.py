@@ -18,5 +18,6 @@ if TYPE_CHECKING:
         draw_confusion as draw_confusion,
     )
     from localvit.evaluation.metrics import Metrics as Metrics
+    from localvit.evaluation.reported import open_equal_splits as open_equal_splits
 else:
     __getattr__, __dir__, __all__ = door(__name__)

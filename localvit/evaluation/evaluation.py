@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,10 @@ from localvit.data import (
     Part,
     Preprocessing,
     eval_loader,
-    find_splits,
-    open_reported,
-    open_splits,
     readable,
-    same_source,
 )
 from localvit.engines import EngineKind, pick_engine
-from localvit.errors import ConfigError, check_at_least
+from localvit.errors import check_at_least, unknown
 from localvit.evaluation.calibration import (
     Bin,
     Interval,
@@ -31,8 +27,9 @@ from localvit.evaluation.calibration import (
     expected_calibration_error,
     wilson_interval,
 )
-from localvit.evaluation.labels import label_by_outputs, read_real_labels
+from localvit.evaluation.labels import read_real_labels
 from localvit.evaluation.metrics import Metrics, Tally
+from localvit.evaluation.reported import reported_images
 from localvit.evaluation.top_k import ClassResult, Confusion, TopKPredictions, by_class, confusion_counts
 from localvit.inference import OpenModel, open_model
 from localvit.models import preprocessing_for
@@ -109,6 +106,7 @@ class Evaluation:
         real: Accuracy on reassessed labels, if they were asked for.
         restricted: Whether only the classes that have images could be guessed.
         preprocessing: Preparation of the images.
+        notes: Sentences about the images: what was allowed, what could not be compared.
     """
 
     checkpoint: str
@@ -124,6 +122,7 @@ class Evaluation:
     real: RealLabels | None
     restricted: bool
     preprocessing: Preprocessing
+    notes: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -139,6 +138,7 @@ def evaluate(
     real_labels: str | None = None,
     engine: EngineKind | None = None,
     fuse: bool = False,
+    allow_change: Collection[str] = (),
 ) -> Evaluation:
     """Measure a model on the images of a source that are there to be reported.
 
@@ -148,8 +148,8 @@ def evaluate(
         checkpoint: As `open_model`.
         data: A source (see `DataConfig`): its test split, else its validation split, else all of it.
             ``None`` takes the test split of the run that trained the checkpoint.
-        config: `root` and split names for `data`, and departures from the model's own `mean`, `std`,
-            `interpolation` and `crop_pct`.
+        config: `root`, split names and `allow_overlap` for `data`, and departures from the model's own
+            `mean`, `std`, `interpolation` and `crop_pct`.
         batch_size: Images at a time, in each process.
         workers: Data workers of each process that computes.
         device: As in `TrainConfig`.
@@ -161,21 +161,25 @@ def evaluate(
             `read_real_labels`).
         engine: As `open_model`.
         fuse: As `open_model`. Off by default: published numbers are those of the plain model.
+        allow_change: `["data"]` accepts a test split that is not that of the training any more.
 
     Raises:
         ConfigError: if the checkpoint or a file cannot be used, a number is not positive, or `data` is
-            missing or is what the checkpoint was trained on.
+            missing, changed since the training, or has images that the checkpoint was trained on.
         DataError: if the source cannot be used or its classes are not the model's.
         UnreadableImage: if an image cannot be decoded.
     """
     check_at_least(1, batch_size=batch_size)
     check_at_least(0, workers=workers)
+    if wrong := set(allow_change) - {"data"}:
+        raise unknown("allow_change", min(wrong), ["data"])
     config = config or DataConfig()
     if device == "auto" and (engine or pick_engine(checkpoint)):
         device = "cpu"  # exported files run there
     with open_world(device) as world:
         model = open_model(checkpoint, world.device, engine=engine, fuse=fuse)
-        source, images = _reported_images(model, data, config, class_map)
+        found = reported_images(model, data, config, class_map, world=world, allow_change=allow_change)
+        images = found.images
         real = read_real_labels(real_labels, images, model) if real_labels is not None else None
         prepared = preprocessing_for(model.model, config)
         loader = eval_loader(
@@ -192,11 +196,12 @@ def evaluate(
     return Evaluation(
         checkpoint=checkpoint,
         form=model.form,
-        data=source,
+        data=found.source,
         metrics=metrics,
         real=_count_real(predictions.guesses, real.numpy()) if real is not None else None,
         restricted=restrict,
         preprocessing=prepared,
+        notes=found.notes,
         **_conclusions(metrics, predictions, images, model),
     )
 
@@ -249,22 +254,3 @@ def _count_real(guesses: np.ndarray, right: np.ndarray) -> RealLabels:
         top5=100 * float(hits.any(1).sum()) / images,
         images=len(hits),
     )
-
-
-def _reported_images(
-    model: OpenModel, data: str | None, config: DataConfig, class_map: str | None
-) -> tuple[str, Part]:
-    """Return the source that is reported on, and its images, labelled by the model's outputs."""
-    run = model.run
-    if data is None:
-        if run is None:
-            raise ConfigError(f"data=None: {model.source!r} is not a run's folder, so name a data source")
-        if class_map is not None:
-            raise ConfigError(f"class_map={class_map!r} is for data of another source; name it")
-        return run.data.test or run.data.train, open_splits(run.data, seed=run.seed).test
-    if run is not None and same_source(data, run.data.train) and "all" in find_splits(data, config):
-        raise ConfigError(
-            f"data={data!r} is what {model.source!r} was trained on; "
-            "leave it out to use the test split of that run"
-        )
-    return data, label_by_outputs(open_reported(data, config), data, model, class_map)

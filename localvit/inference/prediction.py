@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import Dataset
 
-from localvit.data import Sample, decode, eval_loader, name_order
+from localvit.data import Sample, check_regular, decode, eval_loader, list_files
 from localvit.engines import EngineKind
 from localvit.errors import ConfigError, check_at_least
 from localvit.inference.model import OpenModel, open_model
@@ -200,15 +199,14 @@ def find_files(paths: Sequence[str]) -> list[str]:
 
     Raises:
         ConfigError: if a path does not exist or nothing was found.
+        DataError: if a path is no regular file, or as `list_files`.
     """
-    extensions = get_img_extensions(as_set=True)
     found: dict[str, None] = {}
     for path in paths:
         if os.path.isdir(path):
-            below = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-            images = [file for file in below if os.path.splitext(file)[1].lower() in extensions]
-            found |= dict.fromkeys(sorted(images, key=name_order))
-        elif os.path.isfile(path):
+            found |= dict.fromkeys(list_files(path))
+        elif os.path.exists(path):
+            check_regular(path, os.stat(path).st_mode)
             found[path] = None
         else:
             raise ConfigError(f"path {path!r} does not exist")

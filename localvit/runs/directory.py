@@ -4,6 +4,7 @@
 config.yaml      the resolved configuration
 status.json      state, epochs done, best epoch, reported metrics, versions, data, notes
 metrics.jsonl    one object per epoch
+manifest.json    images of each split, for later evaluations
 last/  best/     model.safetensors + config.json: timm.create_model("local-dir:FOLDER/best", pretrained=True)
 state/           what a run that has not finished resumes from
 ```
@@ -27,16 +28,16 @@ from torch import nn
 
 from localvit.atomic import move_into_place, sync, temporary_prefix, umask, write_atomically
 from localvit.config import Changes, TrainConfig, comparable, differences, refuse_changes
-from localvit.data import Preprocessing
+from localvit.data import Manifest, Preprocessing
 from localvit.errors import ConfigError, TrainingFailed
 from localvit.runs.lock import has_lock_file, locked
-from localvit.runs.saved import read_run
+from localvit.runs.saved import MANIFEST, read_run
 from localvit.runs.state import State, drop_damaged, newest_name, read_newest, read_state, write_state
 from localvit.runs.status import BestEpoch, Change, RunStatus, numbers
 from localvit.runtime import commit, versions
 from localvit.structure import to_json, to_yaml
 
-_FILES = ("config.yaml", "status.json", "metrics.jsonl", "last", "best", "state")
+_FILES = ("config.yaml", "status.json", "metrics.jsonl", MANIFEST, "last", "best", "state")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +186,7 @@ class RunDirectory:
         self,
         *,
         notes: Collection[str] = (),
+        manifest: Manifest | None = None,
         history: list[dict[str, Any]],
         best: BestEpoch | None = None,
         bad_images: Collection[str] = (),
@@ -193,6 +195,7 @@ class RunDirectory:
 
         Args:
             notes: Sentences for the reader of the results.
+            manifest: Images of each split.
             history: Metrics of the epochs that are done.
             best: Best of them.
             bad_images: Training images that could not be read.
@@ -216,6 +219,9 @@ class RunDirectory:
         with self._writing():
             write_atomically(self.path / "config.yaml", to_yaml(self.config))
         self.update()
+        if manifest is not None:
+            with self._writing():
+                write_atomically(self.path / MANIFEST, to_json(manifest))
         if history or (self.path / "metrics.jsonl").exists():
             with self._writing():
                 write_atomically(self.path / "metrics.jsonl", *map(_line, history))

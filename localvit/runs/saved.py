@@ -10,9 +10,12 @@ from typing import Any
 from safetensors import safe_open
 
 from localvit.config import TrainConfig, read_config
+from localvit.data import Manifest
 from localvit.errors import ConfigError
 from localvit.runs.status import RunStatus, whole
-from localvit.structure import parse_json
+from localvit.structure import parse_json, read_json
+
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,17 @@ class SavedRun:
             if config.output is None:  # a run has one; a file that was cut off has none
                 raise ConfigError("output is missing")
         return config
+
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        """Content of `manifest.json`; `None` if it is not there, as in runs of 0.3."""
+        if not (self.path / MANIFEST).exists():
+            return None
+        with whole(self.path / MANIFEST) as path:
+            manifest = read_json(Manifest, path)
+            for split in manifest.splits.values():
+                split.entries()  # a damaged text of names is an error here
+        return manifest
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:

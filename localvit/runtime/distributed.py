@@ -66,6 +66,13 @@ class World:
         dist.gather_object(value, values)
         return values or []
 
+    def distinct(self, value: T) -> list[T]:
+        """Return the different values of all processes, by rank, in all processes."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return list(dict.fromkeys(values))
+
     def broadcast_from_main(self, make: Callable[[], T]) -> T:
         """Call `make` in the main process only; return its result, or raise its error, in all processes."""
         if self.size == 1:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 
-from localvit.data import fingerprint
 from localvit.errors import TrainingFailed, TrainingInterrupted
 from localvit.evaluation import Metrics
 from localvit.runs import BestEpoch, Decision, RunDirectory, numbers
@@ -39,7 +38,7 @@ class Checkpointer:
 
         def claim() -> None:
             if directory:
-                directory.claim(fingerprint(run.splits))
+                directory.claim(run.manifest.fingerprint())
 
         run.world.broadcast_from_main(claim)
         if decision.state is not None:
@@ -48,6 +47,7 @@ class Checkpointer:
         if directory:
             directory.begin(
                 notes=run.notes,
+                manifest=run.manifest,
                 history=run.state.history,
                 best=self._best(),
                 bad_images=self._bad_images(),

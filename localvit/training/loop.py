@@ -288,6 +288,7 @@ def _finished(directory: RunDirectory | None, console: Console | None) -> RunRes
         console.print(
             f"{result.output} holds this run already, finished: best epoch {result.best_epoch}, test top-1 "
             f"{result.test.top1:.2f} %",
+            markup=False,
             highlight=False,
             soft_wrap=True,
             markup=False,

@@ -70,6 +70,7 @@ class Progress:
             f"{model.name}{locality}: {parameters / 1e6:.3g} M parameters; images: "
             f"{len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test; "
             f"{splits.num_classes} classes",
+            markup=False,
             highlight=False,
             soft_wrap=True,
             markup=False,

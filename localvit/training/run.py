@@ -16,19 +16,19 @@ from localvit.config import Changes, TrainConfig
 from localvit.data import (
     AugmentConfig,
     Batch,
+    Manifest,
     Preprocessing,
     Splits,
     derive_seed,
     eval_loader,
     image_name,
-    open_splits,
     random_scope,
     seed_all,
     share,
     train_loader,
 )
 from localvit.errors import ConfigError, TrainingFailed
-from localvit.evaluation import Metrics
+from localvit.evaluation import Metrics, open_equal_splits
 from localvit.models import build_model, check_forward, preprocessing_for
 from localvit.runs import State, random_states, set_random_states
 from localvit.runtime import World
@@ -94,6 +94,7 @@ class Run:
     config: TrainConfig
     world: World
     splits: Splits
+    manifest: Manifest
     engine: Engine
     mixup: Mixup | None
     preprocessing: Preprocessing
@@ -275,7 +276,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
         ConfigError, DataError: as `train`.
     """
     _check_shares(config.batch_size, config.engine.grad_accum, config.augment.mixes, world.size)
-    splits = open_splits(config.data, seed=config.seed)
+    splits, manifest = open_equal_splits(config.data, config.seed, world)
     torch.manual_seed(config.seed)
     model = build_model(config.model, splits.num_classes)
     preprocessing = preprocessing_for(model, config.data)
@@ -313,6 +314,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
         config=config,
         world=world,
         splits=splits,
+        manifest=manifest,
         engine=engine,
         mixup=_build_mixup(config.augment, config.model.args.get("num_classes", splits.num_classes)),
         preprocessing=preprocessing,

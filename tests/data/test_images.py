@@ -1,6 +1,7 @@
 import io
 import json
 import pickle
+import struct
 import tarfile
 
 import numpy as np
@@ -14,7 +15,6 @@ from localvit.data.images import MAX_ASPECT, Part, UnreadableImage, decode, plai
 from localvit.data.loading import eval_loader
 from localvit.data.sources import find_splits
 from localvit.data.splits import open_reported, open_splits
-from localvit.data.tar import open_tar
 from tests.data.conftest import picture
 
 
@@ -55,10 +55,10 @@ def test_unreadable_image_survives_pickling():
 
 def test_tar_without_pictures_or_compressed_is_refused(tmp_path, make_tar):
     with pytest.raises(DataError, match="0 images in it"):
-        open_tar(str(make_tar("empty.tar", {})))
+        open_reported(str(make_tar("empty.tar", {})), DataConfig())
     (tmp_path / "not.tar").write_bytes(b"no tar at all")
     with pytest.raises(DataError, match="not an uncompressed tar"):
-        open_tar(str(tmp_path / "not.tar"))
+        open_reported(str(tmp_path / "not.tar"), DataConfig())
 
 
 def test_labels_follow_the_given_classes(make_folder):
@@ -313,3 +313,49 @@ def test_formats_that_are_read(form):
     options = {"save_all": True, "append_images": [picture(9)]} if form == "MPO" else {}
     found = stored(picture(200, side=16), form, **options)
     assert abs(np.asarray(found.convert("L")).astype(int) - 200).max() <= 2
+
+
+def gray_tiff(bits, values, white_is_zero=False, kind=1):
+    """An uncompressed gray TIFF of 16 x 16 samples; `kind` is 1 for unsigned, 2 for signed."""
+    if bits == 12:
+        pairs = zip(values[::2], values[1::2], strict=True)
+        data = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in pairs)
+    else:
+        data = np.array(values).astype(f"<{'iu'[kind == 1]}{bits // 8}").tobytes()
+    size, photometric = len(data), 0 if white_is_zero else 1
+    fields = [
+        (256, 16),
+        (257, 16),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 134),
+        (277, 1),
+        (278, 16),
+    ]
+    fields += [(279, size), (339, kind)]
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, v) for tag, v in fields)
+    return io.BytesIO(b"II*\0" + struct.pack("<IH", 8, 10) + entries + bytes(4) + data)
+
+
+@pytest.mark.parametrize(("bits", "white"), [(8, False), (8, True), (12, False), (16, False), (16, True)])
+def test_gray_tiff_is_scaled_by_its_own_bits_and_never_a_negative(bits, white):
+    top = 2**bits - 1
+    values = [round(top * i / 255) for i in range(256)]
+    found = np.asarray(decode(gray_tiff(bits, values, white), "x.tif")).ravel().tolist()
+    assert found == (list(range(255, -1, -1)) if white else list(range(256)))
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, 2), (16, 2), (32, 2), (32, 1)])
+@pytest.mark.parametrize("top", [255, 100])
+def test_integers_without_a_range_are_refused(bits, kind, top):
+    values = [min(i, top, 2 ** (bits - 1) - 1) for i in range(256)]
+    with pytest.raises(
+        UnreadableImage, match=r"x\.tif: (signed|32-bit) pixels .* range is unknown; save the"
+    ):
+        decode(gray_tiff(bits, values, kind=kind), "x.tif")
+
+
+def test_deep_pixels_beyond_16_bits_of_other_readers_are_refused():
+    with pytest.raises(ValueError, match="values from -1 to 70000 are not accepted; use 0 to 65535"):
+        plain(Image.fromarray(np.array([[-1, 70000]], dtype=np.int32)))

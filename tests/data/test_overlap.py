@@ -2,12 +2,15 @@
 
 import itertools
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
 from localvit.cli import main
 from localvit.data.config import DataConfig, DataError
 from localvit.data.identity import image_name
+from localvit.data.overlap import equal_contents
 from localvit.data.splits import open_reported, open_splits
 
 CLASSES = {"a": 10, "b": 10}
@@ -31,12 +34,16 @@ def assert_disjoint(splits):
 
 @pytest.fixture
 def plain(make_folder, tmp_path, monkeypatch):
-    """`d` with classes, and `d/late` with the same classes; the folder above is the current one."""
+    """`d`; `linked`, whose classes link to it; `mixed`, with a hard link to it; `other`, with none."""
     make_folder("d", CLASSES)
-    make_folder("d/late", CLASSES)
     make_folder("other", CLASSES)
+    make_folder("mixed", CLASSES)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "link").symlink_to(tmp_path / "d" / "late")
+    (tmp_path / "link").symlink_to(tmp_path / "d")
+    for name in CLASSES:
+        (tmp_path / "linked" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "linked" / name).symlink_to(tmp_path / "d" / name)
+    os.link(tmp_path / "d" / "b" / "3.png", tmp_path / "mixed" / "b" / "hard.png")
     return tmp_path
 
 
@@ -48,22 +55,76 @@ def split(make_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("inner", ["d/late", "./d/../d/late", "{}/d/late", "link", "d", "../{name}/d"])
+@pytest.mark.parametrize("inner", ["d", "./d/../d", "{}/d", "link", "linked", "../{name}/d", "mixed"])
 @pytest.mark.parametrize("which", ["test", "validation"])
-def test_a_source_inside_the_training_images_is_refused(plain, inner, which):
+def test_a_source_with_training_images_is_refused(plain, inner, which):
     inner = inner.format(plain, name=plain.name)
     with pytest.raises(
-        DataError, match=rf"data\.{which}=.*data\.train='d'.*leave data\.{which}.* out"
+        DataError,
+        match=rf"data\.{which}=.*data\.train='d'.* have {'1 of 21' if inner == 'mixed' else 'all 20'} images "
+        rf"in common, such as '.*/[ab]/.*\.png'; .*leave data\.{which}.* out, or allow it by --allow-overlap",
     ) as error:
         open_splits(DataConfig(train="d", **{which: inner}))
     assert repr(inner) in str(error.value)
 
 
-def test_training_images_inside_another_source_are_refused(plain):
-    with pytest.raises(DataError, match=r"data\.test='d' \(--val-data\) and data\.train='d/late' \(--data\)"):
-        open_splits(DataConfig(train="d/late", test="d"))
-    with pytest.raises(DataError, match=r"data\.validation='d/late' and data\.test='d' \(--val-data\)"):
-        open_splits(DataConfig(train="other", test="d", validation="d/late"))
+def test_other_pairs_of_sources_are_compared_too(plain):
+    with pytest.raises(DataError, match=r"data\.test='d' \(--val-data\) and data\.train='linked' \(--data\)"):
+        open_splits(DataConfig(train="linked", test="d"))
+    with pytest.raises(DataError, match=r"data\.validation='linked' and data\.test='d' \(--val-data\)"):
+        open_splits(DataConfig(train="other", test="d", validation="linked"))
+
+
+def test_an_overlap_that_is_allowed_is_counted_in_the_notes(plain):
+    splits = open_splits(DataConfig(train="d", test="mixed", allow_overlap=True))
+    assert len(splits.test) == 21
+    (note,) = (note for note in splits.notes if note.startswith("overlap allowed"))
+    assert "1 of 21 images in common, such as 'mixed/b/hard.png'" in note
+
+
+@pytest.mark.parametrize("names", [("a.tar", "a.tar"), ("a.tar", "hard.tar"), ("a.tar", "./x/../a.tar")])
+def test_archives_are_compared_by_identity_and_member(plain, make_tar, names):
+    make_tar("a.tar", CLASSES)
+    os.link("a.tar", "hard.tar")
+    os.mkdir("x")
+    with pytest.raises(DataError, match=r"have all 20 images in common, such as '.*\.tar:a/0\.png'"):
+        open_splits(DataConfig(train=names[0], test=names[1]))
+    make_tar("b.tar", CLASSES)
+    assert len(open_splits(DataConfig(train="a.tar", test="b.tar")).test) == 20
+
+
+def test_sources_without_files_are_compared():
+    with pytest.raises(
+        DataError, match=r"data\.validation='digits' and data\.test='digits'.* all 500 images"
+    ):
+        open_splits(DataConfig(train="digits", test="digits", validation="digits"))
+
+
+def test_equal_contents_are_counted(plain):
+    os.mkdir("copies")
+    shutil.copytree("d", "copies/train")
+    shutil.copytree("other", "copies/test")
+    shutil.copy("d/a/1.png", "copies/test/b/copy.png")
+    for i in range(3, 9):
+        Path(f"copies/test/a/{i}.png").write_bytes(os.urandom(200 + i))
+    splits = open_splits(DataConfig(train="copies"))
+    parts = {"train": splits.train, "test": splits.test}
+    expected = {Path(name).read_bytes() for name in names(splits.train)}
+    count = sum(p.read_bytes() in expected for p in Path("copies/test").rglob("*.png"))
+    (note,) = equal_contents(parts)
+    assert f"warning: {count} of 21 test images have the same content as train images, such as" in note
+    (note,) = equal_contents(parts, most=20)
+    assert "contents were not compared; localvit data check does" in note
+
+
+def test_equal_pieces_are_not_equal_contents(plain):
+    for i, folder in enumerate(("d/train", "d/test")):
+        for name in CLASSES:
+            os.makedirs(f"p{folder}/{name}")
+            for k in range(3):
+                Path(f"p{folder}/{name}/{k}.png").write_bytes(bytes([i, *map(ord, name), k]) + bytes(20_000))
+    splits = open_splits(DataConfig(train="pd"))
+    assert equal_contents({"train": splits.train, "test": splits.test}) == []
 
 
 def test_the_command_line_refuses_it_in_one_line(plain, capsys):
@@ -103,6 +164,15 @@ def test_a_choice_on_the_reported_split_is_refused(split):
         open_splits(DataConfig(train="s", validation="s/val"))
     with pytest.raises(DataError, match=r"data\.validation='s/val' and data\.test='s'"):
         open_splits(DataConfig(train="t/train", test="s", validation="s/val"))
+
+
+@pytest.mark.parametrize("link", ["test", "Testing"])
+def test_a_test_split_that_is_a_link_to_another_one_is_refused(split, link):
+    for target in ("val", "train"):
+        os.symlink(target, f"s/{link}")
+        with pytest.raises(DataError, match=r"the .* split of data\.train='s' .* such as 's/.*/a/0\.png'"):
+            open_splits(DataConfig(train="s"))
+        os.unlink(f"s/{link}")
 
 
 def test_the_training_split_is_not_reported(split):

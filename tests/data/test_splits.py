@@ -84,12 +84,14 @@ def test_classes_called_val_and_test_are_classes_where_there_is_no_train(make_fo
 
 def test_one_source_for_two_splits_is_refused(make_folder, tmp_path):
     folder = make_folder("pictures", {"a": 10, "b": 10})
-    other = tmp_path / "link"
+    train, other = make_folder("train", {"a": 10, "b": 10}), tmp_path / "link"
     other.symlink_to(folder)
-    with pytest.raises(DataError, match=r"data\.test=.* and data\.train=.* all images in common"):
+    with pytest.raises(DataError, match=r"data\.test=.* and data\.train=.* have all 20 images in common"):
         open_splits(DataConfig(train=str(folder), test=str(other)))
-    with pytest.raises(DataError, match=r"data\.validation=.* and data\.test=.* all images in common"):
-        open_splits(DataConfig(train="digits", test=str(folder), validation=str(folder)))
+    with pytest.raises(
+        DataError, match=r"data\.validation=.* and data\.test=.* have all 20 images in common"
+    ):
+        open_splits(DataConfig(train=str(train), test=str(folder), validation=str(folder)))
 
 
 def test_a_class_that_training_lacks_is_named(make_folder):

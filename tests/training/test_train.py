@@ -221,6 +221,7 @@ def test_output_folder_tells_the_whole_story(tiny, tmp_path):
         "best",
         "config.yaml",
         "last",
+        "manifest.json",
         "metrics.jsonl",
         "status.json",
     ]

@@ -15,9 +15,11 @@ from torch import distributed as dist
 
 from localvit.cli import main
 from localvit.config.files import resolve
+from localvit.data.config import DataConfig, DataError
 from localvit.data.images import Part
 from localvit.data.loading import eval_loader
 from localvit.evaluation.evaluation import measure
+from localvit.evaluation.reported import open_equal_splits
 from localvit.runtime import distributed
 from localvit.runtime.distributed import open_world
 from localvit.training.engine import Engine
@@ -38,6 +40,7 @@ def equality(folder):
     stop_after(pytest.MonkeyPatch(), resolve("digits", [*CASES["none"], f"output={folder / 'fewer'}"]), 5)
     check_statistics()
     check_counting()
+    check_data()
     dist.destroy_process_group()
 
 
@@ -72,6 +75,12 @@ def check_counting():
         assert counted.images == alone.images == size
         assert (counted.top1, counted.top5) == (alone.top1, alone.top5)
         assert abs(counted.loss - alone.loss) < 1e-12
+
+
+def check_data():
+    """Processes that have other images are refused, in all of them."""
+    with open_world("cpu") as world, pytest.raises(DataError, match="the processes have other images: '1"):
+        open_equal_splits(DataConfig(holdout=0.1 + world.rank / 10), 0, world)
 
 
 def elastic(folder, config):

@@ -1,0 +1,78 @@
+"""`localvit data check`: what a run would see of its data, and what is wrong with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from localvit.cli.arguments import one_line_errors, printable
+
+if TYPE_CHECKING:
+    from localvit.data import Splits
+
+_MOST_CLASSES = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Open data as a training run does: count classes, refuse overlap, compare the contents of all files.
+
+    Exit code 0 if nothing is wrong; 1 if files of two splits have equal contents; 2 if a run would be
+    refused. Nothing is written.
+    """
+
+    action: Annotated[Literal["check"], tyro.conf.Positional]
+    """check"""
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """training images: digits, an image folder, a .tar, or a name for timm.data.create_dataset"""
+    val_data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
+    """test images (as for train)"""
+    data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """where timm's named data sets keep their files"""
+    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """of the run, which decides the validation split"""
+    allow_overlap: tyro.conf.FlagCreatePairsOff[bool] = False
+    """count images that are in two splits or two classes instead of refusing them"""
+    set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    """any field of the configuration, e.g. data.validation=SRC or data.train_split=NAME"""
+
+
+def run(options: Options) -> int:
+    """Check; 0 if nothing is wrong, 1 for equal contents."""
+    from localvit.config import resolve
+    from localvit.data import equal_contents, open_splits
+
+    given: dict[str, object] = {"train": options.data, "test": options.val_data, "root": options.data_root}
+    given |= {"allow_overlap": options.allow_overlap or None}
+    with one_line_errors():
+        values = {name: value for name, value in given.items() if value is not None}
+        config = resolve(None, options.set, {"data": values})
+        splits = open_splits(config.data, seed=options.seed)
+        _print(splits)
+        parts = {"train": splits.train, "test": splits.test, "validation": splits.validation}
+        copies = equal_contents(parts, None)
+    for note in (*splits.notes, *copies):
+        print(printable(note))
+    if not copies:
+        print("no files of two splits have equal contents")
+    return 1 if copies else 0
+
+
+def _print(splits: Splits) -> None:
+    """Print the number of images of each class."""
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    parts = (splits.train, splits.validation, splits.test)
+    counts = np.stack([np.bincount(part.labels, minlength=splits.num_classes) for part in parts], axis=1)
+    table = Table("class", "train", "validation", "test")
+    for name, row in list(zip(splits.class_names, counts.tolist(), strict=True))[:_MOST_CLASSES]:
+        table.add_row(Text(printable(name)), *map(str, row))
+    if splits.num_classes > _MOST_CLASSES:
+        table.add_row(f"({splits.num_classes - _MOST_CLASSES} more classes)")
+    table.add_row("all", *map(str, counts.sum(0).tolist()))
+    Console().print(table)

@@ -1,0 +1,194 @@
+"""Manifest of a run: the images of each split, so that a later evaluation can tell that they are the same."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from localvit.data.config import DataConfig
+from localvit.data.identity import file_reader
+from localvit.data.images import Part
+from localvit.data.listing import label_text
+from localvit.data.splits import Splits
+
+_MOST_NAMES = 200_000
+"""Images above which a manifest has no names, which are then 2 MB."""
+_MOST_BYTES = 1 << 28
+"""Bytes of names above which a file is no manifest."""
+_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassRecord:
+    """Images of a class: their number, and a digest of their names and sizes."""
+
+    count: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitRecord:
+    """Images of a split.
+
+    Attributes:
+        place: Where the images are; names of two splits can be compared if it is the same.
+        classes: Record of each class that has images.
+        names: Names and sizes, compressed; `None` for large sets.
+    """
+
+    place: str
+    classes: dict[str, ClassRecord]
+    names: str | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return sum(record.count for record in self.classes.values())
+
+    def fingerprint(self) -> str:
+        """Return a digest of names, sizes and classes.
+
+        Names are those within the source, so a copy elsewhere has the same fingerprint.
+        """
+        classes = {label: record.digest for label, record in self.classes.items()}
+        return hashlib.sha256(repr(classes).encode()).hexdigest()[:16]
+
+    def entries(self) -> set[str] | None:
+        """Return name and size of each image, in one text each; `None` if they are not known.
+
+        Raises:
+            ValueError: if the names are damaged.
+        """
+        if self.names is None:
+            return None
+        inflate = zlib.decompressobj()
+        try:
+            text = inflate.decompress(base64.b64decode(self.names, validate=True), _MOST_BYTES)
+        except zlib.error as error:
+            raise ValueError(f"names: {error}") from error
+        if not inflate.eof:
+            raise ValueError(f"names: cut off, or more than {_MOST_BYTES >> 20} MB")
+        return set(text.decode(errors="surrogateescape").split("\0")) - {""}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Images of a run.
+
+    Attributes:
+        class_names: Name of each output of the model.
+        splits: `train`, `validation` and `test`.
+        paths: Field of `DataConfig` -> absolute path, for sources that are files.
+    """
+
+    class_names: tuple[str, ...]
+    splits: dict[str, SplitRecord]
+    paths: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if set(self.splits) != {"train", "validation", "test"}:
+            raise ValueError("splits: train, validation and test are needed")
+
+    def fingerprint(self) -> str:
+        """Return the sizes of the splits, and a digest of all images (see `SplitRecord`)."""
+        splits = self.splits.values()
+        whole = repr((self.class_names, [split.fingerprint() for split in splits]))
+        sizes = "+".join(str(split.count) for split in splits)
+        digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
+        return f"{sizes} images, {len(self.class_names)} classes, {digest}"
+
+    def source(self, config: DataConfig) -> DataConfig:
+        """Return the configuration with sources that are no longer found replaced by their absolute paths."""
+        found = {
+            name: path
+            for name, path in self.paths.items()
+            if not os.path.exists(getattr(config, name)) and os.path.exists(path)
+        }
+        return replace(config, **found)  # type: ignore[arg-type]
+
+    def changes(self, now: Manifest) -> list[str]:
+        """Return sentences about the differences of the test split; no sentence if it is the same."""
+        before, after = self.splits["test"], now.splits["test"]
+        gone, new = before.classes.keys() - after.classes.keys(), after.classes.keys() - before.classes.keys()
+        notes = [f"classes {_some(gone)} are gone"] if gone else []
+        notes += [f"classes {_some(new)} are new"] if new else []
+        both = before.classes.keys() & after.classes.keys()
+        if changed := {label for label in both if before.classes[label] != after.classes[label]}:
+            notes.append(f"classes {_some(changed)} changed")
+        if before.count != after.count:
+            notes.append(f"{before.count} images are now {after.count}")
+        old, now_there = before.entries(), after.entries()
+        if notes and old is not None and now_there is not None:
+            differ = old ^ now_there
+            notes.append(f"{len(differ)} images changed, such as {_some(map(_name, differ))}")
+        return notes
+
+    def trained(self, now: Manifest) -> list[str]:
+        """Return the names of images of the present test split that the run trained on, as far as known."""
+        train, test = self.splits["train"], now.splits["test"]
+        known, tested = train.entries(), test.entries()
+        if now.splits["train"].place != test.place or known is None or tested is None:
+            return []
+        return sorted(map(_name, known & tested))
+
+
+def make_manifest(splits: Splits, config: DataConfig) -> Manifest:
+    """Return the manifest of the splits of a run.
+
+    Args:
+        splits: The splits.
+        config: Their sources.
+    """
+    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    named = sum(map(len, parts.values())) <= _MOST_NAMES
+    sources = {f.name: getattr(config, f.name) for f in fields(config) if f.name in (*parts, "root")}
+    return Manifest(
+        class_names=splits.class_names,
+        splits={name: split_record(part, named=named) for name, part in parts.items()},
+        paths={
+            name: path
+            for name, source in sources.items()
+            if source and os.path.exists(source) and label_text(path := os.path.abspath(source)) == path
+        },
+    )
+
+
+def split_record(part: Part, *, named: bool) -> SplitRecord:
+    """Return the record of a split, with names if `named`."""
+    entries, labels = list(_entries(part)), part.labels
+    reader = file_reader(part.images)
+    classes: dict[str, ClassRecord] = {}
+    for label in np.unique(labels):
+        own = "\0".join(entries[i] for i in np.flatnonzero(labels == label)).encode(errors="surrogateescape")
+        classes[part.class_names[label]] = ClassRecord(
+            count=int((labels == label).sum()), digest=hashlib.sha256(own).hexdigest()[:16]
+        )
+    text = "\0".join(entries).encode(errors="surrogateescape")
+    return SplitRecord(
+        place=label_text(os.path.abspath(reader.base) if reader else part.images.origin),
+        classes=classes,
+        names=base64.b64encode(zlib.compress(text, 9)).decode() if named else None,
+    )
+
+
+def _entries(part: Part) -> Iterator[str]:
+    reader = file_reader(part.images)
+    for index in part.indices.tolist():
+        # A slash and no name: the number of an image without a file.
+        yield f"{reader.names[index]}/{reader.sizes[index]}" if reader else f"{index}/"
+
+
+def _name(entry: str) -> str:
+    return entry.rpartition("/")[0]
+
+
+def _some(names: Iterable[str]) -> str:
+    known = sorted(names)
+    shown = ", ".join(map(repr, known[:_SHOWN]))
+    return f"{shown} and {len(known) - _SHOWN} more" if len(known) > _SHOWN else shown

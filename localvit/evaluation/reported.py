@@ -1,0 +1,189 @@
+"""Images that a result is reported on: the run's test split, or others that it was not trained on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from localvit.data import (
+    DataConfig,
+    DataError,
+    Manifest,
+    Part,
+    Splits,
+    equal_contents,
+    file_reader,
+    image_name,
+    make_manifest,
+    open_reported,
+    open_splits,
+    shared,
+    split_record,
+)
+from localvit.errors import ConfigError
+from localvit.evaluation.labels import label_by_outputs
+from localvit.inference import OpenModel
+from localvit.runs import SavedRun, read_run
+from localvit.runtime import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reported:
+    """Images that a result is reported on.
+
+    Attributes:
+        source: Their source.
+        images: The images, labelled by the model's outputs.
+        notes: Sentences for the reader of the result: what was allowed, what could not be compared.
+    """
+
+    source: str
+    images: Part
+    notes: tuple[str, ...] = ()
+
+
+def open_equal_splits(config: DataConfig, seed: int, world: World) -> tuple[Splits, Manifest]:
+    """Open the splits of a run in each of its processes.
+
+    Raises:
+        DataError: as `open_splits`; if the processes have other images.
+    """
+    splits = open_splits(config, seed=seed)
+    manifest = make_manifest(splits, config)
+    _check_equal(manifest.fingerprint(), world)
+    if world.is_main_process:
+        parts = {"train": splits.train, "test": splits.test, "validation": splits.validation}
+        splits = replace(splits, notes=(*splits.notes, *equal_contents(parts)))
+    return splits, manifest
+
+
+def _check_equal(fingerprint: str, world: World) -> None:
+    found = world.distinct(fingerprint)
+    if len(found) > 1:
+        raise DataError(
+            f"the processes have other images: {found[0]!r} and {found[1]!r}; give all machines the same data"
+        )
+
+
+def reported_images(
+    model: OpenModel,
+    data: str | None,
+    config: DataConfig,
+    class_map: str | None,
+    *,
+    world: World,
+    allow_change: Collection[str] = (),
+) -> Reported:
+    """Return the images that are reported on.
+
+    Args:
+        model, data, class_map, allow_change: As `evaluate`.
+        config: Settings of `data`, and `allow_overlap`.
+        world: The processes, which must have the same images.
+
+    Raises:
+        ConfigError: if there are no such images, the run was trained on some, or they changed.
+        DataError: if the source cannot be used or its classes are not the model's.
+    """
+    saved = _saved_run(model)
+    if data is not None:
+        images = label_by_outputs(open_reported(data, config), data, model, class_map)
+        notes = _compare_with_training(images, data, model, saved, config, world) if saved else []
+        reader = file_reader(images.images)
+        found = Reported(source=data, images=images, notes=(*(reader.notes if reader else ()), *notes))
+    elif saved is None or model.run is None:
+        raise ConfigError(f"data=None: {model.source!r} is not a run's folder, so name a data source")
+    elif class_map is not None:
+        raise ConfigError(f"class_map={class_map!r} is for data of another source; name it")
+    else:
+        found = _own_test_split(model, saved, config, "data" in allow_change)
+    if world.size > 1:
+        _check_equal(split_record(found.images, named=False).fingerprint(), world)
+    return found
+
+
+def _saved_run(model: OpenModel) -> SavedRun | None:
+    """Return the run that a model belongs to."""
+    folder = Path(model.source)
+    if model.run is None:
+        return None
+    return read_run(folder if (folder / "config.yaml").is_file() else folder.parent)
+
+
+def _sources(saved: SavedRun) -> DataConfig:
+    return saved.manifest.source(saved.config.data) if saved.manifest else saved.config.data
+
+
+def _own_test_split(model: OpenModel, saved: SavedRun, config: DataConfig, changes: bool) -> Reported:
+    run, before = saved.config, saved.manifest
+    sources = _sources(saved)
+    sources = replace(sources, allow_overlap=sources.allow_overlap or config.allow_overlap)
+    splits = open_splits(sources, seed=run.seed)
+    now = make_manifest(splits, sources)
+    notes = [note for note in splits.notes if note.startswith("overlap allowed")]
+    if before is None:
+        notes += _count_changes(saved, now)
+    else:
+        remedy = "restore the data, or name images by --data"
+        if changed := before.changes(now):
+            text = f"the test split of {model.source!r} is not that of its training: {'; '.join(changed)}"
+            if not changes:
+                raise ConfigError(f"{text}; {remedy}, or allow it by --allow-change data")
+            notes.append(f"change allowed: {text}")
+        if trained := before.trained(now):
+            text = f"{len(trained)} of {len(splits.test)} test images were trained on, such as {trained[0]!r}"
+            if not sources.allow_overlap:
+                raise ConfigError(f"{model.source!r}: {text}; {remedy}, or allow it by --allow-overlap")
+            notes.append(f"overlap allowed: {text}")
+    names = before.class_names if before else model.model.pretrained_cfg.get("label_names")  # type: ignore[union-attr, operator]
+    source = run.data.test or run.data.train
+    try:
+        images = Part(splits.test.images, splits.test.indices, names or splits.class_names)
+    except DataError as error:
+        raise DataError(f"{source!r}: {error}") from error
+    return Reported(source=source, images=images, notes=tuple(notes))
+
+
+def _count_changes(saved: SavedRun, now: Manifest) -> list[str]:
+    """Compare the numbers of images of a run without a manifest, of version 0.3."""
+    then = saved.status.data if saved.status else None
+    known, found = ((text or "").rpartition(", ")[0] for text in (then, now.fingerprint()))
+    if not known or known == found:
+        return []
+    return [f"warning: the data changed since the training: {known}, now {found} (train+validation+test)"]
+
+
+def _compare_with_training(
+    images: Part, data: str, model: OpenModel, saved: SavedRun, config: DataConfig, world: World
+) -> list[str]:
+    """Refuse images that the model was trained on; return notes about what is allowed or not known."""
+    sources = _sources(saved)
+    if _has_no_files(data) != _has_no_files(sources.train):
+        return []
+    try:
+        splits = open_splits(replace(sources, allow_overlap=True), seed=saved.config.seed)
+    except DataError as error:
+        return [f"warning: not compared with the training images of {model.source!r}: {error}"]
+    notes = []
+    for part, what in ((splits.train, "was trained on"), (splits.validation, "chose its best epoch by")):
+        common = shared(images, part)
+        if not len(common):
+            continue
+        text = (
+            f"data={data!r}: {len(common)} of {len(images)} images are what {model.source!r} {what}, such as "
+            f"{image_name(images, int(common[0]))!r}"
+        )
+        if part is splits.train and not config.allow_overlap:
+            raise ConfigError(
+                f"{text}; leave --data out to use the test split of that run, or allow it by --allow-overlap"
+            )
+        notes.append(f"overlap allowed: {text}" if part is splits.train else f"warning: {text}")
+    if world.is_main_process:
+        notes += equal_contents({"train": splits.train, "test": images})
+    return notes
+
+
+def _has_no_files(source: str) -> bool:
+    return not os.path.exists(source) and source.partition("/")[0] in ("digits", "torch", "hfds")
