@@ -11,6 +11,9 @@ from localvit.acceleration.native.form import Form, is_dense, native_form
 from localvit.acceleration.native.mix import BATCH, mixed, norm_now, not_saved
 from localvit.locality import Grid, LocalityFeedForward
 
+FEW_TOKENS = 256
+"""Patch tokens of an image up to which calls take longer than arithmetic in a small feed-forward network."""
+
 # The stages that the native kernels stand in for.
 _STAGES = {name: getattr(LocalityFeedForward, name) for name in ("transform", "mix", "_convolve")}
 
@@ -20,9 +23,11 @@ def accelerated(ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
     if not isinstance(ffn, LocalityFeedForward):
         return None
     form = training_form(ffn, x)
-    # Without gradients, models of real size stay plain: their published numbers are those of plain modules,
-    # and users who need speed fuse them. In small models most of the time is spent calling plain modules.
-    worth = torch.is_grad_enabled() or getattr(ffn.fc1, "small", False)
+    # Without gradients, models of real size stay plain: their published numbers are those of plain modules, a
+    # traced graph has equal bits, and users who need speed fuse them. In small models with few tokens most of
+    # the time is spent calling plain modules.
+    small = getattr(ffn.fc1, "small", False) and grid.height * grid.width <= FEW_TOKENS
+    worth = torch.is_grad_enabled() or small
     if form is not None and worth and grid.num_prefix_tokens == 0 and _computable(form, x):
         return _natively(form, ffn, x, grid)
     return checkpointed(ffn, x, grid) if ffn.selective_checkpointing and can_checkpoint(x) else None

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from localvit import Grid, LocalityConfig, LocalityFeedForward
-from localvit.acceleration.dispatch import training_form
+from localvit.acceleration.dispatch import accelerated, training_form
 from localvit.acceleration.kernels import VARIABLE
 from localvit.acceleration.native.mix import mix_, mixed
 
@@ -713,3 +713,14 @@ def test_nothing_to_compute(monkeypatch, training, grad, batch, height, width):
     assert not used
     monkeypatch.setenv(VARIABLE, "plain")
     assert got == outcome()
+
+
+@needs_compiler
+@pytest.mark.parametrize(("side", "native"), [(4, True), (16, True), (17, False)])
+def test_in_evaluation_a_narrow_network_is_native_for_few_tokens_only(side, native):
+    """Traced graphs are plain: with many tokens, as in T2T-ViT's first stage, the bits are equal."""
+    ffn, grid = LocalityFeedForward(8, config=LocalityConfig(gate="none")).eval(), Grid(side, side)
+    x = torch.randn(2, side * side, 8)
+    with torch.inference_mode():
+        assert (accelerated(ffn, x, grid) is not None) == native
+    assert accelerated(ffn, x, grid) is not None  # with gradients
