@@ -34,6 +34,7 @@ VERBS = {
         "localvit.cli.bench",
         "how fast is a model here, against another? ratio, memory, share of the peak",
     ),
+    "doctor": ("localvit.cli.doctor", "print what a bug report needs: versions, processor, kernels, extras"),
 }
 """Verb -> the module that does it, and its line of help."""
 
