@@ -12,7 +12,6 @@ import torch
 
 from localvit.acceleration import native_status, processor
 from localvit.bench.host import allocator, cpus, environment
-from localvit.data import accepted_formats
 from localvit.errors import first_line
 from localvit.runtime import commit, versions
 
@@ -29,7 +28,6 @@ def diagnose() -> dict[str, dict[str, str]]:
         "system": {
             "platform": platform.platform(),
             "python": sys.executable,
-            "image formats": ", ".join(accepted_formats()),
             "allocator": allocator(),
             "environment": ", ".join(f"{name}={value}" for name, value in environment().items()) or "-",
         },

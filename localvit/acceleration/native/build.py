@@ -136,11 +136,12 @@ def _trusted(compiler: list[str], path: Path) -> Path:
         Untrusted: if another user can change the library, its folder or a folder above.
         OSError: if the folder cannot be written.
     """
-    if not os.path.lexists(path.parent):
-        path.parent.parent.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(mode=0o700, exist_ok=True)  # another process may be making it
-    _check_parents(path.parent.absolute())
-    _check_owner(path.parent, "folder")
+    folder = path.parent
+    for missing in [each for each in (*reversed(folder.parents), folder) if not os.path.lexists(each)]:
+        # Whatever the umask. Another process may be making it.
+        missing.mkdir(mode=0o700 if missing == folder else 0o755, exist_ok=True)
+    _check_parents(folder.absolute())
+    _check_owner(folder, "folder")
     if os.path.lexists(path):
         _check_owner(path, "file")
     if not path.exists() or _seal(path.name, (content := path.read_bytes())[:-_DIGEST]) != content[-_DIGEST:]:
