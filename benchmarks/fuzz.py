@@ -366,7 +366,9 @@ def arguments(rng: Rng, home: Path) -> list[str]:
         (predicting(home, str(home / "run")), evaluate, training(home), plan, models, show, export)
     )
     flags = [
-        flag for flag in re.findall(r"--[a-z][a-z-]+", (home / words[0]).read_text()) if flag[2:] not in FEW
+        flag
+        for flag in re.findall(r"--[a-z][a-z-]+", (home / f"{words[0]}.help").read_text())
+        if flag[2:] not in FEW
     ]
     for _ in range(rng.choice((1, 1, 2, 3))):
         value, kind = (
@@ -546,7 +548,7 @@ def prepare(home: Path) -> None:
     with suppress(Accepted):
         main([*training(home)[:-1], "stopped"])
     for verb in VERBS:
-        with (home / verb).open("w") as file, redirect_stdout(file):
+        with (home / f"{verb}.help").open("w") as file, redirect_stdout(file):
             main([verb, *["show"] * (verb == "study"), "--help"])
     interrupt(home)
     (home / "modules").write_text("\n".join(sorted(sys.modules)))
