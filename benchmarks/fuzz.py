@@ -13,6 +13,7 @@ counts as accepted after its first epoch. No input asks for many workers or jobs
 import argparse
 import collections
 import dataclasses
+import gc
 import importlib
 import io
 import json
@@ -31,7 +32,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -592,6 +593,9 @@ def warm(home: Path) -> None:
             with suppress(Exception):  # some cannot be imported by themselves
                 importlib.import_module(name)
     importlib.import_module("torch").set_num_threads(1)
+    with (home / "log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        importlib.import_module("localvit.cli").main(predicting(home, str(home / "run")))
+    gc.freeze()
 
 
 def main() -> int:
