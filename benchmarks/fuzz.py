@@ -362,10 +362,7 @@ def arguments(rng: Rng, home: Path) -> list[str]:
     evaluate = ["evaluate", "--checkpoint", str(home / "run"), "--data", str(home / "other")]
     plan = ["plan", *training(home)[1:5]]
     show, models = ["study", "show", "gate"], ["models", "localvit_tiny_patch16_224"]
-    export = ["export", str(home / "run"), "--output", "m.onnx"]
-    words = rng.choice(
-        (predicting(home, str(home / "run")), evaluate, training(home), plan, models, show, export)
-    )
+    words = rng.choice((predicting(home, str(home / "run")), evaluate, training(home), plan, models, show))
     flags = [
         flag
         for flag in re.findall(r"--[a-z][a-z-]+", (home / f"{words[0]}.help").read_text())
@@ -385,7 +382,7 @@ def arguments(rng: Rng, home: Path) -> list[str]:
                 "--set",
                 f"{rng.choice(('epochs', 'optim.lr', 'model.args.depth', 'data.mean', 'seed', ''))}={value}",
             ]
-    return [word.replace("\0", "") for word in words]
+    return [os.fsdecode(word.replace("\0", "").encode("utf-8", "replace")) for word in words]
 
 
 def predicting(home: Path, model: str, *words: str) -> list[str]:
