@@ -13,7 +13,7 @@ from localvit.cli.arguments import one_line_errors
 class Options:
     """Print versions, processor, compiler, native kernels, cache folder, GPU and extras, for a bug report.
 
-    Native kernels that are not in use are printed with the reason. They are compiled if they are not there yet.
+    Native kernels that are not in use are printed with the reason. Missing ones are compiled.
     """
 
     json: tyro.conf.FlagCreatePairsOff[bool] = False

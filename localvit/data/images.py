@@ -30,8 +30,10 @@ Sample = tuple[Image.Image, int]
 Mode = Literal["L", "RGB"]
 """Pillow's names of gray and color images."""
 MAX_PIXELS = 89_478_485
-"""Pixels of the largest accepted image, where Pillow begins to warn of decompression bombs: 340 MiB of memory.
-Half of that for images with an alpha channel or other than gray, palette and RGB, which exist twice meanwhile."""
+"""Pixels of the largest accepted image, where Pillow begins to warn of decompression bombs: 340 MiB.
+
+Half of that for images that are not gray, palette or RGB, which exist twice while they are converted.
+"""
 MAX_BYTES = 2**28
 """Size of the largest file that is read into memory before it is decoded."""
 MAX_ASPECT = 100

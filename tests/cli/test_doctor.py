@@ -35,13 +35,16 @@ def test_facts_of_this_machine(capsys, monkeypatch, tmp_path):
         assert any(re.fullmatch(rf"  {re.escape(name)} +{re.escape(value)}", line) for line in lines)
 
 
+FAST = "not in use: LOCALVIT_KERNELS='fast' is not accepted; use auto or plain"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "fact", "expected"),
     [
         ("CXX", "no-such", "compiler", "no C++ compiler is installed (looked for no-such)"),
         ("CXX", "no-such", "native kernels", "not in use: no C++ compiler is installed (looked for no-such)"),
         ("LOCALVIT_KERNELS", "plain", "native kernels", "not in use: LOCALVIT_KERNELS=plain"),
-        ("LOCALVIT_KERNELS", "fast", "native kernels", "not in use: LOCALVIT_KERNELS='fast' is not accepted; use auto or plain"),
+        ("LOCALVIT_KERNELS", "fast", "native kernels", FAST),
     ],
 )  # fmt: skip
 def test_why_native_kernels_are_not_in_use(capsys, monkeypatch, name, value, fact, expected):

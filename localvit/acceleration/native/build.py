@@ -57,7 +57,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def native_status() -> dict[str, str]:
-    """Return compiler, cache folder and library of the native kernels, each with the problem if there is one."""
+    """Return compiler, library and cache folder of the native kernels, each perhaps with its problem."""
     facts: dict[str, str] = {}
     try:
         compiler = _compiler()
