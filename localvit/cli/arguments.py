@@ -103,6 +103,16 @@ def check_extra(verb: str) -> None:
         raise UsageError(f"localvit {verb} needs {', '.join(missing)}: pip install 'localvit[study]'")
 
 
+def check_output(output: str | None) -> None:
+    """Refuse an empty name, as an unset variable of a shell gives, where no name means a default.
+
+    Raises:
+        UsageError: if it is empty.
+    """
+    if output == "":
+        raise UsageError("--output '' is not accepted; name a folder, or leave it out")
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn the library's errors that a user can cause into those of the command line."""

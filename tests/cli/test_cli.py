@@ -60,6 +60,12 @@ def one_line(capsys):
         (["predict", "--checkpoint", "deit_tiny_patch16_224"], "PATHS is missing"),
         (["predict", "--checkpoint", "deit_tiny_patch16_224", "nowhere.png"], "'nowhere.png' does not exist"),
         (["predict", "--checkpoint", "x", "--format", "xml", "y.png"], "--format"),
+        (
+            ["study", "run", "gate", "--output", ""],
+            "--output '' is not accepted; name a folder, or leave it out",
+        ),
+        (["demo", "--output", ""], "--output '' is not accepted"),
+        (["train", "--data", "digits", "--output", ""], "output='' cannot be written"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
