@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import timm
 import torch
@@ -14,6 +13,7 @@ from localvit.data import DataConfig, Preprocessing
 from localvit.errors import ConfigError, one_line, unknown
 from localvit.imports import do_what_waits
 from localvit.models.config import ModelConfig
+from localvit.structure import build
 
 _BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, KeyError, IndexError)
 
@@ -57,7 +57,8 @@ def preprocessing_for(model: nn.Module, config: DataConfig) -> Preprocessing:
     """Return the preprocessing for `model`; fields that are `None` in `config` are the model's own.
 
     Raises:
-        ConfigError: if `mean` or `std` has not one number per channel of the model.
+        ConfigError: if `mean` or `std` has not one number per channel of the model, or a value from its
+            `config.json` is not accepted.
     """
     names = ("mean", "std", "interpolation", "crop_pct")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
@@ -65,8 +66,10 @@ def preprocessing_for(model: nn.Module, config: DataConfig) -> Preprocessing:
         found = resolve_input_data_config(model, {**given, "img_size": _built_for(model)})
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
-    values: dict[str, Any] = {field.name: found[field.name] for field in dataclasses.fields(Preprocessing)}
-    return Preprocessing(**values | {name: tuple(values[name]) for name in ("input_size", "mean", "std")})
+    except (TypeError, AttributeError, AssertionError) as error:  # the model's own come from its config.json
+        raise ConfigError(f"preprocessing of the model: {one_line(error)}; repair its config.json") from error
+    fields = [field.name for field in dataclasses.fields(Preprocessing)]
+    return build(Preprocessing, {name: found[name] for name in fields}, "preprocessing")
 
 
 def _built_for(model: nn.Module) -> tuple[int, int] | None:
