@@ -14,5 +14,6 @@ if TYPE_CHECKING:
         packed_linear as packed_linear,
     )
     from localvit.acceleration.memory import set_selective_checkpointing as set_selective_checkpointing
+    from localvit.acceleration.native.build import native_status as native_status
 else:
     __getattr__, __dir__, __all__ = door(__name__)

@@ -2,6 +2,8 @@
 
 import os
 
+from localvit.errors import ConfigError
+
 VARIABLE = "LOCALVIT_KERNELS"
 
 
@@ -13,9 +15,9 @@ def plain_kernels() -> bool:
     stays as it is.
 
     Raises:
-        ValueError: for a value that is neither `auto`, `plain` nor empty.
+        ConfigError: for a value that is neither `auto`, `plain` nor empty.
     """
     value = os.environ.get(VARIABLE, "")
     if value not in ("", "auto", "plain"):
-        raise ValueError(f"{VARIABLE}={value!r} is not accepted (accepted: auto, plain)")
+        raise ConfigError(f"{VARIABLE}={value!r} is not accepted; use auto or plain")
     return value == "plain"

@@ -6,6 +6,7 @@ from localvit.imports import door
 
 if TYPE_CHECKING:
     from localvit.bench.comparison import BenchConfig as BenchConfig, compare as compare
+    from localvit.bench.diagnosis import diagnose as diagnose
     from localvit.bench.engines import EngineName as EngineName
     from localvit.bench.host import (
         forget_peak_memory as forget_peak_memory,

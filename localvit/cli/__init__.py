@@ -11,6 +11,7 @@ file); 141 the reader of the output ended, as `| head` does. Anything unforeseen
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import io
@@ -19,7 +20,7 @@ import select
 import sys
 from collections.abc import Sequence
 
-from localvit.cli.arguments import Failure, UsageError, parse, printable
+from localvit.cli.arguments import Failure, UsageError, disk_message, parse, printable
 
 VERBS = {
     "demo": ("localvit.cli.demo", "does locality help? a small controlled comparison, with a report"),
@@ -35,6 +36,7 @@ VERBS = {
         "localvit.cli.bench",
         "how fast is a model here, against another? ratio, memory, share of the peak",
     ),
+    "doctor": ("localvit.cli.doctor", "print what a bug report needs: versions, processor, kernels, extras"),
 }
 """Verb -> the module that does it, and its line of help."""
 
@@ -48,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the end
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are not UTF-8 keep their bytes
     try:
@@ -60,10 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("localvit: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        if not _reader_ended():
+    except OSError as error:
+        broken = isinstance(error, BrokenPipeError)
+        if broken and not _reader_ended():
             raise
-        return 141
+        _drop_output()
+        if broken:
+            return 141
+        print(f"localvit: {disk_message(error)}", file=sys.stderr)
+        return 1
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -85,13 +94,16 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _reader_ended() -> bool:
-    """Return whether nobody reads the standard output any more; if so, what is left for it is dropped."""
+    """Return whether nobody reads the standard output any more."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
-    ended = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-    if ended:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
-    return ended
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _drop_output() -> None:
+    """Drop what is left for the standard output, which the interpreter would flush at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _verb(name: str) -> str:

@@ -7,17 +7,28 @@ import dataclasses
 import errno
 import importlib.util
 import io
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
+from localvit.errors import first_line
+
 T = TypeVar("T")
 _STUDY = {"scipy": "scipy", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "jinja2": "jinja2"}
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""A disk, a quota or a file that is full."""
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and try again"),
+    **dict.fromkeys(
+        (errno.EROFS, errno.EACCES, errno.EPERM), "get the right to use it, or name another place"
+    ),
+    **dict.fromkeys(
+        (errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n), or use fewer workers"
+    ),
+}
+"""What to do about an error of the system."""
 
 
 class UsageError(Exception):
@@ -92,6 +103,16 @@ def check_extra(verb: str) -> None:
         raise UsageError(f"localvit {verb} needs {', '.join(missing)}: pip install 'localvit[study]'")
 
 
+def check_output(output: str | None) -> None:
+    """Refuse an empty name, as an unset variable of a shell gives, where no name means a default.
+
+    Raises:
+        UsageError: if it is empty.
+    """
+    if output == "":
+        raise UsageError("--output '' is not accepted; name a folder, or leave it out")
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn the library's errors that a user can cause into those of the command line."""
@@ -106,11 +127,17 @@ def one_line_errors() -> Iterator[None]:
         raise UsageError(str(error)) from error
     except (UnreadableImage, TrainingFailed, ExportFailed, ParityError, WriteFailed) as error:
         raise Failure(str(error)) from error
+    except BrokenPipeError:
+        raise  # of the reader of the output
     except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        file = f"{error.filename!r}" if error.filename is not None else "a file"
-        raise Failure(f"{file} cannot be written: {error.strerror}; make room and try again") from error
+        raise Failure(disk_message(error)) from error
+
+
+def disk_message(error: OSError) -> str:
+    """Return what the system refused, for which file, and what to do."""
+    file = repr(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else "the output"
+    remedy = _REMEDIES.get(error.errno or 0, "check that it is there and may be used")
+    return f"{file}: {error.strerror or first_line(error)}; {remedy}"
 
 
 def printable(text: str) -> str:

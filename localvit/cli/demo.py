@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from localvit.cli.arguments import Failure, UsageError, check_extra, command_line, one_line_errors
+from localvit.cli.arguments import (
+    Failure,
+    UsageError,
+    check_extra,
+    check_output,
+    command_line,
+    one_line_errors,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,6 +66,7 @@ def run(options: Options) -> int:
     with one_line_errors():
         from localvit.studies.execution import StudyFailed
 
+        check_output(options.output)
         folder = Path(options.output or _default_output(options.data))
         try:
             if options.tune:

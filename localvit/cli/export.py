@@ -81,6 +81,6 @@ def _print(options: Options, parity: Parity) -> None:
         )
     largest = max(case.difference for case in parity.cases)
     print(
-        f"{options.output}: largest difference {largest:.2e}, {parity.worst.relative:.1e} of the largest logit "
-        f"(accepted {options.tolerance:.0e})"
+        f"{options.output}: largest difference {largest:.2e}, {parity.worst.relative:.1e} of the largest "
+        f"logit (accepted {options.tolerance:.0e})"
     )

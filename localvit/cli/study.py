@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from localvit.cli.arguments import Failure, UsageError, check_extra, command_line, one_line_errors
+from localvit.cli.arguments import (
+    Failure,
+    UsageError,
+    check_extra,
+    check_output,
+    command_line,
+    one_line_errors,
+)
 from localvit.cli.cluster import OnCluster, cluster_of
 
 if TYPE_CHECKING:
@@ -232,6 +239,7 @@ def _run(options: Run, console: Console) -> int:
             raise UsageError(f"--{flag} {value}: at least {least}")
     cluster = cluster_of(options, options.jobs)
     study = _study(options, options.seeds)
+    check_output(options.output)
     folder = Path(options.output or f"runs/{study.name}-{study.scale}")
     if options.dry_run:
         _dry_run(study, folder, options, cluster, console)

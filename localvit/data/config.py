@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from localvit.errors import ConfigError
+
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
 
@@ -27,6 +29,17 @@ class Preprocessing:
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "random"]
     crop_pct: float
     crop_mode: Literal["center", "squash", "border"]
+
+    def __post_init__(self) -> None:
+        channels, height, width = self.input_size
+        wrong = {
+            "input_size": not all(0 < side < 2**16 for side in (channels, height, width)),
+            "mean": len(self.mean) != channels or any(abs(value) > 1e6 for value in self.mean),
+            "std": len(self.std) != channels or any(not 1e-6 <= value <= 1e6 for value in self.std),
+            "crop_pct": not 0 < self.crop_pct <= 2,
+        }
+        for name in (name for name, is_wrong in wrong.items() if is_wrong):
+            raise ConfigError(f"{name}={getattr(self, name)!r} does not fit the other values")
 
 
 class DataError(ValueError):

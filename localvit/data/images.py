@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import stat
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -28,6 +31,13 @@ if TYPE_CHECKING:
 Sample = tuple[Image.Image, int]
 Mode = Literal["L", "RGB"]
 """Pillow's names of gray and color images."""
+MAX_PIXELS = 89_478_485
+"""Pixels of the largest accepted image, where Pillow begins to warn of decompression bombs: 340 MiB.
+
+Half of that for images that are not gray, palette or RGB, which exist twice while they are converted.
+"""
+MAX_BYTES = 2**28
+"""Size of the largest file that is read into memory before it is decoded."""
 MAX_ASPECT = 100
 """Largest ratio of long to short side that is not cropped; panoramas stay below 10."""
 FORMATS = (
@@ -36,6 +46,8 @@ FORMATS = (
 )
 """Accepted image formats, by Pillow's names. PostScript is left out: Pillow starts a program for it."""
 _CHANNELS = {"L": 1, "RGB": 3}
+# Such images are refused here, so a warning adds nothing. Filters of the user come first.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
 # The operator itself: its wrapper `torchvision.io.decode_jpeg` warns since 0.29 that both will be removed.
 # Without it, Pillow decodes to the same bits.
 _torch_decode = getattr(torch.ops.image, "decode_jpeg", None)
@@ -104,9 +116,12 @@ def decode(file: BinaryIO | str, name: str) -> Image.Image:
     Raises:
         UnreadableImage: for any error of the decoder.
     """
-    with _naming(name), Image.open(file, formats=accepted_formats()) as image:
-        image.load()
-        return plain(image)
+    with _naming(name):
+        if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
+            raise ValueError("it is no regular file")  # opening a pipe would wait
+        with _open(file) as image:
+            image.load()
+            return plain(image)
 
 
 def decode_pixels(data: bytes, name: str, mode: Mode) -> UInt8[torch.Tensor, "C H W"]:
@@ -119,8 +134,7 @@ def decode_pixels(data: bytes, name: str, mode: Mode) -> UInt8[torch.Tensor, "C 
     Raises:
         UnreadableImage: as for `decode`.
     """
-    # Opening refuses an image with too many pixels.
-    with _naming(name), Image.open(io.BytesIO(data), formats=accepted_formats()) as header:
+    with _naming(name), _open(io.BytesIO(data)) as header:
         usual = header.format == "JPEG" and header.mode in ("L", mode) and not _is_long(header.size)
     if usual and _torch_decode is not None:
         try:
@@ -131,6 +145,17 @@ def decode_pixels(data: bytes, name: str, mode: Mode) -> UInt8[torch.Tensor, "C 
         except RuntimeError:
             pass  # Pillow reports what is wrong with it
     return to_pixels(decode(io.BytesIO(data), name), mode)
+
+
+def _open(file: BinaryIO | str) -> Image.Image:
+    """Read the header of an image; too many pixels are refused."""
+    image = Image.open(file, formats=accepted_formats())
+    width, height = image.size
+    most = MAX_PIXELS if image.mode in ("1", "L", "P", "RGB") else MAX_PIXELS // 2
+    if width * height > most:
+        image.close()
+        raise ValueError(f"{width} x {height} pixels are not accepted; save it with at most {most:,} pixels")
+    return image
 
 
 def to_pixels(image: Image.Image, mode: Mode) -> UInt8[torch.Tensor, "C H W"]:
@@ -240,12 +265,16 @@ class ReaderImages:
         """Return pixels and label (see `Images`); JPEGs are decoded faster."""
         file, name = self._open(index)
         with file, _naming(name):
-            data = file.read()
+            data = file.read(MAX_BYTES + 1)
+            if len(data) > MAX_BYTES:
+                raise ValueError(f"the file is larger than {MAX_BYTES >> 20} MiB; save it as a smaller one")
         return decode_pixels(data, name, mode), int(self.labels[index])
 
     def _open(self, index: int) -> tuple[BinaryIO, str]:
         name = self.reader.filename(index, absolute=True) or f"number {index}"
         with _naming(name):
+            if os.path.exists(name) and not os.path.isfile(name):
+                raise ValueError("it is no regular file")  # opening a pipe would wait
             return self.reader[index][0], name
 
 

@@ -39,11 +39,8 @@ class ExportInfo(Preprocessing):
     made_with: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         wrong = {
-            "input_size": not all(0 < side < 2**16 for side in self.input_size),
-            "mean": len(self.mean) != self.input_size[0],
-            "std": len(self.std) != self.input_size[0] or min(self.std, default=0) <= 0,
-            "crop_pct": not 0 < self.crop_pct <= 2,
             "labels": self.labels is not None and len(self.labels) != self.num_classes,
             "descriptions": self.descriptions is not None and len(self.descriptions) != self.num_classes,
         }

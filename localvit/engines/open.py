@@ -104,11 +104,20 @@ def open_engine(kind: EngineKind, file: str | Path, threads: int | None = None) 
         raise ConfigError(f"{file!r}: there is no such file")
     open_kind = {"torch": _open_torch, "onnxruntime": _open_onnxruntime, "openvino": _open_openvino}[kind]
     try:
-        return open_kind(file, threads)
+        engine = open_kind(file, threads)
     except ConfigError:
         raise
     except Exception as error:  # each engine has exceptions of its own for files that it cannot read
         raise ConfigError(f"{file!r} cannot be opened with {kind}: {first_line(error)}") from error
+    for what, said, taken in (
+        ("input_size", engine.info.input_size, engine.input_shape[1:]),
+        ("num_classes", (engine.info.num_classes,), engine.output_shape[1:]),
+    ):
+        if len(said) != len(taken) or any(b not in (None, a) for a, b in zip(said, taken, strict=True)):
+            raise ConfigError(
+                f"{file!r}: {what} is {said} in its metadata, {taken} in its model; export it anew"
+            )
+    return engine
 
 
 def check_packages(what: str, *modules: str) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet
-from timm.data.readers.class_map import load_class_map
 
 from localvit.data import DataError, Part, image_name
 from localvit.errors import ConfigError
@@ -31,24 +30,26 @@ def read_class_map(path: str, outputs: int) -> tuple[str, ...]:
         outputs: Outputs of the model; the file may name fewer.
 
     Raises:
-        ConfigError: if it is no such file, repeats a name, leaves a line empty or has too many lines.
+        ConfigError: if it is no such file, is not UTF-8, repeats a name, leaves a line empty or has too many
+            lines.
     """
     what = f"class_map={path!r}"
     if not path.endswith(".txt") or not os.path.isfile(path):
         raise ConfigError(f"{what} is no .txt file with the name of a class in each line")
     try:
-        found = load_class_map(path)
+        with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a byte-order mark
+            names = [line.strip() for line in file.read().rstrip().split("\n")]
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{what} is not text: {error}") from error
-    with open(path, encoding="utf-8") as file:
-        lines = len(file.read().rstrip().splitlines())
-    names = {number: name for name, number in found.items() if number < lines}
-    for number in range(lines):
-        if not names.get(number):  # of a repeated name, timm keeps the last line
-            raise ConfigError(f"{what}: line {number + 1} is empty or its name comes again further down")
-    if not 0 < lines <= outputs:
-        raise ConfigError(f"{what} names {lines} classes; the model has {outputs} outputs")
-    return tuple(names[number] for number in range(lines))
+        raise ConfigError(f"{what}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"{what} cannot be read: {error.strerror}") from error
+    if not 0 < len(names) <= outputs:
+        raise ConfigError(f"{what} names {len(names)} classes; the model has {outputs} outputs")
+    for number, name in enumerate(names, 1):
+        if not name or names.index(name) != number - 1:
+            problem = f"repeats {name!r}" if name else "is empty"
+            raise ConfigError(f"{what}: line {number} {problem}; give each output a name of its own")
+    return tuple(names)
 
 
 def label_by_outputs(images: Part, source: str, model: OpenModel, class_map: str | None) -> Part:

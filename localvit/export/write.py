@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from localvit.atomic import sync, temporary_prefix
+from localvit.atomic import WriteFailed, sync, temporary_prefix
 from localvit.engines import EngineKind, ExportInfo, Size, check_packages, open_engine
 from localvit.errors import ConfigError, first_line
 from localvit.export.onnx import check_onnx, write_onnx
@@ -112,7 +112,7 @@ def export_model(
         ParityError: if the file computes something else. There is no file then.
     """
     check_export(file, format, overwrite=overwrite)
-    if not tolerance > 0:
+    if not 0 < tolerance < float("inf"):
         raise ConfigError(f"tolerance={tolerance} is not accepted; use a positive number")
     form, path = FORMATS[format], Path(file)
     model = copy.deepcopy(model).cpu().float().eval()
@@ -126,6 +126,10 @@ def export_model(
         try:
             form.write(export_program(model, info), new, info)
             parity = check_parity(model, open_engine(form.engine, new, threads), inputs, tolerance)
+        except OSError as error:
+            raise WriteFailed(
+                f"{str(file)!r} cannot be written: {first_line(error)}; make room or name another place"
+            ) from error
         except Exception as error:  # exporters and engines raise exceptions of their own, pages long
             raise ExportFailed(f"{info.architecture} as {format}: {first_line(error)}") from error
         if not parity.passed:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from localvit.inference.prediction import ClassProbability, Prediction
+from localvit.inference.prediction import Prediction
+from localvit.structure import build, parse_json, to_json
 
 COLUMNS = ("path", "rank", "label", "probability", "error")
 """Columns of CSV and Parquet. An image without an answer has one row, with its error."""
@@ -22,18 +21,16 @@ IMAGES_PER_FILE = 5000
 
 def to_json_line(prediction: Prediction) -> str:
     """Write the fields of `Prediction` as one line of JSON, all ASCII."""
-    return json.dumps(dataclasses.asdict(prediction), allow_nan=False) + "\n"
+    return to_json(prediction, indent=None) + "\n"
 
 
 def from_json_line(line: bytes) -> Prediction:
     """Read what `to_json_line` wrote.
 
     Raises:
-        ValueError, TypeError, KeyError: if it is something else.
+        ValueError: if it is something else.
     """
-    values = json.loads(line)
-    guesses = tuple(ClassProbability(**guess) for guess in values.pop("guesses"))
-    return Prediction(guesses=guesses, **values)
+    return build(Prediction, parse_json(line.decode()))
 
 
 def to_csv_lines(prediction: Prediction) -> str:

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import importlib.util
 import io
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from localvit.errors import ConfigError, first_line
 from localvit.inference.formats import FORMATS, from_json_line, to_json_line
 from localvit.inference.model import fused, open_model
 from localvit.inference.prediction import WHOLE, Prediction, Shard, check_settings, classify, find_files
+from localvit.structure import build, parse_json, to_json
 
 _REMEDY = "make room; the same command resumes"
 
@@ -206,7 +206,7 @@ class PredictionWriter:
                     prediction = from_json_line(line)
                     if prediction.path != files[self.images]:
                         raise ValueError("another image")
-                except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                except (ValueError, IndexError) as error:
                     raise ConfigError(
                         f"{str(self.part)!r} is damaged at byte {end}; delete it to begin anew"
                     ) from error
@@ -238,7 +238,7 @@ def _begun(path: Path, begun: dict[str, Any]) -> Iterator[None]:
         else:
             with writing(path, _REMEDY):
                 file.truncate(0)
-                _write(file, (json.dumps(begun, indent=2) + "\n").encode())
+                _write(file, to_json(begun, indent=2).encode())
         yield
         with writing(path, _REMEDY):
             header.unlink()
@@ -247,8 +247,8 @@ def _begun(path: Path, begun: dict[str, Any]) -> Iterator[None]:
 def _check_begun(part: Path, text: bytes, begun: dict[str, Any]) -> None:
     remedy = f"give the command that began it, or delete {str(part)!r} to begin anew"
     try:
-        before = dict(json.loads(text))
-    except (ValueError, TypeError) as error:
+        before = build(dict[str, Any], parse_json(text.decode()))
+    except ValueError as error:
         raise ConfigError(
             f"{part.stem + '.json'!r} does not say how {part.name!r} was begun; {remedy}"
         ) from error

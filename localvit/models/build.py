@@ -22,6 +22,7 @@ from localvit.imports import do_what_waits
 from localvit.locality import LocalityConfig
 from localvit.models.config import ModelConfig
 from localvit.models.published import CheckpointError, load_official, why_unreadable
+from localvit.structure import build
 from localvit.surgery import localize
 
 _REFUSED = (TypeError, ValueError, AssertionError, KeyError, IndexError, AttributeError, ArithmeticError)
@@ -128,7 +129,8 @@ def preprocessing_for(model: nn.Module, config: DataConfig) -> Preprocessing:
     """Return the preprocessing for `model`; fields that are `None` in `config` are the model's own.
 
     Raises:
-        ConfigError: if `mean` or `std` has not one number per channel of the model.
+        ConfigError: if `mean` or `std` has not one number per channel of the model, or a value from its
+            `config.json` is not accepted.
     """
     names = ("mean", "std", "interpolation", "crop_pct")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
@@ -136,8 +138,10 @@ def preprocessing_for(model: nn.Module, config: DataConfig) -> Preprocessing:
         found = resolve_input_data_config(model, {**given, "img_size": _built_for(model)})
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
-    values: dict[str, Any] = {field.name: found[field.name] for field in dataclasses.fields(Preprocessing)}
-    return Preprocessing(**values | {name: tuple(values[name]) for name in ("input_size", "mean", "std")})
+    except (TypeError, AttributeError, AssertionError) as error:  # the model's own come from its config.json
+        raise ConfigError(f"preprocessing of the model: {one_line(error)}; repair its config.json") from error
+    fields = [field.name for field in dataclasses.fields(Preprocessing)]
+    return build(Preprocessing, {name: found[name] for name in fields}, "preprocessing")
 
 
 def _built_for(model: nn.Module) -> tuple[int, int] | None:

@@ -12,10 +12,13 @@ from safetensors import safe_open
 from localvit.config import TrainConfig, read_config
 from localvit.data import Manifest
 from localvit.errors import ConfigError
-from localvit.runs.status import RunStatus, whole
-from localvit.structure import parse_json, read_json
+from localvit.runs.status import Numbers, RunStatus, whole
+from localvit.structure import build, parse_json, read_json
 
 MANIFEST = "manifest.json"
+
+_ALWAYS = ("epoch", "seconds", "images_per_second")
+"""Numbers that each epoch has, and that are never `null`."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,11 @@ class SavedRun:
     def history(self) -> list[dict[str, Any]]:
         """Content of `metrics.jsonl`: one mapping per epoch."""
         with whole(self.path / "metrics.jsonl") as path:
-            lines = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            found = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = build(list[Numbers], found)
+            for line in lines:
+                if wrong := [name for name in _ALWAYS if line.get(name) is None]:
+                    raise ConfigError(f"an epoch has no {wrong[0]}")
             epochs = [line["epoch"] for line in lines]
             done = self.status.epochs_done if self.status else len(epochs)
             if epochs != list(range(1, done + 1)):

@@ -291,7 +291,6 @@ def _finished(directory: RunDirectory | None, console: Console | None) -> RunRes
             markup=False,
             highlight=False,
             soft_wrap=True,
-            markup=False,
         )
     return result
 

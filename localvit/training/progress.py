@@ -73,7 +73,6 @@ class Progress:
             markup=False,
             highlight=False,
             soft_wrap=True,
-            markup=False,
         )
         for note in self.run.notes:
             self.note(note)

@@ -110,7 +110,7 @@ def test_a_change_of_the_source_is_another_library(monkeypatch, tmp_path, change
     sources = tmp_path / "native"
     shutil.copytree(native_build.SOURCE.parent, sources)
     monkeypatch.setattr(native_build, "SOURCE", sources / "native.cpp")
-    monkeypatch.setattr(native_build, "_compile", lambda compiler, path: path.touch())
+    monkeypatch.setattr(native_build, "_compile", lambda compiler, path: _write_library(path))
     monkeypatch.setattr(native_build.ctypes, "CDLL", lambda path: path)
     one = native_build.load(tmp_path)
     assert native_build.load(tmp_path) == one
@@ -172,6 +172,11 @@ def test_threads_are_those_of_pytorch():
     assert done.stdout.strip() in ("0", "1"), done.stderr
 
 
+def _write_library(path):
+    path.write_bytes(b"a library" + native_build._seal(path.name, b"a library"))
+    path.chmod(0o700)
+
+
 @pytest.fixture
 def fake_compiler(monkeypatch):
     """Libraries without a compiler: `load` returns the path of the library and lists what it compiles."""
@@ -179,8 +184,7 @@ def fake_compiler(monkeypatch):
 
     def compile_library(_compiler, path):
         compiled.append(path)
-        path.write_bytes(b"a library")
-        path.chmod(0o700)
+        _write_library(path)
 
     monkeypatch.setattr(native_build, "_identity", lambda compiler: b"")
     monkeypatch.setattr(native_build, "_compiler", lambda: ["c++"])
@@ -269,6 +273,65 @@ def test_what_others_can_change_is_not_loaded(fake_compiler, tmp_path, spoil, re
     with pytest.warns(RuntimeWarning):
         assert native_build.load(folder) == library  # one private folder for the process, compiled once
     assert fake_compiler == [kept, library]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda library: library.write_bytes(b""),
+        lambda library: os.truncate(library, 20),
+        lambda library: library.write_bytes(b"A" + library.read_bytes()[1:]),
+        lambda library: library.write_bytes(library.read_bytes() + b"\0"),
+        lambda library: library.write_bytes(b"b" + native_build._seal("native-of-another-source.so", b"b")),
+    ],
+)
+def test_a_damaged_library_is_compiled_anew(fake_compiler, tmp_path, damage):
+    library = native_build.load(tmp_path / "localvit")
+    whole = library.read_bytes()
+    damage(library)
+    assert native_build.load(tmp_path / "localvit") == library
+    assert library.read_bytes() == whole
+    assert fake_compiler == [library, library]
+
+
+@pytest.mark.parametrize("above", ["home", "home/.cache", "real"])
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda folder: folder.chmod(0o707), r"can be changed by other users \(mode 707\)"),
+        (lambda folder: folder.chmod(0o770), r"can be changed by other users \(mode 770\)"),
+        (lambda folder: os.chown(folder, 12345, -1), "belongs to user 12345, not 0 or root"),
+    ],
+)
+def test_folders_above_the_cache_are_checked_behind_links_too(fake_compiler, tmp_path, above, spoil, reason):
+    """`home` is a link to `real`, which a user may have made to keep it on another disk."""
+    (tmp_path / "real" / ".cache").mkdir(parents=True)
+    (tmp_path / "home").symlink_to("real")
+    cache = tmp_path / "home" / ".cache" / "localvit"
+    assert native_build.load(cache) == fake_compiler[0]
+    if os.geteuid() and "belongs" in reason:
+        pytest.skip("only root can give files away")
+    spoil(tmp_path / above)
+    with pytest.warns(RuntimeWarning, match=reason):
+        assert native_build.load(cache) != fake_compiler[0]
+
+
+def test_a_link_of_another_user_is_not_followed(fake_compiler, tmp_path):
+    if os.geteuid():
+        pytest.skip("only root can give files away")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "home").symlink_to("real")
+    os.lchown(tmp_path / "home", 12345, -1)
+    with pytest.warns(RuntimeWarning, match="'.*home' belongs to user 12345"):
+        native_build.load(tmp_path / "home" / "localvit")
+
+
+def test_a_sticky_folder_above_the_cache_is_accepted(fake_compiler, tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o1777)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        native_build.load(tmp_path / "shared" / "localvit")
 
 
 @pytest.mark.parametrize("what", ["folder", "file"])

@@ -1,6 +1,8 @@
 import csv
+import errno
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -58,6 +60,12 @@ def one_line(capsys):
         (["predict", "--checkpoint", "deit_tiny_patch16_224"], "PATHS is missing"),
         (["predict", "--checkpoint", "deit_tiny_patch16_224", "nowhere.png"], "'nowhere.png' does not exist"),
         (["predict", "--checkpoint", "x", "--format", "xml", "y.png"], "--format"),
+        (
+            ["study", "run", "gate", "--output", ""],
+            "--output '' is not accepted; name a folder, or leave it out",
+        ),
+        (["demo", "--output", ""], "--output '' is not accepted"),
+        (["train", "--data", "digits", "--output", ""], "output='' cannot be written"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
@@ -242,14 +250,36 @@ def test_a_crash_keeps_its_traceback(monkeypatch, tmp_path):
         main(["train", *TINY, "--output", str(tmp_path / "run")])
 
 
-def test_a_full_disk_is_one_line_wherever_it_is_noticed(tmp_path, full_disk):
-    file = tmp_path / "study.json"
-    with (
-        full_disk(2),
-        pytest.raises(Failure, match=r"study\.json' cannot be written: File too large"),
-        one_line_errors(),
-    ):
-        write_atomically(file, "more than that")
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        ("ENOSPC", "No space left on device; make room and try again"),
+        ("EDQUOT", "Disk quota exceeded; make room and try again"),
+        ("EROFS", "Read-only file system; get the right to use it, or name another place"),
+        ("EACCES", "Permission denied; get the right to use it, or name another place"),
+        ("ENOENT", "No such file or directory; check that it is there and may be used"),
+        ("EMFILE", r"Too many open files; raise the limit of open files \(ulimit -n\), or use fewer workers"),
+        ("EIO", "Input/output error; check that it is there and may be used"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_with_file_and_remedy(number, message):
+    code = getattr(errno, number)
+    for file, shown in (("a\udcff", r"'a\\udcff'"), (b"a", "'a'"), (None, "the output")):
+        with pytest.raises(Failure, match=f"^{shown}: {message}$"), one_line_errors():
+            raise OSError(code, os.strerror(code), file)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, full_disk):
+    with full_disk(2), pytest.raises(Failure, match=r"study\.json': File too large"), one_line_errors():
+        write_atomically(tmp_path / "study.json", "more than that")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(IsADirectoryError), one_line_errors():  # anything else keeps its traceback
-        tmp_path.open()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["study", "list"]])
+def test_a_console_that_is_full_or_closed(words):
+    command = f"{sys.executable} -m localvit {' '.join(words)}"
+    full = subprocess.run(f"{command} > /dev/full", shell=True, capture_output=True, text=True)
+    expected = "localvit: the output: No space left on device; make room and try again\n"
+    assert (full.returncode, full.stderr) == (1, expected)
+    closed = subprocess.run(f"{command} >&-", shell=True, capture_output=True, text=True)
+    assert (closed.returncode, closed.stderr) == (0, "")

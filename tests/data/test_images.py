@@ -1,8 +1,11 @@
 import io
 import json
+import os
 import pickle
+import socket
 import struct
 import tarfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,8 +13,9 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
+from localvit.data import images
 from localvit.data.config import DataConfig, DataError, Preprocessing
-from localvit.data.images import MAX_ASPECT, Part, UnreadableImage, decode, plain
+from localvit.data.images import MAX_ASPECT, Part, UnreadableImage, decode, decode_pixels, plain
 from localvit.data.loading import eval_loader
 from localvit.data.sources import find_splits
 from localvit.data.splits import open_reported, open_splits
@@ -294,18 +298,72 @@ def test_what_is_no_picture_is_named(kind):
         decode(io.BytesIO(data), "x.jpg")
 
 
-def test_a_picture_of_too_many_pixels_is_named_before_memory_is_taken():
-    header = b"P5 20000 20000 255\n"  # four hundred million pixels, none of them there
-    with pytest.raises(UnreadableImage, match=r"x\.pgm: Image size \(400000000 pixels\) exceeds limit"):
-        decode(io.BytesIO(header), "x.pgm")
+@pytest.mark.parametrize(
+    ("magic", "size", "reason"),
+    [
+        (b"P5", (20000, 20000), r"Image size \(400000000 pixels\) exceeds limit"),
+        (b"P6", (9460, 9460), "9460 x 9460 pixels are not accepted; save it with at most 89,478,485 pixels"),
+        (b"P6", (60000, 1492), "60000 x 1492 pixels are not accepted"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_of_too_many_pixels_is_named_before_memory_is_taken(magic, size, reason):
+    header = b"%s %d %d 255\n" % (magic, *size)  # none of the pixels is there
+    for read in (decode, lambda file, name: decode_pixels(file.read(), name, "RGB")):
+        with pytest.raises(UnreadableImage, match=rf"x\.pgm: {reason}"):
+            read(io.BytesIO(header), "x.pgm")
 
 
-def test_up_to_twice_pillows_limit_a_picture_is_read_with_pillows_warning(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
-    with pytest.warns(Image.DecompressionBombWarning):
-        assert stored(colours("RGB", side=6), "PNG").size == (6, 6)
-    with pytest.raises(UnreadableImage, match="exceeds limit of 30"):  # where warnings are errors
-        stored(colours("RGB", side=6), "PNG")
+@pytest.mark.parametrize(
+    ("mode", "side"), [("RGB", 10), ("L", 10), ("P", 10), ("RGBA", 7), ("LA", 7), ("CMYK", 7)]
+)
+def test_images_that_exist_twice_while_they_are_converted_may_have_half_the_pixels(monkeypatch, mode, side):
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    form = "TIFF" if mode == "CMYK" else "PNG"
+    assert stored(Image.new(mode, (side, side)), form).size == (side, side)
+    with pytest.raises(UnreadableImage, match="pixels are not accepted"):
+        stored(Image.new(mode, (side + 1, side)), form)
+
+
+def test_a_file_that_is_too_large_is_not_read(make_folder, monkeypatch):
+    """A sparse file takes no place on the disk, and all memory."""
+    folder = make_folder("images", {"a": 2})
+    os.truncate(folder / "a" / "1.png", 1 << 40)
+    with pytest.raises(
+        UnreadableImage, match=r"1\.png: the file is larger than 256 MiB; save it as a smaller"
+    ):
+        open_reported(str(folder), DataConfig()).read_pixels(1, "RGB")
+
+
+def make_pipe(path):
+    os.mkfifo(path)
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        os.chdir(path.parent)  # names of sockets are short
+        server.bind(path.name)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        make_pipe,
+        make_socket,
+        os.mkdir,
+        *(partial(os.symlink, device) for device in ("/dev/zero", "/dev/tty", "/dev")),
+    ],
+)
+def test_what_is_no_regular_file_is_not_opened(make_folder, monkeypatch, make):
+    monkeypatch.chdir(".")
+    folder = make_folder("images", {"a": 2})
+    found = open_reported(str(folder), DataConfig())
+    path = folder / "a" / "1.png"
+    path.unlink()
+    make(path)
+    for read in (lambda: decode(str(path), str(path)), lambda: found[1], lambda: found.read_pixels(1, "RGB")):
+        with pytest.raises(UnreadableImage, match=r"1\.png: it is no regular file"):
+            read()
 
 
 @pytest.mark.parametrize("form", ["JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA"])

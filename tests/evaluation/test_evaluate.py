@@ -195,15 +195,31 @@ def test_a_class_map_names_the_outputs(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a\nb\na\n", "line 1 is empty or"),
-        ("a\n\nb\n", "line 2"),
-        ("", "names 0 classes"),
+        ("a\nb\na\n", "line 3 repeats 'a'; give"),
+        ("a\n\nb\n", "line 2 is empty"),
+        ("", "line 1 is empty"),
         ("a\nb\nc\nd", "names 4"),
     ],
 )
 def test_a_class_map_that_cannot_be_right_is_refused(tmp_path, content, message):
     (tmp_path / "map.txt").write_text(content)
     with pytest.raises(ConfigError, match=message):
+        read_class_map(str(tmp_path / "map.txt"), 3)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xef\xbb\xbfa b\n\xc3\xa9\n", b"a b\r\n\xc3\xa9\r\n", b"  a b \t\n\xc3\xa9 \n\n\n", b"a b\r\xc3\xa9"],
+)
+def test_a_class_map_of_any_editor_has_the_same_names(tmp_path, content):
+    (tmp_path / "map.txt").write_bytes(content)
+    assert read_class_map(str(tmp_path / "map.txt"), 3) == ("a b", "é")
+
+
+@pytest.mark.parametrize(("content", "byte"), [("é".encode("latin-1"), 0), ("a\n".encode("utf-16"), 0)])
+def test_a_class_map_that_is_not_utf8_is_refused(tmp_path, content, byte):
+    (tmp_path / "map.txt").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"map.txt': byte {byte} is not UTF-8; save the file as UTF-8"):
         read_class_map(str(tmp_path / "map.txt"), 3)
 
 

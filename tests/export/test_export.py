@@ -311,6 +311,40 @@ def test_files_that_are_not_ours(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.fixture(scope="module")
+def onnx_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    export(small(), file, "onnx")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"input_size": [3, 16, 32]},
+            r"input_size is \(3, 16, 32\) in its metadata, \(3, \d+, \d+\) in",
+        ),
+        ({"input_size": [1, SIZE, SIZE], "mean": [0.5], "std": [0.5]}, r"input_size is \(1, .* in its model"),
+        (
+            {"num_classes": 7, "labels": None, "descriptions": None},
+            r"num_classes is \(7,\) in its .*, \(5,\)",
+        ),
+    ],
+)
+def test_metadata_of_another_model_are_refused(tmp_path, onnx_file, change, message):
+    import onnx
+
+    file = tmp_path / "model.onnx"
+    graph = onnx.load(str(onnx_file))
+    (entry,) = graph.metadata_props
+    entry.value = json.dumps(json.loads(entry.value) | change)
+    onnx.save(graph, str(file))
+    for kind in ("onnxruntime", "openvino"):
+        with pytest.raises(ConfigError, match=rf"model\.onnx': {message}.*; export it anew"):
+            open_engine(kind, file)
+
+
 def test_what_is_known_of_a_model_survives(tmp_path):
     info = info_of(small(), SIZE, labels=tuple("abcde"), descriptions=tuple("ABCDE"), size_step=4)
     assert ExportInfo.from_json(info.to_json(), "file") == info

@@ -147,6 +147,19 @@ def test_a_status_that_cannot_be_is_refused(finished, copy, change, message):
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("name", ["epoch", "seconds", "images_per_second"])
+@pytest.mark.parametrize("value", [None, "fast", [], "missing"])
+def test_an_epoch_without_its_numbers_is_refused(finished, copy, name, value):
+    folder, config = copy(finished)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines[1][name] = value
+    if value == "missing":
+        del lines[1][name]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ConfigError, match=rf"metrics\.jsonl' is not as a run wrote it: .*{name}"):
+        train(config)
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "noise", "list"])
 @pytest.mark.parametrize("file", ["status.json", "config.yaml"])
 def test_a_damaged_file_of_a_stopped_run_is_named(stopped, copy, file, damage):

@@ -2,7 +2,8 @@
 
 A C++ compiler takes some three seconds, once: the library stays in the user's cache folder, under a name made
 from the source, the compiler and the kind of processor. Loading a library runs it, so a library that another
-user could have written is not loaded: this process then compiles its own.
+user could have written is not loaded: this process then compiles its own. A library ends with a digest of its
+name and content, so that one that was cut off or changed is compiled anew.
 """
 
 import atexit
@@ -19,8 +20,12 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
+from localvit.acceleration.kernels import VARIABLE, plain_kernels
+from localvit.errors import ConfigError
+
 SOURCE = Path(__file__).with_name("native.cpp")
 _COMPILERS = ("c++", "g++", "clang++")
+_DIGEST = 32  # bytes of SHA-256; a loader of libraries ignores what follows their last section
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-Wno-psabi")
 # Tried in this order: not every compiler has OpenMP, or the first spelling of "this machine".
 _VARIANTS = tuple(product((("-march=native",), ("-mcpu=native",)), (("-fopenmp",), ())))
@@ -34,18 +39,50 @@ class Untrusted(Exception):
     """Folder or library that another user could have changed."""
 
 
+_PROBLEMS = (Unavailable, Untrusted, OSError, RuntimeError)  # the last one: no home directory
+
+
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """Load the compiled kernels; `None`, after a warning with the reason, if that is impossible."""
     try:
         return load(cache_folder())
-    except (Unavailable, Untrusted, OSError, RuntimeError) as error:  # RuntimeError: no home directory
+    except _PROBLEMS as error:
         warnings.warn(
             f"localvit's native kernels are not used, PyTorch's operators take their place: {error}",
             RuntimeWarning,
             stacklevel=3,
         )
         return None
+
+
+def native_status() -> dict[str, str]:
+    """Return compiler, library and cache folder of the native kernels, each perhaps with its problem."""
+    facts: dict[str, str] = {}
+    try:
+        compiler = _compiler()
+        facts["compiler"] = (
+            f"{shlex.join(compiler)}: {_run([*compiler, '--version']).stdout.partition(chr(10))[0]}"
+        )
+    except Unavailable as error:
+        facts["compiler"] = str(error)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            use = (
+                f"not in use: {VARIABLE}=plain"
+                if plain_kernels()
+                else f"in use, {load(cache_folder())._name}"
+            )
+        except (*_PROBLEMS, ConfigError) as error:
+            use = f"not in use: {error}"
+    facts["native kernels"] = "; ".join([use, *(str(warning.message) for warning in caught)])
+    try:
+        status = os.stat(cache_folder())
+        facts["cache folder"] = f"{cache_folder()}, user {status.st_uid}, mode {status.st_mode & 0o777:o}"
+    except (OSError, RuntimeError) as error:
+        facts["cache folder"] = str(error)
+    return facts
 
 
 def cache_folder() -> Path:
@@ -96,17 +133,47 @@ def _trusted(compiler: list[str], path: Path) -> Path:
     """Compile the library to `path` unless it is there, and return `path`.
 
     Raises:
-        Untrusted: if another user can change the folder or the library.
+        Untrusted: if another user can change the library, its folder or a folder above.
         OSError: if the folder cannot be written.
     """
-    if not os.path.lexists(path.parent):
-        path.parent.parent.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(mode=0o700, exist_ok=True)  # another process may be making it
-    _check_owner(path.parent, "folder")
-    if not os.path.lexists(path):
+    folder = path.parent
+    for missing in [each for each in (*reversed(folder.parents), folder) if not os.path.lexists(each)]:
+        # Whatever the umask. Another process may be making it.
+        missing.mkdir(mode=0o700 if missing == folder else 0o755, exist_ok=True)
+    _check_parents(folder.absolute())
+    _check_owner(folder, "folder")
+    if os.path.lexists(path):
+        _check_owner(path, "file")
+    if not path.exists() or _seal(path.name, (content := path.read_bytes())[:-_DIGEST]) != content[-_DIGEST:]:
         _compile(compiler, path)
-    _check_owner(path, "file")
+        _check_owner(path, "file")
     return path
+
+
+def _seal(name: str, library: bytes) -> bytes:
+    """Return the digest that ends a library; its name stands for source, compiler and flags."""
+    return hashlib.sha256(name.encode() + library).digest()
+
+
+def _check_parents(path: Path) -> None:
+    """Refuse a folder above `path` that other users than root own or can change, also behind links.
+
+    A folder with the sticky bit (`/tmp`) is accepted: only the owner of what is in it can rename that.
+    """
+    for parent in reversed(path.parents):
+        status = os.lstat(parent)
+        if hasattr(os, "geteuid") and status.st_uid not in (0, os.geteuid()):
+            raise Untrusted(
+                f"folder {str(parent)!r} belongs to user {status.st_uid}, not {os.geteuid()} or root; set "
+                "XDG_CACHE_HOME to a folder of your own"
+            )
+        if stat.S_ISLNK(status.st_mode):
+            _check_parents(parent.parent / os.readlink(parent) / path.name)
+        elif os.name == "posix" and status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+            raise Untrusted(
+                f"folder {str(parent)!r} can be changed by other users (mode {status.st_mode & 0o777:o}); "
+                "run chmod go-w on it, or set XDG_CACHE_HOME to a folder of your own"
+            )
 
 
 def _check_owner(path: Path, kind: str) -> None:
@@ -155,6 +222,8 @@ def _compile(compiler: list[str], path: Path) -> None:
         for arch, openmp in _VARIANTS:
             done = _run([*compiler, *_FLAGS, *arch, *openmp, str(SOURCE), "-o", temporary])
             if done.returncode == 0:
+                content = Path(temporary).read_bytes()
+                Path(temporary).write_bytes(content + _seal(path.name, content))
                 os.chmod(temporary, 0o700)  # the linker goes by the umask
                 os.replace(temporary, path)
                 return

@@ -23,6 +23,7 @@ An arm ``against`` itself is there for others to be compared with. The scales ``
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from localvit.atomic import writing
+from localvit.atomic import write_atomically, writing
 from localvit.config import TrainConfig, load_recipe, merge, parse_setting
 from localvit.errors import ConfigError, unknown
 from localvit.structure import build, plain, read_yaml
@@ -160,12 +161,10 @@ def write_question(name: str) -> Path:
     """
     path = Path(name if name.endswith(_FILES) else f"{name}.yaml")
     text = resources.files("localvit.studies.design").joinpath("new.yaml").read_text(encoding="utf-8")
+    if os.path.lexists(path):
+        raise ConfigError(f"{str(path)!r} exists; choose another name")
     with writing(path, "name another place"):
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(text.replace("FILE", shlex.quote(str(path))))
-        except FileExistsError as error:
-            raise ConfigError(f"{str(path)!r} exists; choose another name") from error
+        write_atomically(path, text.replace("FILE", shlex.quote(str(path))))
     return path
 
 

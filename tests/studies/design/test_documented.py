@@ -8,6 +8,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
+from localvit.atomic import WriteFailed
 from localvit.cli import main
 from localvit.errors import ConfigError
 from localvit.studies.design.question import Question, Scale, load_question, write_question
@@ -117,3 +118,9 @@ def test_a_file_that_exists_is_left_alone(tmp_path, monkeypatch, capsys):
     assert "cannot be written" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="exists"):
         write_question("mine.yaml")
+
+
+def test_a_full_disk_leaves_no_question(tmp_path, full_disk):
+    with full_disk(10), pytest.raises(WriteFailed, match=r"mine\.yaml' cannot be written: File too large"):
+        write_question(str(tmp_path / "mine"))
+    assert not list(tmp_path.iterdir())
