@@ -9,7 +9,7 @@ from localvit.version import __version__ as __version__
 if TYPE_CHECKING:
     from localvit.acceleration import fuse as fuse, set_selective_checkpointing as set_selective_checkpointing
     from localvit.config import TrainConfig as TrainConfig
-    from localvit.errors import ConfigError as ConfigError
+    from localvit.errors import ConfigError as ConfigError, UnsupportedModelError as UnsupportedModelError
     from localvit.evaluation import evaluate as evaluate
     from localvit.inference import predict as predict
     from localvit.locality import (

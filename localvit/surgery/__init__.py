@@ -5,8 +5,16 @@ from typing import TYPE_CHECKING
 from localvit.imports import door
 
 if TYPE_CHECKING:
+    from localvit.errors import UnsupportedModelError as UnsupportedModelError
+    from localvit.surgery.adapters import (
+        Block as Block,
+        ModelAdapter as ModelAdapter,
+        register_adapter as register_adapter,
+    )
+    from localvit.surgery.checking import check_adapter as check_adapter
     from localvit.surgery.confounding import confounders as confounders
-    from localvit.surgery.layouts import UnsupportedModelError as UnsupportedModelError
+    from localvit.surgery.ffns import Ffn as Ffn
+    from localvit.surgery.grids import GridFrom as GridFrom
     from localvit.surgery.operation import (
         LOCALIZED as LOCALIZED,
         Report as Report,
