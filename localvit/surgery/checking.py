@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localvit.errors import UnsupportedModelError
@@ -134,7 +135,6 @@ def _set_shift(kernel: Tensor) -> None:
 def _check_site(site: FeedForwardSite, grid: tuple[int, int], images: Tensor, states: list[Tensor]) -> None:
     before, after = (_by_token(site, state, len(images)) for state in states)
     moved = (after - before).detach()[0] / _SHIFT
-    cell = images.new_tensor([images.shape[2] / grid[0], images.shape[3] / grid[1]])
     for axis, direction in ((1, "right"), (0, "down")):
         part = slice(1 - axis, None, 2)
         expected = (grid[0] - 1) * grid[1] if axis == 0 else grid[0] * (grid[1] - 1)
@@ -146,7 +146,7 @@ def _check_site(site: FeedForwardSite, grid: tuple[int, int], images: Tensor, st
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(axis))
         tokens = tokens[order[:_TOKENS]]
         sources = torch.cdist(moved[tokens, part], before.detach()[0, :, part]).argmin(1)
-        distance = (_place(before, images, tokens) - _place(before, images, sources)) / cell
+        distance = _place(before, images, tokens, grid) - _place(before, images, sources, grid)
         for token, source, (down, right) in zip(
             tokens.tolist(), sources.tolist(), distance.tolist(), strict=True
         ):
@@ -158,14 +158,15 @@ def _check_site(site: FeedForwardSite, grid: tuple[int, int], images: Tensor, st
                 )
 
 
-def _place(states: Tensor, images: Tensor, tokens: Tensor) -> Tensor:
-    """Return where in the image (row, column) the pixels are that each token depends on most."""
+def _place(states: Tensor, images: Tensor, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the place in the image (row, column), in cells, of the pixels that each token depends on most."""
     each = tokens.repeat_interleave(_IMAGES)
     chosen = states[torch.arange(len(each)), each]
     grad = torch.autograd.grad(chosen.square().sum(), images, retain_graph=True)[0]
-    energy = grad[: len(each)].square().sum(1).unflatten(0, (-1, _IMAGES)).sum(1).square()
+    energy = grad[: len(each)].square().sum(1).unflatten(0, (-1, _IMAGES)).sum(1)
+    energy = F.adaptive_avg_pool2d(energy, grid).square()
     energy = energy / energy.sum((1, 2), keepdim=True)
-    rows, columns = (torch.arange(n, dtype=energy.dtype) + 0.5 for n in energy.shape[1:])
+    rows, columns = (torch.arange(n, dtype=energy.dtype) for n in grid)
     return torch.stack([(energy.sum(2) * rows).sum(1), (energy.sum(1) * columns).sum(1)], dim=1)
 
 
