@@ -20,6 +20,7 @@ from localvit.surgery.drop_path import separable
 from localvit.surgery.ffns import Ffn, class_name, ffn_of, is_conv, weight_of
 from localvit.surgery.grids import GridFrom, GridSource
 from localvit.surgery.orders import ChannelsFirst, ChannelsLast
+from localvit.surgery.refusals import reason_for
 
 # The group of FFNs that `localize` changes by default.
 MAIN_GROUP = "blocks"
@@ -208,17 +209,14 @@ def adapter_for(model: nn.Module, adapter: ModelAdapter | None = None) -> ModelA
 
 
 def _reason(name: str) -> str:
-    from localvit.surgery.refusals import reason_for
-
-    reason = reason_for(name)
-    return (
-        f"{name} cannot be localized: {reason}"
-        if reason
-        else (
-            f"{name} cannot be localized: it has no adapter; `localvit models --supported` lists the accepted classes, "
-            "and localvit.register_adapter adds one"
+    module = name.rpartition(".")[0]
+    reason = reason_for(module.removeprefix("timm.models.")) if module.startswith("timm.models.") else None
+    if reason is None:
+        reason = (
+            "it has no adapter; `localvit models --supported` lists the accepted classes, and "
+            "localvit.register_adapter adds one"
         )
-    )
+    return f"{name} cannot be localized: {reason}"
 
 
 def groups_of(model: nn.Module, adapter: ModelAdapter) -> dict[str, list[FeedForwardSite]]:

@@ -24,7 +24,7 @@ from localvit.surgery.operation import localize
 _PRESERVE = LocalityConfig(init="preserve")
 _SHIFT = 1e-3
 _TOKENS = 6  # tokens of an FFN that are compared with their neighbours
-_IMAGES = 4  # random images over which the pixels that a token depends on are averaged
+_IMAGES = 2  # random images over which the pixels that a token depends on are averaged
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def check_adapter(
     adapter = adapter_for(model, adapter)
     size = image_size_of(model, adapter)
     size = (size[0], *(image_size or size[1:]))
-    also = {name: _PRESERVE for name in list(adapter.groups)[1:]}
+    also = dict.fromkeys(list(adapter.groups)[1:], _PRESERVE)
     local = copy.deepcopy(model)
     localize(local, _PRESERVE, also=also, adapter=adapter, count_macs=False)
     _check_exact(model, local, size)
@@ -109,9 +109,10 @@ def _check_order(
     local = copy.deepcopy(model)
     localize(local, _PRESERVE, adapter=adapter, count_macs=False)
     local.double().eval().requires_grad_(False)
+    ours = [module.conv for module in local.modules() if isinstance(module, HiddenLocality)]
     for module in local.modules():
-        if isinstance(module, HiddenLocality):
-            _set_shift(module.conv.weight)
+        if isinstance(module, nn.Conv2d):
+            _set_shift(module.weight) if module in ours else _focus(module)
     images = torch.randn(_IMAGES, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     images = images.repeat(_TOKENS, 1, 1, 1).requires_grad_()
     with _recorded(local, sites) as states:
@@ -123,6 +124,16 @@ def _check_order(
         for site in {alike[0].path: alike[0], alike[-1].path: alike[-1]}.values():
             _check_site(site, grid, images, states[site.path])
     return [observed.tokens[site.path].grid for site in sites]
+
+
+def _focus(conv: nn.Conv2d) -> None:
+    """Let a convolution with overlapping windows see mostly their centres, so that the place of a token is clear."""
+    for axis in (0, 1):
+        size, stride = conv.kernel_size[axis], conv.stride[axis]
+        if size > stride:
+            distance = torch.arange(size, dtype=conv.weight.dtype) - (size - 1) / 2
+            window = torch.exp(-((distance / (0.25 * stride)) ** 2))
+            conv.weight.mul_(window.view(-1, 1) if axis == 0 else window)
 
 
 def _set_shift(kernel: Tensor) -> None:
@@ -162,7 +173,9 @@ def _place(states: Tensor, images: Tensor, tokens: Tensor, grid: tuple[int, int]
     """Return the place in the image (row, column), in cells, of the pixels that each token depends on most."""
     each = tokens.repeat_interleave(_IMAGES)
     chosen = states[torch.arange(len(each)), each]
-    grad = torch.autograd.grad(chosen.square().sum(), images, retain_graph=True)[0]
+    signs = torch.ones_like(chosen[0])
+    signs[::2] = -1  # the same sum of channels for every token, so that their pixels can be compared
+    grad = torch.autograd.grad((chosen @ signs).sum(), images, retain_graph=True)[0]
     energy = grad[: len(each)].square().sum(1).unflatten(0, (-1, _IMAGES)).sum(1)
     energy = F.adaptive_avg_pool2d(energy, grid).square()
     energy = energy / energy.sum((1, 2), keepdim=True)

@@ -560,4 +560,81 @@ _MAPS = (
     ),
 )
 
-ADAPTERS: tuple[ModelAdapter, ...] = (*_PLAIN, *_OWN, *_PYRAMIDS, *_MAPS)
+
+def _mobile(module: str, kind: str, *at: str, **changes: Any) -> Block:
+    """Return the row of a block whose FFN computes maps `(B, C, H, W)`."""
+    common: dict[str, Any] = {"norm": None, "order": ChannelsFirst(), "attention": None}
+    return Block(f"{T}.{module}.{kind}", at=at or ("stages.#.blocks.#",), **{**common, **changes})
+
+
+_MOBILE = (
+    ModelAdapter(
+        (f"{T}.edgenext.EdgeNeXt",),
+        _main(
+            *(
+                _mobile(
+                    "edgenext", kind, norm="norm", layer_scale="gamma", drop_path=drop, order=ChannelsLast()
+                )
+                for kind, drop in (("ConvBlock", "drop_path"), ("SplitTransposeBlock", None))
+            )
+        ),
+    ),
+    ModelAdapter(
+        (f"{T}.efficientformer.EfficientFormer",),
+        _main(
+            _mobile("efficientformer", "MetaBlock2d", layer_scale="ls2"),
+            _mobile(
+                "efficientformer",
+                "MetaBlock1d",
+                norm="norm2",
+                layer_scale="ls2",
+                order=None,
+                grid=GridFrom("stages.{0}.downsample", "output_map"),
+                attention="token_mixer",
+            ),
+        ),
+        others=(f"{T}.efficientformer.Flat",),
+    ),
+    ModelAdapter(
+        (f"{T}.efficientformer_v2.EfficientFormerV2",),
+        _main(_mobile("efficientformer_v2", "EfficientFormerV2Block", layer_scale="ls2")),
+    ),
+    ModelAdapter(
+        tuple(f"{T}.efficientvim.{kind}" for kind in ("EfficientViM", "EfficientViMDistilled")),
+        _main(_mobile("efficientvim", "EfficientViMBlock", ffn="ffn", drop_path=None)),
+    ),
+    ModelAdapter(
+        (f"{T}.efficientvit_msra.EfficientVitMsra",),
+        _main(
+            _mobile(
+                "efficientvit_msra",
+                "ResidualDrop",
+                *(f"stages.#.blocks.#.{name}" for name in ("ffn0", "ffn1")),
+                ffn="m",
+                drop_path=None,
+            )
+        ),
+    ),
+    ModelAdapter(
+        (f"{T}.fastvit.FastVit",),
+        _main(
+            _mobile("fastvit", "RepMixerBlock", layer_scale="layer_scale", drop_path="drop_path"),
+            _mobile("fastvit", "AttentionBlock", layer_scale="layer_scale_2", attention="token_mixer"),
+        ),
+    ),
+    ModelAdapter(
+        (f"{T}.shvit.SHViT",),
+        _main(_mobile("shvit", "BasicBlock", ffn="ffn.m", drop_path=None)),
+    ),
+    ModelAdapter(
+        (f"{T}.swiftformer.SwiftFormer",),
+        _main(_mobile("swiftformer", "Block", ffn="linear", drop_path=None)),
+        others=(f"{T}.swiftformer.ConvEncoder",),
+    ),
+    ModelAdapter(
+        (f"{T}.visformer.Visformer",),
+        _main(_mobile("visformer", "Block", "stage#.#", norm="norm2", drop_path=None)),
+    ),
+)
+
+ADAPTERS: tuple[ModelAdapter, ...] = (*_PLAIN, *_OWN, *_PYRAMIDS, *_MAPS, *_MOBILE)

@@ -48,7 +48,6 @@ FFNS: dict[str, Ffn] = {
     f"{TIMM}.efficientvit_msra.ConvMlp": Ffn("pw2.conv", "pw1", "pw2"),
     f"{TIMM}.fastvit.ConvMlp": Ffn("fc2", note=_LOCAL),
     f"{TIMM}.gemma4_vit.Gemma4GatedMlp": Ffn("down_proj", "gate_proj", "down_proj"),
-    f"{TIMM}.iformer.FFN": Ffn("mixer.m.2.conv", "mixer.m.0", "mixer.m.2"),
     f"{TIMM}.levit.LevitMlp": Ffn("drop", "ln1", "ln2"),
     f"{TIMM}.pvt_v2.MlpWithDepthwiseConv": Ffn("fc2", note=_LOCAL),
     f"{TIMM}.shvit.FFN": Ffn("pw2.c", "pw1", "pw2"),

@@ -10,8 +10,8 @@ from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from localvit.locality import GridRecord, HiddenLocality, LocalityConfig
-from localvit.surgery.drop_path import join_drop_path, separate_drop_path
 from localvit.surgery.adapters import ModelAdapter
+from localvit.surgery.drop_path import join_drop_path, separate_drop_path
 from localvit.surgery.ffns import weight_of
 from localvit.surgery.grids import hook, unhook
 from localvit.surgery.placement import BlockSpec
