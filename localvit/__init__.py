@@ -28,10 +28,11 @@ if TYPE_CHECKING:
         Plan as Plan,
         Report as Report,
         RestoreError as RestoreError,
-        UnsupportedModelError as UnsupportedModelError,
+        check_adapter as check_adapter,
         locality_parameters as locality_parameters,
         localize as localize,
         plan as plan,
+        register_adapter as register_adapter,
         restore as restore,
     )
     from localvit.training import train as train

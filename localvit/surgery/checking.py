@@ -113,6 +113,8 @@ def _check_order(
     for module in local.modules():
         if isinstance(module, nn.Conv2d):
             _set_shift(module.weight) if module in ours else _focus(module)
+        elif isinstance(module, nn.MaxPool2d):
+            module.register_forward_hook(_average)
     images = torch.randn(_IMAGES, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     images = images.repeat(_TOKENS, 1, 1, 1).requires_grad_()
     with _recorded(local, sites) as states:
@@ -134,6 +136,11 @@ def _focus(conv: nn.Conv2d) -> None:
             distance = torch.arange(size, dtype=conv.weight.dtype) - (size - 1) / 2
             window = torch.exp(-((distance / (0.25 * stride)) ** 2))
             conv.weight.mul_(window.view(-1, 1) if axis == 0 else window)
+
+
+def _average(pool: nn.MaxPool2d, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """Replace the maximum, which may be anywhere in its window, by the mean."""
+    return F.adaptive_avg_pool2d(inputs[0], output.shape[-2:])
 
 
 def _set_shift(kernel: Tensor) -> None:
