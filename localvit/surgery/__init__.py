@@ -31,5 +31,13 @@ if TYPE_CHECKING:
         plan_changes as plan_changes,
         refuse_wrapped as refuse_wrapped,
     )
+    from localvit.surgery.supported import (
+        SupportEntry as SupportEntry,
+        scan_supported as scan_supported,
+        supported_document as supported_document,
+        supported_models as supported_models,
+        supported_table as supported_table,
+        timm_architectures as timm_architectures,
+    )
 else:
     __getattr__, __dir__, __all__ = door(__name__)

@@ -1,4 +1,4 @@
-"""Adapters: rows that say where a family of models has its feed-forward networks (FFNs), and which tokens they get.
+"""Adapters: rows that say where a family of models has its feed-forward networks (FFNs), and their tokens.
 
 A class without a row is refused, because many classes look alike and order or drop their tokens differently.
 timm's rows are in `localvit.surgery.families`; `register_adapter` adds others.

@@ -1,8 +1,8 @@
 """Proof that an adapter is right: exactness, and the shift test.
 
-The shift test does not use what the adapter says about the order of tokens. With a kernel that shifts by one cell,
-the convolution brings the hidden state of one token to another. The pixels that the two depend on, found by a
-backward pass, must be one cell apart in the image.
+The shift test does not use what the adapter says about the order of tokens. With a kernel that shifts by one
+cell, the convolution brings the hidden state of one token to another. The pixels that the two depend on, found
+by a backward pass, must be one cell apart in the image.
 """
 
 import copy
@@ -54,8 +54,8 @@ def check_adapter(
     Use a small model with random weights, and images that are *not* square. Two properties are tested:
 
     * With `init="preserve"` the outputs are bit for bit those of the plain model, in evaluation and training.
-    * One cell further in the image is one cell further in the convolution, to the right and down: for the first and
-      the last FFN of each grid.
+    * One cell further in the image is one cell further in the convolution, to the right and down: for the
+      first and the last FFN of each grid.
 
     Args:
         model: A model on the CPU.
@@ -129,7 +129,7 @@ def _check_order(
 
 
 def _focus(conv: nn.Conv2d) -> None:
-    """Let a convolution with overlapping windows see mostly their centres, so that the place of a token is clear."""
+    """Let a convolution with overlapping windows see mostly their centres, where their tokens are."""
     for axis in (0, 1):
         size, stride = conv.kernel_size[axis], conv.stride[axis]
         if size > stride:
@@ -171,13 +171,14 @@ def _check_site(site: FeedForwardSite, grid: tuple[int, int], images: Tensor, st
             along, across = (down, right) if axis == 0 else (right, down)
             if not (0.25 < along < 1.75 and abs(across) < 0.5):
                 raise UnsupportedModelError(
-                    f"{site.path}: a shift to the {direction} by one cell of the {grid[0]} x {grid[1]} grid brings token "
-                    f"{source} to token {token}, which is {down:.2f} cells below and {right:.2f} cells right of it"
+                    f"{site.path}: a shift to the {direction} by one cell of the {grid[0]} x {grid[1]} grid "
+                    f"brings token {source} to token {token}, which is {down:.2f} cells below and "
+                    f"{right:.2f} cells right of it"
                 )
 
 
 def _place(states: Tensor, images: Tensor, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the place in the image (row, column), in cells, of the pixels that each token depends on most."""
+    """Return the place in the image (row, column), in cells, that each token depends on most."""
     each = tokens.repeat_interleave(_IMAGES)
     chosen = states[torch.arange(len(each)), each]
     signs = torch.ones_like(chosen[0])

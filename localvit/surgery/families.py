@@ -18,7 +18,7 @@ _BLOCK_INPUT = GridFrom(".", "input", "input_resolution")
 
 
 def _embedding(model: Any, _: Any) -> GridFrom:
-    """Return the source of plain transformers: their patch embedding, or the one after a convolutional stem."""
+    """Return the source of plain transformers: their patch embedding, perhaps after a stem."""
     kind = type(model.patch_embed).__name__
     if kind == "PatchEmbed":
         return _PATCHES
@@ -251,8 +251,8 @@ _OWN = (
                     norm="norm_mlp",
                     drop_path="drop_path_mlp",
                     prefix="num_prefix_tokens",
-                    # Its embedding refuses any size but the configured one. (It also takes two inputs, so a hook
-                    # on it could not be scripted.)
+                    # Its embedding refuses any size but the configured one. (It also takes two inputs, so a
+                    # hook on it could not be scripted.)
                     grid=GridFrom("pixel_embed", "attribute", "grid_size"),
                     attention="attn_out",
                 ),

@@ -33,7 +33,7 @@ class Ffn:
 
 _LOCAL = "its FFNs have a depth-wise convolution already"
 
-# Blocks whose FFN shares the first linear layer with attention; its hidden state passes through a dropout of its own.
+# Blocks whose FFN shares the first linear layer with attention; its hidden state has a dropout of its own.
 _PARALLEL = Ffn("mlp_drop", "in_proj", "in_proj", hidden=lambda block: block.in_split[0])
 
 FFNS: dict[str, Ffn] = {

@@ -25,8 +25,8 @@ class GridFrom:
     Attributes:
         at: Path in the model, with `{0}`, `{1}` for the numbers in the path of the block; `"."`: the block
             itself; `".attn"`: a module in it.
-        reads: `"image"`: `dynamic_feat_size` of its input `(B, C, H, W)`; `"patches"`: its input divided by its
-            `patch_size`; `"output"`, `"input"`: its output
+        reads: `"image"`: `dynamic_feat_size` of its input `(B, C, H, W)`; `"patches"`: its input divided by
+            its `patch_size`; `"output"`, `"input"`: its output
             or input `(B, H, W, C)`; `"output_map"`, `"input_map"`: the same of `(B, C, H, W)`; `"result"`:
             the second value that it returns; `"argument"`: an argument of its forward; `"attribute"`: always
             the configured grid, so there is no hook.

@@ -137,6 +137,6 @@ def _check_tokens(site: FeedForwardSite, x: Tensor, grid: tuple[int, int]) -> No
         fits = False
     if not fits:
         raise UnsupportedModelError(
-            f"{site.path} gets tokens of shape {shape}, which are not {site.num_prefix_tokens} prefix tokens and "
-            f"a grid of {grid[0]} x {grid[1]} in {site.order or 'raster order'}"
+            f"{site.path} gets tokens of shape {shape}, which are not {site.num_prefix_tokens} prefix tokens "
+            f"and a grid of {grid[0]} x {grid[1]} in {site.order or 'raster order'}"
         )

@@ -76,8 +76,8 @@ def localize(
         adapter: Adapter for a model whose class has none, or another one; default: that of its class.
         seed: Seed of the new weights; default: the seed of the last `torch.manual_seed`.
         keep_originals: Keep the replaced layers (and their memory) for `restore`.
-        count_macs: Count multiply-accumulates for the report and compare tokens with grids, which takes most of
-            the time of this call.
+        count_macs: Count multiply-accumulates for the report and compare tokens with grids, which takes most
+            of the time of this call.
 
     Returns:
         The report, which is also `model.localization`.

@@ -180,7 +180,8 @@ def _refuse_impossible(change: PlannedChange) -> None:
         return
     if not site.row.ffn:
         raise UnsupportedModelError(
-            f"the FFN of {site.name} shares its layers with attention, so it cannot be replaced; use init='preserve'"
+            f"the FFN of {site.name} shares its layers with attention, so it cannot be replaced; "
+            "use init='preserve'"
         )
     width, _, out = site.dims
     if width != out:

@@ -5,15 +5,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.resources import files
-from typing import Any
 
 import timm
 
 from localvit.cost import on_meta
 from localvit.errors import UnsupportedModelError
 from localvit.locality import LocalityConfig
-from localvit.surgery.adapters import adapter_for, groups_of
-from localvit.surgery.ffns import class_name
 from localvit.surgery.preview import plan_changes
 from localvit.surgery.refusals import reason_for
 
@@ -37,7 +34,7 @@ class SupportEntry:
     note: str
 
 
-def supported(pattern: str = "*") -> list[SupportEntry]:
+def supported_models(pattern: str = "*") -> list[SupportEntry]:
     """Read the shipped table; `pattern` selects architectures, as in `timm.list_models`."""
     stored = json.loads((files("localvit.surgery") / "supported.json").read_text())
     entries = [
@@ -48,17 +45,21 @@ def supported(pattern: str = "*") -> list[SupportEntry]:
     return sorted((e for e in entries if fnmatch(e.architecture, pattern)), key=lambda e: e.architecture)
 
 
-def scan(names: Iterable[str]) -> list[SupportEntry]:
-    """Compute the entries of architectures; each is built on the meta device.
+def timm_architectures() -> list[str]:
+    """Return the names of timm's own architectures."""
+    names = timm.list_models()
+    return [n for n in names if timm.models.model_entrypoint(n).__module__.startswith("timm.models.")]
 
-    Tokens are compared with grids, by a forward pass on the meta device, for one architecture of each structure
-    (classes of model, embedding, blocks and FFNs).
+
+def scan_supported(names: Iterable[str]) -> list[SupportEntry]:
+    """Compute the entries of architectures; those that are not refused by their module are built on the meta device.
+
+    Classes of models, blocks and FFNs are compared with the adapters. (`plan` also compares tokens with grids.)
     """
-    seen: set[Any] = set()
-    return [_scan(name, seen) for name in names]
+    return [_scan(name) for name in names]
 
 
-def _scan(name: str, seen: set[Any]) -> SupportEntry:
+def _scan(name: str) -> SupportEntry:
     module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
     reason = reason_for(module)
     if reason is not None:
@@ -66,18 +67,13 @@ def _scan(name: str, seen: set[Any]) -> SupportEntry:
     model = on_meta(lambda: timm.create_model(name))
     kind = type(model).__name__
     try:
-        adapter = adapter_for(model)
-        groups = groups_of(model, adapter)
-        structure = (kind, tuple(sorted({class_name(type(m)) for m in model.modules()})))
-        config = LocalityConfig(init="preserve")
-        plan, _ = plan_changes(model, config, "all", None, count=structure not in seen)
-        seen.add(structure)
+        plan, changes = plan_changes(model, LocalityConfig(init="preserve"), "all", None, count=False)
     except UnsupportedModelError as error:
         return SupportEntry(name, kind, False, 0, str(error))
-    return SupportEntry(name, kind, True, sum(map(len, groups.values())), "; ".join(plan.notes))
+    return SupportEntry(name, kind, True, len(changes), "; ".join(plan.notes))
 
 
-def table_of(entries: Iterable[SupportEntry]) -> str:
+def supported_table(entries: Iterable[SupportEntry]) -> str:
     """Return the JSON text of a table: entries with one class and one note are a group."""
     groups: dict[tuple[str, bool, str], dict[str, int]] = {}
     for entry in entries:
@@ -89,7 +85,7 @@ def table_of(entries: Iterable[SupportEntry]) -> str:
     return json.dumps({"timm": timm.__version__, "groups": listed}, indent=1) + "\n"
 
 
-def document_of(entries: Iterable[SupportEntry]) -> str:
+def supported_document(entries: Iterable[SupportEntry]) -> str:
     """Return the Markdown text of a table, by class."""
     groups: dict[tuple[bool, str, str], list[SupportEntry]] = {}
     for entry in entries:

@@ -303,3 +303,47 @@ def test_a_plan_on_the_meta_device_reads_no_weights():
     assert plan.macs[0] > 5e10
     assert type(model.patch_embed) is PatchEmbed
     assert all(p.is_meta for p in model.parameters())
+
+
+# --- documents and tables ------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_documentation_runs(monkeypatch, capsys):
+    from pathlib import Path
+
+    from localvit.surgery import adapters as registry
+
+    monkeypatch.setattr(registry, "_registered", [])
+    text = (Path(__file__).parents[2] / "docs/adapters.md").read_text()
+    code = "\n".join(part.partition("```")[0] for part in text.split("```python\n")[1:])
+    names: dict[str, object] = {"__name__": "documented"}
+    exec(code, names)
+    assert capsys.readouterr().out.strip() in text
+    assert sum(isinstance(m, HiddenLocality) for m in names["model"].modules()) == 2
+    with pytest.raises(UnsupportedModelError, match="0 prefix tokens and a grid of 4 x 6"):
+        row = replace(names["adapter"].groups["blocks"][0], prefix=0)
+        wrong = replace(names["adapter"], groups={"blocks": (row,)})
+        localvit.check_adapter(names["MyTransformer"](), wrong, image_size=(32, 48))
+
+
+def test_the_table_has_every_architecture_of_timm():
+    """Fails by name when a release of timm adds or removes one: run `make supported`."""
+    from localvit.surgery import supported_models, timm_architectures
+
+    entries = supported_models()
+    assert {entry.architecture for entry in entries} ^ set(timm_architectures()) == set()
+    assert all(entry.note for entry in entries if not entry.accepted)
+    assert [e.accepted for e in supported_models("vit_small_patch16_dinov3")] == [True]
+
+
+def test_the_classes_of_all_rows_exist():
+    """Fails by name when a release of timm renames a model, a block or an FFN."""
+    from pkgutil import resolve_name
+
+    from localvit.surgery.ffns import FFNS
+
+    blocks = {row.kind for adapter in adapters() for rows in adapter.groups.values() for row in rows}
+    listed = {name for adapter in adapters() for name in (*adapter.classes, *adapter.others)}
+    for name in blocks | listed | set(FFNS):
+        module, _, kind = name.rpartition(".")
+        assert class_name(resolve_name(f"{module}:{kind}")) == name

@@ -1,7 +1,7 @@
 """Tokens that stand far apart in the image are next to each other (Hiera's mask units, MobileViT's patches).
 
-A stride `(y, x)` divides the grid into cells of y rows and x columns; the position inside the cell becomes the
-outer axis, and the cells become the grid that the next stride divides.
+A stride `(y, x)` divides the grid into cells of y rows and x columns; the position inside the cell becomes
+the outer axis, and the cells become the grid that the next stride divides.
 """
 
 from dataclasses import dataclass
