@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 HEAD = """# Supported models
 
 By class, for timm {version}: {accepted} of {all} architectures of `timm.list_models()` are accepted.
-`make supported` writes this page; `localvit models --supported PATTERN` lists architectures. Other classes: [adapters](adapters.md).
+`make supported` writes this page; `localvit models --supported PATTERN` lists architectures.
+Other classes: [adapters](adapters.md).
 
 """
 

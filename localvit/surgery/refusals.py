@@ -1,7 +1,7 @@
 """Reasons why classes of timm's models are not localized, by the module of timm that defines them."""
 
 _CONVOLUTIONS = "it is a convolutional network, without the feed-forward networks of a transformer"
-_DEPTHWISE = "its point-wise layers stand behind a depth-wise convolution in each block, so it has the locality already"
+_DEPTHWISE = "its point-wise layers stand behind a depth-wise convolution in each block already"
 _INVERTED = "its feed-forward networks are inverted residuals, which have a depth-wise convolution already"
 
 _REASONS: dict[str, str] = {
@@ -57,7 +57,5 @@ _REASONS: dict[str, str] = {
 
 
 def reason_for(module: str) -> str | None:
-    """Return the reason why the models of a module of timm, such as `"resnet"`, are refused; `None` if it is not
-    known.
-    """
+    """Return the reason why the models of a module of timm (`"resnet"`) are refused, or `None`."""
     return _REASONS.get(module)

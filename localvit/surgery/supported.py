@@ -1,4 +1,4 @@
-"""Table of timm's architectures: accepted or refused, and why. `supported.json` is made by `make supported`."""
+"""Table of timm's architectures: accepted or refused, and why (`supported.json`, by `make supported`)."""
 
 import json
 from collections.abc import Iterable
@@ -52,9 +52,9 @@ def timm_architectures() -> list[str]:
 
 
 def scan_supported(names: Iterable[str]) -> list[SupportEntry]:
-    """Compute the entries of architectures; those that are not refused by their module are built on the meta device.
+    """Compute the entries of architectures; those whose module is not refused are built on the meta device.
 
-    Classes of models, blocks and FFNs are compared with the adapters. (`plan` also compares tokens with grids.)
+    Classes of models, blocks and FFNs are compared with the adapters (`plan` also compares the tokens).
     """
     return [_scan(name) for name in names]
 

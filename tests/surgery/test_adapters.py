@@ -1,4 +1,4 @@
-"""Every class that localize accepts: exactness, the true grid, gradients, undo; and adapters as an interface."""
+"""Every class that localize accepts: exactness, true grid, gradients, undo; adapters as an interface."""
 
 import copy
 import os
@@ -273,7 +273,7 @@ def test_a_replaced_forward_is_refused(part):
     model = CASES["vit"].make()
     target = model.get_submodule(part)
     target.forward = lambda x: x
-    with pytest.raises(UnsupportedModelError, match="forward.*was replaced"):
+    with pytest.raises(UnsupportedModelError, match=r"forward.*was replaced"):
         localvit.localize(model)
     assert not any(isinstance(m, HiddenLocality) or m._forward_hooks for m in model.modules())
 
@@ -320,9 +320,9 @@ def test_the_example_of_the_documentation_runs(monkeypatch, capsys):
     exec(code, names)
     assert capsys.readouterr().out.strip() in text
     assert sum(isinstance(m, HiddenLocality) for m in names["model"].modules()) == 2
+    row = replace(names["adapter"].groups["blocks"][0], prefix=0)
+    wrong = replace(names["adapter"], groups={"blocks": (row,)})
     with pytest.raises(UnsupportedModelError, match="0 prefix tokens and a grid of 4 x 6"):
-        row = replace(names["adapter"].groups["blocks"][0], prefix=0)
-        wrong = replace(names["adapter"], groups={"blocks": (row,)})
         localvit.check_adapter(names["MyTransformer"](), wrong, image_size=(32, 48))
 
 
