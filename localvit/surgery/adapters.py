@@ -225,7 +225,7 @@ def groups_of(model: nn.Module, adapter: ModelAdapter) -> dict[str, list[FeedFor
     Raises:
         UnsupportedModelError: if a block or FFN is not of a class that the adapter knows.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     groups = {name: _sites(model, modules, adapter, rows) for name, rows in adapter.groups.items()}
     if not groups[MAIN_GROUP]:
         raise UnsupportedModelError(
@@ -287,11 +287,11 @@ def _site(
         raise UnsupportedModelError(
             f"{path}.forward was replaced; accepted: the one of {type(block).__name__}"
         )
-    ffn: Any = (
-        block.get_submodule(row.ffn) if row.ffn == "" or getattr(block, row.ffn, None) is not None else None
-    )
+    if row.ffn and not hasattr(block, row.ffn.partition(".")[0]):
+        raise UnsupportedModelError(f"{path} has no {row.ffn!r}; correct ffn= in the row of {row.kind}")
+    ffn = modules.get(f"{path}.{row.ffn}") if row.ffn else block
     if ffn is None or isinstance(ffn, nn.Identity):
-        return None  # a block without FFN (DaViT, LeViT, LowFormer have the option)
+        return None  # a block without FFN (DaViT has the option)
     structure = ffn_of(ffn, f"{path}.{row.ffn}")
     order, prefix, grid = (_of(value, model, numbers) for value in (row.order, row.prefix, row.grid))
     if is_conv(ffn, structure) and (order is None or isinstance(order, ChannelsLast)):
