@@ -69,12 +69,16 @@ def check_adapter(
     size = image_size_of(model, adapter)
     size = (size[0], *(image_size or size[1:]))
     also = dict.fromkeys(list(adapter.groups)[1:], _PRESERVE)
+    groups = groups_of(model, adapter)
+    tokens = observe(model, size, groups["blocks"]).tokens
     local = copy.deepcopy(model)
     localize(local, _PRESERVE, also=also, adapter=adapter, count_macs=False)
     _check_exact(model, local, size)
-    groups = groups_of(model, adapter)
-    grids = _check_order(model, adapter, groups["blocks"], size)
-    return AdapterReport(type(model).__name__, sum(map(len, groups.values())), tuple(dict.fromkeys(grids)))
+    grids = {site.path: tokens[site.path].grid for site in groups["blocks"]}
+    _check_order(model, adapter, groups["blocks"], grids, size)
+    return AdapterReport(
+        type(model).__name__, sum(map(len, groups.values())), tuple(dict.fromkeys(grids.values()))
+    )
 
 
 def _check_exact(plain: nn.Module, local: nn.Module, size: tuple[int, int, int]) -> None:
@@ -103,9 +107,12 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _check_order(
-    model: nn.Module, adapter: ModelAdapter, sites: list[FeedForwardSite], size: tuple[int, int, int]
-) -> list[tuple[int, int]]:
-    observed = observe(model, size, sites)
+    model: nn.Module,
+    adapter: ModelAdapter,
+    sites: list[FeedForwardSite],
+    grids: dict[str, tuple[int, int]],
+    size: tuple[int, int, int],
+) -> None:
     local = copy.deepcopy(model)
     localize(local, _PRESERVE, adapter=adapter, count_macs=False)
     local.double().eval().requires_grad_(False)
@@ -121,11 +128,10 @@ def _check_order(
         local(images)
     ends: dict[Any, list[FeedForwardSite]] = {}
     for site in sites:
-        ends.setdefault((site.row, site.order, observed.tokens[site.path].grid), []).append(site)
+        ends.setdefault((site.row, site.order, grids[site.path]), []).append(site)
     for (_, _, grid), alike in ends.items():
         for site in {alike[0].path: alike[0], alike[-1].path: alike[-1]}.values():
             _check_site(site, grid, images, states[site.path])
-    return [observed.tokens[site.path].grid for site in sites]
 
 
 def _focus(conv: nn.Conv2d) -> None:
