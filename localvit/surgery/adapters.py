@@ -26,6 +26,9 @@ from localvit.surgery.refusals import reason_for
 MAIN_GROUP = "blocks"
 
 
+Attends = Literal["all", "windows", "pooled", "none"]
+
+
 @dataclass(frozen=True)
 class Block:
     """Row of one class of transformer blocks.
@@ -40,6 +43,7 @@ class Block:
             has maps `(B, C, H, W)` in any case.)
         prefix: Number of prefix tokens in the FFN's input, or the model's attribute with it.
         grid: Source of the grid; `None` if the order reads it from the shape.
+        parallel: True if FFNs whose paths differ in the last number only have the same input.
         attention: Path of the attention layer in the block.
         attends: Tokens that its attention sees.
 
@@ -52,11 +56,12 @@ class Block:
     norm: str | None = "norm2"
     layer_scale: str | None = None
     drop_path: str | None = "drop_path2"
-    order: TokenOrder | Callable[..., TokenOrder] | None = None
+    order: TokenOrder | Callable[..., TokenOrder | None] | None = None
     prefix: int | str | Callable[..., int] = 0
     grid: GridFrom | Callable[..., GridFrom] | None = None
+    parallel: bool = False
     attention: str | None = "attn"
-    attends: Literal["all", "windows", "pooled", "none"] = "all"
+    attends: Attends = "all"
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,11 @@ class FeedForwardSite:
     def path(self) -> str:
         """Path of the FFN in the model."""
         return f"{self.name}.{self.row.ffn}" if self.row.ffn else self.name
+
+    @property
+    def depth(self) -> str:
+        """Path of what runs at one depth: parallel FFNs share it."""
+        return self.name.rpartition(".")[0] if self.row.parallel else self.name
 
     @property
     def module(self) -> nn.Module:
@@ -232,8 +242,9 @@ def groups_of(model: nn.Module, adapter: ModelAdapter) -> dict[str, list[FeedFor
             f"this {type(model).__name__} has no feed-forward network on a token grid"
         )
     if _of(adapter.dead, model) and getattr(model, "global_pool", None) == "token":
-        last = groups[MAIN_GROUP][-1]
-        groups[MAIN_GROUP][-1] = replace(last, dead_patches=True)
+        sites = groups[MAIN_GROUP]
+        last = sites[-1].depth
+        groups[MAIN_GROUP] = [replace(s, dead_patches=True) if s.depth == last else s for s in sites]
     return groups
 
 

@@ -146,7 +146,7 @@ def _focus(conv: nn.Conv2d) -> None:
 
 def _average(pool: nn.MaxPool2d, inputs: tuple[Tensor], output: Tensor) -> Tensor:
     """Replace the maximum, which may be anywhere in its window, by the mean."""
-    return F.adaptive_avg_pool2d(inputs[0], output.shape[-2:])
+    return F.adaptive_avg_pool2d(inputs[0], (output.shape[-2], output.shape[-1]))
 
 
 def _set_shift(kernel: Tensor) -> None:

@@ -43,7 +43,7 @@ def separate_drop_path(block: nn.Module) -> None:
         return
     block.__class__ = BlockWithOwnDropPath
     for name in ("drop_path_mlp", "drop_path_mlp_in"):
-        block.add_module(name, _like(block.drop_path))
+        block.add_module(name, _like(block.get_submodule("drop_path")))
 
 
 def join_drop_path(block: nn.Module) -> None:

@@ -143,6 +143,7 @@ _PLAIN = (
             norm="norm",
             layer_scale="ls",
             drop_path="drop_path",
+            parallel=True,
             attention=None,
         ),
         _vit("vision_transformer.ParallelScalingBlock", **_ONLY_PRESERVE),

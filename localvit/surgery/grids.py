@@ -52,8 +52,8 @@ class GridSource:
     rule: GridFrom
 
     def new_record(self) -> GridRecord:
-        static = (self.module, self.rule.static) if self.rule.static else (None, "")
-        return GridRecord(*static, constant=self.rule.reads == "attribute", rule=self.rule)
+        rule = self.rule
+        return GridRecord(self.module, rule.static or "", rule.reads == "attribute", rule)
 
 
 def record_image_grid(self: nn.Module, inputs: Tuple[Tensor], output: Tensor) -> None:  # noqa: UP006

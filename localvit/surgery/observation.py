@@ -122,7 +122,8 @@ def _tokens(site: FeedForwardSite, calls: list[Any]) -> Tokens:
     grid = (int(grid[0]), int(grid[1]))
     for tensor in (x, hidden):
         _check_tokens(site, tensor, grid)
-    return Tokens(*(Layout(tuple(t.shape), t.stride()) for t in (x, hidden)), grid, tuple(further))
+    before, after = (Layout(tuple(t.shape), t.stride()) for t in (x, hidden))
+    return Tokens(before, after, grid, tuple(further))
 
 
 def _check_tokens(site: FeedForwardSite, x: Tensor, grid: tuple[int, int]) -> None:

@@ -32,7 +32,7 @@ class Case:
         for name, parameter in model.named_parameters():  # nothing is zero, one or constant
             if name.endswith("attention_biases"):  # LeViT's later tokens come from attention alone
                 parameter.data[:, 0] = 50.0
-            elif parameter.ndim <= 1:
+            elif parameter.ndim <= 1 or not parameter.any():
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
         return model
 
@@ -58,7 +58,9 @@ def _vitamin(**kwargs: Any) -> nn.Module:
 def _mvit(cls: bool) -> Callable[..., nn.Module]:
     from timm.models import mvitv2
 
-    cfg = mvitv2.MultiScaleVitCfg(depths=_ONES, embed_dim=(8, 16, 16, 16), num_heads=1, use_cls_token=cls)
+    cfg = mvitv2.MultiScaleVitCfg(
+        depths=_ONES, embed_dim=(8, 16, 16, 16), num_heads=1, use_cls_token=cls, expand_attn=not cls
+    )
     return lambda **kwargs: mvitv2.MultiScaleVit(cfg, **kwargs)
 
 
@@ -67,7 +69,7 @@ def _caformer(**kwargs: Any) -> nn.Module:
 
     return m.MetaFormer(
         depths=_ONES,
-        dims=_WIDTHS,
+        dims=(8, 16, 32, 32),
         token_mixers=[m.SepConv, m.SepConv, m.Attention, m.Attention],
         norm_layers=[m.LayerNorm2dNoBias] * 2 + [m.LayerNormNoBias] * 2,
         use_mlp_head=True,
