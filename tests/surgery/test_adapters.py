@@ -2,9 +2,11 @@
 
 import copy
 import os
+import pickle
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
@@ -101,6 +103,62 @@ def test_a_fused_model_computes_the_same(name):
             return
         expected, got = total(model(case.images())), total(fused(case.images()))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def _exported(model: nn.Module, images: Tensor) -> object:
+    return torch.export.export(model, (images,), strict=False).module()(images)
+
+
+def _compiled(model: nn.Module, images: Tensor) -> object:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="eager", fullgraph=True)(images)
+
+
+def _checkpointed(model: nn.Module, images: Tensor) -> object:
+    model.set_grad_checkpointing()
+    output = model.train()(images)
+    total(output).backward()
+    return output
+
+
+ABILITIES = {
+    "pickle": lambda model, images: pickle.loads(pickle.dumps(model))(images),
+    "export": _exported,
+    "compile": _compiled,
+    "checkpointing": _checkpointed,
+}
+_QUICK = ("dinov3", "swin v2", "xcit", "caformer", "hiera", "naflexvit")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ability", ABILITIES)
+@pytest.mark.parametrize("name", list(CASES) if HEAVY else _QUICK)
+def test_no_ability_is_lost(name, ability):
+    """What the plain model can do, the localized one can, with the same output."""
+    model, images = CASES[name].make().eval(), CASES[name].images()
+    local = copy.deepcopy(model)
+    localvit.localize(local, PRESERVE, count_macs=False)
+    do = ABILITIES[ability]
+    try:
+        expected = do(model, images)
+    except Exception:
+        pytest.skip(f"the plain {name} cannot do this")
+    torch.testing.assert_close(total(do(local, images)), total(expected))
+
+
+@pytest.mark.parametrize("name", ["dinov3", "swin v2", "xcit", "hiera", "beit"])
+def test_a_saved_model_comes_back(name, tmp_path):
+    from timm.models import save_for_hf
+
+    case = CASES[name]
+    model = case.make(drop_path_rate=0.1).eval()
+    localvit.localize(model, PRESERVE, count_macs=False)
+    with torch.no_grad():
+        for parameter in kernels(model).values():
+            parameter.normal_(std=0.1)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(case.images()), model(case.images()))
 
 
 def test_every_row_has_a_case():
