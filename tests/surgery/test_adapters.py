@@ -17,7 +17,7 @@ from localvit.locality import Grid, HiddenLocality
 from localvit.surgery.adapters import adapter_for, adapters
 from localvit.surgery.ffns import class_name
 from localvit.surgery.orders import ChannelsFirst, ChannelsLast, Strided, Windows
-from tests.surgery.cases import CASES, Case
+from tests.surgery.cases import CASES
 
 PRESERVE = LocalityConfig(init="preserve")
 HEAVY = "LOCALVIT_SUPPORTED" in os.environ  # set by `make supported`
@@ -353,7 +353,7 @@ def test_a_batch_of_several_sizes_is_refused():
 
 def test_a_plan_on_the_meta_device_reads_no_weights():
     with torch.device("meta"):
-        model = Case("vit_large_patch16_dinov3", {}).make()
+        model = timm.create_model("vit_large_patch16_dinov3")
     plan = localvit.plan(model, PRESERVE)
     assert len(plan.sites) == 24
     assert plan.macs[0] > 5e10
