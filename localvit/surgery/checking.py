@@ -167,6 +167,8 @@ def _check_site(site: FeedForwardSite, grid: tuple[int, int], images: Tensor, st
             raise UnsupportedModelError(
                 f"{site.path}: a shift to the {direction} moves {len(tokens)} tokens, not {expected}"
             )
+        if expected == 0:  # one row or column
+            continue
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(axis))
         tokens = tokens[order[:_TOKENS]]
         sources = torch.cdist(moved[tokens, part], before.detach()[0, :, part]).argmin(1)
