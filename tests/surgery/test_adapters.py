@@ -139,10 +139,12 @@ def test_no_ability_is_lost(name, ability):
     local = copy.deepcopy(model)
     localvit.localize(local, PRESERVE, count_macs=False)
     do = ABILITIES[ability]
+    torch.manual_seed(0)
     try:
         expected = do(model, images)
     except Exception:
         pytest.skip(f"the plain {name} cannot do this")
+    torch.manual_seed(0)
     torch.testing.assert_close(total(do(local, images)), total(expected))
 
 
