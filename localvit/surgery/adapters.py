@@ -44,7 +44,7 @@ class Block:
         prefix: Number of prefix tokens in the FFN's input, or the model's attribute with it.
         grid: Source of the grid; `None` if the order reads it from the shape.
         parallel: True if FFNs whose paths differ in the last number only have the same input.
-        attention: Path of the attention layer in the block.
+        attention: Paths of the attention layers in the block, separated by spaces.
         attends: Tokens that its attention sees.
 
     `order`, `prefix` and `grid` may also be functions of the model and the numbers in the path of the block.

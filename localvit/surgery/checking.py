@@ -210,16 +210,17 @@ def _by_token(site: FeedForwardSite, state: Tensor, images: int) -> Tensor:
 def _recorded(model: nn.Module, sites: list[FeedForwardSite]) -> Iterator[dict[str, list[Tensor]]]:
     """Record the states around the convolutions; attention returns zero, so that tokens do not mix."""
     states: dict[str, list[Tensor]] = {site.path: [] for site in sites}
-    handles = []
+    handles, modules = [], dict(model.named_modules())
     for site in sites:
         local: Any = model.get_submodule(f"{site.path}.{site.slot}")
         for layer in (local, local.then):
             handles.append(
                 layer.register_forward_pre_hook(lambda _, args, to=states[site.path]: to.append(args[0]))
             )
-        if site.row.attention is not None:
-            attention = model.get_submodule(f"{site.name}.{site.row.attention}")
-            handles.append(attention.register_forward_hook(_silence))
+        for path in (site.row.attention or "").split():
+            attention = modules.get(f"{site.name}.{path}")
+            if attention is not None:  # some blocks have none
+                handles.append(attention.register_forward_hook(_silence))
     try:
         yield states
     finally:

@@ -429,7 +429,12 @@ _MAPS = (
         ),
         _last("maxxvit.PartitionAttentionCl", _IN_MAXVIT, attends="windows"),
         _last("maxxvit.PartitionAttention2d", _IN_MAXVIT, attends="windows"),
-        _last("maxxvit.ParallelPartitionAttention", f"{_STAGES}.attn", attends="windows", attention=None),
+        _last(
+            "maxxvit.ParallelPartitionAttention",
+            f"{_STAGES}.attn",
+            attends="windows",
+            attention="attn_block attn_grid",
+        ),
         others="maxxvit.MbConvBlock maxxvit.MaxxVitBlock maxxvit.ParallelMaxxVitBlock maxxvit.Attention2d "
         + _SEQUENTIAL,
     ),
@@ -475,7 +480,10 @@ _MAPS = (
         _first("swiftformer.Block", ffn="linear", drop_path=None),
         others="swiftformer.ConvEncoder",
     ),
-    _family("visformer.Visformer", _first("visformer.Block", "stage#.#", norm="norm2", drop_path=None)),
+    _family(
+        "visformer.Visformer",
+        _first("visformer.Block", "stage#.#", norm="norm2", drop_path=None, attention="attn"),
+    ),
 )
 
 ADAPTERS: tuple[ModelAdapter, ...] = (*_PLAIN, *_PYRAMIDS, *_MAPS)

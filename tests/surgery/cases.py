@@ -160,8 +160,8 @@ CASES: dict[str, Case] = {
         (64, 64),
     ),
     "csatv2": Case("csatv2", {}, _BIG, heavy=True),
-    "mobilevit": Case("mobilevit_xxs", {}, _BIG, heavy=True),
-    "mobilevit v2": Case("mobilevitv2_050", {}, _BIG, heavy=True),
+    "mobilevit": Case("mobilevit_xxs", {}, (64, 128), heavy=True),
+    "mobilevit v2": Case("mobilevitv2_050", {}, (64, 128), heavy=True),
     "hieradet": Case(
         "sam2_hiera_tiny",
         {"embed_dim": 8, "num_heads": 1, "stages": (1, 2, 2, 1), "global_att_blocks": (4,)},
