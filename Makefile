@@ -6,7 +6,7 @@ BIN := .venv/bin
 FAST := $(addprefix tests/,locality config data runs evaluation planning studies/design studies/reporting \
 	surgery/test_localize.py test_structure.py test_shapes.py test_documents.py test_cost.py)
 
-.PHONY: demo test test-fast check bench timm-suite clean
+.PHONY: demo test test-fast check bench supported timm-suite clean
 
 demo: .venv/.study
 	$(BIN)/localvit demo
@@ -26,6 +26,11 @@ check: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/data.py
+
+# The heavy classes too; then the table of all architectures of timm.
+supported: .venv/.dev
+	LOCALVIT_SUPPORTED=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/surgery/test_adapters.py
+	$(BIN)/python benchmarks/supported.py
 
 timm-suite: .venv/.dev
 	@test -f "$(TIMM_TESTS)" || { echo "usage: make timm-suite TIMM_TESTS=path to timm's tests/test_models.py"; exit 2; }

@@ -9,7 +9,7 @@ from localvit.version import __version__ as __version__
 if TYPE_CHECKING:
     from localvit.acceleration import fuse as fuse, set_selective_checkpointing as set_selective_checkpointing
     from localvit.config import TrainConfig as TrainConfig
-    from localvit.errors import ConfigError as ConfigError
+    from localvit.errors import ConfigError as ConfigError, UnsupportedModelError as UnsupportedModelError
     from localvit.evaluation import evaluate as evaluate
     from localvit.inference import predict as predict
     from localvit.locality import (
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
         Plan as Plan,
         Report as Report,
         RestoreError as RestoreError,
-        UnsupportedModelError as UnsupportedModelError,
+        check_adapter as check_adapter,
         locality_parameters as locality_parameters,
         localize as localize,
         plan as plan,
+        register_adapter as register_adapter,
         restore as restore,
     )
     from localvit.training import train as train

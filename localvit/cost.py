@@ -28,11 +28,16 @@ def macs_of(module: nn.Module, *inputs: Any) -> int:
 
     Nothing is computed, and the module does not change, on any device.
     """
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    on_meta = {name: _as_meta(tensor) for name, tensor in tensors.items()}
+    # A module that stands in two places is swapped once: the second time would keep the meta tensors.
+    on_meta = {
+        f"{path}.{name}".lstrip("."): _as_meta(tensor)
+        for path, part in module.named_modules()
+        for name, tensor in (*part._parameters.items(), *part._buffers.items())
+        if tensor is not None
+    }
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        torch.func.functional_call(module, on_meta, inputs)
+        torch.func.functional_call(module, on_meta, inputs, tie_weights=False)
     return counter.get_total_flops() // 2
 
 

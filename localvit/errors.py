@@ -72,3 +72,7 @@ class TrainingFailed(RuntimeError):
 
 class TrainingInterrupted(Exception):
     """A signal asked for the end, and the state is saved; the message says how to go on."""
+
+
+class UnsupportedModelError(ValueError):
+    """Model that cannot be localized; the message says why."""

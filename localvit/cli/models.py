@@ -19,7 +19,11 @@ class Options:
     """List the models with locality and their baselines, or all that is known of one."""
 
     name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None
-    """print the card of this name"""
+    """print the card of this name; with --supported, a pattern such as 'swin*'"""
+    supported: bool = False
+    """list the architectures of timm that localvit.localize accepts, and why it refuses others"""
+    check: bool = False
+    """with --supported: compute the entries again, and compare them with the shipped table"""
     json: bool = False
     """print JSON instead"""
 
@@ -29,6 +33,10 @@ def run(options: Options) -> int:
     import dataclasses
     import json
 
+    if options.supported:
+        return _supported(options)
+    if options.check:
+        raise UsageError("--check is accepted with --supported only")
     from localvit.models import model_card, names, registry
 
     if options.name is not None:
@@ -44,6 +52,37 @@ def run(options: Options) -> int:
         print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=2))
     else:
         _print_table(entries)
+    return 0
+
+
+def _supported(options: Options) -> int:
+    import dataclasses
+    import json
+
+    from localvit.surgery import scan_supported, supported_document, supported_models, timm_architectures
+
+    pattern = options.name or "*"
+    entries = supported_models(pattern)
+    if not entries:
+        raise UsageError(f"no architecture of timm matches {pattern!r}; use a pattern such as 'swin*'")
+    if options.check:
+        chosen = {entry.architecture for entry in entries}
+        again = scan_supported(n for n in timm_architectures() if n in chosen or options.name is None)
+        changed = sorted({e.architecture for e in set(entries) ^ set(again)})
+        print(
+            "\n".join(f"{name}: the shipped table has another entry" for name in changed) or "no difference"
+        )
+        return 1 if changed else 0
+    if options.json:
+        print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=2))
+    elif options.name is None:
+        print(supported_document(entries), end="")
+    else:
+        for entry in entries:
+            state = f"{entry.ffns} FFNs" if entry.accepted else "refused"
+            print(
+                f"{entry.architecture} ({entry.model}): {state}" + (f"; {entry.note}" if entry.note else "")
+            )
     return 0
 
 

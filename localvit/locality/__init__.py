@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from localvit.locality.grid import (
         Grid as Grid,
         GridRecord as GridRecord,
+        TokenOrder as TokenOrder,
         check_grid as check_grid,
         map_to_tokens as map_to_tokens,
         set_accelerator as set_accelerator,

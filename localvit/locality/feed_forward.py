@@ -24,6 +24,7 @@ from localvit.locality.grid import (
     Grid,
     GridModule,
     GridRecord,
+    TokenOrder,
     after_prefix,
     check_grid,
     map_to_tokens,
@@ -53,6 +54,7 @@ class LocalityFeedForward(GridModule):
             a gated linear unit two thirds of it are taken); default: 4 C.
         num_prefix_tokens: P, used when the grid is looked up rather than passed.
         grid_record: Where to look the grid up; without it, `grid` must be passed.
+        order: Order and layout of the tokens; default: `(B, P + N, C)` in raster order.
 
     Raises:
         ConfigError: if a width that follows from `dim` is impossible, or `init` is `"preserve"`.
@@ -69,8 +71,9 @@ class LocalityFeedForward(GridModule):
         hidden_dim: int | None = None,
         num_prefix_tokens: int = 0,
         grid_record: GridRecord | None = None,
+        order: TokenOrder | None = None,
     ) -> None:
-        super().__init__(config or LocalityConfig(), num_prefix_tokens, grid_record)
+        super().__init__(config or LocalityConfig(), num_prefix_tokens, grid_record, order)
         cfg = self.config
         if cfg.init != "paper":
             raise ConfigError(
@@ -117,8 +120,13 @@ class LocalityFeedForward(GridModule):
 
     def forward(self, tokens: Tensor, grid: Optional[Grid] = None) -> Tensor:  # noqa: UP045 (TorchScript)
         """Compute the branch: `(B, P + N, C) -> (B, P + N, C)`; `grid` beats the recorded grid."""
-        if grid is None:
-            grid = self.current_grid()
+        if not torch.jit.is_scripting() and grid is not None and not isinstance(grid, Grid):
+            grid = Grid(*grid, self.num_prefix_tokens)  # PVTv2 passes rows and columns
+        if not self.raster:
+            return self.in_own_order(tokens, grid)
+        return self.in_raster_order(tokens, self.current_grid() if grid is None else grid)
+
+    def in_raster_order(self, tokens: Tensor, grid: Grid) -> Tensor:
         check_grid(tokens, grid)
         prefix = grid.num_prefix_tokens
         if prefix == 0 or self.prefix == "pointwise":  # prefix tokens take the point-wise path
@@ -186,7 +194,7 @@ class HiddenLocality(GridModule):
         hidden_dim: Width D of the hidden state.
         then: The layer that follows (the dropout in front of the projection, in timm's MLPs).
         config: Design; `init` must be `"preserve"`.
-        num_prefix_tokens, grid_record: As for `LocalityFeedForward`.
+        num_prefix_tokens, grid_record, order: As for `LocalityFeedForward`.
     """
 
     def __init__(
@@ -197,8 +205,9 @@ class HiddenLocality(GridModule):
         *,
         num_prefix_tokens: int = 0,
         grid_record: GridRecord | None = None,
+        order: TokenOrder | None = None,
     ) -> None:
-        super().__init__(config, num_prefix_tokens, grid_record)
+        super().__init__(config, num_prefix_tokens, grid_record, order)
         if config.init != "preserve":
             raise ConfigError(f"init={config.init!r} replaces an FFN; HiddenLocality needs init='preserve'")
         self.conv = depthwise(hidden_dim, config.kernel_size, bias=False)
@@ -211,10 +220,21 @@ class HiddenLocality(GridModule):
 
     def forward(self, hidden: Tensor, grid: Optional[Grid] = None) -> Tensor:  # noqa: UP045 (TorchScript)
         """Add locality: `(B, P + N, D) -> (B, P + N, D)`; `grid` beats the recorded grid."""
-        if grid is None:
-            grid = self.current_grid()
-        check_grid(hidden, grid)
-        return self.then(self.transform(hidden, grid))
+        if not self.raster:
+            return self.then(self.in_own_order(hidden, grid))
+        return self.then(self.in_raster_order(hidden, self.current_grid() if grid is None else grid))
+
+    def in_raster_order(self, tokens: Tensor, grid: Grid) -> Tensor:
+        check_grid(tokens, grid)
+        return self.transform(tokens, grid)
+
+    @torch.jit.unused
+    def in_own_order(self, x: Tensor, grid: Optional[Grid]) -> Tensor:  # noqa: UP045 (TorchScript)
+        grid = self.own_grid_of(x) if grid is None else grid
+        tokens, prefix = self.order.to_tokens(x, grid), grid.num_prefix_tokens
+        check_grid(tokens, grid)
+        change = F.pad(map_to_tokens(self.conv(tokens_to_map(tokens, grid))), (0, 0, prefix, 0))
+        return x + self.order.from_tokens(change, grid)  # in the memory layout of `x`
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take a kernel of zeros from a plain checkpoint, which has no kernel anywhere.

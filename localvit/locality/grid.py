@@ -7,7 +7,7 @@ token `i` is in row `i // W` and column `i % W` (raster order).
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Optional, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +39,20 @@ class GridRecord:
             so scripted models use that one.
         attribute: Its attribute (height, width): `grid_size` in timm's patch embeddings.
         constant: The grid is always the configured one (TNT), so there is no hook.
+        rule: How the hook reads the grid (`localvit.surgery`).
     """
 
     def __init__(
-        self, source: nn.Module | None = None, attribute: str = "grid_size", constant: bool = False
+        self,
+        source: nn.Module | None = None,
+        attribute: str = "grid_size",
+        constant: bool = False,
+        rule: Any = None,
     ) -> None:
         self.source = source
         self.attribute = attribute
         self.constant = constant
+        self.rule = rule
         self._size: tuple[int, int] | None = None
 
     @property
@@ -61,8 +67,9 @@ class GridRecord:
     @property
     def static_size(self) -> tuple[int, int]:
         """Rows and columns for the configured input size, (0, 0) where there is none."""
-        size = getattr(self.source, self.attribute, None)
-        return (int(size[0]), int(size[1])) if size is not None else (0, 0)
+        size = getattr(self.source, self.attribute, None) if self.attribute else None
+        divide = self.rule.divide if self.rule is not None else 1
+        return (int(size[0]) // divide, int(size[1]) // divide) if size is not None else (0, 0)
 
     def __getstate__(self) -> dict[str, Any]:  # read by copy.copy, copy.deepcopy and pickle alike
         return {**self.__dict__, "_size": None}
@@ -115,6 +122,19 @@ def check_grid(tokens: Tensor, grid: Grid) -> None:
     )
 
 
+class TokenOrder(Protocol):
+    """Order of an FFN's tokens other than raster order: two inverse views (`localvit.surgery.orders`)."""
+
+    def size(self, x: Tensor) -> tuple[int, int] | None:
+        """Return rows and columns if the shape of `x` has them, else `None`."""
+
+    def to_tokens(self, x: Tensor, grid: Grid) -> Tensor:
+        """View the FFN's input or hidden state as tokens in raster order, `(B, P + N, C)`."""
+
+    def from_tokens(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Invert `to_tokens`."""
+
+
 # Computes `module.transform(x, grid)`, faster or with less memory; returns `None` where it does not apply.
 Accelerator = Callable[[Any, Tensor, Grid], Tensor | None]
 _accelerator: Accelerator | None = None
@@ -135,23 +155,46 @@ class GridModule(nn.Module):
 
     # TorchScript evaluates a property listed in both when it scripts the module, and keeps it as a
     # constant; so a script made after `set_input_size` has the new grid.
-    __constants__: tuple[str, ...] = ("num_prefix_tokens", "static_size")
+    __constants__: tuple[str, ...] = ("num_prefix_tokens", "static_size", "raster")
     __jit_unused_properties__ = ("static_size",)
-    __jit_ignored_attributes__ = ("config", "grid_record", "noted")
+    __jit_ignored_attributes__ = ("config", "grid_record", "noted", "order")
 
     noted: Any = None
     """Notes of an accelerator about the module. Forgotten when the mode, device or type changes."""
     selective_checkpointing: bool = False
     """Whether `localvit.set_selective_checkpointing` is on."""
     transform: Any
+    order: Any
 
     def __init__(
-        self, config: LocalityConfig, num_prefix_tokens: int, grid_record: GridRecord | None
+        self,
+        config: LocalityConfig,
+        num_prefix_tokens: int,
+        grid_record: GridRecord | None,
+        order: TokenOrder | None,
     ) -> None:
         super().__init__()
         self.config = config.resolve()
         self.num_prefix_tokens = num_prefix_tokens
         self.grid_record = grid_record
+        self.order = order
+        self.raster = order is None
+
+    def in_raster_order(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Compute the output of tokens in raster order: `(B, P + N, C) -> (B, P + N, C)`."""
+        raise NotImplementedError
+
+    @torch.jit.unused
+    def in_own_order(self, x: Tensor, grid: Optional[Grid]) -> Tensor:  # noqa: UP045 (TorchScript)
+        """Compute the output of tokens in `order`."""
+        grid = self.own_grid_of(x) if grid is None else grid
+        return self.order.from_tokens(self.in_raster_order(self.order.to_tokens(x, grid), grid), grid)
+
+    @torch.jit.unused
+    def own_grid_of(self, x: Tensor) -> Grid:
+        """Return the grid of tokens in `order`."""
+        size = self.order.size(x)
+        return self.current_grid() if size is None else Grid(*size)
 
     def train(self, mode: bool = True) -> Self:
         self.noted = None

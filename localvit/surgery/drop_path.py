@@ -32,13 +32,18 @@ class BlockWithOwnDropPath(tnt.Block):
         return pixel_embed, patch_embed
 
 
+def separable(block: nn.Module) -> bool:
+    """Return whether `separate_drop_path` gives this block layers of its own."""
+    return type(block) is tnt.Block
+
+
 def separate_drop_path(block: nn.Module) -> None:
     """Add the two layers to a TNT block; blocks of other families have them already."""
-    if type(block) is not tnt.Block:
+    if not separable(block):
         return
     block.__class__ = BlockWithOwnDropPath
     for name in ("drop_path_mlp", "drop_path_mlp_in"):
-        block.add_module(name, _like(block.drop_path))
+        block.add_module(name, _like(block.get_submodule("drop_path")))
 
 
 def join_drop_path(block: nn.Module) -> None:

@@ -10,17 +10,12 @@ from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from localvit.locality import GridRecord, HiddenLocality, LocalityConfig
+from localvit.surgery.adapters import ModelAdapter
 from localvit.surgery.drop_path import join_drop_path, separate_drop_path
-from localvit.surgery.layouts import GridSource
+from localvit.surgery.ffns import weight_of
+from localvit.surgery.grids import hook, unhook
 from localvit.surgery.placement import BlockSpec
-from localvit.surgery.preview import (
-    HIDDEN_SLOT,
-    Plan,
-    PlannedChange,
-    discarded_layers,
-    plan_changes,
-    replacement,
-)
+from localvit.surgery.preview import Plan, PlannedChange, discarded_layers, plan_changes, replacement
 
 # Name of the generic model (localvit.models) in the saved configuration of a localized model.
 LOCALIZED = "localized"
@@ -33,13 +28,13 @@ class Report:
     Attributes:
         plan: The plan that was applied.
         seed: Seed of the new weights.
-        originals: Path in the model -> original layer, with its weights at that time. `None` if the original
-            layers were not kept.
+        originals: Path in the model -> original layer or LayerScale parameter, with its weights at that time.
+            `None` if the original layers were not kept.
     """
 
     plan: Plan
     seed: int
-    originals: dict[str, nn.Module] | None
+    originals: dict[str, nn.Module | nn.Parameter] | None
 
     def __str__(self) -> str:
         return str(self.plan)
@@ -55,6 +50,7 @@ def localize(
     blocks: BlockSpec = "all",
     *,
     also: Mapping[str, LocalityConfig] | None = None,
+    adapter: ModelAdapter | None = None,
     seed: int | None = None,
     keep_originals: bool = True,
     count_macs: bool = True,
@@ -69,7 +65,7 @@ def localize(
     needs its own copy), and with gradient checkpointing one image size per backward pass.
 
     Args:
-        model: A timm model with an adapter (`localvit.surgery.layouts`).
+        model: A model with an adapter (`localvit models --supported` lists the classes).
         config: Configuration; default: the paper's. Use `LocalityConfig(init="preserve")` for pretrained
             weights.
         blocks: Blocks to change (`localvit.surgery.placement.select_blocks`). In a pyramid they are counted
@@ -77,9 +73,11 @@ def localize(
         also: Name of a further group of FFNs -> its configuration: `"tokens_to_token"` (the two stages
             before the blocks of T2T-ViT), `"inner"` (the pixel transformers of TNT). By default they do not
             change.
+        adapter: Adapter for a model whose class has none, or another one; default: that of its class.
         seed: Seed of the new weights; default: the seed of the last `torch.manual_seed`.
         keep_originals: Keep the replaced layers (and their memory) for `restore`.
-        count_macs: Count multiply-accumulates for the report, which takes most of the time of this call.
+        count_macs: Count multiply-accumulates for the report and compare tokens with grids, which takes most
+            of the time of this call.
 
     Returns:
         The report, which is also `model.localization`.
@@ -88,17 +86,18 @@ def localize(
         UnsupportedModelError: if the model cannot be localized.
         ValueError: if `blocks` or `config` does not fit it. In both cases the model does not change.
     """
-    the_plan, changes = plan_changes(model, config, blocks, also, count=count_macs)
+    the_plan, changes = plan_changes(model, config, blocks, also, adapter, count=count_macs)
     seed = torch.initial_seed() if seed is None else seed
     sources = dict.fromkeys(site.source for site, _ in changes)
-    records = {s: GridRecord(*s.static, constant=s.reads == "never") for s in sources}
+    records = {source: source.new_record() if source else None for source in sources}
     built = [(change, _build(change, records[change.site.source], seed)) for change in changes]
 
-    originals: dict[str, nn.Module] = {}
+    originals: dict[str, nn.Module | nn.Parameter] = {}
     for change, module in built:
         originals |= _install(change, module)
     for source, record in records.items():
-        _hook(source, record)
+        if source and record:
+            hook(source, record)
     report = Report(the_plan, seed, originals if keep_originals else None)
     model.localization = report  # type: ignore[assignment]
     _record_for_saving(model, the_plan, blocks)
@@ -126,45 +125,29 @@ def restore(model: nn.Module) -> None:
         )
     for name, module in list(model.named_modules()):
         if isinstance(module, HiddenLocality):
-            _set(model, name, module.then)
+            _remove(model, name, module)
     for path, original in (report.originals or {}).items():
         like = next(model.get_submodule(path.rpartition(".")[0]).parameters())
-        _set(model, path, original.to(like.device, like.dtype).train(model.training))
+        if isinstance(original, nn.Parameter):
+            original.data = original.data.to(like.device, like.dtype)
+        else:
+            original = original.to(like.device, like.dtype).train(model.training)
+        _set(model, path, original)
     for module in model.modules():
         join_drop_path(module)
-    _unhook(model)
+    unhook(model.modules())
     del model.localization
     _forget_for_saving(model)
 
 
-def record_input_grid(self: nn.Module, inputs: Tuple[Tensor], output: Tensor) -> None:  # noqa: UP006
-    """Record the grid of the current images (forward hook of an embedding).
-
-    This is a plain function that finds the record on its module, so that a copy of the model writes to its
-    own record. (A closure or a bound method would write to the original's.)
-    """
-    if not torch.jit.is_scripting():
-        self.grid_record.size = self.dynamic_feat_size(inputs[0].shape[-2:])  # type: ignore
+def add_locality(self: nn.Module, inputs: Tuple[Tensor]) -> Tuple[Tensor]:  # noqa: UP006
+    """Add locality to the hidden state in front of a layer with parameters (forward pre-hook)."""
+    return (self.locality(inputs[0]),)  # type: ignore[operator]
 
 
-def record_output_grid(self: nn.Module, inputs: Tuple[Tensor], output: Tensor) -> None:  # noqa: UP006
-    """Record the grid of an output map (B, H, W, C) (forward hook)."""
-    if not torch.jit.is_scripting():
-        self.grid_record.size = (output.shape[1], output.shape[2])  # type: ignore
-
-
-_HOOKS = {"input": record_input_grid, "output": record_output_grid}
-
-
-def _hook(source: GridSource, record: GridRecord) -> None:
-    if source.reads != "never":
-        source.module.grid_record = record  # type: ignore[assignment]
-        source.module.register_forward_hook(_HOOKS[source.reads])
-
-
-def _build(change: PlannedChange, record: GridRecord, seed: int) -> nn.Module:
+def _build(change: PlannedChange, record: GridRecord | None, seed: int) -> nn.Module:
     site = change.site
-    like = site.module.get_parameter("fc2.weight")
+    like = weight_of(site.module.get_submodule(site.structure.last))
     digest = hashlib.sha256(f"{seed}:{site.path}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(digest[:8], "little"))
@@ -172,34 +155,49 @@ def _build(change: PlannedChange, record: GridRecord, seed: int) -> nn.Module:
     return module.to(like.device, like.dtype).train(site.module.training)
 
 
-def _install(change: PlannedChange, module: nn.Module) -> dict[str, nn.Module]:
+def _install(change: PlannedChange, module: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
     """Install `module` at its site; return path -> original of each layer that it replaces."""
     site = change.site
     if change.config.init == "preserve":
-        site.module.add_module(HIDDEN_SLOT, module)  # it contains the layer that it replaces
+        slot = site.module.get_submodule(site.structure.slot)
+        _set(site.module, site.slot, module)  # wraps the layer that it replaces
+        if module.then is not slot:
+            slot.register_forward_pre_hook(add_locality)
         return {}
     discarded = discarded_layers(change)
-    if site.drop_path in discarded:
+    if site.row.drop_path in discarded:
         separate_drop_path(site.block)
-    identity = nn.Identity().train(site.block.training)
-    new = {site.ffn: module} | dict.fromkeys(discarded, identity)
-    originals = {f"{site.name}.{name}": site.block.get_submodule(name) for name in new}
+    new: dict[str, Any] = {name: nn.Identity().train(site.block.training) for name in discarded}
+    new[site.row.ffn] = module
+    originals = {f"{site.name}.{name}": getattr(site.block, name) for name in new}
     for name, layer in new.items():
-        site.block.add_module(name, layer)
+        original = originals[f"{site.name}.{name}"]
+        if isinstance(original, nn.Parameter):  # a LayerScale that multiplies whatever it is
+            delattr(site.block, name)
+            site.block.register_buffer(name, torch.ones_like(original.detach()), persistent=False)
+        else:
+            _set(site.block, name, layer)
     return originals
 
 
-def _set(model: nn.Module, path: str, module: nn.Module) -> None:
+def _set(model: nn.Module, path: str, value: nn.Module | nn.Parameter) -> None:
     parent, _, name = path.rpartition(".")
-    model.get_submodule(parent).add_module(name, module)
+    module = model.get_submodule(parent)
+    if isinstance(value, nn.Parameter):
+        delattr(module, name)
+        module.register_parameter(name, value)
+    else:
+        module.add_module(name, value)
 
 
-def _unhook(model: nn.Module) -> None:
-    for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if hook in _HOOKS.values():
-                del module._forward_hooks[key]
-                del module.grid_record
+def _remove(model: nn.Module, path: str, locality: HiddenLocality) -> None:
+    layer = model.get_submodule(path.rpartition(".")[0])
+    for key, function in list(layer._forward_pre_hooks.items()):
+        if function is add_locality:
+            del layer._forward_pre_hooks[key]
+            del layer.locality
+            return
+    _set(model, path, locality.then)
 
 
 def _record_for_saving(model: nn.Module, plan: Plan, blocks: BlockSpec) -> None:

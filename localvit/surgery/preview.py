@@ -1,21 +1,27 @@
 """Plan of a localization, made without changing the model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from timm.models._input import get_model_input_config
+from timm.layers import DropPath
 from torch import nn
 
-from localvit.cost import count_macs, count_parameters, macs_of, on_meta
-from localvit.errors import ConfigError
-from localvit.locality import GridRecord, HiddenLocality, LocalityConfig, LocalityFeedForward
-from localvit.surgery.layouts import MAIN_GROUP, FeedForwardSite, UnsupportedModelError, adapter_for
+from localvit.cost import count_parameters, macs_of, on_meta
+from localvit.errors import ConfigError, UnsupportedModelError
+from localvit.locality import Grid, GridRecord, HiddenLocality, LocalityConfig, LocalityFeedForward
+from localvit.surgery.adapters import (
+    MAIN_GROUP,
+    FeedForwardSite,
+    ModelAdapter,
+    adapter_for,
+    groups_of,
+    image_size_of,
+    note_of,
+)
+from localvit.surgery.observation import Observed, Tokens, observe
 from localvit.surgery.placement import BlockSpec, select_blocks
-
-# The layer whose input is the complete hidden state of an FFN (after activation and gating).
-HIDDEN_SLOT = "drop1"
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Plan:
         parameters: Parameters of the model (before, after).
         macs: Multiply-accumulates for one image of the configured size (before, after); `None` if they were
             not counted.
+        notes: Sentences on the family.
     """
 
     model: str
@@ -69,6 +76,7 @@ class Plan:
     sites: tuple[SitePlan, ...]
     parameters: tuple[int, int]
     macs: tuple[int, int] | None
+    notes: tuple[str, ...] = ()
 
     @property
     def dead_parameters(self) -> tuple[str, ...]:
@@ -88,6 +96,7 @@ class Plan:
         lines.append(f"  parameters {_change(self.parameters, 1e6, 'M')}{macs}")
         if self.dead_parameters:
             lines.append("  dead: no output depends on the patch tokens of the last block")
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -104,14 +113,18 @@ def plan(
     blocks: BlockSpec = "all",
     *,
     also: Mapping[str, LocalityConfig] | None = None,
+    adapter: ModelAdapter | None = None,
 ) -> Plan:
     """Return the plan of `localvit.localize` with the same arguments; the model does not change.
+
+    The plan runs the model on the meta device, so that weights are neither read nor copied, and compares the
+    tokens of every FFN with its grid.
 
     Raises:
         UnsupportedModelError: if the model cannot be localized.
         ValueError: if `blocks` or `also` does not fit it, or if `config` gives an impossible width.
     """
-    return plan_changes(model, config, blocks, also)[0]
+    return plan_changes(model, config, blocks, also, adapter)[0]
 
 
 def plan_changes(
@@ -119,31 +132,34 @@ def plan_changes(
     config: LocalityConfig | None,
     blocks: BlockSpec,
     also: Mapping[str, LocalityConfig] | None,
+    adapter: ModelAdapter | None = None,
     *,
     count: bool = True,
 ) -> tuple[Plan, list[PlannedChange]]:
     """Return the plan and its changes, after all checks of `plan`.
 
     Args:
-        model, config, blocks, also: As for `plan`.
-        count: Count multiply-accumulates, which takes most of the time.
+        model, config, blocks, also, adapter: As for `plan`.
+        count: Run the model on the meta device, which takes most of the time. Without that run,
+            multiply-accumulates are not counted and tokens are checked in the first forward pass only.
     """
     config, also = config or LocalityConfig(), dict(also or {})
     refuse_wrapped(model)
     if any(isinstance(m, (LocalityFeedForward, HiddenLocality)) for m in model.modules()):
         raise UnsupportedModelError("the model is localized already; localvit.restore undoes that")
-    adapter = adapter_for(model)
-    groups = adapter.groups(model)
+    adapter = adapter_for(model, adapter)
+    groups = groups_of(model, adapter)
     _refuse_shared([site for sites in groups.values() for site in sites])
     chosen = select_blocks(blocks, len(groups[MAIN_GROUP]))
     changes = [PlannedChange(groups[MAIN_GROUP][i], config) for i in chosen] + _elsewhere(groups, also)
+    for change in changes:
+        _refuse_impossible(change)
 
-    costs: dict[Any, _Cost] = {}
-    sites = tuple(_plan_site(change, costs, count) for change in changes)
-    parameters, macs = count_parameters(model), None
+    observed: Observed | None = None
     if count:
-        channels = int(get_model_input_config(model)["input_size"][0])
-        macs = _total(count_macs(model, (channels, *adapter.image_size(model))), [s.macs for s in sites])
+        observed = observe(model, image_size_of(model, adapter), [site for site, _ in changes])
+    costs: dict[Any, _Cost] = {}
+    sites = tuple(_plan_site(change, costs, observed) for change in changes)
     the_plan = Plan(
         model=type(model).__name__,
         config=config,
@@ -151,10 +167,42 @@ def plan_changes(
         depth=len(groups[MAIN_GROUP]),
         also=also,
         sites=sites,
-        parameters=_total(parameters, [s.parameters for s in sites]),
-        macs=macs,
+        parameters=_total(count_parameters(model), [s.parameters for s in sites]),
+        macs=_total(observed.macs, [s.macs for s in sites]) if observed else None,
+        notes=tuple(_notes(note_of(model, adapter), changes)),
     )
     return the_plan, changes
+
+
+def _refuse_impossible(change: PlannedChange) -> None:
+    site, config = change
+    if config.init != "paper":
+        return
+    if not site.row.ffn:
+        raise UnsupportedModelError(
+            f"the FFN of {site.name} shares its layers with attention, so it cannot be replaced; "
+            "use init='preserve'"
+        )
+    width, _, out = site.dims
+    if width != out:
+        raise UnsupportedModelError(
+            f"{site.path} changes the width from {width} to {out}, which init='paper' cannot; "
+            "use init='preserve' or other blocks"
+        )
+
+
+def _notes(family: str | None, changes: Sequence[PlannedChange]) -> Iterator[str]:
+    yield from dict.fromkeys(note for note in (family, *(s.structure.note for s, _ in changes)) if note)
+    shared = [
+        site
+        for site, config in changes
+        if config.init == "paper"
+        and not config.resolve().drop_path
+        and site.row.drop_path is None
+        and isinstance(getattr(site.block, "drop_path", None), DropPath)
+    ]
+    if shared:
+        yield f"the drop-path of {len(shared)} FFNs serves other branches too, so it stays"
 
 
 def refuse_wrapped(model: nn.Module, action: str = "localize") -> None:
@@ -176,18 +224,23 @@ def refuse_wrapped(model: nn.Module, action: str = "localize") -> None:
 def replacement(change: PlannedChange, record: GridRecord | None = None) -> Callable[[], nn.Module]:
     """Return a function that builds the new module of a site."""
     site, config = change
-    common: dict[str, Any] = {"num_prefix_tokens": site.grid.num_prefix_tokens, "grid_record": record}
+    width, hidden, _ = site.dims
+    common: dict[str, Any] = {"num_prefix_tokens": site.num_prefix_tokens, "grid_record": record}
+    common["order"] = site.order
     if config.init == "paper":
-        return lambda: LocalityFeedForward(site.dim, config, hidden_dim=site.hidden_dim, **common)
-    then = site.module.get_submodule(HIDDEN_SLOT)
-    return lambda: HiddenLocality(site.hidden_dim, then, config, **common)
+        return lambda: LocalityFeedForward(width, config, hidden_dim=hidden, **common)
+    slot = site.module.get_submodule(site.structure.slot)
+    then = slot if site.slot == site.structure.slot else nn.Identity()
+    return lambda: HiddenLocality(hidden, then, config, **common)
 
 
 def discarded_layers(change: PlannedChange) -> tuple[str, ...]:
     """Return the attributes of the block that the configured locality removes."""
     site, config = change.site, change.config.resolve()
-    keep = {site.norm: config.prenorm, site.layer_scale: config.layer_scale, site.drop_path: config.drop_path}
-    return tuple(name for name, kept in keep.items() if name is not None and not kept)
+    if config.init == "preserve":
+        return ()
+    keep = zip(site.around, (config.prenorm, config.layer_scale, config.drop_path), strict=True)
+    return tuple(name for name, kept in keep if name is not None and not kept)
 
 
 class _Cost(NamedTuple):
@@ -198,16 +251,17 @@ class _Cost(NamedTuple):
     macs: tuple[int, int] | None
 
 
-def _plan_site(change: PlannedChange, costs: dict[Any, _Cost], count: bool) -> SitePlan:
+def _plan_site(change: PlannedChange, costs: dict[Any, _Cost], observed: Observed | None) -> SitePlan:
     site, config = change
     replaces = config.init == "paper"
-    key = (repr(site.module), site.dim, site.grid, config)
+    tokens = observed.tokens[site.path] if observed else None
+    key = (repr(site.module), site.dims, site.order, tokens, config)
     if key not in costs:
-        costs[key] = _cost(change, count)
+        costs[key] = _cost(change, tokens)
     new, parameters, macs = costs[key]
     old_class = type(site.module).__name__
     layers = [getattr(site.block, name, None) for name in discarded_layers(change)]
-    dropped = sum(count_parameters(layer) for layer in layers if layer is not None)
+    dropped = sum(_size(layer) for layer in layers if layer is not None)
     return SitePlan(
         name=site.path,
         action="replace" if replaces else "insert",
@@ -217,21 +271,24 @@ def _plan_site(change: PlannedChange, costs: dict[Any, _Cost], count: bool) -> S
         parameters=(parameters[0] + dropped, parameters[1]),
         macs=macs,
         dead_parameters=tuple(_dead_parameters(change, new)) if site.dead_patches else (),
-        num_prefix_tokens=site.grid.num_prefix_tokens,
+        num_prefix_tokens=site.num_prefix_tokens,
     )
 
 
-def _cost(change: PlannedChange, count: bool) -> _Cost:
+def _size(layer: nn.Module | nn.Parameter) -> int:
+    return layer.numel() if isinstance(layer, nn.Parameter) else count_parameters(layer)
+
+
+def _cost(change: PlannedChange, tokens: Tokens | None) -> _Cost:
     site, config = change
-    new, old = on_meta(replacement(change)), count_parameters(site.module)
+    new = on_meta(replacement(change))
     kept = 0 if config.init == "paper" else 1  # the old FFN stays, and the new module gets its hidden map
+    old = count_parameters(site.module)
     macs = None
-    if count:
-        length = site.grid.height * site.grid.width + site.grid.num_prefix_tokens
-        width = site.hidden_dim if kept else site.dim
-        before = macs_of(site.module, torch.empty(1, length, site.dim, device="meta"))
-        after = macs_of(new, torch.empty(1, length, width, device="meta"), site.grid) + kept * before
-        macs = before * site.sequences, after * site.sequences
+    if tokens is not None:
+        before = macs_of(site.module, tokens.input.empty(), *tokens.further) if site.row.ffn else 0
+        x = tokens.hidden.empty() if kept else tokens.input.empty()
+        macs = before, macs_of(new, x, Grid(*tokens.grid, site.num_prefix_tokens)) + kept * before
     return _Cost(new, (old, count_parameters(new) + kept * old), macs)
 
 
@@ -241,7 +298,7 @@ def _total(before: int, changes: list[Any]) -> tuple[int, int]:
 
 def _dead_parameters(change: PlannedChange, new: nn.Module) -> list[str]:
     site, config = change.site, change.config.resolve()
-    path = f"{site.path}." + ("" if config.init == "paper" else f"{HIDDEN_SLOT}.")
+    path = f"{site.path}." + ("" if config.init == "paper" else f"{site.slot}.")
     names = [name for name, _ in new.named_parameters()]
     if config.prefix == "pointwise":  # prefix tokens still use the point-wise path
         norms = config.norm if isinstance(config.norm, tuple) else (config.norm,) * 3
@@ -249,13 +306,9 @@ def _dead_parameters(change: PlannedChange, new: nn.Module) -> list[str]:
         tied = [norm in ("batch", "group") for norm in norms]
         past = ("gate",) if config.position == "first" and tied[0] else ("conv", "norm2", "gate")
         return [] if tied[2] else [path + name for name in names if name.split(".")[0] in past]
-    around = [site.norm, site.layer_scale] if config.prefix == "skip" else []
+    around = site.around[:2] if config.prefix == "skip" else ()
     kept = [name for name in around if name is not None and name not in discarded_layers(change)]
-    outside = [
-        f"{site.name}.{layer}.{n}"
-        for layer in kept
-        for n, _ in site.block.get_submodule(layer).named_parameters()
-    ]
+    outside = [f"{site.name}.{n}" for n, _ in site.block.named_parameters() if n.split(".")[0] in kept]
     return outside + [path + name for name in names]
 
 

@@ -283,18 +283,9 @@ REFUSED = {
     "compiled in place": (lambda: _compiled(make()), "compiled"),
     "patch dropout": (lambda: make(patch_drop_rate=0.2), "patch_drop_rate=0.2"),
     "features only": (lambda: make(features_only=True), "FeatureGetterNet"),
-    "hybrid": (lambda: timm.create_model("vit_tiny_r_s16_p8_224"), "HybridEmbed"),
-    "eva": (lambda: timm.create_model("vit_small_patch16_rope_224", depth=1), "Eva"),
-    "relpos": (lambda: timm.create_model("vit_relpos_small_patch16_224", depth=1), "VisionTransformerRelPos"),
-    "parallel scaling": (lambda: make("vit_base_patch16_xp_224"), "ParallelScalingBlock"),
-    "diff parallel": (lambda: make("vit_dpwee_patch16_reg1_gap_256"), "DiffParallelScalingBlock"),
-    "parallel things": (lambda: make("vit_small_patch16_18x2_224"), "ParallelThingsBlock"),
-    "res post": (lambda: make("vit_base_patch32_plus_256", block_fn=_res_post()), "ResPostBlock"),
     "another mlp": (lambda: make(mlp_layer=_OtherMlp), "_OtherMlp"),
     "a subclass": (lambda: _Subclass(**SMALL), "_Subclass"),
     "not a transformer": (lambda: timm.create_model("resnet10t"), "ResNet"),
-    "naflex": (lambda: timm.create_model("naflexvit_base_patch16_gap", depth=1), "NaFlexVit"),
-    "swin v2": (lambda: timm.create_model("swinv2_tiny_window8_256"), "SwinTransformerV2"),
 }
 
 
@@ -304,12 +295,6 @@ class _OtherMlp(Mlp):
 
 class _Subclass(VisionTransformer):
     pass
-
-
-def _res_post() -> type[nn.Module]:
-    from timm.models.vision_transformer import ResPostBlock
-
-    return ResPostBlock
 
 
 def _localized() -> nn.Module:

@@ -247,6 +247,8 @@ def fuse_locality(ffn: Any) -> str | None:
     """Change `ffn` to its fast form. Return the reason if it has none."""
     if any(hooked(module) for module in ffn.modules() if module is not ffn):
         return "hooks on its layers"
+    if not ffn.raster:
+        return "tokens in another order or layout"
     stages = [
         (ffn.fc1, "norm1"),
         (ffn.fc2, "norm3"),
@@ -293,6 +295,8 @@ def fuse_mlp(mlp: Any) -> str | None:
         return f"{type(last).__module__}.{type(last).__name__} in the place of a linear layer"
     if type(mlp.drop1) is HiddenLocality:
         hidden: Any = mlp.drop1
+        if not hidden.raster:
+            return "tokens in another order or layout"
         if type(hidden.conv) is not nn.Conv2d or type(hidden.then) is not nn.Identity:
             return "other layers on the hidden state"
         add_input(hidden.conv)

@@ -1,0 +1,335 @@
+"""Adapters: rows that say where a family of models has its feed-forward networks (FFNs), and their tokens.
+
+A class without a row is refused, because many classes look alike and order or drop their tokens differently.
+timm's rows are in `localvit.surgery.families`; `register_adapter` adds others.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal
+
+from timm.layers import PatchDropout
+from timm.models._input import get_model_input_config
+from torch import nn
+
+from localvit.errors import ConfigError, UnsupportedModelError
+from localvit.locality import TokenOrder
+from localvit.surgery.drop_path import separable
+from localvit.surgery.ffns import Ffn, class_name, ffn_of, is_conv, weight_of
+from localvit.surgery.grids import GridFrom, GridSource
+from localvit.surgery.orders import ChannelsFirst, ChannelsLast
+from localvit.surgery.refusals import reason_for
+
+# The group of FFNs that `localize` changes by default.
+MAIN_GROUP = "blocks"
+
+
+Attends = Literal["all", "windows", "pooled", "none"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Row of one class of transformer blocks.
+
+    Attributes:
+        kind: Full name of the class. A subclass is another class.
+        at: Paths of these blocks in the model; `#` is any number.
+        ffn: Name of the FFN in the block; `""`: its layers are the block's own.
+        norm, layer_scale, drop_path: Names of the layers (or parameters) around the FFN in its residual
+            branch; `None` if there is none, or one that other branches use too.
+        order: Order of the tokens in the FFN; `None`: `(B, P + N, C)` in raster order. (A convolutional FFN
+            has maps `(B, C, H, W)` in any case.)
+        prefix: Number of prefix tokens in the FFN's input, or the model's attribute with it.
+        grid: Source of the grid; `None` if the order reads it from the shape.
+        parallel: True if FFNs whose paths differ in the last number only have the same input.
+        attention: Paths of the attention layers in the block, separated by spaces.
+        attends: Tokens that its attention sees.
+
+    `order`, `prefix` and `grid` may also be functions of the model and the numbers in the path of the block.
+    """
+
+    kind: str
+    at: tuple[str, ...] = ("blocks.#",)
+    ffn: str = "mlp"
+    norm: str | None = "norm2"
+    layer_scale: str | None = None
+    drop_path: str | None = "drop_path2"
+    order: TokenOrder | Callable[..., TokenOrder | None] | None = None
+    prefix: int | str | Callable[..., int] = 0
+    grid: GridFrom | Callable[..., GridFrom] | None = None
+    parallel: bool = False
+    attention: str | None = "attn"
+    attends: Attends = "all"
+
+
+@dataclass(frozen=True)
+class ModelAdapter:
+    """Row of one family.
+
+    Attributes:
+        classes: Full names of the model classes.
+        groups: Name of a group -> rows of its blocks. The first group is `"blocks"`.
+        others: Full names of the classes of blocks that stand at the same paths and have no FFN.
+        image_size: Path of the attribute with the configured (height, width).
+        dead: True if the head may read prefix tokens only (`global_pool="token"`), so that no later layer
+            reads the patch tokens of the last block.
+        note: Sentence for the plan.
+
+    `dead` and `note` may also be functions of the model.
+    """
+
+    classes: tuple[str, ...]
+    groups: Mapping[str, tuple[Block, ...]]
+    others: tuple[str, ...] = ()
+    image_size: str = "patch_embed.img_size"
+    dead: bool | Callable[[Any], bool] = False
+    note: str | Callable[[Any], str | None] | None = None
+
+
+@dataclass(frozen=True)
+class FeedForwardSite:
+    """One FFN of a model, with the layers of its residual branch.
+
+    Attributes:
+        name: Path of the block in the model, e.g. `"blocks.3"`.
+        block: The block.
+        row: The row of the block. Layers around the FFN that this block lacks are `None` in it.
+        structure: Structure of the FFN.
+        order: Order of its tokens; `None` for raster order.
+        num_prefix_tokens: Number of prefix tokens in its input.
+        source: Source of the grid; `None` if the order reads it from the shape.
+        dead_patches: True if no later layer reads the patch tokens of this block's output.
+    """
+
+    name: str
+    block: nn.Module
+    row: Block
+    structure: Ffn
+    order: TokenOrder | None
+    num_prefix_tokens: int
+    source: GridSource | None
+    dead_patches: bool = False
+
+    @property
+    def path(self) -> str:
+        """Path of the FFN in the model."""
+        return f"{self.name}.{self.row.ffn}" if self.row.ffn else self.name
+
+    @property
+    def depth(self) -> str:
+        """Path of what runs at one depth: parallel FFNs share it."""
+        return self.name.rpartition(".")[0] if self.row.parallel else self.name
+
+    @property
+    def module(self) -> nn.Module:
+        return self.block.get_submodule(self.row.ffn)
+
+    @property
+    def around(self) -> tuple[str | None, str | None, str | None]:
+        """Names of norm, LayerScale and drop-path; `None` for those that this block lacks."""
+        row, own = self.row, separable(self.block)
+        norm, scale = (
+            n if n and getattr(self.block, n, None) is not None else None for n in (row.norm, row.layer_scale)
+        )
+        drop = row.drop_path if own or getattr(self.block, row.drop_path or "", None) is not None else None
+        return norm, scale, drop
+
+    @property
+    def slot(self) -> str:
+        """Path in the FFN of the module that `init="preserve"` adds."""
+        name = self.structure.slot
+        return (
+            name if next(self.module.get_submodule(name).parameters(), None) is None else f"{name}.locality"
+        )
+
+    @property
+    def dims(self) -> tuple[int, int, int]:
+        """Width of the FFN's input, hidden state and output."""
+        structure = self.structure
+        first, last = (weight_of(self.module.get_submodule(n)) for n in (structure.first, structure.last))
+        hidden = structure.hidden(self.module) if structure.hidden else last.shape[1]
+        return first.shape[1], hidden, last.shape[0]
+
+
+_registered: list[ModelAdapter] = []
+
+
+@cache
+def _shipped() -> tuple[ModelAdapter, ...]:
+    from localvit.surgery.families import ADAPTERS
+
+    return ADAPTERS
+
+
+def adapters() -> Iterator[ModelAdapter]:
+    """Iterate over all adapters, registered ones first."""
+    yield from (*_registered, *_shipped())
+
+
+def register_adapter(adapter: ModelAdapter) -> None:
+    """Let `localize` accept the classes of `adapter`; test it first with `localvit.check_adapter`.
+
+    Raises:
+        ConfigError: if one of the classes has an adapter.
+    """
+    known = {name for other in adapters() for name in other.classes}
+    for name in adapter.classes:
+        if name in known:
+            raise ConfigError(f"{name} has an adapter; pass adapter= to localize to use another")
+    _check_row(adapter)
+    _registered.append(adapter)
+
+
+def _check_row(adapter: ModelAdapter) -> None:
+    if next(iter(adapter.groups), None) != MAIN_GROUP:
+        raise ConfigError(f"groups={list(adapter.groups)}: the first group must be {MAIN_GROUP!r}")
+    for row in (row for rows in adapter.groups.values() for row in rows):
+        if row.grid is None and row.order is None:
+            raise ConfigError(
+                f"{row.kind}: grid=None is accepted only with an order that reads the grid from shapes"
+            )
+
+
+def adapter_for(model: nn.Module, adapter: ModelAdapter | None = None) -> ModelAdapter:
+    """Return the adapter of exactly this class (a subclass may order its tokens differently).
+
+    Raises:
+        UnsupportedModelError: if the class has no adapter, or the model is not what its adapter knows.
+    """
+    name = class_name(type(model))
+    if adapter is None:
+        adapter = next((a for a in adapters() if name in a.classes), None)
+        if adapter is None:
+            raise UnsupportedModelError(_reason(name))
+    if "forward" in vars(model):
+        raise UnsupportedModelError(
+            f"forward of the {type(model).__name__} was replaced; accepted: its class's own"
+        )
+    rate = max(
+        [getattr(model, "patch_drop_rate", 0) or 0]
+        + [m.prob for m in model.modules() if isinstance(m, PatchDropout)]
+    )
+    if rate > 0:
+        raise UnsupportedModelError(
+            f"patch_drop_rate={rate} removes tokens in training, so they have no grid; use patch_drop_rate=0"
+        )
+    return adapter
+
+
+def _reason(name: str) -> str:
+    module = name.rpartition(".")[0]
+    reason = reason_for(module.removeprefix("timm.models.")) if module.startswith("timm.models.") else None
+    if reason is None:
+        reason = (
+            "it has no adapter; `localvit models --supported` lists the accepted classes, and "
+            "localvit.register_adapter adds one"
+        )
+    return f"{name} cannot be localized: {reason}"
+
+
+def groups_of(model: nn.Module, adapter: ModelAdapter) -> dict[str, list[FeedForwardSite]]:
+    """Return name of a group -> its FFNs by depth.
+
+    Raises:
+        UnsupportedModelError: if a block or FFN is not of a class that the adapter knows.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    groups = {name: _sites(model, modules, adapter, rows) for name, rows in adapter.groups.items()}
+    if not groups[MAIN_GROUP]:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} has no feed-forward network on a token grid"
+        )
+    if _of(adapter.dead, model) and getattr(model, "global_pool", None) == "token":
+        sites = groups[MAIN_GROUP]
+        last = sites[-1].depth
+        groups[MAIN_GROUP] = [replace(s, dead_patches=True) if s.depth == last else s for s in sites]
+    return groups
+
+
+def note_of(model: nn.Module, adapter: ModelAdapter) -> str | None:
+    """Return the note of the adapter on this model."""
+    note: str | None = _of(adapter.note, model)
+    return note
+
+
+def _of(value: Any, *args: Any) -> Any:
+    return value(*args) if callable(value) else value
+
+
+def _sites(
+    model: nn.Module, modules: Mapping[str, nn.Module], adapter: ModelAdapter, rows: Sequence[Block]
+) -> list[FeedForwardSite]:
+    sites = []
+    for path, block in modules.items():
+        matching = [(row, numbers) for row in rows if (numbers := _numbers(row, path)) is not None]
+        if not matching:
+            continue
+        kind = class_name(type(block))
+        chosen = next(((row, numbers) for row, numbers in matching if row.kind == kind), None)
+        if chosen is not None:
+            site = _site(model, modules, path, *chosen)
+            sites += [] if site is None else [site]
+        elif kind not in adapter.others:
+            accepted = ", ".join(dict.fromkeys(row.kind.rpartition(".")[2] for row, _ in matching))
+            raise UnsupportedModelError(f"{path} is a {type(block).__name__}; accepted: {accepted}")
+    return sites
+
+
+def _numbers(row: Block, path: str) -> tuple[int, ...] | None:
+    for pattern in row.at:
+        match = _compiled(pattern).fullmatch(path)
+        if match:
+            return tuple(map(int, match.groups()))
+    return None
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\#", r"(\d+)"))
+
+
+def _site(
+    model: nn.Module, modules: Mapping[str, nn.Module], path: str, row: Block, numbers: tuple[int, ...]
+) -> FeedForwardSite | None:
+    block = modules[path]
+    if "forward" in vars(block):
+        raise UnsupportedModelError(
+            f"{path}.forward was replaced; accepted: the one of {type(block).__name__}"
+        )
+    if row.ffn and not hasattr(block, row.ffn.partition(".")[0]):
+        raise UnsupportedModelError(f"{path} has no {row.ffn!r}; correct ffn= in the row of {row.kind}")
+    ffn = modules.get(f"{path}.{row.ffn}") if row.ffn else block
+    if ffn is None or isinstance(ffn, nn.Identity):
+        return None  # a block without FFN (DaViT has the option)
+    structure = ffn_of(ffn, f"{path}.{row.ffn}")
+    order, prefix, grid = (_of(value, model, numbers) for value in (row.order, row.prefix, row.grid))
+    if is_conv(ffn, structure) and (order is None or isinstance(order, ChannelsLast)):
+        order = ChannelsFirst()
+    source = None
+    if grid is not None and not isinstance(order, ChannelsFirst | ChannelsLast):
+        source = _source(modules, path, numbers, grid)
+    if isinstance(prefix, str):
+        prefix = int(getattr(model, prefix))
+    return FeedForwardSite(path, block, row, structure, order, prefix, source)
+
+
+def _source(
+    modules: Mapping[str, nn.Module], path: str, numbers: tuple[int, ...], rule: GridFrom
+) -> GridSource:
+    if rule.at == ".":
+        return GridSource(modules[path], rule)
+    name = f"{path}{rule.at}" if rule.at.startswith(".") else rule.at.format(*numbers)
+    return GridSource(modules[name], rule)
+
+
+def image_size_of(model: nn.Module, adapter: ModelAdapter) -> tuple[int, int, int]:
+    """Return the configured channels, height and width."""
+    channels, height, width = get_model_input_config(model)["input_size"]
+    value: Any = model
+    for name in adapter.image_size.split("."):
+        value = getattr(value, name, None) if not name.isdigit() else value[int(name)]
+    if value is not None:
+        height, width = (value, value) if isinstance(value, int) else value
+    return int(channels), int(height), int(width)

@@ -1,0 +1,143 @@
+"""One forward pass on the meta device: multiply-accumulates, and the tokens and grid of every FFN."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localvit.cost import count_macs
+from localvit.errors import UnsupportedModelError
+from localvit.locality import GridRecord
+from localvit.surgery.adapters import FeedForwardSite
+from localvit.surgery.grids import GridSource, hook, unhook
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape and strides of a tensor."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def empty(self) -> Tensor:
+        """Return such a tensor on the meta device."""
+        return torch.empty_strided(self.shape, self.strides, device="meta")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of one FFN for one image.
+
+    Attributes:
+        input, hidden: The FFN's input and hidden state.
+        grid: Rows and columns.
+        further: Further arguments of the FFN's forward.
+    """
+
+    input: Layout
+    hidden: Layout
+    grid: tuple[int, int]
+    further: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Multiply-accumulates of the model for one image, and path of an FFN -> its tokens."""
+
+    macs: int
+    tokens: dict[str, Tokens]
+
+
+def observe(model: nn.Module, image_size: tuple[int, int, int], sites: Sequence[FeedForwardSite]) -> Observed:
+    """Run the model on the meta device for one image of `image_size` (channels, height, width).
+
+    Raises:
+        UnsupportedModelError: if the tokens of an FFN are not those of its grid, or the model does not run it
+            exactly once.
+    """
+    records = {site.source: site.source.new_record() for site in sites if site.source}
+    calls: dict[str, list[Any]] = {site.path: [] for site in sites}
+    with _evaluating(model), _recording(model, records), _watching(sites, records, calls):
+        macs = count_macs(model, image_size)
+    return Observed(macs, {site.path: _tokens(site, calls[site.path]) for site in sites})
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode (a batch norm refuses to train on one image)."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _recording(model: nn.Module, records: dict[GridSource, GridRecord]) -> Iterator[None]:
+    try:
+        for source, record in records.items():
+            hook(source, record)
+        yield
+    finally:
+        unhook(model.modules())
+
+
+@contextmanager
+def _watching(
+    sites: Sequence[FeedForwardSite], records: dict[GridSource, GridRecord], calls: dict[str, list[Any]]
+) -> Iterator[None]:
+    handles = []
+    for site in sites:
+        record = records[site.source] if site.source else None
+
+        def on_input(_: nn.Module, args: Any, site: Any = site, record: Any = record) -> None:
+            grid = site.order.size(args[0]) if site.order is not None else None
+            calls[site.path].append([args, grid or record.size])
+
+        def on_hidden(_: nn.Module, args: Any, site: Any = site) -> None:
+            if calls[site.path]:
+                calls[site.path][-1].append(args[0])
+
+        handles.append(site.module.register_forward_pre_hook(on_input))
+        handles.append(site.module.get_submodule(site.structure.slot).register_forward_pre_hook(on_hidden))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tokens(site: FeedForwardSite, calls: list[Any]) -> Tokens:
+    if len(calls) != 1 or len(calls[0]) != 3:
+        raise UnsupportedModelError(f"{site.path} runs {len(calls)} times in a forward pass; accepted: once")
+    (x, *further), grid, hidden = calls[0]
+    if grid is None:
+        raise UnsupportedModelError(f"{site.path} runs before its grid is known")
+    grid = (int(grid[0]), int(grid[1]))
+    for tensor in (x, hidden):
+        _check_tokens(site, tensor, grid)
+    before, after = (Layout(tuple(t.shape), t.stride()) for t in (x, hidden))
+    return Tokens(before, after, grid, tuple(further))
+
+
+def _check_tokens(site: FeedForwardSite, x: Tensor, grid: tuple[int, int]) -> None:
+    from localvit.locality import Grid
+
+    shape, tokens = tuple(x.shape), x
+    try:
+        if site.order is not None:
+            tokens = site.order.to_tokens(x, Grid(*grid, site.num_prefix_tokens))
+        fits = tokens.ndim == 3 and tokens.shape[1] == site.num_prefix_tokens + grid[0] * grid[1]
+    except (RuntimeError, ValueError, IndexError):
+        fits = False
+    if not fits:
+        raise UnsupportedModelError(
+            f"{site.path} gets tokens of shape {shape}, which are not {site.num_prefix_tokens} prefix tokens "
+            f"and a grid of {grid[0]} x {grid[1]} in {site.order or 'raster order'}"
+        )

@@ -1,0 +1,97 @@
+"""Table of timm's architectures: accepted or refused, and why (`supported.json`, by `make supported`)."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from importlib.resources import files
+
+import timm
+
+from localvit.cost import on_meta
+from localvit.errors import UnsupportedModelError
+from localvit.locality import LocalityConfig
+from localvit.surgery.preview import plan_changes
+from localvit.surgery.refusals import reason_for
+
+
+@dataclass(frozen=True)
+class SupportEntry:
+    """One architecture of timm.
+
+    Attributes:
+        architecture: Name for `timm.create_model`.
+        model: Class; for refused models without building them, the module of timm.
+        accepted: True if `localvit.localize` accepts it.
+        ffns: Number of FFNs; 0 if it is refused.
+        note: Note of the plan, or the reason for the refusal.
+    """
+
+    architecture: str
+    model: str
+    accepted: bool
+    ffns: int
+    note: str
+
+
+def supported_models(pattern: str = "*") -> list[SupportEntry]:
+    """Read the shipped table; `pattern` selects architectures, as in `timm.list_models`."""
+    stored = json.loads((files("localvit.surgery") / "supported.json").read_text())
+    entries = [
+        SupportEntry(name, group["model"], group["accepted"], ffns, group["note"])
+        for group in stored["groups"]
+        for name, ffns in group["architectures"].items()
+    ]
+    return sorted((e for e in entries if fnmatch(e.architecture, pattern)), key=lambda e: e.architecture)
+
+
+def timm_architectures() -> list[str]:
+    """Return the names of timm's own architectures."""
+    names = timm.list_models()
+    return [n for n in names if timm.models.model_entrypoint(n).__module__.startswith("timm.models.")]
+
+
+def scan_supported(names: Iterable[str]) -> list[SupportEntry]:
+    """Compute the entries of architectures; those whose module is not refused are built on the meta device.
+
+    Classes of models, blocks and FFNs are compared with the adapters (`plan` also compares the tokens).
+    """
+    return [_scan(name) for name in names]
+
+
+def _scan(name: str) -> SupportEntry:
+    module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+    reason = reason_for(module)
+    if reason is not None:
+        return SupportEntry(name, module, False, 0, reason)
+    model = on_meta(lambda: timm.create_model(name))
+    kind = type(model).__name__
+    try:
+        plan, changes = plan_changes(model, LocalityConfig(init="preserve"), "all", None, count=False)
+    except UnsupportedModelError as error:
+        return SupportEntry(name, kind, False, 0, str(error))
+    return SupportEntry(name, kind, True, len(changes), "; ".join(plan.notes))
+
+
+def supported_table(entries: Iterable[SupportEntry]) -> str:
+    """Return the JSON text of a table: entries with one class and one note are a group."""
+    groups: dict[tuple[str, bool, str], dict[str, int]] = {}
+    for entry in entries:
+        groups.setdefault((entry.model, entry.accepted, entry.note), {})[entry.architecture] = entry.ffns
+    listed = [
+        {"model": model, "accepted": accepted, "note": note, "architectures": names}
+        for (model, accepted, note), names in sorted(groups.items())
+    ]
+    return json.dumps({"timm": timm.__version__, "groups": listed}, indent=1) + "\n"
+
+
+def supported_document(entries: Iterable[SupportEntry]) -> str:
+    """Return the Markdown text of a table, by class."""
+    groups: dict[tuple[bool, str, str], list[SupportEntry]] = {}
+    for entry in entries:
+        groups.setdefault((not entry.accepted, entry.model, entry.note), []).append(entry)
+    lines = ["| class | architectures | for example | |", "|---|---|---|---|"]
+    for (refused, model, note), listed in sorted(groups.items()):
+        text = f"refused: {note}" if refused else note or "accepted"
+        lines.append(f"| `{model}` | {len(listed)} | `{listed[0].architecture}` | {text} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,407 @@
+"""Every class that localize accepts: exactness, true grid, gradients, undo; adapters as an interface."""
+
+import copy
+import os
+import pickle
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+
+import localvit
+from localvit import ConfigError, LocalityConfig, UnsupportedModelError
+from localvit.locality import Grid, HiddenLocality
+from localvit.surgery.adapters import adapter_for, adapters
+from localvit.surgery.ffns import class_name
+from localvit.surgery.orders import ChannelsFirst, ChannelsLast, Strided, Windows
+from tests.surgery.cases import CASES
+
+PRESERVE = LocalityConfig(init="preserve")
+HEAVY = "LOCALVIT_SUPPORTED" in os.environ  # set by `make supported`
+every_case = pytest.mark.parametrize("name", [n for n, case in CASES.items() if HEAVY or not case.heavy])
+
+
+def total(output: object) -> Tensor:
+    """Sum the squares of all tensors of an output."""
+    if isinstance(output, Tensor):
+        return output.square().sum()
+    values = output.values() if isinstance(output, dict) else output
+    return sum(map(total, values))
+
+
+def kernels(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(localvit.locality_parameters(model))
+
+
+@every_case
+def test_it_is_exact_and_sees_the_grid(name):
+    case = CASES[name]
+    report = localvit.check_adapter(case.make(), image_size=case.size)
+    assert report.ffns >= 2
+
+
+@every_case
+def test_kernels_learn_and_are_removed(name):
+    case = CASES[name]
+    model = case.make().train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    classes = [type(m) for m in model.modules()]
+    plan = localvit.localize(model, PRESERVE, count_macs=False).plan
+    assert set(before) < set(model.state_dict())
+    total(model(case.images())).backward()
+    silent = {n for n, p in kernels(model).items() if p.grad is None or p.grad.abs().max() == 0}
+    assert silent == set(plan.dead_parameters)
+
+    clone = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for parameter in kernels(model).values():
+            parameter.normal_()
+        assert not torch.equal(total(model.eval()(case.images())), total(clone(case.images())))
+    localvit.restore(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert model.state_dict().keys() == before.keys()
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(before[key], parameters[key]) for key in parameters)
+
+
+@every_case
+def test_replaced_networks_learn(name):
+    case = CASES[name]
+    model = case.make().train()
+    if not adapter_for(model).groups["blocks"][0].ffn or "fused" in name:
+        with pytest.raises(UnsupportedModelError, match="shares its layers"):
+            localvit.localize(model, count_macs=False)
+        return
+    if name == "mvit v2 with class token":  # made with an FFN that widens the tokens
+        with pytest.raises(UnsupportedModelError, match="changes the width"):
+            localvit.localize(model, count_macs=False)
+        return
+    dead = set(localvit.localize(model, LocalityConfig(gate="none"), count_macs=False).plan.dead_parameters)
+    total(model(case.images())).backward()
+    assert all(p.grad is not None for n, p in kernels(model).items() if n not in dead)
+    localvit.restore(model)
+    assert total(model(case.images())).isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:.*keep their plain form")
+@every_case
+def test_a_fused_model_computes_the_same(name):
+    case = CASES[name]
+    model = case.make().eval()
+    localvit.localize(model, PRESERVE, count_macs=False)
+    with torch.no_grad():
+        for parameter in kernels(model).values():
+            parameter.normal_(std=0.1)
+        try:
+            fused = localvit.fuse(model)
+        except ValueError as error:
+            assert "nothing with a fast form" in str(error) or "are the same module" in str(error)  # noqa: PT017
+            return
+        expected, got = total(model(case.images())), total(fused(case.images()))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def _exported(model: nn.Module, images: Tensor) -> object:
+    return torch.export.export(model, (images,), strict=False).module()(images)
+
+
+def _compiled(model: nn.Module, images: Tensor) -> object:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="eager", fullgraph=True)(images)
+
+
+def _checkpointed(model: nn.Module, images: Tensor) -> object:
+    model.set_grad_checkpointing()
+    output = model.train()(images)
+    total(output).backward()
+    return output
+
+
+ABILITIES = {
+    "pickle": lambda model, images: pickle.loads(pickle.dumps(model))(images),
+    "export": _exported,
+    "compile": _compiled,
+    "checkpointing": _checkpointed,
+}
+_QUICK = ("dinov3", "swin v2", "xcit", "caformer", "hiera", "naflexvit")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ability", ABILITIES)
+@pytest.mark.parametrize("name", list(CASES) if HEAVY else _QUICK)
+def test_no_ability_is_lost(name, ability):
+    """What the plain model can do, the localized one can, with the same output."""
+    model, images = CASES[name].make().eval(), CASES[name].images()
+    local = copy.deepcopy(model)
+    localvit.localize(local, PRESERVE, count_macs=False)
+    do = ABILITIES[ability]
+    torch.manual_seed(0)
+    try:
+        expected = do(model, images)
+    except Exception:
+        pytest.skip(f"the plain {name} cannot do this")
+    torch.manual_seed(0)
+    torch.testing.assert_close(total(do(local, images)), total(expected))
+
+
+@pytest.mark.parametrize("name", ["dinov3", "swin v2", "xcit", "hiera", "beit"])
+def test_a_saved_model_comes_back(name, tmp_path):
+    from timm.models import save_for_hf
+
+    case = CASES[name]
+    model = case.make(drop_path_rate=0.1).eval()
+    localvit.localize(model, PRESERVE, count_macs=False)
+    with torch.no_grad():
+        for parameter in kernels(model).values():
+            parameter.normal_(std=0.1)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(case.images()), model(case.images()))
+
+
+def test_every_row_has_a_case():
+    """A class without the shift test is not in the table."""
+    tested = {class_name(type(case.make())) for case in CASES.values() if HEAVY or not case.heavy}
+    heavy = {
+        "Levit",
+        "LevitDistilled",
+        "CSATv2",
+        "ByobNet",
+        "NextViT",
+        "MaxxVit",
+        "EdgeNeXt",
+        "EfficientFormer",
+    }
+    heavy |= {
+        "EfficientFormerV2",
+        "EfficientViM",
+        "EfficientViMDistilled",
+        "EfficientVitMsra",
+        "FastVit",
+        "SHViT",
+    }
+    heavy |= {"SwiftFormer", "Visformer"}
+    left = {name for adapter in adapters() for name in adapter.classes} - tested
+    left -= {name for name in left if name.endswith(("Encoder", "Classifier"))}  # one of the two is tested
+    assert {name.rpartition(".")[2] for name in left} <= heavy
+
+
+# --- orders of tokens ----------------------------------------------------------------------------------
+
+ORDERS = {
+    "maps, channels last": (ChannelsLast(), (2, 8, 12, 3)),
+    "maps, channels first": (ChannelsFirst(), (2, 3, 8, 12)),
+    "windows": (Windows(4, 2), (2, 12, 8, 3)),
+    "mask units": (Strided(((2, 2), (2, 2))), (2, 96, 3)),
+    "mask units, not square": (Strided(((2, 3), (4, 1))), (2, 96, 3)),
+    "patches, folded": (Strided(((2, 2),), "folded"), (8, 24, 3)),
+    "patches, map": (Strided(((2, 4),), "map"), (2, 3, 8, 12)),
+}
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+def test_views_are_inverse(kind):
+    order, shape = ORDERS[kind]
+    x, grid = torch.randn(shape), Grid(8, 12)
+    tokens = order.to_tokens(x, grid)
+    assert tokens.shape == (2, 96, 3)
+    assert torch.equal(order.from_tokens(tokens, grid), x)
+
+
+def test_mask_units_are_those_of_hiera():
+    from timm.models.hiera import Unroll
+
+    tokens = torch.arange(192.0).view(1, 96, 2)
+    for strides in ([(2, 2), (2, 2)], [(2, 3)], [(2, 2), (4, 3)]):
+        expected = Unroll((8, 12), (1, 1), strides)(tokens)
+        assert torch.equal(Strided(tuple(strides)).from_tokens(tokens, Grid(8, 12)), expected)
+
+
+def test_windows_are_those_of_nest():
+    from timm.models.nest import blockify
+
+    tokens = torch.arange(192.0).view(1, 96, 2)
+    expected = blockify(tokens.unflatten(1, (8, 12)), 4)
+    assert torch.equal(Windows(4, 4).from_tokens(tokens, Grid(8, 12)), expected)
+
+
+# --- the interface -------------------------------------------------------------------------------------
+
+
+def test_a_wrong_order_is_found():
+    """Rows that say something else than the model does fail the shift test, or before."""
+    case = CASES["hiera"]
+    adapter = adapter_for(case.make())
+    row = adapter.groups["blocks"][0]
+    raster = replace(adapter, groups={"blocks": (replace(row, order=None),)})
+    with pytest.raises(UnsupportedModelError, match="a shift to the right by one cell"):
+        localvit.check_adapter(case.make(), raster)
+
+
+def test_a_wrong_number_of_prefix_tokens_is_found():
+    case = CASES["dinov3"]
+    adapter = adapter_for(case.make())
+    rows = tuple(replace(row, prefix=1) for row in adapter.groups["blocks"])
+    with pytest.raises(UnsupportedModelError, match="1 prefix tokens and a grid of 4 x 6"):
+        localvit.plan(case.make(), PRESERVE, adapter=replace(adapter, groups={"blocks": rows}))
+
+
+def test_a_transposed_grid_is_found():
+    case = CASES["swin v2"]
+    adapter = adapter_for(case.make())
+    rows = tuple(replace(row, order=_Transposed()) for row in adapter.groups["blocks"])
+    with pytest.raises(UnsupportedModelError, match="a shift to the"):
+        localvit.check_adapter(case.make(), replace(adapter, groups={"blocks": rows}))
+
+
+class _Transposed:
+    """An order that takes rows for columns."""
+
+    def size(self, x: Tensor) -> None:
+        return None
+
+    def to_tokens(self, x: Tensor, grid: Grid) -> Tensor:
+        return x.unflatten(1, (grid.width, grid.height)).transpose(1, 2).flatten(1, 2)
+
+    def from_tokens(self, tokens: Tensor, grid: Grid) -> Tensor:
+        return tokens.unflatten(1, (grid.height, grid.width)).transpose(1, 2).flatten(1, 2)
+
+
+def test_bad_adapters_are_refused():
+    adapter = next(iter(adapters()))
+    with pytest.raises(ConfigError, match="has an adapter"):
+        localvit.register_adapter(adapter)
+    with pytest.raises(ConfigError, match="the first group must be 'blocks'"):
+        localvit.register_adapter(replace(adapter, classes=("a.B",), groups={"others": ()}))
+    row = replace(adapter.groups["blocks"][0], grid=None)
+    with pytest.raises(ConfigError, match="grid=None is accepted only with an order"):
+        localvit.register_adapter(replace(adapter, classes=("a.B",), groups={"blocks": (row,)}))
+
+
+# --- bad input -----------------------------------------------------------------------------------------
+
+
+class _Rotated(nn.Linear):
+    """A layer that looks like a linear one and mixes tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.roll(1, dims=1))
+
+
+class _LowRank(nn.Module):
+    """A wrapped layer, as LoRA makes it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+def test_wrapped_layers_are_accepted_after_a_test():
+    model = CASES["vit"].make().eval()
+    for block in model.blocks:
+        block.mlp.fc1, block.mlp.fc2 = _LowRank(block.mlp.fc1), _LowRank(block.mlp.fc2)
+    expected = model(CASES["vit"].images())
+    localvit.localize(model, PRESERVE)
+    assert torch.equal(model(CASES["vit"].images()), expected)
+
+
+def test_layers_that_mix_tokens_are_refused():
+    model = CASES["vit"].make()
+    model.blocks[1].mlp.fc1.__class__ = _Rotated
+    with pytest.raises(
+        UnsupportedModelError, match=r"blocks\.1\.mlp\.fc1 is a _Rotated: the FFN is not a function"
+    ):
+        localvit.localize(model)
+    model.to("meta")
+    with pytest.raises(UnsupportedModelError, match="cannot be tested on the meta device"):
+        localvit.plan(model)
+
+
+@pytest.mark.parametrize("part", ["", "blocks.1", "blocks.1.mlp"])
+def test_a_replaced_forward_is_refused(part):
+    model = CASES["vit"].make()
+    target = model.get_submodule(part)
+    target.forward = lambda x: x
+    with pytest.raises(UnsupportedModelError, match=r"forward.*was replaced"):
+        localvit.localize(model)
+    assert not any(isinstance(m, HiddenLocality) or m._forward_hooks for m in model.modules())
+
+
+def test_a_replaced_block_is_refused_by_its_path():
+    model = CASES["swin v2"].make()
+    model.layers[1].blocks[0] = nn.Identity()
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.1\.blocks\.0 is a Identity; accepted: SwinTransformerV2Block"
+    ):
+        localvit.localize(model)
+
+
+def test_a_batch_of_several_sizes_is_refused():
+    model = CASES["naflexvit"].make().eval()
+    localvit.localize(model, PRESERVE)
+    patches = {"patches": torch.randn(1, 6, 192), "patch_coord": torch.zeros(1, 6, 2, dtype=torch.long)}
+    with pytest.raises(RuntimeError, match="no common grid"):
+        model({**patches, "patch_valid": torch.ones(1, 6, dtype=torch.bool)})
+
+
+def test_a_plan_on_the_meta_device_reads_no_weights():
+    with torch.device("meta"):
+        model = timm.create_model("vit_large_patch16_dinov3")
+    plan = localvit.plan(model, PRESERVE)
+    assert len(plan.sites) == 24
+    assert plan.macs[0] > 5e10
+    assert type(model.patch_embed) is PatchEmbed
+    assert all(p.is_meta for p in model.parameters())
+
+
+# --- documents and tables ------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_documentation_runs(monkeypatch, capsys):
+    from pathlib import Path
+
+    from localvit.surgery import adapters as registry
+
+    monkeypatch.setattr(registry, "_registered", [])
+    text = (Path(__file__).parents[2] / "docs/adapters.md").read_text()
+    code = "\n".join(part.partition("```")[0] for part in text.split("```python\n")[1:])
+    names: dict[str, object] = {"__name__": "documented"}
+    exec(code, names)
+    assert capsys.readouterr().out.strip() in text
+    assert sum(isinstance(m, HiddenLocality) for m in names["model"].modules()) == 2
+    row = replace(names["adapter"].groups["blocks"][0], prefix=0)
+    wrong = replace(names["adapter"], groups={"blocks": (row,)})
+    with pytest.raises(UnsupportedModelError, match="0 prefix tokens and a grid of 4 x 6"):
+        localvit.check_adapter(names["MyTransformer"](), wrong, image_size=(32, 48))
+
+
+def test_the_table_has_every_architecture_of_timm():
+    """Fails by name when a release of timm adds or removes one: run `make supported`."""
+    from localvit.surgery import supported_models, timm_architectures
+
+    entries = supported_models()
+    assert {entry.architecture for entry in entries} ^ set(timm_architectures()) == set()
+    assert all(entry.note for entry in entries if not entry.accepted)
+    assert [e.accepted for e in supported_models("vit_small_patch16_dinov3")] == [True]
+
+
+def test_the_classes_of_all_rows_exist():
+    """Fails by name when a release of timm renames a model, a block or an FFN."""
+    from pkgutil import resolve_name
+
+    from localvit.surgery.ffns import FFNS
+
+    blocks = {row.kind for adapter in adapters() for rows in adapter.groups.values() for row in rows}
+    listed = {name for adapter in adapters() for name in (*adapter.classes, *adapter.others)}
+    for name in blocks | listed | set(FFNS):
+        module, _, kind = name.rpartition(".")
+        assert class_name(resolve_name(f"{module}:{kind}")) == name
