@@ -12,7 +12,7 @@ from localvit.cli.arguments import UsageError, model_arguments, one_line_errors
 if TYPE_CHECKING:
     from localvit.bench import Comparison, Side
 
-_Engine = Literal["eager", "fused", "compile", "onnxruntime", "openvino"]
+EngineName = Literal["eager", "fused", "compile", "onnxruntime", "openvino"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,11 @@ class Options:
     """a timm name (random weights) or a run's folder"""
     against: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """what it is compared with; default: the baseline, for the names of localvit models"""
-    engine: _Engine | None = None
+    engine: EngineName | None = None
     """what runs MODEL; default: fused where it can be, in training eager; fused: localvit.fuse; compile: that
     and torch.compile (minutes), in training torch.compile alone; the last two need
     pip install 'localvit[export]'"""
-    against_engine: _Engine | None = None
+    against_engine: EngineName | None = None
     """what runs the other; default as for MODEL"""
     fuse: tyro.conf.FlagCreatePairsOff[bool] = True
     """take eager in place of fused where no engine is named"""

@@ -87,7 +87,7 @@ def _print_table(entries: Sequence[ModelEntry]) -> None:
 
 def _card(card: ModelCard) -> Iterator[str]:
     yield card.entry.name
-    yield from _facts(card.entry)
+    yield from _lines(card.entry)
     if card.base is None:
         return
     yield f"  made from       {card.base.name} by localvit.localize"
@@ -102,13 +102,13 @@ def _card(card: ModelCard) -> Iterator[str]:
         yield f"  matched         {card.matched}: heads, pre-norm, drop-path, class token as in the control"
     yield "baseline"
     yield f"  {card.base.name}"
-    yield from _facts(card.base)
+    yield from _lines(card.base)
     yield "what differs besides the depth-wise convolution"
     yield from (f"  - {sentence}" for sentence in card.confounders)
     yield from (f"note: {note}" for note in card.notes)
 
 
-def _facts(entry: ModelEntry) -> Iterator[str]:
+def _lines(entry: ModelEntry) -> Iterator[str]:
     _, height, width = entry.input_size
     yield f"  cost            {entry.parameters:,} parameters, {entry.gmacs:.4f} GMACs at {height} x {width}"
     if entry.top1 is None:

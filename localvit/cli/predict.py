@@ -13,7 +13,7 @@ import tyro
 from localvit.cli.arguments import UsageError, one_line_errors
 
 if TYPE_CHECKING:
-    from localvit.inference import Prediction, Progress, Shard
+    from localvit.inference import Prediction, PredictionProgress, Shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +138,10 @@ def _write(options: Options, output: str, arguments: dict[str, Any]) -> int:
     from localvit.inference import write_predictions
     from localvit.runtime import stop_on_signals, stop_requested
 
-    last: list[Progress] = []
+    last: list[PredictionProgress] = []
     with stop_on_signals(), _bar() as show:
 
-        def watch(progress: Progress, batch: Sequence[Prediction]) -> None:
+        def watch(progress: PredictionProgress, batch: Sequence[Prediction]) -> None:
             if not last and progress.resumed:
                 print(f"{output}: resumed after {progress.resumed:,} of {progress.total:,} images")
             last[:] = [progress]
@@ -161,7 +161,7 @@ def _write(options: Options, output: str, arguments: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def _bar() -> Iterator[Callable[[Progress], None]]:
+def _bar() -> Iterator[Callable[[PredictionProgress], None]]:
     """Yield a function that shows how far a file is, on a terminal."""
     from rich import progress
     from rich.console import Console

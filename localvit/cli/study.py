@@ -65,7 +65,7 @@ class Show(Asked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(OnCluster, Asked):
+class RunOptions(OnCluster, Asked):
     """Train every arm with every seed, compare, and write a report.
 
     Repeating the command does what is missing; more seeds or arms reuse what is there.
@@ -119,14 +119,14 @@ Options = (
     Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[New, tyro.conf.subcommand("new")]
     | Annotated[Show, tyro.conf.subcommand("show")]
-    | Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[RunOptions, tyro.conf.subcommand("run")]
     | Annotated[ReportOptions, tyro.conf.subcommand("report")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Export, tyro.conf.subcommand("export")]
 )
 
 
-def run(options: List | New | Show | Run | ReportOptions | Compare | Export) -> int:
+def run(options: List | New | Show | RunOptions | ReportOptions | Compare | Export) -> int:
     """Do what was asked; return 0 when done."""
     from rich.console import Console
 
@@ -138,7 +138,7 @@ def run(options: List | New | Show | Run | ReportOptions | Compare | Export) -> 
                 _list(console)
             case New(name=name):
                 _new(name, console)
-            case Run():
+            case RunOptions():
                 return _run(options, console)
             case Show():
                 _show(options, console)
@@ -219,7 +219,7 @@ def describe(study: Study, facts: Facts) -> str:
     return "\n".join(lines)
 
 
-def _run(options: Run, console: Console) -> int:
+def _run(options: RunOptions, console: Console) -> int:
     from localvit.studies import run_study
     from localvit.studies.execution import StudyFailed
 
@@ -260,7 +260,9 @@ def _run(options: Run, console: Console) -> int:
     return 0
 
 
-def _dry_run(study: Study, path: Path, options: Run, cluster: Cluster | None, console: Console) -> None:
+def _dry_run(
+    study: Study, path: Path, options: RunOptions, cluster: Cluster | None, console: Console
+) -> None:
     from localvit.studies.design import check_study
     from localvit.studies.execution import StudyFolder, forecast
 

@@ -19,11 +19,11 @@ that take turns (`cuda:0`, `cuda:1`); the bits of a result hold for one kind of 
 
 _BESIDES = ("data", "versions", "world_size")
 
-Changes = dict[str, tuple[Any, ...]]
+ConfigDiff = dict[str, tuple[Any, ...]]
 """Field -> its old and its new value."""
 
 
-def comparable(config: TrainConfig) -> dict[str, Any]:
+def identity_fields(config: TrainConfig) -> dict[str, Any]:
     """Return the fields of a configuration that decide the results, as a nested mapping."""
     return {name: value for name, value in plain(config).items() if name not in UNCOMPARED}
 
@@ -46,7 +46,7 @@ def check_allowed(allow_change: Collection[str]) -> None:
 
 
 def refuse_changes(
-    folder: str, changes: Changes, allow_change: Collection[str], finished: bool = False
+    folder: str, changes: ConfigDiff, allow_change: Collection[str], finished: bool = False
 ) -> None:
     """Refuse changes of a run that are not allowed, by their own names or those of a whole section.
 

@@ -30,7 +30,7 @@ _REMEDY = "make room; the same command resumes"
 
 
 @dataclass(kw_only=True)
-class Progress:
+class PredictionProgress:
     """Progress of a file.
 
     Attributes:
@@ -65,8 +65,8 @@ def write_predictions(
     shard: Shard = WHOLE,
     engine: EngineKind | None = None,
     fuse: bool = True,
-    watch: Callable[[Progress, Sequence[Prediction]], None] = lambda *_: None,
-) -> Progress:
+    watch: Callable[[PredictionProgress, Sequence[Prediction]], None] = lambda *_: None,
+) -> PredictionProgress:
     """Classify images into a file, or resume one that was interrupted.
 
     Interrupt it however you like: the same call skips the images that are in the file. Where all are and
@@ -92,7 +92,7 @@ def write_predictions(
     begun |= {"form": opened.form, "images": f"{len(found)} files, digest {_digest(found)}"}
     files = shard.take(found)
     with _begun(path, begun), PredictionWriter(path, files) as writer:
-        progress = Progress(form=opened.form, total=len(files), resumed=writer.images)
+        progress = PredictionProgress(form=opened.form, total=len(files), resumed=writer.images)
         progress.unreadable = writer.unreadable
         watch(progress, ())
         todo = files[writer.images :]

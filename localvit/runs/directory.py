@@ -26,12 +26,12 @@ from timm.models import save_for_hf
 from torch import nn
 
 from localvit.atomic import move_into_place, sync, temporary_prefix, umask, write_atomically
-from localvit.config import Changes, TrainConfig, comparable, differences, refuse_changes
+from localvit.config import ConfigDiff, TrainConfig, differences, identity_fields, refuse_changes
 from localvit.data import Preprocessing
 from localvit.errors import ConfigError, TrainingFailed
 from localvit.runs.lock import has_lock_file, locked
 from localvit.runs.saved import read_run
-from localvit.runs.state import State, drop_damaged, newest_name, read_newest, read_state, write_state
+from localvit.runs.state import SavedState, drop_damaged, newest_name, read_newest, read_state, write_state
 from localvit.runs.status import BestEpoch, Change, RunStatus, numbers
 from localvit.runtime import commit, versions
 from localvit.structure import to_json, to_yaml
@@ -51,8 +51,8 @@ class Decision:
     """
 
     kind: Literal["new", "resume", "finished"]
-    changes: Changes = field(default_factory=dict)
-    state: State | None = None
+    changes: ConfigDiff = field(default_factory=dict)
+    state: SavedState | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -72,7 +72,7 @@ class RunDirectory:
         assert config.output is not None
         self.path, self.config = Path(config.output), config
         self.status: RunStatus | None = None
-        self._facts: dict[str, Any] = {"versions": versions(), "world_size": world_size}
+        self._conditions: dict[str, Any] = {"versions": versions(), "world_size": world_size}
         self._allowed, self._stack, self._verified = allowed, stack, False
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not config.output or not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -114,12 +114,12 @@ class RunDirectory:
         if "config.yaml" not in held or ("status.json" not in held and len(held) > 1):
             raise ConfigError(f"output={output!r} already holds a run ({held[0]}); choose another folder")
         status = self.saved.status
-        changes = differences(comparable(self.saved.config), comparable(self.config))
+        changes = differences(identity_fields(self.saved.config), identity_fields(self.config))
         if status is not None and status.state == "finished":
             refuse_changes(output, changes, (), finished=True)
             return Decision(kind="finished")
         self._refuse_version()
-        changes |= self._changed(self._facts)
+        changes |= self._changed(self._conditions)
         refuse_changes(output, changes, self._allowed)
         state, warnings = read_newest(self.path / "state")
         if state is None and status is not None and status.epochs_done > 1:
@@ -131,7 +131,7 @@ class RunDirectory:
 
     def _refuse_version(self) -> None:
         """Refuse to resume what another series of versions left: its states may mean something else."""
-        status, ours = self.saved.status, self._facts["versions"]["localvit"]
+        status, ours = self.saved.status, self._conditions["versions"]["localvit"]
         output = str(self.config.output)
         known = status.versions if status is not None and status.versions else {}
         theirs = known.get("localvit", ours)
@@ -141,11 +141,11 @@ class RunDirectory:
                 f"cannot resume; finish it with localvit {theirs}, or choose another folder"
             )
 
-    def _changed(self, facts: dict[str, Any]) -> Changes:
-        """Return the facts that differ from those of the run that was found, where they are known."""
-        old = {name: getattr(self.saved.status, name, None) for name in facts}
+    def _changed(self, conditions: dict[str, Any]) -> ConfigDiff:
+        """Return the conditions that differ from those of the run that was found, where they are known."""
+        old = {name: getattr(self.saved.status, name, None) for name in conditions}
         old = {name: value for name, value in old.items() if value is not None}
-        found = differences(old, {name: facts[name] for name in old})
+        found = differences(old, {name: conditions[name] for name in old})
         found.pop("versions.python", None)  # it does not compute
         return found
 
@@ -167,7 +167,7 @@ class RunDirectory:
         changed = self._changed({"data": data})
         refuse_changes(output, changed, self._allowed)
         self.decision.changes.update(changed)
-        self._facts["data"] = data
+        self._conditions["data"] = data
         if self._locked:
             return
         try:
@@ -211,7 +211,7 @@ class RunDirectory:
             commit=commit(),
             bad_images=tuple(bad_images),
             changes=(*before, *(Change(field=path, old=old, new=new) for path, (old, new) in pairs)),
-            **self._facts,
+            **self._conditions,
         )
         with self._writing():
             write_atomically(self.path / "config.yaml", to_yaml(self.config))
@@ -235,7 +235,7 @@ class RunDirectory:
             os.fsync(file.fileno())
         self.update(epochs_done=metrics["epoch"])
 
-    def save_state(self, step: int, state: State) -> None:
+    def save_state(self, step: int, state: SavedState) -> None:
         """Save the state to resume from; the first one is read back, so that none is saved in vain."""
         with self._writing():
             path = write_state(self.path / "state", step, state)

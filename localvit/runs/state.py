@@ -22,7 +22,7 @@ import torch
 from localvit.atomic import write_atomically
 from localvit.errors import ConfigError
 
-State = dict[str, Any]
+SavedState = dict[str, Any]
 
 _HEADER = b"localvit state 1 sha256 "
 _KEPT = 2  # a damaged newest one is then not the end
@@ -32,7 +32,7 @@ class DamagedState(ConfigError):
     """A state cannot be used; the message says which and why."""
 
 
-def write_state(folder: Path, step: int, state: State) -> Path:
+def write_state(folder: Path, step: int, state: SavedState) -> Path:
     """Save the state after `step` updates; remove all but the last two.
 
     Returns:
@@ -53,7 +53,7 @@ def write_state(folder: Path, step: int, state: State) -> Path:
     return path
 
 
-def read_state(path: Path) -> State:
+def read_state(path: Path) -> SavedState:
     """Read the state in a file. Nothing in it is executed.
 
     Raises:
@@ -74,7 +74,7 @@ def read_state(path: Path) -> State:
     return state
 
 
-def read_newest(folder: Path) -> tuple[State | None, list[str]]:
+def read_newest(folder: Path) -> tuple[SavedState | None, list[str]]:
     """Return the newest usable state, if there is any, and a warning for each newer one that is damaged.
 
     Raises:
@@ -106,7 +106,7 @@ def drop_damaged(folder: Path) -> None:
             os.replace(path, path.with_suffix(".damaged"))
 
 
-def random_states(device: torch.device) -> State:
+def random_states(device: torch.device) -> SavedState:
     """Return the global random states of Python, NumPy and torch, on the CPU and on `device`."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
@@ -117,7 +117,7 @@ def random_states(device: torch.device) -> State:
     }
 
 
-def set_random_states(states: State, device: torch.device) -> None:
+def set_random_states(states: SavedState, device: torch.device) -> None:
     """Set what `random_states` returned; leave alone what was not recorded."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))

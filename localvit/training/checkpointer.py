@@ -11,7 +11,7 @@ from localvit.data import fingerprint
 from localvit.errors import TrainingFailed, TrainingInterrupted
 from localvit.evaluation import Metrics
 from localvit.runs import BestEpoch, Decision, RunDirectory, numbers
-from localvit.training.run import Run
+from localvit.training.run import TrainingRun
 
 
 class Checkpointer:
@@ -22,7 +22,7 @@ class Checkpointer:
         directory: Its directory, in the main process; `None`: nothing is written.
     """
 
-    def __init__(self, run: Run, directory: RunDirectory | None) -> None:
+    def __init__(self, run: TrainingRun, directory: RunDirectory | None) -> None:
         self.run, self.directory = run, directory
         self._saved_at = time.monotonic()
 

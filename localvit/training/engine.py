@@ -25,7 +25,7 @@ from localvit.errors import ConfigError
 from localvit.runtime import World, autocast
 
 
-class Engine:
+class TrainingEngine:
     """A model with its loss, optimizer, schedule and average, spread over the processes.
 
     Args:

@@ -28,7 +28,7 @@ from localvit.training.checkpointer import Checkpointer
 from localvit.training.engine import LossWatch, deterministic
 from localvit.training.progress import Progress
 from localvit.training.result import RunResult
-from localvit.training.run import Run, TrainState, prepare
+from localvit.training.run import TrainingRun, TrainState, prepare
 
 
 def train(
@@ -96,7 +96,7 @@ def train(
 
 
 def _fit(
-    run: Run, checkpointer: Checkpointer, progress: Progress, callbacks: Sequence[Callback]
+    run: TrainingRun, checkpointer: Checkpointer, progress: Progress, callbacks: Sequence[Callback]
 ) -> RunResult:
     at, directory = run.state, checkpointer.directory
     for callback in callbacks:
@@ -129,7 +129,7 @@ def _fit(
     return result
 
 
-def train_epoch(run: Run, checkpointer: Checkpointer, progress: Progress) -> dict[str, float]:
+def train_epoch(run: TrainingRun, checkpointer: Checkpointer, progress: Progress) -> dict[str, float]:
     """Train one epoch, or the rest of one.
 
     Returns:
@@ -171,7 +171,7 @@ def train_epoch(run: Run, checkpointer: Checkpointer, progress: Progress) -> dic
     }
 
 
-def _interrupted(run: Run) -> TrainingInterrupted:
+def _interrupted(run: TrainingRun) -> TrainingInterrupted:
     kept = "the same command resumes from there" if run.config.output else "nothing is kept"
     return TrainingInterrupted(f"interrupted {run.state.place}; {kept}")
 
@@ -193,7 +193,7 @@ def _place(world: World, bad: tuple[float, int] | None) -> tuple[int, int]:
 
 
 def _refuse(
-    run: Run, checkpointer: Checkpointer, bad: tuple[float, int] | None, place: Sequence[float]
+    run: TrainingRun, checkpointer: Checkpointer, bad: tuple[float, int] | None, place: Sequence[float]
 ) -> None:
     """End the run in all processes if the loss is NaN or infinite in one of them.
 
@@ -214,7 +214,7 @@ def _refuse(
     )
 
 
-def _note_unreadable(run: Run, batch: Batch, progress: Progress) -> None:
+def _note_unreadable(run: TrainingRun, batch: Batch, progress: Progress) -> None:
     """Count images that could not be read.
 
     Raises:
@@ -232,7 +232,7 @@ def _note_unreadable(run: Run, batch: Batch, progress: Progress) -> None:
             raise TrainingFailed(f"more than max_bad_images={limit} training images are unreadable; {error}")
 
 
-def _measure(run: Run, loader: DataLoader[Batch], checkpointer: Checkpointer) -> Metrics:
+def _measure(run: TrainingRun, loader: DataLoader[Batch], checkpointer: Checkpointer) -> Metrics:
     """Measure the evaluated model on all processes.
 
     Raises:

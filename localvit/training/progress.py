@@ -12,7 +12,7 @@ from rich.console import Console
 
 from localvit.cost import count_parameters
 from localvit.evaluation import Metrics
-from localvit.training.run import Run
+from localvit.training.run import TrainingRun
 
 WAIT = 0.2
 """Share of the time spent waiting for images above which a warning is shown."""
@@ -47,7 +47,7 @@ class Progress:
         run: The run.
     """
 
-    def __init__(self, console: Console | None, run: Run) -> None:
+    def __init__(self, console: Console | None, run: TrainingRun) -> None:
         self.console, self.run = console or Console(quiet=True), run
         self.gpu, self.warned = run.world.device.type != "cpu", False
         self.bar = progress.Progress(

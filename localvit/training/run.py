@@ -12,7 +12,7 @@ from timm.data import Mixup
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from localvit.config import Changes, TrainConfig
+from localvit.config import ConfigDiff, TrainConfig
 from localvit.data import (
     AugmentConfig,
     Batch,
@@ -30,9 +30,9 @@ from localvit.data import (
 from localvit.errors import ConfigError, TrainingFailed
 from localvit.evaluation import Metrics
 from localvit.models import build_model, check_forward, preprocessing_for
-from localvit.runs import State, random_states, set_random_states
+from localvit.runs import SavedState, random_states, set_random_states
 from localvit.runtime import World
-from localvit.training.engine import Engine, place_model
+from localvit.training.engine import TrainingEngine, place_model
 from localvit.training.optim import build_optimizer, build_scheduler, freeze
 from localvit.training.task import build_task
 
@@ -88,13 +88,13 @@ class TrainState:
 
 
 @dataclass(kw_only=True)
-class Run:
+class TrainingRun:
     """Everything that a run works with, ready before anything is written."""
 
     config: TrainConfig
     world: World
     splits: Splits
-    engine: Engine
+    engine: TrainingEngine
     mixup: Mixup | None
     preprocessing: Preprocessing
     train: DataLoader[Batch]
@@ -126,7 +126,7 @@ class Run:
         own = share(draws, rank, self.world.size)
         return tuple(image_name(self.splits.train, draw.image_index) for draw in own)
 
-    def snapshot(self) -> State | None:
+    def snapshot(self) -> SavedState | None:
         """Return the state in the main process, `None` in the others; all must call it.
 
         Schedule and batches follow from the position, so they are not in it.
@@ -168,7 +168,7 @@ class Run:
             "processes": processes,
         }
 
-    def restore(self, state: State, changes: Changes) -> None:
+    def restore(self, state: SavedState, changes: ConfigDiff) -> None:
         """Return to where `state` was taken; all processes must call it with the same one.
 
         Args:
@@ -209,7 +209,7 @@ class Run:
         model.load_state_dict(self.state.best_weights)
         return before
 
-    def _restore_engine(self, state: State, new_settings: bool) -> None:
+    def _restore_engine(self, state: SavedState, new_settings: bool) -> None:
         engine = self.engine
         engine.task.load_checkpoint_state(state["task"]["state_dict"], state["task"].get("task_state"))
         if engine.average is not None:
@@ -240,7 +240,7 @@ class Run:
                 model.load_state_dict(statistics[which], strict=False)
 
 
-def prepare(config: TrainConfig, world: World) -> Run:
+def prepare(config: TrainConfig, world: World) -> TrainingRun:
     """Open the data and build everything.
 
     Raises:
@@ -269,7 +269,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     learner = task.get_trainable_module()
     assert learner is not None
     optimizer = build_optimizer(learner, config.optim, config.batch_size)
-    engine = Engine(
+    engine = TrainingEngine(
         task,
         optimizer,
         build_scheduler(optimizer, config.schedule, config.epochs, len(train)),
@@ -281,7 +281,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     if world.rank > 0:
         torch.manual_seed(derive_seed(config.seed, "process", world.rank))
     batch_size = config.batch_size // world.size
-    return Run(
+    return TrainingRun(
         config=config,
         world=world,
         splits=splits,

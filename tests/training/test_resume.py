@@ -20,9 +20,9 @@ from localvit.runtime.signals import stop_on_signals
 from localvit.structure import to_yaml
 from localvit.training import checkpointer, loop
 from localvit.training.callbacks import Callback
-from localvit.training.engine import Engine
+from localvit.training.engine import TrainingEngine
 from localvit.training.loop import train
-from localvit.training.run import Run
+from localvit.training.run import TrainingRun
 from tests.training.conftest import TINY
 from tests.training.runs import TOUGH, kill_after, states, status, stop_after, story, updates_saved
 
@@ -87,8 +87,8 @@ def test_it_goes_on_in_the_midst_of_an_epoch_and_at_its_end(
 
 def test_only_what_is_missing_is_trained_and_told(tough, monkeypatch):
     stop_after(monkeypatch, tough(), 11)
-    seen, real = [], Run.inputs
-    monkeypatch.setattr(Run, "inputs", lambda run, batch: (seen.append(batch), real(run, batch))[1])
+    seen, real = [], TrainingRun.inputs
+    monkeypatch.setattr(TrainingRun, "inputs", lambda run, batch: (seen.append(batch), real(run, batch))[1])
     told = Calls()
     result = train(tough(), callbacks=[told])
     assert len(seen) == 16 - 11
@@ -292,14 +292,14 @@ def test_killed_before_the_first_state_it_starts_anew(tough, folder, uninterrupt
 
 def no_number(monkeypatch, updates):
     """Make the loss of one update NaN."""
-    backward, done = Engine.backward, []
+    backward, done = TrainingEngine.backward, []
 
     def broken(engine, images, targets):
         done.append(1)
         loss = backward(engine, images, targets)
         return loss * float("nan") if len(done) == updates else loss
 
-    monkeypatch.setattr(Engine, "backward", broken)
+    monkeypatch.setattr(TrainingEngine, "backward", broken)
 
 
 def test_a_loss_that_is_no_number_leaves_good_states_only(tough, folder, uninterrupted, monkeypatch):
@@ -319,7 +319,7 @@ def test_a_loss_that_is_no_number_leaves_good_states_only(tough, folder, uninter
 
 
 def test_weights_that_are_no_numbers_are_never_saved(tough, folder, monkeypatch):
-    step, done = Engine.step, []
+    step, done = TrainingEngine.step, []
 
     def broken(engine, number):
         step(engine, number)
@@ -328,7 +328,7 @@ def test_weights_that_are_no_numbers_are_never_saved(tough, folder, monkeypatch)
             with torch.no_grad():
                 next(engine.model.parameters()).view(-1)[0] = float("inf")
 
-    monkeypatch.setattr(Engine, "step", broken)
+    monkeypatch.setattr(TrainingEngine, "step", broken)
     with pytest.raises(TrainingFailed, match="a weight is no finite number after update 5"):
         train(tough())
     assert updates_saved(folder) == 4

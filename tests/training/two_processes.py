@@ -20,7 +20,7 @@ from localvit.data.loading import eval_loader
 from localvit.evaluation.evaluation import measure
 from localvit.runtime import distributed
 from localvit.runtime.distributed import open_world
-from localvit.training.engine import Engine
+from localvit.training.engine import TrainingEngine
 from localvit.training.loop import train
 from localvit.training.run import prepare
 from tests.training.runs import CASES, double_precision, stop_after
@@ -76,7 +76,7 @@ def check_counting():
 
 def elastic(folder, config):
     """Train by the command line; the second process kills itself once, after 5 updates."""
-    step, done = Engine.step, []
+    step, done = TrainingEngine.step, []
 
     def deadly(engine, number):
         step(engine, number)
@@ -85,7 +85,7 @@ def elastic(folder, config):
             (folder / "killed").write_text("")
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Engine.step = deadly
+    TrainingEngine.step = deadly
     return main(["train", "--recipe", config])
 
 

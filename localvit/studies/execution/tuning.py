@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from localvit.atomic import write_atomically
-from localvit.config import TrainConfig, comparable, differences, from_older, merge
+from localvit.config import TrainConfig, differences, from_older, identity_fields, merge
 from localvit.errors import ConfigError
 from localvit.runtime import versions
 from localvit.structure import build, read_json, to_json
@@ -65,7 +65,7 @@ class Tuning:
         """Fields of `base` that differ from what was tuned: path -> (tuned, here)."""
         # Read as a configuration: a field that is newer than the tuning has its default there.
         tuned = build(TrainConfig, merge(from_older(self.base), {"optim": {"lr": base.optim.lr}}))
-        return differences(_tuned_part(comparable(tuned)), _tuned_part(comparable(base)))
+        return differences(_tuned_part(identity_fields(tuned)), _tuned_part(identity_fields(base)))
 
 
 def tune(
@@ -111,7 +111,7 @@ def tune(
             break
         rates = wider
     return Tuning(
-        base=_tuned_part(comparable(base)),
+        base=_tuned_part(identity_fields(base)),
         changes={arm.name: arm.changes for arm in arms},
         grid=rates,
         seeds=list(study.seeds),
