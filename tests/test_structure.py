@@ -94,18 +94,21 @@ def test_built_by_hand():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"nam": "x"}, "nam: there is no such field; did you mean 'name'?"),
-        ({"lens": {"focus": 1, "stop": []}}, "lens.stop: there is no such field; did you mean 'lens.stops'?"),
-        ({"stops": []}, "stops: there is no such field; did you mean 'lens.stops'?"),
+        ({"nam": "x"}, "nam: this field does not exist; did you mean 'name'?"),
+        (
+            {"lens": {"focus": 1, "stop": []}},
+            "lens.stop: this field does not exist; did you mean 'lens.stops'?",
+        ),
+        ({"stops": []}, "stops: this field does not exist; did you mean 'lens.stops'?"),
         (
             {"others": {"w": {"focs": 1}}},
-            "others.w.focs: there is no such field; did you mean 'others.w.focus'?",
+            "others.w.focs: this field does not exist; did you mean 'others.w.focus'?",
         ),
         (
             {"roll": [LENS, {**LENS, "spam": 1}]},
-            "roll[1].spam: there is no such field; did you mean 'roll[1].span'?",
+            "roll[1].spam: this field does not exist; did you mean 'roll[1].span'?",
         ),
-        ({"lens": {"zzz": 1}}, "lens.zzz: there is no such field; accepted: focus, stops, span"),
+        ({"lens": {"zzz": 1}}, "lens.zzz: this field does not exist; accepted: focus, stops, span"),
         ({"others": {"w": {}}}, "others.w.focus is missing"),
         ({"lens": {"focus": "far"}}, "lens.focus: 'far' is not accepted; use a number"),
         ({"lens": {"focus": True}}, "lens.focus: True is not accepted; use a number"),
@@ -140,7 +143,7 @@ def test_built_by_hand():
         ({"lens": {"focus": 0}}, "lens: focus=0.0 must be positive"),
         (
             {"": 1},
-            "'': there is no such field; accepted: "
+            "'': this field does not exist; accepted: "
             "name, lens, others, roll, mode, flash, shots, frames, extra",
         ),
     ],
@@ -295,8 +298,8 @@ ALIASES = "\n".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\na: 2", "line 2: the key 'a' is there twice"),
-        ("m: {a: 1, b: {c: 1, c: 1}}", "line 1: m.b: the key 'c' is there twice"),
+        ("a: 1\na: 2", "line 2: duplicate key 'a'"),
+        ("m: {a: 1, b: {c: 1, c: 1}}", "line 1: m.b: duplicate key 'c'"),
         ("on: 1", "line 1: the key on is not text in YAML; quote it: 'on'"),
         ("arms: {off: {}}", "line 1: arms: the key off is not text in YAML; quote it: 'off'"),
         ("arms:\n  5: {}", "line 2: arms: the key 5 is not text in YAML; quote it: '5'"),
@@ -315,10 +318,13 @@ ALIASES = "\n".join(
             "a: !!python/object/apply:os.system [ls]",
             "python/object/apply:os.system in YAML, which is not accepted",
         ),
-        ("a: " + "[" * 100_000, f"line 1: nested more than {MOST_DEPTH} levels deep"),
-        ("a: " + "{b: " * 1000, f"line 1: nested more than {MOST_DEPTH} levels deep"),
-        ("\n".join(" " * i + "a:" for i in range(500)), f"nested more than {MOST_DEPTH} levels deep"),
-        ("a: &a [*a]", f"line 1: nested more than {MOST_DEPTH} levels deep"),
+        ("a: " + "[" * 100_000, f"line 1: too deeply nested; use at most {MOST_DEPTH} levels"),
+        ("a: " + "{b: " * 1000, f"line 1: too deeply nested; use at most {MOST_DEPTH} levels"),
+        (
+            "\n".join(" " * i + "a:" for i in range(500)),
+            f"too deeply nested; use at most {MOST_DEPTH} levels",
+        ),
+        ("a: &a [*a]", f"line 1: too deeply nested; use at most {MOST_DEPTH} levels"),
         (ALIASES, "more than 20000 values, with aliases"),
         ("a: [" + "1," * 100_000 + "]", "more than 20000 values, with aliases"),
         ("a: b" * 10**6, "has more than 1048576 characters"),
@@ -382,7 +388,7 @@ def test_a_folder_and_an_endless_device_are_no_files(tmp_path):
     [
         ("", "is not JSON: Expecting value"),
         ("{", "is not JSON: Expecting property name"),
-        ('{"a": 1, "a": 2}', "is not JSON: the key 'a' is there twice"),
+        ('{"a": 1, "a": 2}', "is not JSON: duplicate key 'a'"),
         ('{"focus": NaN}', "is not JSON: NaN is no JSON value"),
         ('{"focus": -Infinity}', "is not JSON: -Infinity is no JSON value"),
         ('{"focus": 1e999}', ": focus: inf is not accepted; use a finite number"),
@@ -390,7 +396,7 @@ def test_a_folder_and_an_endless_device_are_no_files(tmp_path):
         ('{"focus": 1' + "0" * 50 + "}", ": focus: an integer of 167 bits; use at most 64"),
         ("[" * 100_000, "is not JSON: maximum recursion depth"),
         ("[]", ": value: [] is not accepted; use a mapping of field to value"),
-        ('{"focus": 1, "stop": []}', ": stop: there is no such field; did you mean 'stops'?"),
+        ('{"focus": 1, "stop": []}', ": stop: this field does not exist; did you mean 'stops'?"),
     ],
     ids=lambda value: value[:20],
 )

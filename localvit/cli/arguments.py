@@ -1,4 +1,4 @@
-"""Arguments to options through tyro, and errors to one line. Imports nothing heavy."""
+"""Parsing of arguments with tyro, and one-line errors. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ T = TypeVar("T")
 _STUDY = {"scipy": "scipy", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "jinja2": "jinja2"}
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""A disk, a quota or a file that is full."""
+"""Errors of a full disk, quota or file."""
 
 
 class UsageError(Exception):
-    """Wrong use: one line, exit code 2, nothing was written."""
+    """Error of wrong use: one line, exit code 2, nothing was written."""
 
 
 class Failure(Exception):
-    """It began and could not be finished for a foreseen reason: one line, exit code 1."""
+    """Expected failure after the start: one line, exit code 1."""
 
 
 def parse(options: type[T], program: str, arguments: Sequence[str]) -> T | None:
-    """The options in `arguments`, or ``None`` if help was asked for (and printed).
+    """Parse the options in `arguments`; return `None` if they ask for help, which is printed.
 
     Raises:
-        UsageError: with the gist of tyro's explanation.
+        UsageError: with the first paragraph of tyro's explanation.
     """
     complaint = io.StringIO()
     try:
@@ -41,15 +41,15 @@ def parse(options: type[T], program: str, arguments: Sequence[str]) -> T | None:
     except SystemExit as end:
         if end.code in (0, None):
             return None
-        raise UsageError(f"{_gist(complaint.getvalue())} (see {program} --help)") from None
+        raise UsageError(f"{_gist(complaint.getvalue())}; see {program} --help") from None
 
 
 def command_line(verbs: Sequence[str], options: Any) -> str:
-    """The command that gives these options; flags at their defaults are left out.
+    """Return the command with these options; flags at their defaults are left out.
 
     Args:
-        verbs: After the program's name.
-        options: A dataclass of them; fields without a default are positional.
+        verbs: Words after the program's name.
+        options: Dataclass of options; fields without a default are positional.
     """
     words = ["localvit", *verbs]
     for field in dataclasses.fields(options):
@@ -68,10 +68,10 @@ def command_line(verbs: Sequence[str], options: Any) -> str:
 
 
 def model_arguments(settings: Sequence[str]) -> dict[str, Any]:
-    """Constructor arguments of a model from ``KEY=VALUE`` words, values as in YAML.
+    """Parse constructor arguments of a model from `KEY=VALUE` words, with values as in YAML.
 
     Raises:
-        ConfigError: for a word that is not such.
+        ConfigError: for another word.
     """
     from localvit.config import merge, parse_setting
 
@@ -82,19 +82,19 @@ def model_arguments(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def check_extra(verb: str) -> None:
-    """Refuse to begin without the packages that studies need.
+    """Refuse to start without the packages that studies need.
 
     Raises:
         UsageError: naming them and the command that installs them.
     """
     missing = [name for module, name in _STUDY.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise UsageError(f"localvit {verb} needs {', '.join(missing)}: pip install 'localvit[study]'")
+        raise UsageError(f"localvit {verb} needs {', '.join(missing)}; run pip install 'localvit[study]'")
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn the library's errors that a user can cause into those of the command line."""
+    """Turn the library's errors for users into those of the command line."""
     from localvit.atomic import WriteFailed
     from localvit.data import DataError, UnreadableImage
     from localvit.errors import ConfigError, TrainingFailed
@@ -114,7 +114,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _gist(boxed: str) -> str:
-    """The first paragraph inside tyro's frame, without its title."""
+    """Return the first paragraph inside tyro's frame, without its title."""
     lines = [line.strip(" │╭╮╰╯─\t") for line in boxed.splitlines()]
     body = lines[1:]
     while body and not body[0].strip("-"):

@@ -67,7 +67,7 @@ def run(options: Options) -> int:
         from localvit.models import VARIANTS
 
         if options.against is None and options.model not in VARIANTS:
-            raise UsageError(f"--against NAME is missing: localvit knows no baseline of {options.model!r}")
+            raise UsageError(f"{options.model!r} has no known baseline; add --against NAME")
         config = BenchConfig(
             model=options.model,
             against=options.against,
@@ -120,11 +120,13 @@ def _print(found: Comparison) -> None:
 def _figures(found: Comparison, side: Side) -> dict[str, str]:
     """Return the rows of the table."""
     times = (1e3 * side.seconds.median, 1e3 * side.seconds.low, 1e3 * side.seconds.high)
-    share = side.fraction_of_peak
+    fraction = side.fraction_of_peak
     return {
         "ms": "{:.4g} \\[{:.4g}, {:.4g}]".format(*times),
         "images/s": f"{side.images_per_second:.4g}",
-        "share of peak, %": f"{100 * share.median:.3g} \\[{100 * share.low:.3g}, {100 * share.high:.3g}]",
+        "fraction of peak, %": "{:.3g} \\[{:.3g}, {:.3g}]".format(
+            *(100 * value for value in (fraction.median, fraction.low, fraction.high))
+        ),
         "memory of a call, MiB": "-" if side.peak_memory is None else f"{side.peak_memory / 2**20:.1f}",
         "GMACs": f"{side.gmacs:.4g}",
         "parameters, M": f"{side.parameters / 1e6:.2f}",

@@ -42,14 +42,14 @@ class OnCluster:
 
 
 def cluster_of(options: OnCluster, parallel: int | None) -> Cluster | None:
-    """What was asked for a cluster.
+    """Return the cluster of the options, or `None`.
 
     Args:
         options: The options.
-        parallel: Most jobs at a time.
+        parallel: Maximum number of jobs at a time.
 
     Raises:
-        UsageError: if no cluster was asked for, only something of it.
+        UsageError: if options of a cluster are given without one.
         ConfigError: as `Resources`.
     """
     from localvit.studies.design import Resources
@@ -61,5 +61,5 @@ def cluster_of(options: OnCluster, parallel: int | None) -> Cluster | None:
         return Cluster(kind=options.cluster, resources=resources, parallel=parallel)
     if resources != Resources():
         flag = next(name for name, value in asked.items() if value != getattr(Resources(), name))
-        raise UsageError(f"--{flag} has no effect without --cluster")
+        raise UsageError(f"--{flag} has no effect without --cluster; add it")
     return None

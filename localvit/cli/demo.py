@@ -1,4 +1,4 @@
-"""``localvit demo``: the project's question, answered on real pictures by one command."""
+"""`localvit demo`: a small study with and without locality, on real images."""
 
 from __future__ import annotations
 
@@ -68,16 +68,16 @@ def run(options: Options) -> int:
         except StudyFailed as error:
             raise Failure(str(error)) from error
         except KeyboardInterrupt:
-            print(f"stopped; finished runs are kept in {folder}, and the same command goes on")
+            print(f"stopped; finished runs are in {folder}, and the same command resumes")
             return 130
     return 0
 
 
 def _check(options: Options) -> None:
-    """Everything that can be refused before anything heavy is imported.
+    """Refuse wrong options before anything heavy is imported.
 
     Raises:
-        UsageError: naming it.
+        UsageError: naming the option.
     """
     check_extra("demo")
     for flag, value, least in (
@@ -86,9 +86,9 @@ def _check(options: Options) -> None:
         ("tune-seeds", options.tune_seeds, 1),
     ):
         if value < least:
-            raise UsageError(f"--{flag} {value}: at least {least}")
+            raise UsageError(f"--{flag} {value} is not accepted; use at least {least}")
     if not options.tune_factors or min(options.tune_factors) <= 0:
-        raise UsageError(f"--tune-factors {options.tune_factors}: one or more positive numbers")
+        raise UsageError(f"--tune-factors {options.tune_factors} is not accepted; use positive numbers")
 
 
 def _base(options: Options) -> TrainConfig:
@@ -103,7 +103,7 @@ def _recipe(options: Options) -> str:
 
 
 def _default_output(data: str) -> str:
-    """A folder for each source, so that one comparison does not stand in the way of another."""
+    """Return a folder of its own for each source."""
     import re
 
     if data == "digits":
@@ -148,7 +148,7 @@ def _compare(options: Options, folder: Path, console: Console) -> None:
 
 
 def _tuning(options: Options, folder: Path) -> Tuning | None:
-    """The user's own for this folder, or else the one that comes with the recipe."""
+    """Return the user's tuning in this folder, else that of the recipe."""
     from localvit.studies.execution import load_tuning, shipped_tuning
 
     own = folder / "tuning" / "tuning.json"

@@ -86,7 +86,7 @@ def run(options: Options) -> int:
             fuse=options.fuse,
         )
     if os.environ.get("RANK", "0") == "0":
-        _print(result)  # before the files: a full disk does not cost the numbers
+        _print(result)  # before the files: a full disk then loses no numbers
         with one_line_errors():
             _write(options, result)
     return 0
@@ -99,7 +99,7 @@ def _check_files(options: Options) -> None:
     ):
         if path is not None:
             if not path.endswith(suffixes):
-                raise UsageError(f"--{flag} {path}: the name must end in {' or '.join(suffixes)}")
+                raise UsageError(f"--{flag} {path} is not accepted; use a name in {' or '.join(suffixes)}")
             check_new_file(path, flag)
 
 
@@ -152,13 +152,13 @@ def _print_classes(result: Evaluation) -> None:
 
 
 def check_new_file(path: str, flag: str = "output") -> None:
-    """Refuse a file that exists or cannot be made.
+    """Refuse a file that exists or cannot be created.
 
     Raises:
-        UsageError: naming it.
+        UsageError: naming the file.
     """
     folder = os.path.dirname(path) or "."
     if os.path.lexists(path):
-        raise UsageError(f"--{flag} {path}: the file exists already")
+        raise UsageError(f"--{flag} {path}: the file exists; choose another name")
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UsageError(f"--{flag} {path}: {folder} is no writable folder")
+        raise UsageError(f"--{flag} {path}: {folder} is not a writable folder; choose another")

@@ -1,4 +1,4 @@
-"""`localvit export`: a trained model for another engine, compared with the original before it is there."""
+"""`localvit export`: a trained model for another engine, checked against the original."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Export; 0 when FILE is there."""
+    """Export; return 0 if FILE was written."""
     from localvit.data import DataConfig
 
     with one_line_errors():
         from localvit.export import export_checkpoint
 
         if options.output is None:
-            raise UsageError("--output FILE is missing: where the exported model goes")
+            raise UsageError("--output is missing; add --output FILE")
         parity = export_checkpoint(
             options.model,
             options.output,

@@ -1,4 +1,4 @@
-"""``localvit models``: the names, what they cost, what their authors report, and what confounds it."""
+"""`localvit models`: names, cost, published accuracy and confounders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Print the table or a card; 0 when done."""
+    """Print the table or a card; return 0."""
     import dataclasses
     import json
 
@@ -56,7 +56,7 @@ def _known(name: str) -> str:
         return name
     near = difflib.get_close_matches(name, names(), n=1)
     hint = f"did you mean {near[0]!r}?" if near else "`localvit models` lists the names"
-    raise UsageError(f"there is no model {name!r} in the table; {hint}")
+    raise UsageError(f"the model {name!r} is not in the table; {hint}")
 
 
 def _print_table(entries: Sequence[ModelEntry]) -> None:
@@ -67,7 +67,7 @@ def _print_table(entries: Sequence[ModelEntry]) -> None:
     sources = dict.fromkeys(entry.source for entry in entries if entry.source)
     table = Table(
         title="Parameters and multiply-accumulates measured, ImageNet-1k accuracy (%) as published",
-        caption=f"Accuracy from {', '.join(sources)} (GitHub). localvit models NAME tells more of one.",
+        caption=f"Accuracy from {', '.join(sources)} (GitHub). localvit models NAME shows a card.",
         box=box.SIMPLE,
         padding=(0, 0, 0, 1),
     )
@@ -103,7 +103,7 @@ def _card(card: ModelCard) -> Iterator[str]:
     yield "baseline"
     yield f"  {card.base.name}"
     yield from _lines(card.base)
-    yield "what differs besides the depth-wise convolution"
+    yield "other differences than the depth-wise convolution"
     yield from (f"  - {sentence}" for sentence in card.confounders)
     yield from (f"note: {note}" for note in card.notes)
 

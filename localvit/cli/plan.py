@@ -1,4 +1,4 @@
-"""``localvit plan``: what a configuration will take, before it is trained."""
+"""`localvit plan`: estimated cost of a configuration."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def run(options: Options) -> int:
 
 
 def _gpus(text: str) -> tuple[int, int]:
-    """Nodes and GPUs in each."""
+    """Return the number of nodes and of GPUs in each."""
     found = re.fullmatch(r"(?:(\d+)x)?(\d+)", text)
     if found is None:
-        raise UsageError(f"--gpus {text!r} is neither a number nor NODESxGPUS, such as 8x8")
+        raise UsageError(f"--gpus {text!r} is not accepted; use a number or NODESxGPUS, such as 8x8")
     return int(found[1] or 1), int(found[2])

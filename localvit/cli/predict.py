@@ -49,9 +49,9 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Predict; 0 if any image could be read or it was interrupted, else 1."""
+    """Predict; return 0 if any image could be read or the command was interrupted, else 1."""
     if not options.paths:
-        raise UsageError("PATHS is missing: files or folders to classify")
+        raise UsageError("PATHS is missing; add image files or folders")
     with one_line_errors():
         shard, device, output = _place(options)
         batches = {"top_k": options.top_k, "batch_size": options.batch_size, "workers": options.workers}
@@ -60,7 +60,7 @@ def run(options: Options) -> int:
             return _print(options, shard, batches, opening)
         form = options.format
         if form not in ("table", output.rpartition(".")[2]):
-            raise UsageError(f"--format {form} is for the console, or the name {output} must end in .{form}")
+            raise UsageError(f"--format {form} is not accepted for {output}; use a name that ends in .{form}")
         return _write(options, output, {"shard": shard, **batches, **opening})
 
 
@@ -72,21 +72,21 @@ def _place(options: Options) -> tuple[Shard, str, str | None]:
     output, text = options.output, options.shard
     if shard.count > 1:
         if text is not None:
-            raise UsageError(f"--shard {text}: under torchrun each process has its shard already")
+            raise UsageError(f"--shard {text} is not accepted under torchrun; leave it out")
         if output is None:
-            raise UsageError("--output FILE is missing: processes of torchrun cannot share the console")
+            raise UsageError("processes of torchrun cannot share the console; add --output FILE")
         stem, dot, suffix = output.rpartition(".")
         output = f"{stem}-{shard.index}-of-{shard.count}{dot}{suffix}"
     elif text is not None:
         index, slash, count = text.partition("/")
         if not (slash and index.isdecimal() and count.isdecimal()):
-            raise UsageError(f"--shard {text}: two whole numbers are meant, such as 0/4")
+            raise UsageError(f"--shard {text} is not accepted; use two integers such as 0/4")
         shard = Shard(index=int(index), count=int(count))
     return shard, device, output
 
 
 def _print(options: Options, shard: Shard, batches: dict[str, int], opening: dict[str, Any]) -> int:
-    """Print predictions, each batch as soon as it is there."""
+    """Print predictions batch by batch."""
     from localvit.inference import check_settings, classify, find_files, open_model
 
     check_settings(**batches)
@@ -105,7 +105,7 @@ def _print(options: Options, shard: Shard, batches: dict[str, int], opening: dic
 
 
 def _layout(format: str) -> tuple[str, Callable[[Prediction], str], str, str]:
-    """Return the beginning, the text of a prediction, what is between two of them, and the end."""
+    """Return the beginning, the encoder of a prediction, the separator, and the end."""
     from localvit.inference import COLUMNS, to_csv, to_csv_lines, to_json_line
 
     if format == "json":
@@ -119,7 +119,7 @@ def _layout(format: str) -> tuple[str, Callable[[Prediction], str], str, str]:
 
 def _table_rows(one: Prediction) -> str:
     if one.error is not None:
-        return _table_row("-", "(no answer)", one.path)
+        return _table_row("-", "(no prediction)", one.path)
     rows = ((f"{guess.probability:.3f}", guess.label, one.path) for guess in one.guesses)
     return "".join(_table_row(*row) for row in rows)
 
@@ -129,7 +129,7 @@ def _table_row(probability: str, label: str, path: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Escape what would move the cursor or change colours; bytes that are not UTF-8 stay."""
+    """Escape control characters; bytes that are not UTF-8 stay."""
     return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text)
 
 
@@ -147,7 +147,7 @@ def _write(options: Options, output: str, arguments: dict[str, Any]) -> int:
             last[:] = [progress]
             _complain(batch)
             show(progress)
-            if stop_requested():  # not in the middle of a batch, which a data worker is handing over
+            if stop_requested():  # between batches: a data worker may be sending one
                 raise KeyboardInterrupt
 
         try:
@@ -162,7 +162,7 @@ def _write(options: Options, output: str, arguments: dict[str, Any]) -> int:
 
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[PredictionProgress], None]]:
-    """Yield a function that shows how far a file is, on a terminal."""
+    """Yield a function that shows the progress of a file on a terminal."""
     from rich import progress
     from rich.console import Console
 

@@ -127,7 +127,7 @@ Options = (
 
 
 def run(options: List | New | Show | RunOptions | ReportOptions | Compare | Export) -> int:
-    """Do what was asked; return 0 when done."""
+    """Run a subcommand; return 0."""
     from rich.console import Console
 
     check_extra("study")
@@ -177,7 +177,7 @@ def _new(name: str, console: Console) -> None:
     from localvit.studies.design import write_question
 
     path = write_question(name)
-    _print(console, f"written: {path}; localvit study run {shlex.quote(str(path))} answers it")
+    _print(console, f"written: {path}; run it with localvit study run {shlex.quote(str(path))}")
 
 
 def _study(options: Asked, seeds: int) -> Study:
@@ -229,7 +229,7 @@ def _run(options: RunOptions, console: Console) -> int:
         ("threads", options.threads, 1),
     ):
         if value < least:
-            raise UsageError(f"--{flag} {value}: at least {least}")
+            raise UsageError(f"--{flag} {value} is not accepted; use at least {least}")
     cluster = cluster_of(options, options.jobs)
     study = _study(options, options.seeds)
     folder = Path(options.output or f"runs/{study.name}-{study.scale}")
@@ -237,7 +237,7 @@ def _run(options: RunOptions, console: Console) -> int:
         _dry_run(study, folder, options, cluster, console)
         return 0
     if study.base.data.train == "DATA":
-        raise UsageError(f"--data SRC is missing: scale {options.scale!r} has no images of its own")
+        raise UsageError(f"scale {options.scale!r} has no images; add --data SRC")
     try:
         made = run_study(
             study,
@@ -253,8 +253,8 @@ def _run(options: RunOptions, console: Console) -> int:
     except StudyFailed as error:
         raise Failure(str(error)) from error
     except KeyboardInterrupt:
-        left = "the jobs go on without it, " if options.cluster == "slurm" else ""
-        print(f"stopped; {left}finished runs are kept in {folder}, and the same command goes on")
+        left = "its jobs keep running, " if options.cluster == "slurm" else ""
+        print(f"stopped; {left}finished runs are in {folder}, and the same command resumes")
         return 130
     print_report(made, console)
     return 0

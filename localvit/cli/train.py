@@ -1,4 +1,4 @@
-"""``localvit train``: a recipe, settings and flags make a configuration; the configuration is trained."""
+"""`localvit train`: a configuration from a recipe, settings and flags, and its training."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Options(ConfigOptions):
 
 
 def run(options: Options) -> int:
-    """Train; 0 when done, and when a signal asked for the end and the state is saved."""
+    """Train; return 0, also if a signal interrupted it and the state is saved."""
     from rich.console import Console
 
     from localvit.errors import TrainingInterrupted
@@ -83,12 +83,12 @@ def run(options: Options) -> int:
     with one_line_errors(), stop_on_signals():
         config = configuration(options)
         if options.print_config:
-            figures = effective(config)  # before anything is printed: it finds what cannot work
+            figures = effective(config)  # before printing, because it may refuse the configuration
             print(to_yaml(config), end="")
             print("# effective", *figures, sep="\n#   ")
             return 0
         if config.output is None:
-            raise UsageError("--output FOLDER is missing: where the results go")
+            raise UsageError("--output is missing; add --output FOLDER")
         callbacks = [TensorBoard()] if options.tensorboard else []
         try:
             train(config, console=Console(), allow_change=options.allow_change, callbacks=callbacks)
@@ -99,20 +99,20 @@ def run(options: Options) -> int:
 
 
 def configuration(options: ConfigOptions) -> Any:
-    """The configuration from recipe, settings and flags.
+    """Return the configuration from recipe, settings and flags.
 
     Raises:
-        UsageError, ConfigError: if there is none, or it contradicts itself.
+        UsageError, ConfigError: if it is missing or invalid.
     """
     from localvit.config import resolve
     from localvit.structure import parse_yaml
 
     if options.recipe is None and options.data is None and not options.set:
-        raise UsageError("--data SRC or --recipe NAME is missing: what to train on")
+        raise UsageError("the training data is missing; add --data SRC or --recipe NAME")
     settings = list(options.set)
     model: dict[str, Any] = {"name": options.model, "pretrained": options.pretrained or None}
     if options.locality is not None:
-        # A flag replaces what a recipe says about locality; it does not mix with it.
+        # A flag replaces the recipe's locality and is not merged with it.
         settings.append("model.locality=null")
         words: dict[str, Any] = {"default": {}, "none": None}
         value = options.locality
@@ -129,6 +129,6 @@ def configuration(options: ConfigOptions) -> Any:
 
 
 def _drop_missing(values: dict[str, Any]) -> dict[str, Any]:
-    """Without the flags that were not given, and without the sections in which none was."""
+    """Remove flags that were not given, and empty sections."""
     kept = {k: _drop_missing(v) if k in _SECTIONS else v for k, v in values.items()}
     return {k: v for k, v in kept.items() if v is not None and not (k in _SECTIONS and not v)}

@@ -20,34 +20,34 @@ if TYPE_CHECKING:
     from jaxtyping import Int
 
 _NUMBERED = ("wds/", "hfds/")
-"""Sources whose classes may have no names; ``"3"`` is then the output number 3."""
+"""Sources whose classes may have no names; `"3"` is then output 3."""
 
 
 def read_class_map(path: str, outputs: int) -> tuple[str, ...]:
     """Read the name of the class of each output, from a file in timm's form: one name per line, in order.
 
     Args:
-        path: A ``.txt``. timm's other form is a pickle, which is not read.
+        path: A `.txt`. timm's other form is a pickle, which is not read.
         outputs: Outputs of the model; the file may name fewer.
 
     Raises:
-        ConfigError: if it is no such file, repeats a name, leaves a line empty or has too many lines.
+        ConfigError: if it is not such a file, or has a duplicate name, an empty line or too many lines.
     """
     what = f"class_map={path!r}"
     if not path.endswith(".txt") or not os.path.isfile(path):
-        raise ConfigError(f"{what} is no .txt file with the name of a class in each line")
+        raise ConfigError(f"{what} is not accepted; use a .txt file with one class name per line")
     try:
         found = load_class_map(path)
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{what} is not text: {error}") from error
+        raise ConfigError(f"{what} is not text ({error}); save it as UTF-8") from error
     with open(path, encoding="utf-8") as file:
         lines = len(file.read().rstrip().splitlines())
     names = {number: name for name, number in found.items() if number < lines}
     for number in range(lines):
         if not names.get(number):  # of a repeated name, timm keeps the last line
-            raise ConfigError(f"{what}: line {number + 1} is empty or its name comes again further down")
+            raise ConfigError(f"{what}: line {number + 1} is empty or a duplicate; name each class once")
     if not 0 < lines <= outputs:
-        raise ConfigError(f"{what} names {lines} classes; the model has {outputs} outputs")
+        raise ConfigError(f"{what} has {lines} classes; use at most {outputs}, the model's outputs")
     return tuple(names[number] for number in range(lines))
 
 
@@ -55,13 +55,13 @@ def label_by_outputs(images: Part, source: str, model: OpenModel, class_map: str
     """Return the same images, their labels counted as the model's outputs.
 
     The source's classes are looked up in the class map, if there is one; else in the model's labels, then in
-    what people call them (see `OpenModel`). All of them must be found, and the model may have more. A
+    its descriptions (see `OpenModel`). All of them must be found, and the model may have more. A
     source without names is labelled by numbers of outputs, and so is a model without names, if it has as
     many outputs as the source has classes.
 
     Args:
-        images: With the classes of their source.
-        source: Its name, for the message.
+        images: Images with the classes of their source.
+        source: Name of the source, for the message.
         model: The model.
         class_map: See `read_class_map`.
 
@@ -82,7 +82,7 @@ def label_by_outputs(images: Part, source: str, model: OpenModel, class_map: str
     if not choices:
         raise ConfigError(
             f"data={source!r} has {len(images.class_names)} classes, {model.source!r} has {outputs} outputs "
-            "without names; class_map can name them"
+            "without names; name them with class_map"
         )
     names = next((names for names in choices if _each_once(images.class_names, names)), choices[0])
     try:
@@ -104,31 +104,35 @@ def read_real_labels(path: str, images: Part, model: OpenModel) -> Int[torch.Ten
     few have none and do not count.
 
     Args:
-        path: ``"default"`` for the labels that timm ships, or a JSON file in the authors' form: a list with
-            the right classes of ``ILSVRC2012_val_00000001.JPEG`` and so on.
-        images: All of these images.
-        model: With the outputs of ILSVRC-2012.
+        path: `"default"` for the labels that timm ships, or a JSON file in the authors' form: a list with
+            the right classes of `ILSVRC2012_val_00000001.JPEG` and so on.
+        images: All validation images, in any order.
+        model: Model with the outputs of ILSVRC-2012.
 
     Returns:
         (N, most) int64: the right classes of each image, filled up with -1.
 
     Raises:
         ConfigError: if the model has other classes, or there is no such file.
-        DataError: if the images are not those that the file is about.
+        DataError: if the images are not those of the file.
     """
     what = f"real_labels={path!r}"
     if model.labels != tuple(ImageNetInfo("imagenet-1k").label_names()):
-        raise ConfigError(f"{what} needs a model with the 1000 classes of ILSVRC-2012 in timm's order")
+        raise ConfigError(
+            f"{what}: the model has other classes; use one with the 1000 of ILSVRC-2012 in timm's order"
+        )
     names = [os.path.basename(image_name(images, i)) for i in range(len(images))]
     try:
         known = RealLabelsImagenet(names, None if path == "default" else path).real_labels
         rows = [known[name] for name in names]
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{what} cannot be read: {error}") from error
+        raise ConfigError(f"{what} cannot be read: {error}; use 'default' or the authors' file") from error
     except AssertionError as error:
-        raise DataError(f"{what} is about another number of images than these {len(names)}") from error
+        raise DataError(
+            f"{what} does not have {len(names)} images; use the ILSVRC-2012 validation images"
+        ) from error
     except KeyError as error:
-        raise DataError(f"{what} says nothing about the image {error}") from error
+        raise DataError(f"{what} has no image {error}; use the ILSVRC-2012 validation images") from error
     table = np.full((len(rows), max(map(len, rows), default=1)), -1, dtype=np.int64)
     for i, row in enumerate(rows):
         table[i, : len(row)] = row

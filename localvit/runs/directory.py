@@ -1,4 +1,4 @@
-"""Directory of a run: written so that whatever interrupts it leaves whole files, and never over another run.
+"""Directory of a run. Any interruption leaves whole files, and no other run is overwritten.
 
 ```
 config.yaml      the resolved configuration
@@ -44,8 +44,8 @@ class Decision:
     """Decision about a run, after a look at its directory; a refusal is an error instead.
 
     Attributes:
-        kind: Start it, resume it, or return what it found because it is finished.
-        changes: Differences from the run that is there, all of them allowed.
+        kind: Start the run, resume it, or return the result of a finished one.
+        changes: Differences from the existing run, all of them allowed.
         state: State to resume from; `None` if none was saved yet.
         warnings: Newer states that are damaged.
     """
@@ -61,9 +61,9 @@ class RunDirectory:
 
     Attributes:
         path: Its path.
-        saved: The run that was found there.
+        saved: Run that was found there.
         decision: Decision about it.
-        status: The status that this process wrote last; `None` before `begin`.
+        status: Status that this process wrote last; `None` before `begin`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RunDirectory:
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not config.output or not existing.is_dir() or not os.access(existing, os.W_OK):
             raise ConfigError(
-                f"output={config.output!r} cannot be written: {str(existing)!r} is no writable folder"
+                f"output={config.output!r}: {str(existing)!r} is not a writable folder; choose another"
             )
         self._locked = has_lock_file(self.path)
         if self._locked:
@@ -90,18 +90,18 @@ class RunDirectory:
     def open(
         cls, config: TrainConfig, *, world_size: int = 1, allow_change: Collection[str] = ()
     ) -> Iterator[RunDirectory]:
-        """Lock, read and judge the directory `config.output`. Nothing is written, no data is needed.
+        """Lock, read and judge the directory `config.output`. It writes nothing and needs no data.
 
         A directory that no run ever locked is locked by `claim`, because locking it writes a file.
 
         Args:
             config: The resolved configuration.
-            world_size: Processes that train.
+            world_size: Number of processes that train.
             allow_change: As in `train`.
 
         Raises:
             ConfigError: if it holds another run or one of an older version, has a damaged file, is in use,
-                is no directory, or cannot be written.
+                is not a directory, or cannot be written.
             DamagedState: if the run has states and none can be used.
         """
         with ExitStack() as stack:
@@ -124,13 +124,13 @@ class RunDirectory:
         state, warnings = read_newest(self.path / "state")
         if state is None and status is not None and status.epochs_done > 1:
             raise ConfigError(
-                f"output={output!r}: {status.epochs_done} epochs are done, but {str(self.path / 'state')!r} "
-                "has no state to resume from; restore it, or choose another folder"
+                f"output={output!r} has {status.epochs_done} epochs, but {str(self.path / 'state')!r} has no "
+                "state to resume from; restore it, or choose another folder"
             )
         return Decision(kind="resume", changes=changes, state=state, warnings=tuple(warnings))
 
     def _refuse_version(self) -> None:
-        """Refuse to resume what another series of versions left: its states may mean something else."""
+        """Refuse to resume a run of another minor version, whose states may mean something else."""
         status, ours = self.saved.status, self._conditions["versions"]["localvit"]
         output = str(self.config.output)
         known = status.versions if status is not None and status.versions else {}
@@ -146,22 +146,22 @@ class RunDirectory:
         old = {name: getattr(self.saved.status, name, None) for name in conditions}
         old = {name: value for name, value in old.items() if value is not None}
         found = differences(old, {name: conditions[name] for name in old})
-        found.pop("versions.python", None)  # it does not compute
+        found.pop("versions.python", None)  # it does not change results
         return found
 
     def _list(self) -> dict[str, int]:
-        """Return the names of what belongs to a run, each with the time of its last change."""
+        """Return the names of a run's files and folders, each with the time of its last change."""
         held = [name for name in _FILES if os.path.lexists(self.path / name)]
         return {name: (self.path / name).lstat().st_mtime_ns for name in held}
 
     def claim(self, data: str) -> None:
-        """Compare the data, and make and lock the directory if that was not done when it was opened.
+        """Compare the data; create and lock the directory unless `open` did.
 
         Args:
             data: `fingerprint` of the data.
 
         Raises:
-            ConfigError: if the data are not those of the run, or another process was faster.
+            ConfigError: if the data differ from those of the run, or another process was faster.
         """
         output = str(self.config.output)
         changed = self._changed({"data": data})
@@ -173,12 +173,12 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"output={output!r} cannot be made: {error.strerror}") from error
+            raise ConfigError(f"output={output!r}: {error.strerror}; choose another folder") from error
         self._stack.enter_context(locked(self.path))
         self._locked = True
         if self._list() != self._found:
             raise ConfigError(
-                f"output={output!r}: another process has just trained there; run the same command again"
+                f"output={output!r}: another process has just trained there; repeat the command"
             )
 
     def begin(
@@ -189,11 +189,11 @@ class RunDirectory:
         best: BestEpoch | None = None,
         bad_images: Collection[str] = (),
     ) -> None:
-        """Write what the run is, and make the files agree with the state that it resumes from.
+        """Write configuration and status, and make the files agree with the state to resume from.
 
         Args:
             notes: Sentences for the reader of the results.
-            history: Metrics of the epochs that are done.
+            history: Metrics of the finished epochs.
             best: Best of them.
             bad_images: Training images that could not be read.
         """
@@ -236,7 +236,7 @@ class RunDirectory:
         self.update(epochs_done=metrics["epoch"])
 
     def save_state(self, step: int, state: SavedState) -> None:
-        """Save the state to resume from; the first one is read back, so that none is saved in vain."""
+        """Save the state to resume from; the first one is read back as a check."""
         with self._writing():
             path = write_state(self.path / "state", step, state)
             if not self._verified:
@@ -244,11 +244,11 @@ class RunDirectory:
                 self._verified = True
 
     def last_state(self) -> str:
-        """Return, in words, what a later call would resume from."""
+        """Describe the state that a later call would resume from."""
         return newest_name(self.path / "state")
 
     def finish(self, test: dict[str, Any]) -> None:
-        """Write the metrics of the reported split; then the state is not needed any more."""
+        """Write the metrics of the test split and remove the state."""
         self.update(state="finished", test=test)
         shutil.rmtree(self.path / "state", ignore_errors=True)
 
@@ -259,7 +259,7 @@ class RunDirectory:
         preprocessing: Preprocessing,
         class_names: list[str],
     ) -> None:
-        """Save weights and everything needed to use them, in place of what was there.
+        """Save weights and everything needed to use them; replace an earlier model.
 
         Args:
             name: One of the two folders.
@@ -277,7 +277,7 @@ class RunDirectory:
                     safe_serialization=True,
                     data_config=dataclasses.asdict(preprocessing),
                 )
-                # What is made under a temporary name is for its owner alone.
+                # A temporary folder is readable by its owner only.
                 os.chmod(temporary, 0o777 & ~umask())
                 for file in temporary.iterdir():
                     os.chmod(file, 0o666 & ~umask())
@@ -293,13 +293,13 @@ class RunDirectory:
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise TrainingFailed(
-                f"output={str(self.path)!r} cannot be written: {reason}; what was there before is as it was, "
+                f"output={str(self.path)!r} cannot be written: {reason}; earlier files are unchanged, "
                 f"and {self.last_state()}"
             ) from error
 
     def _remove_unfinished(self) -> None:
-        """Remove what a killed process left half written."""
-        places = [(self.path, name) for name in _FILES] + [(self.path / "state", "update")]
+        """Remove unfinished files of a killed process."""
+        places = [(self.path, name) for name in _FILES] + [(self.path / "state", "step")]
         for folder, name in places:
             for rest in folder.glob(f"{temporary_prefix(name)}*"):
                 shutil.rmtree(rest) if rest.is_dir() else rest.unlink()

@@ -193,7 +193,7 @@ def test_the_table_has_the_ratio_first_and_the_machine_last(short, capsys):
         "(PyTorch, fused)",
         "vit_tiny_patch16_224",
         "median [quartiles] of 2 rounds",
-        "share of peak, %",
+        "fraction of peak, %",
         "GMACs",
     ):
         assert part in text
@@ -237,9 +237,9 @@ def test_engines_of_files(engine, short, capsys):
     ("arguments", "message"),
     [
         (["resnet18"], "--against NAME is missing: localvit knows no baseline of 'resnet18'"),
-        ([NAME, "--batch", "0"], "batch_size=0 must be at least 1"),
-        ([NAME, "--rounds", "1"], "rounds=1 must be at least 2"),
-        ([NAME, "--threads", "0"], "threads=0 must be at least 1"),
+        ([NAME, "--batch", "0"], "batch_size=0 is not accepted; use at least 1"),
+        ([NAME, "--rounds", "1"], "rounds=1 is not accepted; use at least 2"),
+        ([NAME, "--threads", "0"], "threads=0 is not accepted; use at least 1"),
         ([NAME, "--device", "tpu9"], "device='tpu9' cannot be used here"),
         ([NAME, "--engine", "tensorrt"], "--engine"),
         ([NAME, "--train", "--engine", "fused"], "engine='fused' computes no gradients"),

@@ -36,9 +36,9 @@ def one_line(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tain"], "there is no verb 'tain'; did you mean 'train'?"),
-        (["train"], "--data SRC or --recipe NAME is missing"),
-        (["train", "--data", "digits"], "--output FOLDER is missing"),
+        (["tain"], "the verb 'tain' does not exist; did you mean 'train'?"),
+        (["train"], "data is missing; add --data SRC or --recipe NAME"),
+        (["train", "--data", "digits"], "add --output FOLDER"),
         (["train", "--epocs", "3"], "--epocs"),
         (["train", "--epochs", "many"], "--epochs"),
         (["train", "--recipe", "digit", "--output", "X"], "did you mean 'digits'?"),
@@ -53,7 +53,10 @@ def one_line(capsys):
         (["train", "--recipe", "digits", "--blocks", "[0]", "--output", "X"], "without model.locality"),
         (["train", "--data", "nowhere", "--output", "X"], "no data source 'nowhere'"),
         (["evaluate"], "--checkpoint"),
-        (["evaluate", "--checkpoint", "nowhere/at/all", "--data", "digits"], "there is no such folder"),
+        (
+            ["evaluate", "--checkpoint", "nowhere/at/all", "--data", "digits"],
+            "'nowhere/at/all' does not exist",
+        ),
         (["evaluate", "--checkpoint", "deit_tny_patch16_224", "--data", "digits"], "did you mean"),
         (["predict", "--checkpoint", "deit_tiny_patch16_224"], "PATHS is missing"),
         (["predict", "--checkpoint", "deit_tiny_patch16_224", "nowhere.png"], "'nowhere.png' does not exist"),

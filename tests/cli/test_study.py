@@ -177,12 +177,12 @@ def standing_still(path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "gate", "--seeds", "1"), "--seeds 1: at least 2"),
-        (("run", "gate", "--output", "out", "--jobs", "0"), "--jobs 0: at least 1"),
+        (("run", "gate", "--seeds", "1"), "--seeds 1 is not accepted; use at least 2"),
+        (("run", "gate", "--output", "out", "--jobs", "0"), "--jobs 0 is not accepted; use at least 1"),
         (("run", "gates", "--output", "out"), "did you mean 'gate'"),
         (("run", "gate", "--output", "out", "--scale", "huge"), "there is no 'huge'"),
         (("run", "gate", "--output", "out", "--set", "epochz=3"), "did you mean"),
-        (("run", "gate", "--output", "out", "--scale", "small"), "--data SRC is missing"),
+        (("run", "gate", "--output", "out", "--scale", "small"), "add --data SRC"),
         (("run", "gate", "--output", "out", "--scale", "paper"), "no data source 'imagenet'"),
         (("run", "gate", "--output", "out", "--data", "nowhere"), "no data source 'nowhere'"),
         (("run", "gate", "--output", "out", "--set", "batch_size=5000"), "does not fit"),

@@ -47,8 +47,8 @@ def test_default_locality_is_not_no_locality():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("optm.lr=1", r"^optm: there is no such field; did you mean 'optim'\?"),
-        ("optim.lrr=1", r"^optim\.lrr: there is no such field; did you mean 'optim\.lr'\?"),
+        ("optm.lr=1", r"^optm: this field does not exist; did you mean 'optim'\?"),
+        ("optim.lrr=1", r"^optim\.lrr: this field does not exist; did you mean 'optim\.lr'\?"),
         ("model.args=3", r"^model\.args: 3 is not accepted; use a mapping"),
         ("model=3", r"^model: 3 is not accepted; use a mapping"),
         ("optim.lr=fast", r"^optim\.lr: 'fast' is not accepted; use a number"),
@@ -56,8 +56,8 @@ def test_default_locality_is_not_no_locality():
         ("optim.lr=.nan", r"^optim\.lr: nan is not accepted; use a finite number"),
         ("epochs=1.5", r"^epochs: 1\.5 is not accepted; use an integer"),
         ("epochs=true", r"^epochs: True is not accepted; use an integer"),
-        ("epochs=0", r"epochs=0 must be at least 1"),
-        ("workers=-1", r"workers=-1 must be at least 0"),
+        ("epochs=0", r"epochs=0 is not accepted; use at least 1"),
+        ("workers=-1", r"workers=-1 is not accepted; use at least 0"),
         ("schedule.name=cosin", r"^schedule\.name: 'cosin' is not accepted; use 'cosine', 'tanh'"),
         ("schedule.warmup_epochs=100", r"warmup_epochs=100 must be less than epochs=100"),
         ("optim.lr=1e-6", r"schedule\.min_lr=1e-05 must not be above optim\.lr=1e-06"),

@@ -156,13 +156,13 @@ SMALL = {
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["MODEL"], "--output FILE is missing"),
+        (["MODEL"], "add --output FILE"),
         (["MODEL", "--output", "x.onnx", "--format", "tflite"], "--format"),
         (["MODEL", "--output", "x.onnx", "--format", "torch"], "must end in .pt2"),
-        (["MODEL", "--output", "no/x.pt2", "--format", "torch"], "is no writable folder"),
-        (["nowhere/at/all", "--output", "x.pt2", "--format", "torch"], "there is no such folder"),
+        (["MODEL", "--output", "no/x.pt2", "--format", "torch"], "is not a writable folder"),
+        (["nowhere/at/all", "--output", "x.pt2", "--format", "torch"], "does not exist"),
         (["deit_tny_patch16_224", "--output", "x.pt2", "--format", "torch"], "did you mean"),
-        (["MODEL", "--output", "x.pt2", "--format", "torch", "--random-weights"], "need the name of a model"),
+        (["MODEL", "--output", "x.pt2", "--format", "torch", "--random-weights"], "use a timm name"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--data", "none"], "no data source 'none'"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--set", "depths=1"], "depths"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--set", "depth"], "key=value"),

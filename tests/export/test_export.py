@@ -272,7 +272,7 @@ def test_another_shape_is_a_difference():
         ("model.onnx", "torch", r"must end in \.pt2 for format torch"),
         ("old.pt2", "torch", r"old\.pt2' exists already"),
         ("old.xml", "openvino", r"old\.bin' exists already"),
-        ("nowhere/model.pt2", "torch", "is no writable folder"),
+        ("nowhere/model.pt2", "torch", "is not a writable folder"),
         ("model.tflite", "tflite", "accepted are onnx, openvino, torch"),
     ],
 )

@@ -36,7 +36,7 @@ def test_one_model_by_all_its_names(folder):
 def test_random_weights_are_asked_for(folder):
     found = open_model("localvit_tiny_patch16_224", "cpu", random_weights=True, args=SMALL)
     assert (found.num_classes, found.labels, found.run) == (3, None, None)
-    with pytest.raises(ConfigError, match="random weights need the name of a model"):
+    with pytest.raises(ConfigError, match="use a timm name"):
         open_model(folder, "cpu", random_weights=True)
     with pytest.raises(ConfigError, match=r"model 'localvit_tiny_patch16_224' cannot be loaded: .*depths"):
         open_model("localvit_tiny_patch16_224", "cpu", random_weights=True, args={"depths": 1})
@@ -65,7 +65,7 @@ def test_plain_kernels_are_named(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("nowhere/at/all", {}, "there is no such folder"),
+        ("nowhere/at/all", {}, "does not exist"),
         ("deit_tny_patch16_224", {}, "did you mean"),
         ("", {}, "model"),
         ("x.pt2", {}, "reading a .pt2 may run its maker's code"),

@@ -63,7 +63,7 @@ def test_a_run_that_was_killed_before_it_was_written_has_none(tmp_path):
             '{"state": "running", "test": {"loss": [1]}}',
             "test.loss: [1] is not accepted; use an integer or a number",
         ),
-        ('{"state": "running", "epocs": 2}', "epocs: there is no such field; did you mean 'epochs'?"),
+        ('{"state": "running", "epocs": 2}', "epocs: this field does not exist; did you mean 'epochs'?"),
     ],
 )
 def test_a_damaged_one_is_named(tmp_path, text, message):

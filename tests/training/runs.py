@@ -73,7 +73,7 @@ def states(folder):
 def updates_saved(folder):
     """Updates of the newest state."""
     names = states(folder)
-    return int(names[-1].removeprefix("update-").removesuffix(".state")) if names else 0
+    return int(names[-1].removeprefix("step-").removesuffix(".state")) if names else 0
 
 
 def stop_after(monkeypatch, config, updates):

@@ -200,7 +200,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(tough, folder, uninterrupt
     train(tough(), console=Console())
     shown = capsys.readouterr().out
     assert f"warning: state '{newest}' is damaged" in shown
-    assert "resuming after update 10, in epoch 2" in shown
+    assert "resuming after step 10, in epoch 2" in shown
     assert story(folder) == uninterrupted
 
 
@@ -308,8 +308,8 @@ def test_a_loss_that_is_no_number_leaves_good_states_only(tough, folder, uninter
         with pytest.raises(TrainingFailed) as caught:
             train(tough())
     message = str(caught.value)
-    assert "the loss became nan in epoch 2, update 11, at learning rate 0.00" in message
-    assert f"the last good state is '{folder / 'state' / 'update-000000010.state'}'" in message
+    assert "the loss became nan in epoch 2, step 11, at learning rate 0.00" in message
+    assert f"the last good state is '{folder / 'state' / 'step-000000010.state'}'" in message
     recorded = status(folder)
     assert recorded["state"] == "failed"
     assert len(recorded["pictures"]) == 128
@@ -329,7 +329,7 @@ def test_weights_that_are_no_numbers_are_never_saved(tough, folder, monkeypatch)
                 next(engine.model.parameters()).view(-1)[0] = float("inf")
 
     monkeypatch.setattr(TrainingEngine, "step", broken)
-    with pytest.raises(TrainingFailed, match="a weight is no finite number after update 5"):
+    with pytest.raises(TrainingFailed, match="a weight is NaN or infinite after step 5"):
         train(tough())
     assert updates_saved(folder) == 4
 
@@ -378,7 +378,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tough, folder, monkeypatch):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_refused(tough, folder):
     folder.mkdir(mode=0o500)
-    with pytest.raises(ConfigError, match="no writable folder"):
+    with pytest.raises(ConfigError, match="not a writable folder"):
         train(tough())
 
 
@@ -406,6 +406,6 @@ def test_a_run_that_another_process_has_just_finished_is_left_alone(tough, folde
         return real(config, world)
 
     monkeypatch.setattr(loop, "prepare", late)
-    with pytest.raises(ConfigError, match="another process has just trained there; run the same command"):
+    with pytest.raises(ConfigError, match="another process has just trained there; repeat the command"):
         train(config)
     assert status(folder)["state"] == "finished"

@@ -116,6 +116,6 @@ def measured_speed(folder: StudyFolder, facts: Facts, device_name: str | None = 
         images = torch.zeros(count, *size, device=device)
         labels = torch.zeros(count, dtype=torch.long, device=device)
         model.train()
-        update = {"update": lambda: F.cross_entropy(model(images), labels).backward()}
+        update = {"step": lambda: F.cross_entropy(model(images), labels).backward()}
         seconds = interleaved(update, 4, timer=timer_for(device), warm_up=0)  # the first ones warm up
-    return _PASSES * macs * count / min(seconds["update"])
+    return _PASSES * macs * count / min(seconds["step"])
