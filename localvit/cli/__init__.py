@@ -73,7 +73,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     verb = _verb(arguments[0])
     module = importlib.import_module(VERBS[verb][0])
-    options = parse(module.Options, f"localvit {verb}", arguments[1:])
+    options = parse(module.Options, f"localvit {verb}", arguments[1:], getattr(module, "HELP", None))
     if options is None:
         return 0
     from localvit.data import disable_ghostscript

@@ -1,4 +1,8 @@
-"""Parsing of arguments with tyro, and one-line errors. Imports nothing heavy."""
+"""Parsing of arguments with tyro, help texts, and one-line errors. Imports nothing heavy.
+
+An option whose help begins with `(rare)` is shown below the common ones; the paragraph `Example: ...` in the
+docstring of options is shown at the end.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,10 @@ import dataclasses
 import errno
 import importlib.util
 import io
+import re
 import shlex
+import shutil
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -28,18 +35,27 @@ class Failure(Exception):
     """Expected failure after the start: one line, exit code 1."""
 
 
-def parse(options: type[T], program: str, arguments: Sequence[str]) -> T | None:
+def parse(
+    options: type[T], program: str, arguments: Sequence[str], description: str | None = None
+) -> T | None:
     """Parse the options in `arguments`; return `None` if they ask for help, which is printed.
+
+    Args:
+        options: Dataclass of options, or a union of subcommands.
+        program: Program and verb.
+        arguments: Words after the verb.
+        description: Description of the verb, if `options` has no docstring.
 
     Raises:
         UsageError: with the first paragraph of tyro's explanation.
     """
-    complaint = io.StringIO()
+    shown, complaint = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(options, prog=program, args=list(arguments))
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(complaint):
+            return tyro.cli(options, prog=program, description=description, args=list(arguments))
     except SystemExit as end:
         if end.code in (0, None):
+            print(_layout(shown.getvalue()))
             return None
         raise UsageError(f"{_gist(complaint.getvalue())}; see {program} --help") from None
 
@@ -111,6 +127,27 @@ def one_line_errors() -> Iterator[None]:
             raise
         file = f"{error.filename!r}" if error.filename is not None else "a file"
         raise Failure(f"{file} cannot be written: {error.strerror}; make room and try again") from error
+
+
+def _layout(text: str) -> str:
+    """Return tyro's help in up to 100 columns: common options, rare ones, example."""
+    width = min(100, shutil.get_terminal_size().columns)
+    head, *frames = re.split(r"^ (\w.*\w) *\n -+ *$", text, flags=re.M)
+    paragraphs = [" ".join(paragraph.split()) for paragraph in head.strip().split("\n\n")]
+    sections: dict[str, list[str]] = {}
+    for title, body in zip(frames[::2], frames[1::2], strict=True):
+        for entry in re.split(r"^  (?=\w|-|  \S )", body.replace("{None,", "{"), flags=re.M)[1:]:
+            name, words = re.split(r"\s{2,}", f"{entry.strip('• ')}  ", maxsplit=1)
+            words = " ".join(words.split()).partition(" Example: ")[0]
+            section = f"rare {title}" if words.startswith("(rare)") else title
+            words = re.sub(r" ?\(default: (None|False|True|)\)$|^\(rare\) ", "", words)
+            lines = textwrap.fill(words, width, initial_indent=f"  {name:<20}  ", subsequent_indent=" " * 24)
+            sections.setdefault(section, []).append(lines)
+    example = [paragraphs.pop()] if paragraphs[-1].startswith("Example: ") else []
+    parts = [textwrap.fill(paragraph, width) for paragraph in paragraphs]
+    return "\n\n".join(
+        parts + ["\n".join((f"{name}:", *lines)) for name, lines in sections.items()] + example
+    )
 
 
 def _gist(boxed: str) -> str:

@@ -20,45 +20,47 @@ _WEAKEST = 10
 class Options:
     """Measure a trained model on images: loss, top-1, top-5, calibration, classes, images per second.
 
-    Under torchrun the processes share the images, and the first one prints and writes.
+    Under torchrun the processes share the images, and the main process prints and writes.
+
+    Example: localvit evaluate --checkpoint runs/digits --output digits.json
     """
 
     checkpoint: Annotated[str, tyro.conf.arg(metavar="X")]
     """a run's folder, an exported folder, a timm name with published weights, or a file of localvit export"""
     engine: Literal["onnxruntime", "openvino", "torch"] | None = None
-    """what runs an exported file; it need not be named for .onnx and .xml, and must be for .pt2 (trust it)"""
+    """(rare) engine of an exported file; required for .pt2, which may run code of its author"""
     fuse: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """compute by the fused form (localvit.fuse): faster, equal up to rounding"""
+    """(rare) compute with the fused model (localvit.fuse): faster, equal up to rounding"""
     data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """images (as for train); without it, the test split of the run that trained the model"""
+    """images (as for train); default: the test split of the run that trained the model"""
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """where timm's named data sets keep their files"""
+    """(rare) folder of timm's named data sets"""
     split: Annotated[str, tyro.conf.arg(metavar="NAME")] = "validation"
-    """split of a hfds/ or wds/ set, e.g. 'val-{0000..0049}.tar'"""
-    crop_pct: Annotated[float | None, tyro.conf.arg(metavar="SHARE")] = None
-    """proportion of the resized image that is used; the model's own unless given"""
+    """(rare) split of a hfds/ or wds/ set, e.g. 'val-{0000..0049}.tar'"""
+    crop_pct: Annotated[float | None, tyro.conf.arg(metavar="RATIO")] = None
+    """(rare) proportion of the resized image that is used; default: the model's own"""
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
-    """how images are resized; the model's own unless given"""
+    """(rare) interpolation of resized images; default: the model's own"""
     class_map: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """.txt with the name of the class of each output, one per line"""
+    """(rare) .txt with the class name of each output, one per line"""
     restrict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """let the model guess only classes that have images"""
+    """(rare) predict only classes that have images"""
     real_labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """also count against reassessed ImageNet labels: default, or their JSON file"""
+    """(rare) also use reassessed ImageNet labels: default, or their JSON file"""
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 128
-    """images at a time"""
+    """images in a batch"""
     workers: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """data workers that load images"""
+    """data workers"""
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     output: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """write a new file: .json takes everything, .csv a line per class"""
+    """new file: .json for everything, .csv for a line per class"""
     confusion: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """draw the confusion matrix into a new .png"""
+    """new .png with the confusion matrix"""
 
 
 def run(options: Options) -> int:
-    """Evaluate; 0 when done."""
+    """Evaluate; return 0."""
     from localvit.data import DataConfig
     from localvit.evaluation import check_drawing, evaluate
 

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """List the models with locality and their baselines, or all that is known of one."""
+    """List the models with locality and their baselines, or show the card of one.
+
+    Example: localvit models localvit_tiny_patch16_224
+    """
 
     name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None
-    """print the card of this name"""
-    json: bool = False
-    """print JSON instead"""
+    """model whose card is shown"""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """print JSON"""
 
 
 def run(options: Options) -> int:

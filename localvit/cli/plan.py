@@ -15,9 +15,11 @@ from localvit.cli.train import ConfigOptions, configuration
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ConfigOptions):
-    """Say what a training run will take: updates, hours, memory, data rate, sizes of files.
+    """Estimate a training run: steps, hours, memory, data rate, sizes of files.
 
-    Every line says whether it was measured just now, computed, or assumed. Nothing is written.
+    Every line is marked as measured, computed or assumed. Nothing is written.
+
+    Example: localvit plan --recipe deit_imagenet --gpus 8 --images-per-second 900
     """
 
     gpus: Annotated[str, tyro.conf.arg(metavar="N|NODESxN")] = "1"
@@ -27,7 +29,7 @@ class Options(ConfigOptions):
     memory_gb: Annotated[float | None, tyro.conf.arg(metavar="GB")] = None
     """memory of one GPU, in units of 1e9 bytes"""
     images: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """pictures that are learned from, where the data is not at hand"""
+    """number of training images, if the data is elsewhere"""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """print JSON"""
 

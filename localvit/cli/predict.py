@@ -18,32 +18,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Classify images, as many as there are. Exit code 0 if any could be read, 1 if none could.
+    """Classify any number of images. The exit code is 0 if any image could be read, else 1.
 
     With --output, an interrupted command (Ctrl-C, SIGTERM) ends with exit code 0, and the same command
     resumes. Under torchrun each process takes a shard and writes NAME-RANK-of-N.SUFFIX.
+
+    Example: localvit predict --checkpoint runs/digits images/ --output found.csv
     """
 
     checkpoint: Annotated[str, tyro.conf.arg(metavar="X")]
     """a run's folder, an exported folder, a timm name with published weights, or a file of localvit export"""
     engine: Literal["onnxruntime", "openvino", "torch"] | None = None
-    """what runs an exported file; it need not be named for .onnx and .xml, and must be for .pt2 (trust it)"""
+    """(rare) engine of an exported file; required for .pt2, which may run code of its author"""
     fuse: tyro.conf.FlagCreatePairsOff[bool] = True
-    """compute by the plain model, not by its fused form (localvit.fuse)"""
+    """(rare) compute with the plain model, not the fused one (localvit.fuse)"""
     paths: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PATHS")] = ()
-    """files, and folders that are searched for images"""
+    """files, and folders to search for images"""
     top_k: Annotated[int, tyro.conf.arg(metavar="N")] = 5
-    """how many classes to name"""
+    """number of classes per image"""
     format: Literal["table", "json", "jsonl", "csv"] = "table"
-    """on the console: a table for reading, the others for programs; a file's name tells its own"""
+    """format on the console; that of a file follows from its name"""
     output: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """write a .csv, .jsonl or .parquet; until it is finished, results are in FILE.part.jsonl"""
+    """new .csv, .jsonl or .parquet; until it is finished, results are in FILE.part.jsonl"""
     shard: Annotated[str | None, tyro.conf.arg(metavar="I/N")] = None
-    """take block I (from 0) of N; results of 0/N to N-1/N, one after the other, are those of all"""
+    """(rare) classify only block I (from 0) of N"""
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 32
-    """images at a time"""
+    """images in a batch"""
     workers: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """data workers that load images"""
+    """data workers"""
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
 

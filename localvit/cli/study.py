@@ -24,19 +24,26 @@ Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FILE")]
 Folder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 
 _HERE = 2  # runs at a time on this machine
+HELP = "Run controlled experiments.\n\nExample: localvit study run designs --seeds 3 --output runs/designs"
 
 
 @dataclass(frozen=True, kw_only=True)
 class List:
-    """List the questions that come with localvit."""
+    """List the questions that come with localvit.
+
+    Example: localvit study list
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class New:
-    """Write a commented question file NAME.yaml that runs as it is; change it into your own."""
+    """Write a commented question file to edit.
+
+    Example: localvit study new mine
+    """
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """file to write, .yaml is added; a file that exists is left alone"""
+    """new file, without .yaml"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,75 +51,89 @@ class Asked:
     """Question at a scale."""
 
     name: Name
-    """a question that comes with localvit (see list), or a YAML file"""
+    """question of localvit (see list), or a YAML file"""
     scale: Annotated[str, tyro.conf.arg(metavar="NAME")] = "digits"
     """digits (minutes on a CPU), small (CIFAR-10 and its like), paper (ImageNet), or one of the file's"""
     data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """training images: digits, an image folder, a .tar, or a name for timm.data.create_dataset"""
+    """training images (as for train)"""
     val_data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """test images; without it, the data's own test split, or images held out of the data"""
+    """(rare) test images; default: the data's own test split, or images held out of the data"""
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """where timm's named data sets keep their files"""
+    """(rare) folder of timm's named data sets"""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
-    """change a field of all arms, e.g. epochs=5 or model.args.depth=4"""
+    """field of all arms, e.g. epochs=5 or model.args.depth=4"""
     match: Literal["none", "params", "macs"] | None = None
-    """make this equal in all arms, by the width of their feed-forward networks"""
+    """(rare) cost that is made equal in all arms, by the width of their feed-forward networks"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Show(Asked):
-    """Print a question: its arms, how they differ, what they cost, what else differs. Nothing runs."""
+    """Show the arms of a question, their differences, cost and confounders. Nothing runs.
+
+    Example: localvit study show designs
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(OnCluster, Asked):
     """Train every arm with every seed, compare, and write a report.
 
-    Repeating the command does what is missing; more seeds or arms reuse what is there.
+    The same command resumes; more seeds or arms reuse finished runs.
+
+    Example: localvit study run designs --seeds 3 --output runs/designs
     """
 
     output: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """for runs and report: a new one, or that of this very study to resume it; else runs/NAME-SCALE"""
+    """folder for runs and report: a new one, or that of the same study; default: runs/NAME-SCALE"""
     seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 5
-    """runs of every arm, at least 2"""
+    """number of seeds, at least 2"""
     jobs: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """runs at a time: 2, on GPUs in turns, several on one if there are more than GPUs; on a cluster all"""
+    """runs at a time, spread over the GPUs; default: 2, on a cluster all"""
     threads: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """threads of each run"""
     retry: tyro.conf.FlagCreatePairsOff[bool] = False
-    """start runs that failed anew; without it they are listed and left"""
+    """repeat failed runs"""
     reuse: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="DIR")] = ()
-    """take finished runs of the same configuration from another study's folder"""
+    """(rare) take finished runs of the same configuration from another study's folder"""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
-    """print the runs, their order and what they will cost, and stop"""
+    """print the runs, their order and cost, and stop"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Write report.html and report.md again, from what the folder holds; results.jsonl is enough."""
+    """Write report.html and report.md again; results.jsonl is enough.
+
+    Example: localvit study report runs/designs
+    """
 
     folder: Folder
-    """of a study"""
+    """folder of a study"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Compare two studies arm by arm, such as two scales or two versions."""
+    """Compare two studies arm by arm, such as two scales or two versions.
+
+    Example: localvit study compare runs/designs-digits runs/designs-small
+    """
 
     first: Folder
-    """of a study"""
+    """folder of a study"""
     second: Folder
-    """of another one"""
+    """folder of another study"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Print a study's results: csv has a line for each run, latex and markdown one for each arm."""
+    """Print the results of a study: csv by run, latex and markdown by arm.
+
+    Example: localvit study export runs/designs --format csv
+    """
 
     folder: Folder
-    """of a study"""
+    """folder of a study"""
     format: Literal["csv", "latex", "markdown"] = "markdown"
-    """of what is printed"""
+    """format of the output"""
 
 
 Options = (

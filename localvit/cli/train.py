@@ -17,36 +17,36 @@ _TOP = ("output", "epochs", "batch_size", "seed", "workers", "device")
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigOptions:
-    """The flags that make a configuration: a recipe, --set over it, and the other flags over both."""
+    """Flags of a configuration: a recipe, --set over it, and the other flags over both."""
 
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
-    """a recipe that comes with localvit, or a YAML file such as the config.yaml of another run"""
+    """recipe of localvit, or a YAML file such as the config.yaml of another run"""
     model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """any name that timm.create_model knows"""
+    """any name for timm.create_model"""
     data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """training pictures: digits, an image folder, a .tar, or a name for timm.data.create_dataset"""
+    """training images: digits, an image folder, a .tar, or a name for timm.data.create_dataset"""
     val_data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """pictures that are reported; without it, what the data brings along, or a part held out of it"""
+    """test images; default: the data's own test split, or images held out of the data"""
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """where timm's named data sets keep their files"""
+    """(rare) folder of timm's named data sets"""
     output: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """folder for the results: a new one, or that of this very run to go on with it"""
+    """folder for the results: a new one, or that of the same run to resume it"""
     locality: Annotated[str | None, tyro.conf.arg(metavar="default|none|YAML")] = None
-    """localize the model: default, none, '{preset: mix_ffn}', or fields as '{init: preserve}'"""
+    """locality of the model: default, none, '{preset: mix_ffn}', or fields as '{init: preserve}'"""
     blocks: Annotated[str | None, tyro.conf.arg(metavar="YAML")] = None
-    """which blocks to localize: all, lower-half, [0, 1], [[0, 4]], ..."""
+    """(rare) blocks to localize: all, lower-half, [0, 1], [[0, 4]], ..."""
     pretrained: tyro.conf.FlagCreatePairsOff[bool] = False
     """start from published weights"""
     epochs: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """passes over the training pictures"""
+    """passes over the training images"""
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """pictures per update, over all processes"""
+    """images per step, over all processes"""
     lr: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
     """peak learning rate"""
     seed: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """decides split, initial weights, order and augmentation"""
+    """seed of split, initial weights, order and augmentation"""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """processes that load pictures"""
+    """data workers"""
     device: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """auto, cpu, cuda, cuda:1, ..."""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
@@ -57,17 +57,18 @@ class ConfigOptions:
 class Options(ConfigOptions):
     """Train a model, choose its best epoch on a validation split, report it on a test split.
 
-    A recipe gives values, --set changes them, and the other flags beat both. The same command again goes on
-    where a run in its output folder ended, however it ended. On several GPUs or machines: torchrun
-    --nproc-per-node N -m localvit train ...
+    A recipe gives values, --set changes them, and the other flags override both. The same command resumes an
+    interrupted run. On several GPUs or machines: torchrun --nproc-per-node N -m localvit train ...
+
+    Example: localvit train --recipe digits --locality default --output runs/digits
     """
 
     allow_change: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FIELD")] = ()
-    """go on although this has changed since: a field, a section, data, versions, world_size"""
+    """(rare) resume although this has changed: a field, a section, data, versions, world_size"""
     tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
-    """write curves for TensorBoard into the output folder"""
+    """(rare) write curves for TensorBoard into the output folder"""
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
-    """print the resolved configuration as YAML, and what it comes to as comments, and stop"""
+    """print the resolved configuration and its effective values, and stop"""
 
 
 def run(options: Options) -> int:

@@ -1,6 +1,8 @@
 import csv
+import importlib
 import io
 import json
+import shlex
 import subprocess
 import sys
 
@@ -9,8 +11,9 @@ from PIL import Image
 
 from localvit.atomic import write_atomically
 from localvit.cli import VERBS, main
-from localvit.cli.arguments import Failure, one_line_errors
+from localvit.cli.arguments import Failure, one_line_errors, parse
 
+STUDY = ("list", "new", "show", "run", "report", "compare", "export")
 TINY = [
     *("--recipe", "digits", "--epochs", "1", "--batch-size", "64", "--device", "cpu"),
     *("--set", "schedule.warmup_epochs=0", "--set", "model.args.embed_dim=16", "--set", "model.args.depth=1"),
@@ -74,10 +77,30 @@ def test_help_lists_the_verbs_and_each_verb_helps(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(verb in out for verb in VERBS)
-    for verb in ("train", "evaluate", "predict"):
-        assert main([verb, "--help"]) == 0
-        assert f"localvit {verb}" in capsys.readouterr().out
     assert main([]) == 2
+
+
+@pytest.mark.parametrize(
+    "words", [[verb] for verb in VERBS] + [["study", name] for name in STUDY], ids=" ".join
+)
+def test_help_fits_one_screen_and_ends_with_an_example_that_parses(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main([*words, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 100
+    example = shlex.split(lines[-1].removeprefix("Example: "))
+    assert example[: 1 + len(words)] == ["localvit", *words]
+    options = importlib.import_module(VERBS[words[0]][0]).Options
+    assert parse(options, "localvit", example[2:]) is not None
+
+
+def test_rare_options_are_below_the_others(capsys):
+    assert main(["train", "--help"]) == 0
+    common, rare = capsys.readouterr().out.split("\nrare options:\n")
+    assert "  --epochs N            passes over the training images\n" in common
+    assert "  --blocks YAML         blocks to localize" in rare
+    assert "(rare)" not in rare
 
 
 def test_version(capsys):
