@@ -82,7 +82,7 @@ def numbers(parity: Parity) -> dict[str, Any]:
     return {
         "difference": largest,
         "largest_logit": max(case.scale for case in parity.cases),
-        "share": parity.worst.share,
+        "share": parity.worst.relative,
         "passed": parity.passed,
     }
 

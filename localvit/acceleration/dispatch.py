@@ -1,4 +1,4 @@
-"""Choice of the form that computes the branch of a feed-forward network."""
+"""Dispatch of a feed-forward network's branch to native kernels, checkpointing or plain modules."""
 
 from typing import Any
 
@@ -11,17 +11,17 @@ from localvit.acceleration.native.form import Form, is_dense, native_form
 from localvit.acceleration.native.mix import BATCH, mixed, norm_now, not_saved
 from localvit.locality import Grid, LocalityFeedForward
 
-# The stages that the native kernels stand in for.
+# The stages that the native kernels replace.
 _STAGES = {name: getattr(LocalityFeedForward, name) for name in ("transform", "mix", "_convolve")}
 
 
 def accelerated(ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
-    """Compute `ffn.transform(x, grid)` by the form that applies; `None`: by the plain modules."""
+    """Compute `ffn.transform(x, grid)` by the form that applies; `None` for plain modules."""
     if not isinstance(ffn, LocalityFeedForward):
         return None
     form = training_form(ffn, x)
-    # Without gradients, models of real size stay plain: their published numbers are those of plain modules,
-    # and users who need speed fuse them. In small models most of the time is spent calling plain modules.
+    # Without gradients, models of real size stay plain: published numbers are those of plain modules, and
+    # `fuse` is faster. In small models, calling plain modules takes most of the time.
     worth = torch.is_grad_enabled() or getattr(ffn.fc1, "small", False)
     if form is not None and worth and grid.num_prefix_tokens == 0 and _computable(form, x):
         return _natively(form, ffn, x, grid)
@@ -29,7 +29,7 @@ def accelerated(ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
 
 
 def training_form(ffn: LocalityFeedForward, x: Tensor) -> Form | None:
-    """Return the form by which the native kernels compute all of `ffn.mix` now; `None`: they must not."""
+    """Return the form with which native kernels can compute all of `ffn.mix` now, else `None`."""
     if plain_kernels() or not _are_ours(ffn):
         return None
     form = native_form(ffn, x)
@@ -37,7 +37,7 @@ def training_form(ffn: LocalityFeedForward, x: Tensor) -> Form | None:
 
 
 def _are_ours(ffn: LocalityFeedForward) -> bool:
-    """Return whether neither a subclass nor a patch has stages of its own."""
+    """Return whether no subclass or patch overrides the stages."""
     kind = type(ffn)
     return (
         kind.mix is _STAGES["mix"]
@@ -48,8 +48,9 @@ def _are_ours(ffn: LocalityFeedForward) -> bool:
 
 
 def _computable(form: Form, x: Tensor) -> bool:
-    """Return whether there are tokens, and statistics of the batch where norms ask for them: of one value per
-    channel PyTorch's own norm says that there are none."""
+    """Return whether there are tokens, and more than one value per channel for batch statistics, which
+    PyTorch's batch norm requires.
+    """
     tokens = x.shape[0] * x.shape[1]
     return tokens > 1 or (tokens == 1 and not any(norm_now(norm).mode >= BATCH for norm in form.norms))
 
@@ -59,7 +60,7 @@ def _natively(form: Form, ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Te
     if not is_dense(hidden):
         hidden = hidden.contiguous()
     expected = is_dense(hidden) and hidden.shape == (len(x), grid.height * grid.width, form.channels)
-    y = mixed(form, ffn, hidden, grid) if expected else None  # somebody may have replaced the expansion
+    y = mixed(form, ffn, hidden, grid) if expected else None  # the expansion may have been replaced
     if y is None:
         return ffn.project(ffn.mix(hidden, grid))
     hooks: Any = torch._C._autograd

@@ -1,4 +1,4 @@
-"""Choice between the fast kernels and the plain modules."""
+"""Environment variable that turns off fast kernels."""
 
 import os
 
@@ -6,16 +6,14 @@ VARIABLE = "LOCALVIT_KERNELS"
 
 
 def plain_kernels() -> bool:
-    """Return whether `LOCALVIT_KERNELS=plain` asks for plain modules: as a reference, or to rule out a fast
-    form.
+    """Return whether `LOCALVIT_KERNELS=plain` asks for plain modules, as a reference or to debug a fast form.
 
-    The variable is read at every call, so a program may set it while it runs. A model that is fused already
-    stays as it is.
+    The variable is read at every call, so a program may set it while it runs. Fused models ignore it.
 
     Raises:
         ValueError: for a value that is neither `auto`, `plain` nor empty.
     """
     value = os.environ.get(VARIABLE, "")
     if value not in ("", "auto", "plain"):
-        raise ValueError(f"{VARIABLE}={value!r} is not accepted (accepted: auto, plain)")
+        raise ValueError(f"{VARIABLE}={value!r} is not accepted; use auto or plain")
     return value == "plain"

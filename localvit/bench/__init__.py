@@ -1,4 +1,4 @@
-"""How fast a model is here: timed in turns with another, as a ratio and as a share of the machine's peak."""
+"""Speed of a model on this machine: against another model, and as a fraction of the peak."""
 
 from typing import TYPE_CHECKING
 

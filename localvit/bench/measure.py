@@ -1,4 +1,4 @@
-"""Times of things that take turns, so that a machine that is slow for a while is slow for all of them."""
+"""Interleaved timing: a machine that is slow for a while is slow for all."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 Work = Callable[[], object]
 Timer = Callable[[Work], float]
-"""Seconds that a piece of work takes, done once."""
+"""Function that times one call of a work, in seconds."""
 
 
 @dataclass(frozen=True)
 class Quartiles:
-    """The median of measurements and the quartiles around it."""
+    """Median and quartiles of measurements."""
 
     low: float
     median: float
@@ -25,7 +25,7 @@ class Quartiles:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Quartiles:
-        """Of at least two values; between two of them it is interpolated."""
+        """Compute the quartiles of at least two values, with linear interpolation."""
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
 
     def __str__(self) -> str:
@@ -33,21 +33,21 @@ class Quartiles:
 
 
 def wall_clock(work: Work) -> float:
-    """Seconds that pass."""
+    """Measure the elapsed seconds."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def cpu_time(work: Work) -> float:
-    """Seconds of the processor in this process, so that other programs count as little as they can."""
+    """Measure the CPU seconds of this process, on which other programs have little influence."""
     start = time.process_time()
     work()
     return time.process_time() - start
 
 
 def cuda_time(work: Work) -> float:
-    """Seconds on the GPU, between two events."""
+    """Measure the GPU seconds between two events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     work()
@@ -57,7 +57,7 @@ def cuda_time(work: Work) -> float:
 
 
 def timer_for(device: torch.device) -> Timer:
-    """How work on that device is timed."""
+    """Return the timer of a device."""
     return cuda_time if device.type == "cuda" else wall_clock
 
 
@@ -70,18 +70,18 @@ def interleaved(
     at_least: float = 0.0,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> dict[str, list[float]]:
-    """Seconds of each work in each round.
+    """Measure the seconds of each work in each round.
 
-    In every round each work has its turn; every other round goes backwards, so that a machine that grows
-    slower or faster favours nobody.
+    Each work has a turn in every round. Every other round is in reverse order, so that a machine that becomes
+    slower or faster favours none.
 
     Args:
         works: Name -> work.
-        rounds: How often each has its turn.
-        timer: How one turn is timed.
-        warm_up: Calls of each beforehand, which are not timed (compilation, caches, first allocations).
+        rounds: Number of rounds.
+        timer: Timer of one call.
+        warm_up: Untimed calls of each beforehand (compilation, caches, first allocations).
         at_least: Seconds of a turn; shorter work is repeated within it, and its mean is reported.
-        progress: Gets the rounds and gives them back one by one, such as ``rich.progress.track``.
+        progress: Wrapper of the rounds, such as `rich.progress.track`.
     """
     repeats = dict.fromkeys(works, 1)
     for name, work in works.items():
@@ -97,7 +97,7 @@ def interleaved(
 
 
 def ratio(seconds: Sequence[float], against: Sequence[float]) -> Quartiles:
-    """Quartiles of the quotients of each round; below 1, the first is faster."""
+    """Return the quartiles of the ratios of each round; below 1, the first is faster."""
     return Quartiles.of([a / b for a, b in zip(seconds, against, strict=True)])
 
 
@@ -111,7 +111,7 @@ def _repeated(work: Work, times: int) -> Work:
 
 @contextlib.contextmanager
 def using_threads(threads: int | None) -> Iterator[None]:
-    """That many threads of torch for a while; ``None`` leaves them."""
+    """Use this number of torch's threads in a context; `None` keeps theirs."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -121,7 +121,7 @@ def using_threads(threads: int | None) -> Iterator[None]:
 
 
 def without_gradients(work: Work) -> Work:
-    """The same in torch's inference mode."""
+    """Return `work` in torch's inference mode."""
 
     def inference() -> object:
         with torch.inference_mode():

@@ -79,10 +79,10 @@ def _print(options: Options, parity: Parity) -> None:
         size = "x".join(map(str, case.size))
         print(
             f"{case.inputs:<8}{case.batch:>6}{size:>11}{case.difference:>13.2e}{case.scale:>15.4g}"
-            f"{case.share:>10.1e}"
+            f"{case.relative:>10.1e}"
         )
     largest = max(case.difference for case in parity.cases)
     print(
-        f"{options.output}: largest difference {largest:.2e}, {parity.worst.share:.1e} of the largest logit "
-        f"(accepted {options.tolerance:.0e})"
+        f"{options.output}: largest difference {largest:.2e}, {parity.worst.relative:.1e} of the largest "
+        f"logit (accepted {options.tolerance:.0e})"
     )

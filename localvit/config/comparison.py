@@ -1,4 +1,4 @@
-"""Comparison of two configurations, so that no run is resumed as another one unnoticed."""
+"""Comparison of two configurations, so that no run is resumed as another one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from localvit.structure import plain
 UNCOMPARED = ("output", "workers", "device", "save_seconds", "max_bad_images")
 """Fields that may change when a run is resumed.
 
-They change where results go, how fast they come and how much can be lost, not what is computed: batches do
-not depend on `workers`, nor on `max_bad_images` as long as the run goes on. `device` differs between machines
-that take turns (`cuda:0`, `cuda:1`); the bits of a result hold for one kind of device only.
+They do not change results: batches do not depend on `workers`, nor on `max_bad_images` unless the run stops.
+`device` differs between machines that take turns (`cuda:0`, `cuda:1`); results are bit for bit equal on one
+kind of device only.
 """
 
 _BESIDES = ("data", "versions", "world_size")
@@ -39,7 +39,7 @@ def check_allowed(allow_change: Collection[str]) -> None:
         place: Any = fields
         for part in name.split("."):
             if not isinstance(place, Mapping) or not place:
-                break  # below a field whose own fields are not ours, or not there by default
+                break  # a field below one without known fields
             if part not in place:
                 raise unknown("allow_change", name, _paths(fields))
             place = place[part]
@@ -52,7 +52,7 @@ def refuse_changes(
 
     Args:
         folder: Folder of the run.
-        changes: Differences from the run that is there.
+        changes: Differences from the existing run.
         allow_change: Fields or sections.
         finished: The run is finished, so nothing can be resumed.
 

@@ -1,4 +1,4 @@
-"""Models for other engines: written, compared with the original, and opened again."""
+"""Export of models to other engines, checked against the original."""
 
 from typing import TYPE_CHECKING
 

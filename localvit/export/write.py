@@ -1,4 +1,4 @@
-"""A model into a file, which is there only if it computes what the model does."""
+"""Export of a model to a file that exists only if it passes the parity check."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Format:
     """A row of `FORMATS`.
 
     Attributes:
-        suffixes: Of its files; the first is that of the one that is named, and comes into place last.
-        packages: That write it and check it.
-        engine: That checks it.
-        write: Writes a graph to a path.
+        suffixes: Suffixes of its files; the first one is that of the named file, which is moved last.
+        packages: Packages that write and check it.
+        engine: Engine that checks it.
+        write: Function that writes a graph to a path.
     """
 
     suffixes: tuple[str, ...]
@@ -50,27 +50,29 @@ FORMATS: dict[FormatName, Format] = {
 
 
 class ExportFailed(RuntimeError):
-    """The exporter or the engine gave up on this model."""
+    """Failure of the exporter or the engine with this model."""
 
 
 def check_export(file: str | Path, format: FormatName, *, overwrite: bool = False) -> None:
-    """Refuse what cannot be written, before any work.
+    """Refuse a file that cannot be written, before any work.
 
     Raises:
         ConfigError: for an unknown format, missing packages, another suffix than the format's, a file that
             exists (unless `overwrite`), or a folder that cannot be written.
     """
     if format not in FORMATS:
-        raise ConfigError(f"format={format!r}: accepted are {', '.join(get_args(FormatName))}")
+        raise ConfigError(f"format={format!r} is not accepted; use {', '.join(get_args(FormatName))}")
     form, path = FORMATS[format], Path(file)
     if path.suffix != form.suffixes[0]:
-        raise ConfigError(f"output={str(file)!r} must end in {form.suffixes[0]} for format {format}")
+        raise ConfigError(f"output={str(file)!r} is not accepted; use a name that ends in {form.suffixes[0]}")
     for suffix in form.suffixes:
         other = path.with_suffix(suffix)
         if other.is_dir() or (os.path.lexists(other) and not overwrite):
-            raise ConfigError(f"output: {str(other)!r} exists already (--overwrite replaces a file)")
+            raise ConfigError(f"output: {str(other)!r} exists; choose another name, or add --overwrite")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"output={str(file)!r}: {str(path.parent)!r} is no writable folder")
+        raise ConfigError(
+            f"output={str(file)!r}: {str(path.parent)!r} is not a writable folder; choose another"
+        )
     check_packages(f"format {format!r}", *form.packages)
 
 
@@ -88,28 +90,28 @@ def export_model(
 ) -> Parity:
     """Write a model for another engine, in single precision, for any batch.
 
-    It is written beside `file`, opened from there by the engine of its format, compared with the model in
-    evaluation mode, and only then given its name. The model is copied and left as it is.
+    It is written beside `file`, opened by the engine of its format, compared with the model in evaluation
+    mode, and only then moved to its name. The model is copied and unchanged.
 
     Args:
-        model: From pictures (B, C, H, W) to logits (B, classes).
-        file: ``.onnx``, ``.xml`` (and a ``.bin`` beside it) or ``.pt2``.
-        format: Which of them.
-        info: What goes along.
-        real: Prepared pictures for the comparison, at least three, of a given (height, width).
-        dynamic_size: Also for any size; the model must take more than one.
-        overwrite: Replace a file that is there.
+        model: Model from images (B, C, H, W) to logits (B, classes).
+        file: New `.onnx`, `.xml` (and a `.bin` beside it) or `.pt2`.
+        format: Format of the file.
+        info: Metadata of the file.
+        real: Function from (height, width) to at least three preprocessed images for the comparison.
+        dynamic_size: Export for any size; the model must accept several.
+        overwrite: Replace an existing file.
         tolerance: See `TOLERANCE`.
-        threads: Of the engine that is compared.
+        threads: Threads of the engine.
 
     Raises:
-        ConfigError: as `check_export`; if the model does not take the sizes or `tolerance` is not positive.
-        ExportFailed: if a graph cannot be made of it or the engine cannot run it.
-        ParityError: if the file computes something else. There is no file then.
+        ConfigError: as `check_export`; if the model refuses a size or `tolerance` is not positive.
+        ExportFailed: if the model cannot be traced or the engine cannot run it.
+        ParityError: if the file computes something else; it is deleted.
     """
     check_export(file, format, overwrite=overwrite)
     if not tolerance > 0:
-        raise ConfigError(f"tolerance={tolerance} must be above 0")
+        raise ConfigError(f"tolerance={tolerance} is not accepted; use a positive number")
     form, path = FORMATS[format], Path(file)
     model = copy.deepcopy(model).cpu().float().eval()
     if "onnx" in form.packages:
@@ -122,8 +124,10 @@ def export_model(
         try:
             form.write(export_program(model, info), new, info)
             parity = check_parity(model, open_engine(form.engine, new, threads), inputs, tolerance)
-        except Exception as error:  # exporters and engines raise exceptions of their own, pages long
-            raise ExportFailed(f"{info.architecture} as {format}: {first_line(error)}") from error
+        except Exception as error:  # exporters and engines raise exceptions of their own
+            raise ExportFailed(
+                f"{info.architecture} as {format}: {first_line(error)}; use another format"
+            ) from error
         if not parity.passed:
             raise ParityError(str(file), parity)
         _into_place(new, path, form.suffixes)
@@ -131,7 +135,7 @@ def export_model(
 
 
 def _into_place(new: Path, path: Path, suffixes: tuple[str, ...]) -> None:
-    """Give files their names, so that at every instant the named one is absent or belongs to the others."""
+    """Rename files so that the named one is always absent or consistent with the others."""
     if len(suffixes) > 1:
         path.unlink(missing_ok=True)
     for suffix in reversed(suffixes):

@@ -1,9 +1,9 @@
-"""The mechanism: a depth-wise convolution over the token grid, inside a feed-forward network (FFN).
+"""Mechanism: a depth-wise convolution over the token grid, inside a feed-forward network (FFN).
 
 Two forms, both built on the two views in `localvit.locality.grid`:
 
 * `LocalityFeedForward` *replaces* an FFN (`init="paper"`),
-* `HiddenLocality` *adds* to the FFN that is there, at first as an exact no-op
+* `HiddenLocality` *adds* to the existing FFN, at first as an exact no-op
   (`init="preserve"`).
 
 Shapes: B batch, P prefix tokens, N patch tokens on a grid of H rows and W columns, C = `dim`,
@@ -38,26 +38,26 @@ class LocalityFeedForward(GridModule):
     Three stages: `expand`, a point-wise layer; `mix`, the depth-wise k x k convolution over the
     grid with norms, activations and channel gate; `project`, a point-wise layer. This is the *branch*:
     the residual belongs to the transformer block, as with timm's MLPs. (The authors' module adds its input
-    itself, and their block adds nothing; the sum is the same.)
+    and their block does not; the sum is the same.)
 
     Other published designs are `localvit.PRESETS`.
 
-    Equal to timm's `InvertedResidual` with a squeeze-and-excitation gate; what that lacks, and this
-    has, is tokens in and out, prefix tokens and the rest of the design space.
+    It equals timm's `InvertedResidual` with a squeeze-and-excitation gate, and adds tokens in and out, prefix
+    tokens and the rest of the design space.
 
     Args:
         dim: Token width C.
         config: Design; `init` must be `"paper"`.
-        hidden_dim: Hidden width D of the FFN in place, for where `config.expansion` leaves it open (with
-            a gated linear unit two thirds of it are taken); default: 4 C.
+        hidden_dim: Hidden width D of the existing FFN, used if `config.expansion` is `None` (with a gated
+            linear unit, two thirds of it); default: 4 C.
         num_prefix_tokens: P, used when the grid is looked up rather than passed.
-        grid_record: Where to look the grid up; without it, `grid` must be passed.
+        grid_record: Record of the grid; without it, `grid` must be passed.
 
     Raises:
         ConfigError: if a width that follows from `dim` is impossible, or `init` is `"preserve"`.
     """
 
-    # So that TorchScript leaves out the branch whose layers are not there.
+    # TorchScript leaves out the branch whose layers are missing.
     __constants__ = (*GridModule.__constants__, "conv_first", "conv_mid")
 
     def __init__(
@@ -99,7 +99,7 @@ class LocalityFeedForward(GridModule):
             self.conv = depthwise(channels, cfg.kernel_size, bias2)
             self.norm2 = norm(norms[1], channels, cfg)
             self.act2 = ACTIVATIONS[act2]()
-            # For prefix tokens that go past this stage, whose path would be linear otherwise.
+            # Prefix tokens skip this stage, and their path would be linear otherwise.
             self.act_prefix = ACTIVATIONS[act2 if self.conv_mid and act1 == "none" else "none"]()
         self.act_glu = ACTIVATIONS["none" if cfg.glu == "none" else str(cfg.activation)]()
         self.gate = channel_gate(dim, hidden, cfg)
@@ -107,8 +107,9 @@ class LocalityFeedForward(GridModule):
         self.norm3 = norm(norms[2], dim, cfg)
 
     def init_weights(self) -> None:
-        """Set the initial values of the reference: PyTorch's own for convolutions, the linear layers of the
-        squeeze-and-excitation gate normal with standard deviation 0.02 and zero bias."""
+        """Initialize as the reference: PyTorch's defaults for convolutions; normal weights with standard
+        deviation 0.02 and zero biases in the linear layers of the squeeze-and-excitation gate.
+        """
         if isinstance(self.gate, SqueezeExcite):
             for layer in (self.gate.fc1, self.gate.fc2):
                 trunc_normal_(layer.weight, std=0.02)
@@ -138,8 +139,7 @@ class LocalityFeedForward(GridModule):
         return map_to_tokens(self.fc1(tokens_to_row(x)))
 
     def mix(self, x: Tensor, grid: Grid) -> Tensor:
-        """Compute all that stands between the point-wise layers: `(B, P + N, D or 2 D) -> (B, P + N,
-        D)`."""
+        """Compute the stage between the point-wise layers: `(B, P + N, D or 2 D) -> (B, P + N, D)`."""
         row = tokens_to_row(x)
         row = self.act1(self.norm1(row)) if self.norm_before_act else self.norm1(self.act1(row))
         x = map_to_tokens(row)
@@ -161,7 +161,7 @@ class LocalityFeedForward(GridModule):
         return map_to_tokens(self.norm3(self.fc2(tokens_to_row(x))))
 
     def _convolve(self, x: Tensor, grid: Grid) -> Tensor:
-        """Apply the depth-wise convolution with its norm and activation; prefix tokens go past it."""
+        """Apply the depth-wise convolution with its norm and activation; prefix tokens skip it."""
         patches = tokens_to_map(x, grid)
         y = self.conv(patches)
         if self.inner_skip:
@@ -172,15 +172,15 @@ class LocalityFeedForward(GridModule):
 
 
 class HiddenLocality(GridModule):
-    """Depth-wise convolution added to the hidden state of an existing FFN: `h + conv(h)` on the patch
-    tokens, then the layer it stands in front of.
+    """Depth-wise convolution added to the hidden state of an existing FFN: `h + conv(h)` on the patch tokens,
+    then the next layer.
 
-    The kernel starts at zero, so the FFN computes bit for bit what it did; the gradient of a zero kernel
-    is not zero, so it learns from the first step. Prefix tokens pass unchanged.
+    The kernel starts at zero, so the outputs of the FFN stay bit for bit; the gradient of a zero kernel is
+    not zero, so it learns from the first step. Prefix tokens pass unchanged.
 
     Args:
         hidden_dim: Width D of the hidden state.
-        then: The layer that follows (the dropout in front of the projection, in timm's MLPs).
+        then: The next layer (the dropout in front of the projection, in timm's MLPs).
         config: Design; `init` must be `"preserve"`.
         num_prefix_tokens, grid_record: As for `LocalityFeedForward`.
     """
@@ -202,7 +202,7 @@ class HiddenLocality(GridModule):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Set the kernel to zero, so that the FFN starts as it was."""
+        """Set the kernel to zero, so that the FFN is unchanged."""
         nn.init.zeros_(self.conv.weight)
 
     def forward(self, hidden: Tensor, grid: Optional[Grid] = None) -> Tensor:  # noqa: UP045 (TorchScript)
@@ -219,7 +219,7 @@ class HiddenLocality(GridModule):
 
 
 def _hidden_width(dim: int, of_base: int | None, config: LocalityConfig) -> int:
-    """Return the hidden width D that `config` gives, or leaves to the FFN in place."""
+    """Return the hidden width D of `config`, else that of the existing FFN."""
     if config.expansion is not None:
         hidden = int(dim * config.expansion)
     else:
@@ -227,7 +227,9 @@ def _hidden_width(dim: int, of_base: int | None, config: LocalityConfig) -> int:
         if config.glu != "none":
             hidden = 2 * hidden // 3
     if hidden < 1:
-        raise ConfigError(f"expansion={config.expansion} of dim={dim} leaves no hidden channel")
+        raise ConfigError(
+            f"expansion={config.expansion} of dim={dim} leaves no hidden channel; use a larger one"
+        )
     return hidden
 
 

@@ -63,9 +63,9 @@ def read_state(path: Path) -> SavedState:
         with open(path, "rb") as file:
             header, payload = file.readline(200), file.read()
     except OSError as error:
-        raise DamagedState(f"state {str(path)!r} cannot be read: {error.strerror}") from error
+        raise DamagedState(f"state {str(path)!r} cannot be read: {error.strerror}; check it") from error
     if header != _HEADER + hashlib.sha256(payload).hexdigest().encode() + b"\n":
-        raise DamagedState(f"state {str(path)!r} is damaged: its checksum is wrong")
+        raise DamagedState(f"state {str(path)!r} is damaged: its checksum is wrong; delete it")
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:

@@ -12,16 +12,16 @@ from localvit.training.result import RunResult
 
 
 class Callback:
-    """Base class: override any method. Called in the main process only; an exception ends the run."""
+    """Base class of callbacks, called in the main process only; an exception ends the run."""
 
     def on_start(self, config: TrainConfig, folder: Path | None) -> None:
-        """Called before the first step, or before resuming; `folder/metrics.jsonl` has the epochs so far."""
+        """Handle the start or resumption; `folder/metrics.jsonl` has the epochs so far."""
 
     def on_epoch(self, metrics: dict[str, Any]) -> None:
-        """Called after an epoch was saved; `metrics` is its line in `metrics.jsonl`."""
+        """Handle a saved epoch; `metrics` is its line in `metrics.jsonl`."""
 
     def on_end(self, result: RunResult) -> None:
-        """Called once, when the run is finished."""
+        """Handle the finished run."""
 
 
 class TensorBoard(Callback):

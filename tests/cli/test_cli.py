@@ -211,7 +211,7 @@ def test_evaluate_does_not_overwrite(run, tmp_path, capsys):
     (tmp_path / "old.json").write_text("old")
     arguments = ["evaluate", "--checkpoint", str(run), "--output", str(tmp_path / "old.json")]
     assert main(arguments) == 2
-    assert "exists already" in one_line(capsys)
+    assert "the file exists" in one_line(capsys)
     assert (tmp_path / "old.json").read_text() == "old"
 
 

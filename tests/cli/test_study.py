@@ -187,9 +187,9 @@ def standing_still(path):
         (("run", "gate", "--output", "out", "--data", "nowhere"), "no data source 'nowhere'"),
         (("run", "gate", "--output", "out", "--set", "batch_size=5000"), "does not fit"),
         (("run", "gate", "--output", "out", "--match", "time"), "--match"),
-        (("report", "nowhere"), "no study is there"),
-        (("export", "nowhere"), "no study is there"),
-        (("compare", "nowhere", "nowhere"), "no study is there"),
+        (("report", "nowhere"), "choose the folder of a study"),
+        (("export", "nowhere"), "choose the folder of a study"),
+        (("compare", "nowhere", "nowhere"), "choose the folder of a study"),
     ],
 )
 def test_wrong_use_is_one_line_and_writes_nothing(arguments, message, tmp_path, monkeypatch, capsys):

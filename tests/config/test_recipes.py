@@ -128,8 +128,8 @@ def test_a_recipe_extends_another_mapping_by_mapping(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("extends: mine.yaml", r"mine\.yaml' extends itself: .*mine\.yaml -> .*mine\.yaml$"),
-        ("extends: other.yaml", r"extends itself: .*mine\.yaml -> .*other\.yaml -> .*mine\.yaml$"),
+        ("extends: mine.yaml", r"mine\.yaml': .*mine\.yaml -> .*mine\.yaml is a cycle"),
+        ("extends: other.yaml", r"mine\.yaml -> .*other\.yaml -> .*mine\.yaml is a cycle"),
         ("extends: deit_imagnet", r"recipe: 'deit_imagnet' does not exist; did you mean 'deit_imagenet'"),
         ("extends: none.yaml", r"none\.yaml' cannot be read"),
         ("extends: [digits]", r"mine\.yaml': extends=\['digits'\] is not the name of a recipe"),

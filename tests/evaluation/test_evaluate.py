@@ -279,7 +279,7 @@ def test_reassessed_labels_need_imagenets_pictures_and_classes(six, thousand, tm
 
 @pytest.mark.parametrize("setting", [{"batch_size": 0}, {"workers": -1}])
 def test_numbers_that_are_too_small_are_refused(six, setting):
-    with pytest.raises(ConfigError, match="must be at least"):
+    with pytest.raises(ConfigError, match="use at least"):
         evaluate(*six, device="cpu", **setting)
 
 

@@ -163,7 +163,7 @@ def test_a_run_that_cannot_work_fails_before_anything_is_written(tiny, tmp_path,
         ("distill.alpha=0", r"^distill\.teacher is missing; add it$"),
         ("distill={teacher: a, alpha: 0}", r"distill\.alpha=0\.0 is not a share"),
         ("distill={teacher: a, temperature: 2}", r"temperature=2 has no effect with distill\.kind='hard'"),
-        ("distill={teacher: a, kind: soft, temperature: 0}", r"temperature=0\.0 must be positive"),
+        ("distill={teacher: a, kind: soft, temperature: 0}", r"temperature=0\.0 is not accepted"),
         (
             "distill={teacher: a, kind: medium}",
             r"distill\.kind: 'medium' is not accepted; use 'soft' or 'hard'",

@@ -392,7 +392,7 @@ def test_fields_and_sections_can_be_allowed(name):
 
 @pytest.mark.parametrize("name", ["optm", "optim.lrr", "world", "engine.precisions"])
 def test_what_is_no_field_cannot_be_allowed(name):
-    with pytest.raises(ConfigError, match=f"allow_change: there is no '{name}'; did you mean"):
+    with pytest.raises(ConfigError, match=f"allow_change: '{name}' does not exist; did you mean"):
         check_allowed([name])
 
 

@@ -1,4 +1,4 @@
-"""What is to be seen while a study runs: a line per finished run, and a table of the arms."""
+"""Display of a running study: a line per finished run, and a table of the arms."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from localvit.studies.execution.records import Record
 
 
 class Display:
-    """A context in which the table is shown.
+    """Context in which the table is shown.
 
     Args:
-        console: Where; ``None`` shows nothing.
-        folder: Of the study.
-        facts: For the cost of each arm.
-        done: Runs that are done already.
-        failures: Runs that failed before and are not tried again.
+        console: Console; `None` shows nothing.
+        folder: Folder of the study.
+        facts: Summary with the cost of each arm.
+        done: Finished runs.
+        failures: Failed runs that are not repeated.
         jobs: Runs at a time.
     """
 
@@ -56,12 +56,12 @@ class Display:
         self.live.stop()
 
     def refresh(self, pending: Sequence[Run]) -> None:
-        """Draw the table with the pending runs where they are."""
+        """Draw the table with the progress of pending runs."""
         self.pending = {run: _epochs_done(self.folder, run) for run in pending}
         self.live.update(self._table(), refresh=True)
 
     def finished(self, run: Run, record: Record) -> None:
-        """Say that a run is done, and what came out."""
+        """Show a finished run and its result."""
         self.records[run] = record
         self._print(
             f"{len(self.records):>3}/{len(self.runs)}  {run.arm} seed {run.seed}: validation top-1 "
@@ -69,7 +69,7 @@ class Display:
         )
 
     def failed(self, run: Run, reason: str) -> None:
-        """Say that a run failed, and why."""
+        """Show a failed run and the reason."""
         self.failures.add(run)
         self._print(f"failed   {run.arm} seed {run.seed}: {reason}")
 
@@ -88,7 +88,7 @@ class Display:
         return table
 
     def seconds_left(self) -> float | None:
-        """By the time that finished runs took for their multiply-accumulates; ``None`` without any."""
+        """Remaining seconds, from the speed of finished runs; `None` without any."""
         spent = sum(self._work(run, run.config.epochs) for run in self.records)
         if not spent:
             return None
@@ -104,6 +104,6 @@ class Display:
 
 
 def _epochs_done(folder: StudyFolder, run: Run) -> int | None:
-    """Return the epochs that a run under way has done; `None` if it has not begun."""
+    """Return the finished epochs of a run; `None` if it has not started."""
     status = read_run(folder.of(run)).status
     return None if status is None else status.epochs_done

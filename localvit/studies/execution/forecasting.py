@@ -1,4 +1,4 @@
-"""What a study will cost, before it runs: the runs in their order, and the time they will take."""
+"""Forecast of a study's cost: its runs in order, and their time."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _MOST_IMAGES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What is to come.
+    """Forecast of a study.
 
     Attributes:
-        outcomes: How far each run is, in the order of the runs.
-        macs: Multiply-accumulates of the training of each; ``None`` if the number of pictures is unknown.
-        macs_per_second: Of one run at a time.
-        basis: Where that number is from, in words.
+        outcomes: Outcome of each run, in order.
+        macs: Multiply-accumulates of the training of each; `None` if the number of images is unknown.
+        macs_per_second: Speed of one run.
+        basis: Source of that number, in words.
         jobs: Runs at a time.
     """
 
@@ -41,7 +41,7 @@ class Forecast:
     jobs: int
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Describe the forecast."""
         found = [
             f"{number:>4}  {run.key}  {run.arm} seed {run.seed}: {self._cost(run)}, {self._state(run)}"
             for number, run in enumerate(self.outcomes, 1)
@@ -69,16 +69,16 @@ class Forecast:
 
 
 def forecast(folder: StudyFolder, facts: Facts, jobs: int, device: str | None = None) -> Forecast:
-    """Look at a study's folder and its models; nothing is written.
+    """Forecast the cost of a study from its folder and models; nothing is written.
 
     Args:
-        folder: Of the study; it need not exist.
-        facts: As `checks.check_study` has them.
+        folder: Folder of the study; it need not exist.
+        facts: Summary of `checks.check_study`.
         jobs: Runs at a time.
-        device: To measure on, where nothing has run yet; ``None``: the study's.
+        device: Device for a measurement, if nothing has run yet; `None`: the study's.
 
     Raises:
-        ConfigError: if a record there cannot be read.
+        ConfigError: if a record cannot be read.
     """
     outcomes = {run: folder.outcome(run) for run in folder.study.runs()}
     images = facts.images.value
@@ -102,7 +102,7 @@ def forecast(folder: StudyFolder, facts: Facts, jobs: int, device: str | None = 
 
 
 def measured_speed(folder: StudyFolder, facts: Facts, device_name: str | None = None) -> float:
-    """Multiply-accumulates per second of a few updates of the base's model, on a GPU or one CPU thread."""
+    """Measure the multiply-accumulates per second of a few steps of the base, on a GPU or a CPU thread."""
     study = folder.study
     config = study.config(study.arms[0], study.seeds[0])
     device = pick_device(device_name or config.device)

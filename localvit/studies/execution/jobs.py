@@ -26,7 +26,7 @@ class Job:
 
 
 def living(folder: StudyFolder) -> dict[Run, Job]:
-    """The runs that are not done and whose last job is queued or running.
+    """Return unfinished runs whose last job is queued or running.
 
     Raises:
         ConfigError: if nobody can tell.
@@ -40,7 +40,7 @@ def living(folder: StudyFolder) -> dict[Run, Job]:
     alive = alive_of(open_jobs.values())
     if alive is None:
         raise ConfigError(
-            f"squeue does not answer, so nobody can tell whether {len(open_jobs)} jobs still run; try again, "
+            f"squeue does not respond, so the state of {len(open_jobs)} jobs is unknown; try again, "
             f"or delete {str(jobs_path(folder) / 'jobs.json')!r} if that cluster is gone"
         )
     return {run: job for run, job in open_jobs.items() if job in alive}
@@ -77,7 +77,7 @@ def _is_running(process: str) -> bool:
 
 
 def jobs_path(folder: StudyFolder) -> Path:
-    """The folder for all that belongs to jobs."""
+    """Return the folder of jobs."""
     return folder.path / "jobs"
 
 

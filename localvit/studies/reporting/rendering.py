@@ -1,4 +1,4 @@
-"""Forms of a report: a page that loads nothing, Markdown and JSON; rendering reads no study's files."""
+"""Rendering of a report to a self-contained page, Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_report(report: Report) -> None:
     """Write `summary.json`, `report.md` and `report.html` into the study's folder, once all are rendered.
 
     Raises:
-        WriteFailed: if a file cannot be written; the old one is as it was.
+        WriteFailed: if a file cannot be written; the old one stays.
     """
     for name, text in render(report).files.items():
         path = report.folder / name
@@ -54,7 +54,7 @@ def render(report: Report) -> Rendered:
 
 
 def verdicts(report: Report) -> list[str]:
-    """Say for every comparison in a sentence or two what was shown."""
+    """Describe the result of every comparison in a sentence or two."""
     return [verdict(contrast, report.findings) for contrast in report.findings.contrasts]
 
 
@@ -94,7 +94,7 @@ def _breakable(text: str) -> Markup:
 
 
 def _origin(records: Sequence[Record]) -> dict[str, str] | None:
-    """Say with what and on which machines the runs were made."""
+    """Describe the versions and machines of the runs."""
     if not records:
         return None
     return {

@@ -47,14 +47,14 @@ class Report:
     Attributes:
         folder: Folder of the study.
         study: Arms, seeds and question.
-        facts: Models of its arms.
-        records: Those of the runs that are done.
+        facts: Summary of its models.
+        records: Records of the finished runs.
         findings: Results and comparisons.
         warnings: Sentences on what makes the results doubtful, such as damaged or missing records.
         tuning: Search for the learning rates; `None` if they were not tuned.
         command: Command that repeats the study; empty if it was no command.
         speed_machine: Machine on which inference was timed, in words; empty if it was not.
-        kernels: Those that are drawn; empty where no weights are at hand.
+        kernels: Kernels in the report; empty without saved weights.
     """
 
     folder: Path
@@ -70,10 +70,10 @@ class Report:
 
 
 def read_report(folder: Path) -> Report:
-    """Read a study's folder, as far as it has got; what cannot be used becomes a warning.
+    """Read a study's folder; unusable files become warnings.
 
     Raises:
-        ConfigError: if it holds no study.
+        ConfigError: if it has no study.
     """
     study = read_study(folder)
     command, classes = read_besides(folder)
@@ -128,7 +128,7 @@ def read_speed(folder: Path) -> Speed:
 def read_kernels(store: StudyFolder, records: Mapping[Run, Record], classes: int) -> tuple[Kernels, ...]:
     """Read the depth-wise kernels of up to three feed-forward networks (first, middle, last).
 
-    They are those of the first run with locality whose weights are at hand. Networks that no output depends
+    They are those of the first run with locality and saved weights. Networks that no output depends
     on are left out.
 
     Raises:
@@ -143,7 +143,7 @@ def read_kernels(store: StudyFolder, records: Mapping[Run, Record], classes: int
         try:
             found = _depthwise(path, [site for site, used in sites.items() if used])
         except (OSError, safetensors.SafetensorError) as error:
-            raise ConfigError(f"no kernels are drawn: {str(path)!r} cannot be read: {error}") from error
+            raise ConfigError(f"{str(path)!r} cannot be read: {error}; no kernels are drawn") from error
         unused = tuple(site for site, used in sites.items() if not used)
         return tuple(
             Kernels(site=site, arm=run.arm, seed=run.seed, weights=weights, left_out=unused)
@@ -180,7 +180,7 @@ def _or_warn(warnings: list[str], read: Callable[[], Any], otherwise: Any) -> An
 
 
 def _mixed(records: Mapping[Run, Record]) -> list[str]:
-    """Warn of results that were made under different conditions."""
+    """Warn of results from different conditions."""
     values: list[tuple[str, Callable[[Record], str]]] = [
         (
             "versions",

@@ -87,7 +87,7 @@ CLAIM = "claim: {text: t, source: s, "
         ("{epochs: 60}", "{epoch: 60}", "arms.long.epoch: .*did you mean 'epochs'"),
         ("{epochs: 60}", "{}", "arms 'short' and 'long' are the same configuration"),
         ("{epochs: 60}", "60", "arms.long: 60 is not accepted; use a mapping"),
-        ("against: long", "against: logn", "control: there is no arm 'logn'"),
+        ("against: long", "against: logn", "control: the arm 'logn' does not exist"),
         ("longer: {epochs: 90}", "longest: {epochs: 90}", "scales.mine.arms: 'longest' does not exist"),
         ("recipe: digits", "recipe: digit", "did you mean 'digits'"),
         ("recipe: digits, ", "", "scales.mine.recipe is missing"),
@@ -170,7 +170,7 @@ def test_what_an_arm_asks_of_a_cluster_is_checked(tmp_path):
 def test_unknown_names_come_with_those_that_exist():
     with pytest.raises(ConfigError, match=r"did you mean 'placement'.*questions: architectures, "):
         load_question("plaecment")
-    with pytest.raises(ConfigError, match="there is no 'smal'; did you mean 'small'"):
+    with pytest.raises(ConfigError, match="'smal' does not exist; did you mean 'small'"):
         load_question("gate").study("smal", 2)
 
 
