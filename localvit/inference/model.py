@@ -133,7 +133,7 @@ def open_model(
 
 
 def fused(opened: OpenModel) -> OpenModel:
-    """Return the model in its fused form (`localvit.fuse`); `form` says so, or why it stays plain.
+    """Return the model in its fused form (`localvit.fuse`); `form` has the reason if it stays plain.
 
     `opened` must not be used afterwards. An exported file is returned unchanged.
     """

@@ -116,7 +116,7 @@ class LocalityFeedForward(GridModule):
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor, grid: Optional[Grid] = None) -> Tensor:  # noqa: UP045 (TorchScript)
-        """Compute the branch: `(B, P + N, C) -> (B, P + N, C)`; `grid` beats the recorded grid."""
+        """Compute the branch: `(B, P + N, C) -> (B, P + N, C)`; `grid` overrides the recorded grid."""
         if grid is None:
             grid = self.current_grid()
         check_grid(tokens, grid)
@@ -206,7 +206,7 @@ class HiddenLocality(GridModule):
         nn.init.zeros_(self.conv.weight)
 
     def forward(self, hidden: Tensor, grid: Optional[Grid] = None) -> Tensor:  # noqa: UP045 (TorchScript)
-        """Add locality: `(B, P + N, D) -> (B, P + N, D)`; `grid` beats the recorded grid."""
+        """Add locality: `(B, P + N, D) -> (B, P + N, D)`; `grid` overrides the recorded grid."""
         if grid is None:
             grid = self.current_grid()
         check_grid(hidden, grid)

@@ -1,6 +1,6 @@
 """Files of questions: the question, its arms, and its scales.
 
-``yaml
+```yaml
 question: A sentence.
 control: name of the first arm           # default: base
 base: {model.locality: {gate: none}}     # dotted fields over the scale's recipe, in every arm
@@ -15,7 +15,7 @@ metric: top1                             # top1 | top5
 match: none                              # none | params | macs
 budget: epochs                           # epochs | compute
 claim: {text: ..., source: ..., expected: {wide: better}, reported: {wide: 74.8}}
-``
+```
 
 An arm `against` itself is only a control of others. The scales `digits`, `small` and
 `paper` are in `scales.yaml`, for all questions.

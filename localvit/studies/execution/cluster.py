@@ -4,10 +4,10 @@ The outcome of a run is read from its folder, not from its job. A job that was p
 time or killed starts the same run again, which resumes from its last state. All machines must see the study's
 folder and the images under the same paths.
 
-``
+```
 jobs/jobs.json          run -> its last job
 jobs/ID_0_log.err, ...  submitit's scripts, logs and pickles (only its own process loads these)
-``
+```
 """
 
 from __future__ import annotations

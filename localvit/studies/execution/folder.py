@@ -1,13 +1,13 @@
 """Folder of a study, in which no result is lost, duplicated or confused.
 
-``
+```
 study.json         the study (without results), its command, the number of classes
 jobs/              jobs of a cluster (`cluster`)
 runs/KEY/          run of that configuration, as `training.train` writes it; its record.json is written last
 results.jsonl      one line per finished run of the study, for programs; a report needs no other results
 speed.json         inference throughput of the arms, measured in turns
 report.html, report.md, summary.json
-``
+```
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which job of a cluster does which run of a study, and whether it is still there."""
+"""Jobs of a study's runs on a cluster, and their state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def living(folder: StudyFolder) -> dict[Run, Job]:
     """Return unfinished runs whose last job is queued or running.
 
     Raises:
-        ConfigError: if nobody can tell.
+        ConfigError: if their state is unknown.
     """
     known = _read_jobs(folder)
     open_jobs = {
@@ -47,7 +47,7 @@ def living(folder: StudyFolder) -> dict[Run, Job]:
 
 
 def alive_of(jobs: Collection[Job]) -> set[Job] | None:
-    """Those that are queued or running; ``None`` if SLURM does not say.
+    """Return the jobs that are queued or running; `None` if SLURM does not respond.
 
     submitit would ask sacct, which needs a data base that not every cluster has, is behind the queue, and
     calls a suspended job finished. The queue itself is what decides whether a run may be submitted.
@@ -69,7 +69,7 @@ def _queue() -> set[str] | None:
 
 
 def _is_running(process: str) -> bool:
-    """Whether this is a process of submitit's local executor; one that has ended has no command line."""
+    """Return whether this is a process of submitit's local executor; a dead one has no command line."""
     try:
         return b"submitit.local._local" in Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:

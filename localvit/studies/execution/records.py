@@ -116,11 +116,11 @@ def parse_record(values: Any, where: str, run: Run) -> Record:
         record = build(Record, values)
         config = plain(build(TrainConfig, from_older(record.config), "config"))
     except ConfigError as error:
-        raise ConfigError(f"{where} is not a record ({error})") from error
+        raise ConfigError(f"{where} is not a record: {error}; restore it") from error
     if not key_of(config) == record.key == run.key:
-        raise ConfigError(f"{where} has another configuration than {run.arm} seed {run.seed}")
+        raise ConfigError(f"{where} is not of {run.arm} seed {run.seed}; restore it")
     if record.digest != _digest(values):
-        raise ConfigError(f"{where} was changed after it was written")
+        raise ConfigError(f"{where} was changed after it was written; restore it")
     return record
 
 
@@ -136,7 +136,7 @@ def read_record(folder: Path, run: Run) -> Record | None:
     try:
         return parse_record(read_json(dict[str, Any], path), repr(str(path)), run)
     except ConfigError as error:
-        raise ConfigError(f"{error}; delete {str(folder)!r} to repeat it") from error
+        raise ConfigError(f"{error}, or delete {str(folder)!r}") from error
 
 
 def _digest(values: Mapping[str, Any]) -> str:
