@@ -127,7 +127,7 @@ def parse_json(text: str, name: str = "the text") -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{name} is not JSON: {one_line(error)}; correct or restore it") from error
+        raise ConfigError(f"{name} is not JSON: {one_line(error)}") from error
 
 
 def read_json(kind: type[T], path: str | Path) -> T:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from localvit.acceleration.kernels import plain_kernels
 from localvit.acceleration.memory import can_checkpoint, checkpointed
-from localvit.acceleration.native.form import Form, is_dense, native_form
+from localvit.acceleration.native.form import NativeForm, is_dense, native_form
 from localvit.acceleration.native.mix import BATCH, mixed, norm_now, not_saved
 from localvit.locality import Grid, LocalityFeedForward
 
@@ -28,7 +28,7 @@ def accelerated(ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
     return checkpointed(ffn, x, grid) if ffn.selective_checkpointing and can_checkpoint(x) else None
 
 
-def training_form(ffn: LocalityFeedForward, x: Tensor) -> Form | None:
+def training_form(ffn: LocalityFeedForward, x: Tensor) -> NativeForm | None:
     """Return the form with which native kernels can compute all of `ffn.mix` now, else `None`."""
     if plain_kernels() or not _are_ours(ffn):
         return None
@@ -47,7 +47,7 @@ def _are_ours(ffn: LocalityFeedForward) -> bool:
     )
 
 
-def _computable(form: Form, x: Tensor) -> bool:
+def _computable(form: NativeForm, x: Tensor) -> bool:
     """Return whether there are tokens, and more than one value per channel for batch statistics, which
     PyTorch's batch norm requires.
     """
@@ -55,7 +55,7 @@ def _computable(form: Form, x: Tensor) -> bool:
     return tokens > 1 or (tokens == 1 and not any(norm_now(norm).mode >= BATCH for norm in form.norms))
 
 
-def _natively(form: Form, ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:
+def _natively(form: NativeForm, ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:
     hidden = ffn.expand(x)
     if not is_dense(hidden):
         hidden = hidden.contiguous()

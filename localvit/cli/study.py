@@ -16,9 +16,9 @@ from localvit.cli.cluster import OnCluster, cluster_of
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from localvit.studies.design import Facts, Study
+    from localvit.studies.design import Study, StudySummary
     from localvit.studies.execution import Cluster
-    from localvit.studies.reporting import Report
+    from localvit.studies.reporting import StudyReport
 
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FILE")]
 Folder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -176,7 +176,7 @@ def run(options: List | New | Show | RunOptions | ReportOptions | Compare | Expo
     return 0
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_report(report: StudyReport, console: Console) -> None:
     """Print the main table and the verdicts."""
     from localvit.studies.reporting import result_notes, result_table, verdicts
 
@@ -220,7 +220,7 @@ def _show(options: Show, console: Console) -> None:
     _print(console, describe(study, check_study(study)))
 
 
-def describe(study: Study, facts: Facts) -> str:
+def describe(study: Study, summary: StudySummary) -> str:
     """Describe a study before it runs."""
     from localvit.cost import giga
 
@@ -228,7 +228,7 @@ def describe(study: Study, facts: Facts) -> str:
         study.question,
         f"base: {study.base.model.name} on {study.base.data.train}, {study.base.epochs} epochs",
     ]
-    for name, arm in facts.arms.items():
+    for name, arm in summary.arms.items():
         cost = f"{arm.parameters:,} parameters, {giga(arm.macs)}MACs, {arm.tokens or '?'} tokens"
         control = study.control_of(study.arm(name))
         lines.append(f"{name}{f' (against {control})' if control != name else ''}: {cost}")
@@ -289,11 +289,11 @@ def _dry_run(
 
     if cluster is not None:
         cluster.check(study, options.threads)
-    facts = check_study(study)
+    summary = check_study(study)
     folder = StudyFolder(path, study)
     jobs = options.jobs or (len(study.runs()) if cluster else _HERE)
-    found = forecast(folder, facts, jobs, device="cpu" if cluster else None)
-    lines = [describe(study, facts), f"data: {facts.images}", *found.lines()]
+    found = forecast(folder, summary, jobs, device="cpu" if cluster else None)
+    lines = [describe(study, summary), f"data: {summary.images}", *found.lines()]
     if cluster is not None:
         waiting = ("new", "begun", "failed") if options.retry else ("new", "begun")
         lines += cluster.describe(folder, [r for r, o in found.outcomes.items() if o.state in waiting])

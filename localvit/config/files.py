@@ -63,7 +63,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
         return read_yaml(recipe)
     if recipe not in list_recipes():
         error = unknown("recipe", recipe, list_recipes())
-        raise ConfigError(f"{error}; use {', '.join(list_recipes())} or a .yaml file")
+        raise ConfigError(f"{error} (accepted: {', '.join(list_recipes())}, or a .yaml file)")
     with resources.as_file(resources.files("localvit.config") / "recipes" / f"{recipe}.yaml") as path:
         return read_yaml(path)
 

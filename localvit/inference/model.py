@@ -143,7 +143,7 @@ def fused(opened: OpenModel) -> OpenModel:
     try:
         model = fuse_module(opened.model)
     except ValueError as error:
-        return replace(opened, form=f"{PLAIN}, not fused: {one_line(error).partition(' (')[0]}")
+        return replace(opened, form=f"{PLAIN}, not fused: {one_line(error).partition(';')[0]}")
     if [type(module) for module in model.modules()] == kinds:
         return replace(opened, form=f"{PLAIN}, not fused: LOCALVIT_KERNELS=plain")
     return replace(opened, model=model, form=FUSED)

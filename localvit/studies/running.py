@@ -15,7 +15,7 @@ from localvit.inference import open_model
 from localvit.models import preprocessing_for
 from localvit.runtime import pick_device
 from localvit.structure import to_json
-from localvit.studies.design import Run, Study
+from localvit.studies.design import Study, StudyRun
 from localvit.studies.execution import (
     THREADS,
     Cluster,
@@ -25,7 +25,15 @@ from localvit.studies.execution import (
     images_per_second,
     run_missing,
 )
-from localvit.studies.reporting import SPEED, TUNING, Report, Speed, read_report, read_speed, write_report
+from localvit.studies.reporting import (
+    SPEED,
+    TUNING,
+    Speed,
+    StudyReport,
+    read_report,
+    read_speed,
+    write_report,
+)
 
 
 def run_study(
@@ -40,7 +48,7 @@ def run_study(
     retry: bool = True,
     reuse: Sequence[Path] = (),
     console: Console | None = None,
-) -> Report:
+) -> StudyReport:
     """Run the missing runs, time the arms, compare them, and write the report.
 
     Args:
@@ -108,7 +116,7 @@ def _timed(folder: Path) -> list[str]:
         return []
 
 
-def _failed(failures: Mapping[Run, str], number: int, waits: bool) -> StudyFailed:
+def _failed(failures: Mapping[StudyRun, str], number: int, waits: bool) -> StudyFailed:
     reasons = "; ".join(f"{run.arm} seed {run.seed}: {reason}" for run, reason in failures.items())
     advice = "add --retry to repeat them" if waits else "the same command resumes them"
     return StudyFailed(f"{len(failures)} of {number} runs failed ({reasons}); {advice}")

@@ -50,7 +50,10 @@ def one_line(capsys):
             ["train", "--recipe", "digits", "--set", "optim.lr=fast", "--output", "X"],
             "optim.lr: 'fast' is not accepted; use a number",
         ),
-        (["train", "--recipe", "digits", "--model", "deit_tny", "--output", "X"], "no 'deit_tny'"),
+        (
+            ["train", "--recipe", "digits", "--model", "deit_tny", "--output", "X"],
+            "'deit_tny' does not exist",
+        ),
         (["train", "--recipe", "digits", "--locality", "{kernel: 3}", "--output", "X"], "kernel_size"),
         (["train", "--recipe", "digits", "--locality", "{", "--output", "X"], "not YAML"),
         (["train", "--recipe", "digits", "--blocks", "[0]", "--output", "X"], "without model.locality"),

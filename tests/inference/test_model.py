@@ -53,7 +53,7 @@ def test_the_fused_form_computes_the_same_and_is_named(folder):
 
 def test_a_model_without_a_fused_form_stays_plain_and_says_so():
     opened = open_model("test_resnet", "cpu", random_weights=True, fuse=True)
-    assert opened.form == "PyTorch, not fused: ResNet has nothing with a fast form"
+    assert opened.form == "PyTorch, not fused: ResNet has no fast form"
     assert isinstance(opened.model, timm.models.resnet.ResNet)
 
 
@@ -72,7 +72,7 @@ def test_plain_kernels_are_named(folder, monkeypatch):
         ("x.onnx", {"device": "meta"}, "exported files run on the CPU"),
         ("x.onnx", {"args": {"depth": 1}}, "is an exported file, which takes none"),
         ("x.onnx", {}, "'x.onnx' does not exist"),
-        ("x.txt", {"engine": "onnxruntime"}, "reads .onnx"),
+        ("x.txt", {"engine": "onnxruntime"}, "use .onnx"),
         ("test_vit", {"device": "tpu9"}, "device='tpu9' cannot be used here"),
     ],
 )

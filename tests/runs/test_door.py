@@ -133,8 +133,8 @@ def test_a_damaged_file_of_a_finished_run_is_named_and_nothing_is_trained(finish
         ({"epochs_done": 1}, r"metrics\.jsonl' is damaged: epochs \[1, 2\] of 1"),
         ({"epochs_done": "2"}, "epochs_done"),
         ({"speed": 1}, "speed"),
-        ({"state": "running"}, "2 epochs are done, but .*state' has no state to resume from"),
-        ({"state": "interrupted"}, "2 epochs are done, but .*state' has no state to resume from"),
+        ({"state": "running"}, "has 2 epochs, but .*state' has no state to resume from"),
+        ({"state": "interrupted"}, "has 2 epochs, but .*state' has no state to resume from"),
     ],
 )
 def test_a_status_that_cannot_be_is_refused(finished, copy, change, message):

@@ -37,7 +37,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 
 
-class Form:
+class NativeForm:
     """Structure of a module's middle stage, valid while `holds`.
 
     A copy or a pickle of the module starts without it.
@@ -135,7 +135,7 @@ class Form:
         )
 
 
-def form_of(module: Any) -> Form | None:
+def form_of(module: Any) -> NativeForm | None:
     """Return the form of a `LocalityFeedForward` or `HiddenLocality`; `None` if it is unsupported."""
     layers = module._modules
     norms = [layers[name] for name in ("norm1", "norm2") if name in layers]
@@ -147,7 +147,7 @@ def form_of(module: Any) -> Form | None:
             return None
     if not covers_convolution(layers.get("conv")) or library() is None:
         return None
-    form = Form(module)
+    form = NativeForm(module)
     return form if form.addresses() is not None else None
 
 
@@ -179,7 +179,7 @@ def _gate_kind(gate: Any) -> int | None:
     return None
 
 
-def native_form(module: Any, x: Tensor) -> Form | None:
+def native_form(module: Any, x: Tensor) -> NativeForm | None:
     """Return the form with which the kernels can replace the modules now, else `None`.
 
     It runs at every call, so it must be fast. The kernels do not apply to hooks, replaced, patched and

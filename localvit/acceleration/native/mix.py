@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from localvit.acceleration.native.build import library
-from localvit.acceleration.native.form import KERNEL_SIZES, LANES, Form, address, is_dense
+from localvit.acceleration.native.form import KERNEL_SIZES, LANES, NativeForm, address, is_dense
 from localvit.locality import Grid
 
 # The kernels' numbers of normalisations. MOVING: with batch statistics, which also change the running ones.
@@ -17,7 +17,7 @@ _NORM = "6q2d4q"
 _LAYOUT = f"8q{_NORM}2q{_NORM}8q%dq"
 
 
-class Norm(NamedTuple):
+class NormSettings(NamedTuple):
     """Settings of a norm in one call; the defaults mean no norm."""
 
     mode: int = NO_NORM
@@ -29,7 +29,7 @@ class Stage(NamedTuple):
     """Settings of one pass through the middle stage."""
 
     grid: Grid
-    norms: tuple[Norm, Norm]
+    norms: tuple[NormSettings, NormSettings]
     act: int
     act2: int
     gate: int
@@ -41,7 +41,7 @@ class Stage(NamedTuple):
 
         Args:
             kernel: Its name.
-            p: Addresses of parameters and buffers, as `Form.addresses` returns them.
+            p: Addresses of parameters and buffers, as `NativeForm.addresses` returns them.
             work: Values for the backward pass `(8 + 2 B, D)` besides the maps: mean, reciprocal standard
                 deviation, scale and shift of both norms, input and output of the gate.
             size: Side of the convolution's kernel.
@@ -62,7 +62,7 @@ class Stage(NamedTuple):
         getattr(library(), f"localvit_{kernel}")(struct.pack(_LAYOUT % len(maps), *values))
 
 
-def mixed(form: Form, ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
+def mixed(form: NativeForm, ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
     """Compute `ffn.mix(x, grid)` for dense tokens `(B, N, D)` without prefix tokens; `None` if the tensors of
     `form` cannot be read.
 
@@ -85,14 +85,14 @@ def mixed(form: Form, ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
     return y
 
 
-def norm_now(layer: nn.BatchNorm2d | None) -> Norm:
+def norm_now(layer: nn.BatchNorm2d | None) -> NormSettings:
     """Return the settings of `layer` in a forward pass now."""
     if layer is None:
-        return Norm()
+        return NormSettings()
     if not layer.training:
-        return Norm(BATCH if layer._buffers["running_mean"] is None else RUNNING, layer.eps)
+        return NormSettings(BATCH if layer._buffers["running_mean"] is None else RUNNING, layer.eps)
     mode = MOVING if layer.track_running_stats else BATCH
-    return Norm(mode, layer.eps, -1.0 if layer.momentum is None else layer.momentum)
+    return NormSettings(mode, layer.eps, -1.0 if layer.momentum is None else layer.momentum)
 
 
 def reduced_of(first: Tensor | None) -> int:
@@ -235,8 +235,8 @@ def _mix_in_place(
 ) -> None:
     """Compute the stage without norms in place: `x = act2(conv(act(x)) + bias) * gate`.
 
-    `gate` has the weights and biases of a gate of this kind, as in `Form`. All tensors are dense float32 on
-    the CPU.
+    `gate` has the weights and biases of a gate of this kind, as in `NativeForm`. All tensors are dense
+    float32 on the CPU.
     """
     kernel = (x.shape[2], 1, weight.shape[-1], weight.shape[-1])
     if weight.shape != kernel or weight.shape[-1] not in KERNEL_SIZES or x.shape[2] % LANES:
@@ -253,7 +253,7 @@ def _mix_in_place(
                 f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()} is not accepted; use "
                 "dense float32 on the CPU"
             )
-    stage = Stage(Grid(height, width), (Norm(), Norm()), act, act2, kind, reduced_of(gate[0]))
+    stage = Stage(Grid(height, width), (NormSettings(), NormSettings()), act, act2, kind, reduced_of(gate[0]))
     addresses = [*map(address, parameters), *[0] * 6]
     _forward("inference", stage, addresses, kernel[-1], x, x)
 

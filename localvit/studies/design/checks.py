@@ -27,7 +27,7 @@ _MOST_STEPS = 4096  # Largest hidden width or number of epochs that is tried.
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmFacts:
+class ArmSummary:
     """Summary of an arm's model.
 
     Attributes:
@@ -50,15 +50,15 @@ class ArmFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class StudySummary:
     """Summary of a study before it runs: its arms by name, and the size of its data."""
 
-    arms: dict[str, ArmFacts]
+    arms: dict[str, ArmSummary]
     images: Figure
     classes: int
 
 
-def check_study(study: Study, classes: int | None = None) -> Facts:
+def check_study(study: Study, classes: int | None = None) -> StudySummary:
     """Build every arm's model without memory, and compare it with its control's.
 
     Args:
@@ -72,7 +72,7 @@ def check_study(study: Study, classes: int | None = None) -> Facts:
     number = classes or int(counted.value or 1)
     models = {arm.name: _checked_model(study, arm, number) for arm in study.arms}
     sizes = {name: _size(model, size) for name, (model, size) in models.items()}
-    facts: dict[str, ArmFacts] = {}
+    arms: dict[str, ArmSummary] = {}
     for arm in study.arms:
         control = study.arm(study.control_of(arm))
         configs = [study.config(each, study.seeds[0]) for each in (control, arm)]
@@ -81,7 +81,7 @@ def check_study(study: Study, classes: int | None = None) -> Facts:
         pair = configs[0].model, configs[1].model
         costs = sizes[control.name], sizes[arm.name]
         same = configs[0] == configs[1]
-        facts[arm.name] = ArmFacts(
+        arms[arm.name] = ArmSummary(
             arm=arm.name,
             parameters=parameters,
             macs=macs,
@@ -90,7 +90,7 @@ def check_study(study: Study, classes: int | None = None) -> Facts:
             confounders=() if same else _confounders(arm, pair, built, costs, number),
             matched=_matched_text(study, arm, *costs),
         )
-    return Facts(arms=facts, images=images, classes=number)
+    return StudySummary(arms=arms, images=images, classes=number)
 
 
 def matched(study: Study) -> Study:

@@ -184,7 +184,7 @@ def load_question(question: str) -> Question:
             values, name = read_yaml(path), question
     else:
         error = unknown("study", question, list_questions())
-        raise ConfigError(f"{error}; use {', '.join(list_questions())} or a .yaml file")
+        raise ConfigError(f"{error} (accepted: {', '.join(list_questions())}, or a .yaml file)")
     try:
         return build(Question, {"name": name, **values})
     except ConfigError as error:

@@ -54,7 +54,7 @@ class Arm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class StudyRun:
     """Training run of a study: an arm with a seed, which decide the configuration."""
 
     arm: str
@@ -164,10 +164,10 @@ class Study:
         own = {"seed": seed, "output": None}
         return build(TrainConfig, replace_fields(plain(self.base), arm.changes) | own, f"arms.{arm.name}")
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[StudyRun]:
         """Return all runs, ordered by seed, so that partial results are balanced."""
         return [
-            Run(arm=arm.name, seed=seed, config=self.config(arm, seed))
+            StudyRun(arm=arm.name, seed=seed, config=self.config(arm, seed))
             for seed in self.seeds
             for arm in self.arms
         ]

@@ -28,7 +28,7 @@ from localvit.data import disable_ghostscript
 from localvit.errors import ConfigError, TrainingInterrupted, one_line
 from localvit.runs import FolderInUse
 from localvit.runtime import stop_on_signals
-from localvit.studies.design import Resources, Run, Study
+from localvit.studies.design import Resources, Study, StudyRun
 from localvit.studies.execution.display import Display
 from localvit.studies.execution.folder import StudyFolder, note_failure
 from localvit.studies.execution.jobs import Job, Kind, alive_of, jobs_path, living, write_jobs
@@ -79,21 +79,21 @@ class Cluster:
             if threads > (cpus := self.resources.replaced(arm.resources).cpus):
                 raise ConfigError(f"arm {arm.name!r}: threads={threads} exceed cpus={cpus}; change one")
 
-    def arrays(self, study: Study, runs: Iterable[Run]) -> dict[Resources, list[Run]]:
+    def arrays(self, study: Study, runs: Iterable[StudyRun]) -> dict[Resources, list[StudyRun]]:
         """Return the runs by resources: each group is one array of jobs."""
-        found: dict[Resources, list[Run]] = {}
+        found: dict[Resources, list[StudyRun]] = {}
         for run in runs:
             own = study.arm(run.arm).resources
             found.setdefault(self.resources.replaced(own), []).append(run)
         return found
 
-    def submit(self, folder: StudyFolder, runs: Iterable[Run], threads: int) -> dict[Run, Job]:
+    def submit(self, folder: StudyFolder, runs: Iterable[StudyRun], threads: int) -> dict[StudyRun, Job]:
         """Submit runs to the cluster and write down the job of each.
 
         Raises:
             ConfigError: if the cluster refuses; the message has the reason.
         """
-        jobs: dict[Run, Job] = {}
+        jobs: dict[StudyRun, Job] = {}
         for resources, members in self.arrays(folder.study, runs).items():
             tasks = [Task(run.config, folder.of(run).absolute(), threads) for run in members]
             try:
@@ -105,7 +105,7 @@ class Cluster:
             write_jobs(folder, jobs)
         return jobs
 
-    def describe(self, folder: StudyFolder, runs: Collection[Run]) -> list[str]:
+    def describe(self, folder: StudyFolder, runs: Collection[StudyRun]) -> list[str]:
         """Describe the jobs of unfinished runs."""
         there = living(folder)
         known = [run for run in runs if run in there]
@@ -189,10 +189,10 @@ class Task:
 
 def work(
     cluster: Cluster,
-    missing: Iterable[Run],
+    missing: Iterable[StudyRun],
     folder: StudyFolder,
     threads: int,
-    failures: dict[Run, str],
+    failures: dict[StudyRun, str],
     display: Display,
 ) -> None:
     """Submit the missing runs without a job, and wait for all of them.
@@ -213,7 +213,7 @@ def work(
     there, missing = living(folder), list(missing)
     jobs = {run: there[run] for run in missing if run in there}
     jobs |= cluster.submit(folder, [run for run in missing if run not in there], threads)
-    ended: set[Run] = set()
+    ended: set[StudyRun] = set()
     while jobs:
         alive = alive_of(jobs.values())  # before the outcomes: a run may finish between the two
         gone = set() if alive is None else {run for run, job in jobs.items() if job not in alive}
@@ -227,12 +227,12 @@ def work(
 
 
 def _settled(
-    jobs: Mapping[Run, Job],
-    ended: Collection[Run],
+    jobs: Mapping[StudyRun, Job],
+    ended: Collection[StudyRun],
     folder: StudyFolder,
-    failures: dict[Run, str],
+    failures: dict[StudyRun, str],
     display: Display,
-) -> list[Run]:
+) -> list[StudyRun]:
     """Return the runs that need no more waiting: finished, failed, or without a job."""
     settled = []
     for run, job in jobs.items():

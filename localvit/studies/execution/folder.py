@@ -24,14 +24,14 @@ from localvit.config import differences
 from localvit.errors import ConfigError
 from localvit.runs import locked, read_run
 from localvit.structure import parse_json, read_json, to_json
-from localvit.studies.design import Run, Study, study_from_dict
+from localvit.studies.design import Study, StudyRun, study_from_dict
 from localvit.studies.execution.records import Record, parse_record, read_record
 
 _OWN = ("runs", "results.jsonl", "report.html", "report.md", "summary.json", "speed.json")
 _FAILURE = "failure.json"
 _BESIDES = ("command", "classes")  # further keys of study.json
 
-State = Literal["new", "begun", "failed", "done"]
+RunState = Literal["new", "begun", "failed", "done"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Outcome:
         reason: Reason of a failure.
     """
 
-    state: State
+    state: RunState
     record: Record | None = None
     reason: str = ""
 
@@ -116,11 +116,11 @@ class StudyFolder:
         path = self.path / "study.json"
         return path.stat().st_mtime_ns if path.exists() else None
 
-    def of(self, run: Run) -> Path:
+    def of(self, run: StudyRun) -> Path:
         """Return the folder of one run."""
         return self.path / "runs" / run.key
 
-    def outcome(self, run: Run) -> Outcome:
+    def outcome(self, run: StudyRun) -> Outcome:
         """Read the outcome of a run from its folder, else from `results.jsonl`.
 
         Raises:
@@ -137,7 +137,7 @@ class StudyFolder:
             return Outcome("failed", reason=status.error or "unknown")
         return Outcome("new" if status is None else "begun")
 
-    def finished(self) -> dict[Run, Record]:
+    def finished(self) -> dict[StudyRun, Record]:
         """Return the records of the finished runs, in the study's order.
 
         Raises:
@@ -146,7 +146,7 @@ class StudyFolder:
         found = {run: self.outcome(run).record for run in self.study.runs()}
         return {run: record for run, record in found.items() if record is not None}
 
-    def readable(self) -> tuple[dict[Run, Record], list[str]]:
+    def readable(self) -> tuple[dict[StudyRun, Record], list[str]]:
         """Return usable records as `finished`, and a message for each of the others."""
         records, wrong = {}, self._garbled()
         for run in self.study.runs():
@@ -159,15 +159,15 @@ class StudyFolder:
                 records[run] = record
         return records, wrong
 
-    def note_failure(self, run: Run, reason: str) -> None:
+    def note_failure(self, run: StudyRun, reason: str) -> None:
         """Write down a failure, also if the run did."""
         note_failure(self.of(run), reason)
 
-    def forget(self, run: Run) -> None:
+    def forget(self, run: StudyRun) -> None:
         """Remove the folder of a failed run."""
         shutil.rmtree(self.of(run), ignore_errors=True)
 
-    def borrow(self, run: Run, other: Path) -> bool:
+    def borrow(self, run: StudyRun, other: Path) -> bool:
         """Copy a finished run of the same configuration from another study's folder, if it has one.
 
         Raises:
@@ -201,7 +201,7 @@ class StudyFolder:
                 wrong.append(f"line {number} of {str(path)!r} is no record")
         return wrong
 
-    def _kept(self, run: Run) -> Record | None:
+    def _kept(self, run: StudyRun) -> Record | None:
         path = self.path / "results.jsonl"
         if not path.exists():
             return None

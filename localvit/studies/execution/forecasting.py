@@ -14,7 +14,7 @@ from localvit.cost import count_macs, giga
 from localvit.data import random_scope
 from localvit.models import build_model, preprocessing_for
 from localvit.runtime import pick_device
-from localvit.studies.design import Facts, Run
+from localvit.studies.design import StudyRun, StudySummary
 from localvit.studies.execution.folder import Outcome, StudyFolder
 
 _PASSES = 3  # A backward pass costs about two forward passes.
@@ -34,8 +34,8 @@ class Forecast:
         jobs: Runs at a time.
     """
 
-    outcomes: dict[Run, Outcome]
-    macs: dict[Run, float | None]
+    outcomes: dict[StudyRun, Outcome]
+    macs: dict[StudyRun, float | None]
     macs_per_second: float
     basis: str
     jobs: int
@@ -56,11 +56,11 @@ class Forecast:
             f"validation not counted ({self.basis})",
         ]
 
-    def _cost(self, run: Run) -> str:
+    def _cost(self, run: StudyRun) -> str:
         macs = self.macs[run]
         return "unknown cost" if macs is None else f"{giga(macs)}MACs, {self._time(macs)}"
 
-    def _state(self, run: Run) -> str:
+    def _state(self, run: StudyRun) -> str:
         outcome = self.outcomes[run]
         return f"failed: {outcome.reason}" if outcome.state == "failed" else outcome.state
 
@@ -68,12 +68,12 @@ class Forecast:
         return str(timedelta(seconds=round(macs / self.macs_per_second)))
 
 
-def forecast(folder: StudyFolder, facts: Facts, jobs: int, device: str | None = None) -> Forecast:
+def forecast(folder: StudyFolder, summary: StudySummary, jobs: int, device: str | None = None) -> Forecast:
     """Forecast the cost of a study from its folder and models; nothing is written.
 
     Args:
         folder: Folder of the study; it need not exist.
-        facts: Summary of `checks.check_study`.
+        summary: Summary of `checks.check_study`.
         jobs: Runs at a time.
         device: Device for a measurement, if nothing has run yet; `None`: the study's.
 
@@ -81,14 +81,14 @@ def forecast(folder: StudyFolder, facts: Facts, jobs: int, device: str | None = 
         ConfigError: if a record cannot be read.
     """
     outcomes = {run: folder.outcome(run) for run in folder.study.runs()}
-    images = facts.images.value
+    images = summary.images.value
     whole = None if images is None else float(images) / folder.study.base.data.fraction
 
-    def cost(run: Run) -> float | None:
+    def cost(run: StudyRun) -> float | None:
         config = run.config
         if whole is None:
             return None
-        return _PASSES * facts.arms[run.arm].macs * whole * config.data.fraction * config.epochs
+        return _PASSES * summary.arms[run.arm].macs * whole * config.data.fraction * config.epochs
 
     macs = {run: cost(run) for run in outcomes}
     done = [(run, o.record) for run, o in outcomes.items() if o.record is not None and macs[run]]
@@ -96,12 +96,12 @@ def forecast(folder: StudyFolder, facts: Facts, jobs: int, device: str | None = 
         speed = sum(macs[run] or 0.0 for run, _ in done) / sum(record.seconds for _, record in done)
         basis = f"from the {len(done)} runs that are done: {speed / 1e9:.2f} GMACs/s each"
     else:
-        speed = measured_speed(folder, facts, device)
+        speed = measured_speed(folder, summary, device)
         basis = f"measured on random pictures here, without loading: {speed / 1e9:.2f} GMACs/s for one run"
     return Forecast(outcomes=outcomes, macs=macs, macs_per_second=speed, basis=basis, jobs=jobs)
 
 
-def measured_speed(folder: StudyFolder, facts: Facts, device_name: str | None = None) -> float:
+def measured_speed(folder: StudyFolder, summary: StudySummary, device_name: str | None = None) -> float:
     """Measure the multiply-accumulates per second of a few steps of the base, on a GPU or a CPU thread."""
     study = folder.study
     config = study.config(study.arms[0], study.seeds[0])
@@ -109,7 +109,7 @@ def measured_speed(folder: StudyFolder, facts: Facts, device_name: str | None = 
     with using_threads(1):
         with random_scope():
             plain = dataclasses.replace(config.model, pretrained=False)
-            model = build_model(plain, facts.classes).to(device)
+            model = build_model(plain, summary.classes).to(device)
         size = preprocessing_for(model, config.data).input_size
         macs = count_macs(model.eval(), size)
         count = min(config.batch_size, _MOST_IMAGES, max(2, int(_MACS_OF_A_MEASUREMENT / macs)))

@@ -11,7 +11,7 @@ from typing import Literal
 from localvit.atomic import write_atomically
 from localvit.errors import ConfigError
 from localvit.structure import read_json, to_json
-from localvit.studies.design import Run
+from localvit.studies.design import StudyRun
 from localvit.studies.execution.folder import StudyFolder
 
 Kind = Literal["slurm", "local"]
@@ -25,7 +25,7 @@ class Job:
     id: str
 
 
-def living(folder: StudyFolder) -> dict[Run, Job]:
+def living(folder: StudyFolder) -> dict[StudyRun, Job]:
     """Return unfinished runs whose last job is queued or running.
 
     Raises:
@@ -86,7 +86,7 @@ def _read_jobs(folder: StudyFolder) -> dict[str, Job]:
     return read_json(dict[str, Job], path) if path.exists() else {}
 
 
-def write_jobs(folder: StudyFolder, jobs: Mapping[Run, Job]) -> None:
+def write_jobs(folder: StudyFolder, jobs: Mapping[StudyRun, Job]) -> None:
     """Note the jobs of some runs, in the place of their former ones."""
     jobs_path(folder).mkdir(exist_ok=True)
     values = _read_jobs(folder) | {run.key: job for run, job in jobs.items()}

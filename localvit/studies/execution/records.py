@@ -21,7 +21,7 @@ from localvit.evaluation import Metrics
 from localvit.models import preprocessing_for
 from localvit.runtime import commit, versions
 from localvit.structure import build, plain, read_json, to_json
-from localvit.studies.design import Run, key_of
+from localvit.studies.design import StudyRun, key_of
 from localvit.training import train
 
 RECORD = "record.json"
@@ -106,7 +106,7 @@ def perform(config: TrainConfig, folder: Path) -> Record:
     return record
 
 
-def parse_record(values: Any, where: str, run: Run) -> Record:
+def parse_record(values: Any, where: str, run: StudyRun) -> Record:
     """Return the record of `run` in JSON `values`.
 
     Raises:
@@ -124,7 +124,7 @@ def parse_record(values: Any, where: str, run: Run) -> Record:
     return record
 
 
-def read_record(folder: Path, run: Run) -> Record | None:
+def read_record(folder: Path, run: StudyRun) -> Record | None:
     """Read the record in a run's folder; `None` if the run has not finished.
 
     Raises:

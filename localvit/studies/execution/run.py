@@ -20,7 +20,7 @@ from rich.console import Console
 from localvit.data import disable_ghostscript, open_splits
 from localvit.errors import ConfigError, one_line
 from localvit.runtime import pick_device
-from localvit.studies.design import Facts, Run, Study, check_study
+from localvit.studies.design import Study, StudyRun, StudySummary, check_study
 from localvit.studies.execution import cluster as clusters
 from localvit.studies.execution.display import Display
 from localvit.studies.execution.folder import Outcome, StudyFolder
@@ -32,7 +32,7 @@ class StudyFailed(RuntimeError):
     """Failure of a study; the message has the failed runs and the reasons."""
 
 
-Failures = dict[Run, str]
+Failures = dict[StudyRun, str]
 """Failed runs, each with the reason."""
 
 
@@ -71,9 +71,9 @@ def run_missing(
     """
     if cluster is not None:
         cluster.check(folder.study, threads)
-    facts = check_ready(folder.study, here=cluster is None)
+    summary = check_ready(folder.study, here=cluster is None)
     folder.finished()  # refuses damaged records
-    with folder.claim(command, facts.classes):
+    with folder.claim(command, summary.classes):
         if cluster is None and (there := living(folder)):
             listed = ", ".join(job.id for job in there.values())
             raise ConfigError(f"{len(there)} runs have jobs ({listed}); add --cluster or cancel them")
@@ -85,7 +85,7 @@ def run_missing(
             if missing:
                 if cluster is not None:
                     jobs = cluster.parallel or len(missing)
-                with Display(console, folder, facts, done, failures, jobs) as display:
+                with Display(console, folder, summary, done, failures, jobs) as display:
                     if cluster is None:
                         _work(missing, folder, min(jobs, len(missing)), threads, failures, display)
                     else:
@@ -95,7 +95,7 @@ def run_missing(
     return failures
 
 
-def check_ready(study: Study, here: bool = True) -> Facts:
+def check_ready(study: Study, here: bool = True) -> StudySummary:
     """Build each arm's model and open its data, so that errors come before anything is written.
 
     Args:
@@ -121,7 +121,7 @@ def check_ready(study: Study, here: bool = True) -> Facts:
     return check_study(study)
 
 
-def _outcomes(folder: StudyFolder, retry: bool, reuse: Sequence[Path]) -> dict[Run, Outcome]:
+def _outcomes(folder: StudyFolder, retry: bool, reuse: Sequence[Path]) -> dict[StudyRun, Outcome]:
     """Return the outcome of each run, after removing failed ones (`retry`) and copying reused ones."""
     found = {run: folder.outcome(run) for run in folder.study.runs()}
     for run, outcome in found.items():
@@ -134,11 +134,16 @@ def _outcomes(folder: StudyFolder, retry: bool, reuse: Sequence[Path]) -> dict[R
 
 
 def _work(
-    missing: deque[Run], folder: StudyFolder, jobs: int, threads: int, failures: Failures, display: Display
+    missing: deque[StudyRun],
+    folder: StudyFolder,
+    jobs: int,
+    threads: int,
+    failures: Failures,
+    display: Display,
 ) -> None:
     """Give each worker one run after the other; the death of a worker fails one run only."""
     with _workers(jobs, threads) as workers:
-        running: dict[Future[Record], tuple[int, Run]] = {}
+        running: dict[Future[Record], tuple[int, StudyRun]] = {}
         while missing or running:
             busy = {slot for slot, _ in running.values()}
             for slot in set(range(jobs)) - busy:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from localvit.config import differences, identity_fields
 from localvit.studies.reporting.comparison import interval
-from localvit.studies.reporting.report import Report, read_report
+from localvit.studies.reporting.report import StudyReport, read_report
 from localvit.studies.reporting.statistics import unpaired_difference
 from localvit.studies.reporting.tables import Table, result_table
 
@@ -57,7 +57,7 @@ def compare_studies(first: Path, second: Path) -> str:
     return "\n".join([*lines, "", table.markdown() if rows else "no arm has two seeds in both"])
 
 
-def _csv(report: Report) -> str:
+def _csv(report: StudyReport) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -24,9 +24,9 @@ def test_every_question_can_be_asked_at_every_scale(name, scale):
     assert len(study.contrasts()) >= 2
     if name == "architectures" and scale == "paper":
         return  # the models of the publications: counted in tests/models
-    facts = check_study(study)
+    summary = check_study(study)
     for arm, control in study.contrasts():
-        differs = facts.arms[arm.name].differs
+        differs = summary.arms[arm.name].differs
         assert differs, f"{arm.name} against {control.name}"
         assert {path.split(".")[0] for path in differs} <= {"model", "data"}
 

@@ -133,7 +133,9 @@ def test_an_interrupt_leaves_the_jobs_and_nothing_is_submitted_twice(folder, slu
 def test_what_jobs_left_undone_is_said_and_done_by_the_next_call(folder, slurm):
     first, second, third, fourth = folder.study.runs()
     slurm.acts = [lambda: finish(folder, slurm, first, second, third), lambda: None]
-    said = r"1 of 4 runs failed .locality seed 1: its job 100_3 ended before it did.*; the same command resumes them"
+    said = (
+        r"1 of 4 runs failed .locality seed 1: its job 100_3 ended before it did.*; the same command resumes"
+    )
     with pytest.raises(StudyFailed, match=said):
         run_study(folder.study, folder.path, cluster=Cluster(), retry=False)
     (line,) = Cluster(parallel=2).describe(folder, [fourth])

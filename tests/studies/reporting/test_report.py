@@ -110,7 +110,7 @@ def test_page_markdown_and_terminal_hold_the_same_numbers(report):
     markdown = (report.folder / "report.md").read_text()
     for cell in [cell for row in result_table(report).rows for cell in row]:
         assert all(cell in text for text in (page_of(report), markdown, terminal.get())), cell
-    for sentence in (*verdicts(report), *report.facts.arms["locality"].confounders):
+    for sentence in (*verdicts(report), *report.summary.arms["locality"].confounders):
         assert sentence in markdown
 
 
