@@ -174,10 +174,9 @@ def test_keys_and_values_that_would_break_the_line():
 
 
 def test_messages_of_dataclasses_stay_and_get_the_path_that_they_lack():
-    assert refused(build, TrainConfig, {"optim": {"lr": 0}}) == "optim.lr=0.0 is not accepted; use a positive number"
-    assert refused(build, TrainConfig, {"optim": {"lr": 0}}, "arms.wide") == (
-        "arms.wide: optim.lr=0.0 is not accepted; use a positive number"
-    )
+    message = "optim.lr=0.0 is not accepted; use a positive number"
+    assert refused(build, TrainConfig, {"optim": {"lr": 0}}) == message
+    assert refused(build, TrainConfig, {"optim": {"lr": 0}}, "arms.wide") == f"arms.wide: {message}"
     # A `DataError`, which is another kind of `ValueError`.
     assert refused(build, TrainConfig, {"data": {"holdout": 2}}).startswith(
         "data.holdout=2.0 is not accepted"

@@ -35,24 +35,15 @@ class Failure(Exception):
     """Expected failure after the start: one line, exit code 1."""
 
 
-def parse(
-    options: type[T], program: str, arguments: Sequence[str], description: str | None = None
-) -> T | None:
+def parse(options: type[T], program: str, arguments: Sequence[str], about: str | None = None) -> T | None:
     """Parse the options in `arguments`; return `None` if they ask for help, which is printed.
 
-    Args:
-        options: Dataclass of options, or a union of subcommands.
-        program: Program and verb.
-        arguments: Words after the verb.
-        description: Description of the verb, if `options` has no docstring.
-
-    Raises:
-        UsageError: with the first paragraph of tyro's explanation.
+    `about` describes a verb with subcommands. A `UsageError` has the first paragraph of tyro's explanation.
     """
     shown, complaint = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(complaint):
-            return tyro.cli(options, prog=program, description=description, args=list(arguments))
+            return tyro.cli(options, prog=program, description=about, args=list(arguments))
     except SystemExit as end:
         if end.code in (0, None):
             print(_layout(shown.getvalue()))

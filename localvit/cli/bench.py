@@ -58,6 +58,7 @@ class Options:
 
 def run(options: Options) -> int:
     """Compare and print."""
+    import dataclasses
     import json
 
     from rich.console import Console
@@ -69,21 +70,9 @@ def run(options: Options) -> int:
 
         if options.against is None and options.model not in VARIANTS:
             raise UsageError(f"{options.model!r} has no known baseline; add --against NAME")
-        config = BenchConfig(
-            model=options.model,
-            against=options.against,
-            engine=options.engine,
-            against_engine=options.against_engine,
-            batch_size=options.batch,
-            size=options.size,
-            threads=options.threads,
-            rounds=options.rounds,
-            train=options.train,
-            precision=options.precision,
-            device=options.device,
-            fuse=options.fuse,
-            args=model_arguments(options.set),
-        )
+        same = {field.name for field in dataclasses.fields(BenchConfig)} & vars(options).keys()
+        values = {name: getattr(options, name) for name in same}
+        config = BenchConfig(**values, batch_size=options.batch, args=model_arguments(options.set))
         quiet = Console(stderr=True)
         found = compare(config, lambda rounds: track(rounds, "timing", console=quiet, transient=True))
     if options.json:
@@ -121,13 +110,12 @@ def _print(found: Comparison) -> None:
 def _figures(found: Comparison, side: Side) -> dict[str, str]:
     """Return the rows of the table."""
     times = (1e3 * side.seconds.median, 1e3 * side.seconds.low, 1e3 * side.seconds.high)
-    fraction = side.fraction_of_peak
+    peak = side.fraction_of_peak
+    percent = (100 * peak.median, 100 * peak.low, 100 * peak.high)
     return {
         "ms": "{:.4g} \\[{:.4g}, {:.4g}]".format(*times),
         "images/s": f"{side.images_per_second:.4g}",
-        "fraction of peak, %": "{:.3g} \\[{:.3g}, {:.3g}]".format(
-            *(100 * value for value in (fraction.median, fraction.low, fraction.high))
-        ),
+        "fraction of peak, %": "{:.3g} \\[{:.3g}, {:.3g}]".format(*percent),
         "memory of a call, MiB": "-" if side.peak_memory is None else f"{side.peak_memory / 2**20:.1f}",
         "GMACs": f"{side.gmacs:.4g}",
         "parameters, M": f"{side.parameters / 1e6:.2f}",

@@ -29,10 +29,7 @@ HELP = "Run controlled experiments.\n\nExample: localvit study run designs --see
 
 @dataclass(frozen=True, kw_only=True)
 class List:
-    """List the questions that come with localvit.
-
-    Example: localvit study list
-    """
+    """List the questions that come with localvit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +98,7 @@ class RunOptions(OnCluster, Asked):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Write report.html and report.md again; results.jsonl is enough.
-
-    Example: localvit study report runs/designs
-    """
+    """Write report.html and report.md again; results.jsonl is enough."""
 
     folder: Folder
     """folder of a study"""
@@ -112,10 +106,7 @@ class ReportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Compare two studies arm by arm, such as two scales or two versions.
-
-    Example: localvit study compare runs/designs-digits runs/designs-small
-    """
+    """Compare two studies arm by arm, such as two scales or two versions."""
 
     first: Folder
     """folder of a study"""
@@ -125,10 +116,7 @@ class Compare:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Print the results of a study: csv by run, latex and markdown by arm.
-
-    Example: localvit study export runs/designs --format csv
-    """
+    """Print the results of a study: csv by run, latex and markdown by arm."""
 
     folder: Folder
     """folder of a study"""

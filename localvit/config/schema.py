@@ -106,9 +106,7 @@ class DistillConfig:
         if not 0.0 < self.alpha <= 1.0:
             raise ConfigError(f"distill.alpha={self.alpha!r} is not accepted; use a number in (0, 1]")
         if not 0.0 < self.temperature < float("inf"):
-            raise ConfigError(
-                f"distill.temperature={self.temperature!r} is not accepted; use a positive number"
-            )
+            raise ConfigError(f"distill.temperature={self.temperature!r} is not accepted; use more than 0")
         if self.kind == "hard" and self.temperature != 1.0:
             raise ConfigError(
                 f"distill.temperature={self.temperature:g} has no effect with distill.kind='hard'; use 'soft'"
@@ -154,9 +152,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         at_least(self, "engine", 1, "grad_accum")
         if self.clip_grad is not None and not 0.0 < self.clip_grad < float("inf"):
-            raise ConfigError(
-                f"engine.clip_grad={self.clip_grad!r} is not accepted; use a positive number or null"
-            )
+            raise ConfigError(f"engine.clip_grad={self.clip_grad!r} is not accepted; use more than 0 or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +211,7 @@ class TrainConfig:
         if self.schedule.name != "constant" and self.schedule.warmup_epochs >= self.epochs:
             warmup = self.schedule.warmup_epochs
             raise ConfigError(
-                f"schedule.warmup_epochs={warmup:g} is not accepted; use less than epochs={self.epochs}"
+                f"schedule.warmup_epochs={warmup:g} is not accepted; use less than {self.epochs}"
             )
         if self.schedule.name != "constant" and self.schedule.min_lr > self.effective_lr:
             low, scaled = self.schedule.min_lr, ""

@@ -118,9 +118,7 @@ def read_real_labels(path: str, images: Part, model: OpenModel) -> Int[torch.Ten
     """
     what = f"real_labels={path!r}"
     if model.labels != tuple(ImageNetInfo("imagenet-1k").label_names()):
-        raise ConfigError(
-            f"{what}: the model has other classes; use one with the 1000 of ILSVRC-2012 in timm's order"
-        )
+        raise ConfigError(f"{what} needs ILSVRC-2012's 1000 classes in timm's order; use another model")
     names = [os.path.basename(image_name(images, i)) for i in range(len(images))]
     try:
         known = RealLabelsImagenet(names, None if path == "default" else path).real_labels
@@ -129,7 +127,7 @@ def read_real_labels(path: str, images: Part, model: OpenModel) -> Int[torch.Ten
         raise ConfigError(f"{what} cannot be read: {error}; use 'default' or the authors' file") from error
     except AssertionError as error:
         raise DataError(
-            f"{what} does not have {len(names)} images; use the ILSVRC-2012 validation images"
+            f"{what} does not have {len(names)} images; use ILSVRC-2012's validation set"
         ) from error
     except KeyError as error:
         raise DataError(f"{what} has no image {error}; use the ILSVRC-2012 validation images") from error

@@ -125,9 +125,7 @@ def export_model(
             form.write(export_program(model, info), new, info)
             parity = check_parity(model, open_engine(form.engine, new, threads), inputs, tolerance)
         except Exception as error:  # exporters and engines raise exceptions of their own
-            raise ExportFailed(
-                f"{info.architecture} as {format}: {first_line(error)}; use another format"
-            ) from error
+            raise ExportFailed(f"{info.architecture} as {format}: {first_line(error)}") from error
         if not parity.passed:
             raise ParityError(str(file), parity)
         _into_place(new, path, form.suffixes)

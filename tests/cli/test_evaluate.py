@@ -70,7 +70,7 @@ def test_it_writes_json_csv_and_a_picture(exported, tmp_path):
         (["--confusion", "result.jpg"], "must end in .png"),
         (["--confusion", "nowhere/result.png"], "nowhere is not a writable folder"),
         (["--class-map", "none.txt"], "class_map='none.txt' is not accepted; use a .txt file"),
-        (["--real-labels", "default"], "with the 1000 of ILSVRC-2012"),
+        (["--real-labels", "default"], "ILSVRC-2012's 1000 classes"),
         (["--batch-size", "0"], "batch_size=0 is not accepted; use at least 1"),
         (["--crop-pct", "1.5"], "crop_pct=1.5"),
         (["--device", "tpu"], "device='tpu'"),

@@ -270,7 +270,7 @@ def test_reassessed_labels(tmp_path):
 
 
 def test_reassessed_labels_need_imagenets_pictures_and_classes(six, thousand, tmp_path):
-    with pytest.raises(ConfigError, match="with the 1000 of ILSVRC-2012"):
+    with pytest.raises(ConfigError, match="ILSVRC-2012's 1000 classes"):
         evaluate(*six, device="cpu", real_labels="default")
     (tmp_path / "real.json").write_text(json.dumps([[1]] * 12))
     with pytest.raises(DataError, match=r"has no image '0\.png'"):

@@ -47,9 +47,7 @@ class Arm:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.name):
-            raise ConfigError(
-                f"arm {self.name!r} is not accepted; use lower-case letters, digits, '-' and '.'"
-            )
+            raise ConfigError(f"arm {self.name!r} is not accepted; use lower case, digits, '-' and '.'")
         Resources().replaced(self.resources, f"arms.{self.name}.resources")
 
 
@@ -121,9 +119,7 @@ class Study:
 
     def __post_init__(self) -> None:
         if not self.arms or not self.seeds:
-            raise ConfigError(
-                f"{len(self.arms)} arms and {len(self.seeds)} seeds are too few; use some of each"
-            )
+            raise ConfigError(f"{len(self.arms)} arms and {len(self.seeds)} seeds are too few; add some")
         _check_unique("arm", [arm.name for arm in self.arms])
         _check_unique("seed", list(self.seeds))
         self._check_names()
