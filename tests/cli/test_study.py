@@ -70,7 +70,7 @@ def test_from_a_question_to_a_report(question, pictures, tmp_path, capsys, here)
         ["local", "seed", "1:"],
     ]
     assert "4 of 4 runs to do" in text
-    assert "measured on random pictures" in text
+    assert "measured here on random images" in text
 
     assert study(question, pictures, "--seeds", 2, "--output", out) == 0
     assert "report: " in capsys.readouterr().out

@@ -198,7 +198,7 @@ class StudyFolder:
             try:
                 parse_json(line)
             except ConfigError:
-                wrong.append(f"line {number} of {str(path)!r} is no record")
+                wrong.append(f"line {number} of {str(path)!r} is not a record")
         return wrong
 
     def _kept(self, run: StudyRun) -> Record | None:

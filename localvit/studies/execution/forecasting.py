@@ -97,7 +97,7 @@ def forecast(folder: StudyFolder, summary: StudySummary, jobs: int, device: str 
         basis = f"from the {len(done)} runs that are done: {speed / 1e9:.2f} GMACs/s each"
     else:
         speed = measured_speed(folder, summary, device)
-        basis = f"measured on random pictures here, without loading: {speed / 1e9:.2f} GMACs/s for one run"
+        basis = f"measured here on random images, without loading: {speed / 1e9:.2f} GMACs/s for one run"
     return Forecast(outcomes=outcomes, macs=macs, macs_per_second=speed, basis=basis, jobs=jobs)
 
 

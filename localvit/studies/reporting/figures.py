@@ -205,5 +205,5 @@ def _svg(canvas: Canvas, name: str) -> str:
         canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     text = text[text.index("<svg") :]  # what stands before it belongs to a file of its own
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # nobody refers to them, and they repeat in each figure
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # unused, and duplicates between figures
     return re.sub("|".join(_VARIABLES), lambda found: _VARIABLES[found[0]], text)
