@@ -116,7 +116,7 @@ def test_unknown_recipe_and_unreadable_file(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_recipe(str(tmp_path / "none.yaml"))
     (tmp_path / "list.yaml").write_text("[1, 2]")
-    with pytest.raises(ConfigError, match="not a mapping"):
+    with pytest.raises(ConfigError, match="use a mapping"):
         load_recipe(str(tmp_path / "list.yaml"))
 
 
