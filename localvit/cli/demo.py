@@ -115,10 +115,12 @@ def _default_output(data: str) -> str:
 
 def _tune(options: Options, folder: Path, console: Console) -> None:
     from localvit.studies import demo
-    from localvit.studies.execution import save_tuning, tune, tuning_markdown
+    from localvit.studies.execution import save_tuning, tune
+    from localvit.studies.reporting import tuning_table, tuning_text
 
+    base = _base(options)
     found = tune(
-        _base(options),
+        base,
         demo.ARMS,
         folder,
         factors=options.tune_factors,
@@ -128,7 +130,8 @@ def _tune(options: Options, folder: Path, console: Console) -> None:
         console=console,
     )
     save_tuning(found, folder)
-    console.print(tuning_markdown(found), markup=False, highlight=False, soft_wrap=True)
+    console.print(tuning_table(found).rich("Learning rates"))
+    console.print(tuning_text(found, base), markup=False, highlight=False, soft_wrap=True)
     print(f"written: {folder / 'tuning.json'}; the demo with the same data and output will use it")
 
 

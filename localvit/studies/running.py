@@ -24,16 +24,9 @@ from localvit.studies.execution import (
     Tuning,
     images_per_second,
     run_missing,
+    save_tuning,
 )
-from localvit.studies.reporting import (
-    SPEED,
-    TUNING,
-    Speed,
-    StudyReport,
-    read_report,
-    read_speed,
-    write_report,
-)
+from localvit.studies.reporting import SPEED, Speed, StudyReport, read_report, read_speed, write_report
 
 
 def run_study(
@@ -77,7 +70,7 @@ def run_study(
         console=console,
     )
     if tuning is not None:
-        write_atomically(folder / TUNING, to_json(tuning))
+        save_tuning(tuning, folder)
     if not failures and cluster is None:
         time_arms(store)
     report = read_report(folder)

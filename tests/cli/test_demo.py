@@ -49,7 +49,7 @@ def test_own_tuning_is_used(pictures, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     data = ("--data", pictures, "--output", out)
     assert demo(*data, "--tune", "--tune-seeds", 1, "--tune-factors", 1, 2) == 0
-    assert "# Learning rates" in capsys.readouterr().out
+    assert "An asterisk marks the chosen rate" in capsys.readouterr().out
     chosen = json.loads((out / "tuning" / "tuning.json").read_text())["chosen"]
     assert demo(*data, "--seeds", 2) == 0
     arms = json.loads((out / "study.json").read_text())["arms"]

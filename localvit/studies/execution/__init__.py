@@ -24,8 +24,6 @@ if TYPE_CHECKING:
         save_tuning as save_tuning,
         shipped_tuning as shipped_tuning,
         tune as tune,
-        tuning_markdown as tuning_markdown,
-        tuning_table as tuning_table,
     )
 else:
     __getattr__, __dir__, __all__ = door(__name__)

@@ -124,9 +124,8 @@ def tune(
 
 
 def save_tuning(tuning: Tuning, folder: Path) -> None:
-    """Write `tuning.json` and `tuning.md` into a folder."""
+    """Write `tuning.json` into a folder."""
     write_atomically(folder / "tuning.json", to_json(tuning))
-    write_atomically(folder / "tuning.md", tuning_markdown(tuning))
 
 
 def load_tuning(path: Path) -> Tuning:
@@ -147,34 +146,6 @@ def shipped_tuning(recipe: str) -> Tuning | None:
         resources.files("localvit.studies.execution") / "tuned" / f"{recipe}.json"
     ) as path:
         return load_tuning(path) if path.exists() else None
-
-
-def tuning_table(tuning: Tuning) -> tuple[list[str], list[list[str]]]:
-    """Return head and rows of the table: mean validation top-1 (each seed's) by learning rate and arm."""
-    head = ["learning rate", *tuning.validation_top1]
-    rows = []
-    for i, rate in enumerate(tuning.grid):
-        cells = []
-        for name, by_rate in tuning.validation_top1.items():
-            mark = " *" if tuning.chosen[name] == rate else ""
-            cells.append(_cell(by_rate[i]) + mark)
-        rows.append([f"{rate:g}", *cells])
-    return head, rows
-
-
-def tuning_markdown(tuning: Tuning) -> str:
-    """Return a page with the table and its method."""
-    head, rows = tuning_table(tuning)
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    border = f"At the border of the grid: {', '.join(tuning.at_border)}.\n\n" if tuning.at_border else ""
-    made_with = ", ".join(f"{name} {version}" for name, version in tuning.versions.items())
-    return (
-        "# Learning rates\n\n"
-        "Validation top-1 in per cent: mean over the seeds (each seed's), of the best epoch. The test split "
-        "was not used. `*` marks the rate that is chosen for the arm.\n\n"
-        + "\n".join(lines)
-        + f"\n\n{border}Seeds {', '.join(map(str, tuning.seeds))}; {made_with}.\n\n    {tuning.command}\n"
-    )
 
 
 def _grid_study(base: TrainConfig, arms: Sequence[Arm], rates: Sequence[float], seeds: int) -> Study:
@@ -224,11 +195,3 @@ def _extended(rates: Sequence[float], chosen: Sequence[float]) -> list[float]:
 def _tuned_part(values: dict[str, Any]) -> dict[str, Any]:
     optim = {name: value for name, value in values["optim"].items() if name != "lr"}
     return values | {"seed": 0, "optim": optim}
-
-
-def _cell(scores: Sequence[float | None]) -> str:
-    if None in scores:
-        return "failed"
-    numbers = [score for score in scores if score is not None]
-    each = ", ".join(f"{score:.1f}" for score in numbers)
-    return f"{statistics.fmean(numbers):.2f} ({each})"

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from localvit.studies.reporting.tables import (
         result_notes as result_notes,
         result_table as result_table,
+        tuning_table as tuning_table,
+        tuning_text as tuning_text,
     )
 else:
     __getattr__, __dir__, __all__ = door(__name__)

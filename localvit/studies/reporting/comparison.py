@@ -1,4 +1,4 @@
-"""Results of a study: the numbers that its records give and the sentences that these allow."""
+"""Results of a study: comparisons of its arms, and sentences about them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from localvit.studies.reporting.statistics import (
 )
 
 CEILING = 99.0
-"""Accuracy in per cent from which on an arm leaves too little room for another to be better."""
+"""Accuracy in per cent from which on there is too little room for a better arm."""
 WORTH_SEEING = 0.5
-"""Points for which the number of seeds needed is given: about the smallest gain that papers report."""
+"""Difference in points for which the number of seeds needed is given; papers rarely report smaller ones."""
 
 ClaimVerdict = Literal["reproduced", "contradicted", "not shown at this scale"]
 
@@ -67,7 +67,7 @@ class Contrast:
         p_adjusted: p-value of the t-test, corrected for all contrasts of the study (Holm).
         seeds_needed: Seeds that would show a difference of `WORTH_SEEING`; `None` if above 1,000 or if there
             is no spread.
-        claim: Verdict on the paper's claim; `None` where it claims nothing, or for no pairs.
+        claim: Verdict on the paper's claim; `None` without a claim about the arm, or without a difference.
     """
 
     arm: str
@@ -80,7 +80,7 @@ class Contrast:
 
     @property
     def shown(self) -> bool:
-        """Tell if there is a difference, at 5 % after correction."""
+        """Return whether the difference is significant at 5 % after correction."""
         return self.p_adjusted is not None and self.p_adjusted < 1 - CONFIDENCE
 
 
@@ -111,7 +111,7 @@ class Findings:
 def findings(
     study: Study, records: Mapping[StudyRun, Record], inference_speed: Mapping[str, float] | None = None
 ) -> Findings:
-    """Compare the arms of a study by the records that there are.
+    """Compare the arms of a study that have records.
 
     Args:
         study: The study.

@@ -20,7 +20,7 @@ _COLUMNS = (
 
 
 def export_study(folder: Path, form: Literal["csv", "latex", "markdown"]) -> str:
-    """Write the results as text: `"csv"` with a line for each run, the others with one for each arm.
+    """Write the results as text: `"csv"` has a line for each run, the other forms one for each arm.
 
     Raises:
         ConfigError: if the folder holds no study.
@@ -33,7 +33,7 @@ def export_study(folder: Path, form: Literal["csv", "latex", "markdown"]) -> str
 
 
 def compare_studies(first: Path, second: Path) -> str:
-    """Set two studies side by side: fields in which their bases differ, and every arm that both have.
+    """Compare two studies: the fields in which their bases differ, and every arm that both have.
 
     Seeds are not paired between studies, so the intervals are Welch's.
 

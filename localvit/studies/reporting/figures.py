@@ -1,4 +1,4 @@
-"""Figures of a report, as SVG text that stands inside a page and takes its colours from it."""
+"""Figures of a report, as SVG text inside a page that takes its colours from the page."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ COLOURS = (
 )
 """Colours of the arms in their order; the first two differ in lightness too, for readers who do not see hue.
 In a page they are its variables `--arm-0` and so on, which differ in dark mode."""
+MARKS = "DosP^v<X*p"
+"""Marks of the arms in their order, for the same readers."""
 
 _INK, _FAINT, _PAPER = "#010203", "#040506", "#070809"  # become `currentColor` and the page's variables
 _KERNEL_COLUMNS = 12
@@ -65,18 +67,20 @@ def figures(report: StudyReport) -> list[Figure]:
     drawn = []
     if any(contrast.difference for contrast in found.contrasts):
         caption = (
-            "Differences with 95 % intervals. A filled point is a difference that is shown after correction. "
-            "Each tick is one seed."
+            "Paired differences: means with 95 % intervals. A filled point is a difference that is shown "
+            "after correction. Each tick is the difference of one seed."
         )
         drawn.append(Figure(forest(found, metric), "Forest plot of the differences", caption))
     by_arm: dict[str, list[Record]] = {arm.name: [] for arm in found.arms}
     for run, record in report.records.items():
         by_arm[run.arm].append(record)
-    caption = "Validation accuracy by epoch: mean over the seeds, with a band from the lowest to the highest."
+    caption = (
+        "Validation accuracy by epoch: mean over the seeds; the band is from the lowest to the highest seed."
+    )
     drawn.append(Figure(learning_curves(by_arm), "Learning curves", caption))
     for cost, label in _COSTS.items():
         if all(getattr(arm, cost) is not None for arm in found.arms):
-            caption = f"Test {metric} against {label}, with 95 % intervals."
+            caption = f"Test {metric} against {label}: means with 95 % intervals."
             drawn.append(Figure(against_cost(found, cost, metric), f"Accuracy against {label}", caption))
     return drawn + [_kernel_figure(each) for each in report.kernels]
 
@@ -142,12 +146,10 @@ def against_cost(found: Findings, cost: Cost, metric: str) -> str:
     """Draw the accuracy of each arm against its cost, with its interval."""
     with mpl.rc_context(_STYLE):
         canvas, axes = _canvas(4.8, 3.2 + 0.2 * (len(found.arms) // 3))
-        for arm, colour in zip(found.arms, itertools.cycle(COLOURS), strict=False):
+        for i, arm in enumerate(found.arms):
             mean, spread = _score(arm)
-            at = getattr(arm, cost)
-            axes.errorbar(
-                at, mean, yerr=spread, fmt="D", color=colour, capsize=3, markersize=5, label=arm.name
-            )
+            look: Any = {"fmt": MARKS[i % len(MARKS)], "color": COLOURS[i % len(COLOURS)], "markersize": 6}
+            axes.errorbar(getattr(arm, cost), mean, yerr=spread, capsize=3, label=arm.name, **look)
         axes.set(xlabel=_COSTS[cost], ylabel=f"{metric} on the\ntest split (%)")
         axes.margins(x=0.1)
         axes.xaxis.set_major_locator(MaxNLocator(6))
@@ -204,6 +206,6 @@ def _svg(canvas: Canvas, name: str) -> str:
     with mpl.rc_context({"svg.hashsalt": name}):
         canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     text = file.getvalue()
-    text = text[text.index("<svg") :]  # what stands before it belongs to a file of its own
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # unused, and duplicates between figures
+    text = text[text.index("<svg") :]  # the XML declaration before it is for separate files
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to them, and they repeat in each figure
     return re.sub("|".join(_VARIABLES), lambda found: _VARIABLES[found[0]], text)

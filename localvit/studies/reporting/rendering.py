@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 from localvit.atomic import write_atomically, writing
 from localvit.structure import plain, to_json, to_yaml
-from localvit.studies.execution import Record, tuning_table
+from localvit.studies.execution import Record
 from localvit.studies.reporting import tables
 from localvit.studies.reporting.comparison import verdict
 from localvit.studies.reporting.figures import Figure, figures
@@ -70,7 +70,6 @@ def _render(report: StudyReport, form: str, drawn: Sequence[Figure]) -> str:
         origin=_origin(list(report.records.values())),
         shared=shared,
         tables=tables,
-        tuning_table=report.tuning and tables.Table(*tuning_table(report.tuning)),
         verdicts=verdicts(report),
     )
 
@@ -83,14 +82,19 @@ def _environment(form: str) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"breakable": _breakable, "plain": tables.plain}
+    environment.filters |= {"breakable": _breakable, "unbroken": _unbroken, "plain": tables.plain}
     environment.globals["plural"] = tables.plural
     return environment
 
 
 def _breakable(text: str) -> Markup:
-    """Let a path break behind its dots and underscores, and nowhere inside a word."""
+    """Let a path wrap after its dots and underscores, and nowhere inside a word."""
     return Markup(re.sub(r"(?<=[._])(?=[a-z])", "<wbr>", str(escape(text))))
+
+
+def _unbroken(text: str) -> str:
+    """Keep a number on the line of its sign and unit: `p < 0.001`, `95 %`; escaped text stays so."""
+    return type(text)(re.sub(r"(?<=\d) (?=%)|(?<=\bp) (?=[<=])|(?<=[<=]) (?=\d)", "\N{NO-BREAK SPACE}", text))
 
 
 def _origin(records: Sequence[Record]) -> dict[str, str] | None:

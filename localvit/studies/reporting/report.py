@@ -54,7 +54,7 @@ class StudyReport:
         tuning: Search for the learning rates; `None` if they were not tuned.
         command: Command that repeats the study; empty if it was no command.
         speed_machine: Machine on which inference was timed, in words; empty if it was not.
-        kernels: Kernels in the report; empty without saved weights.
+        kernels: Kernels that are drawn; empty if no weights are available.
     """
 
     folder: Path
@@ -70,7 +70,7 @@ class StudyReport:
 
 
 def read_report(folder: Path) -> StudyReport:
-    """Read a study's folder; unusable files become warnings.
+    """Read the folder of a study, finished or not; a file that cannot be used becomes a warning.
 
     Raises:
         ConfigError: if it has no study.
@@ -128,7 +128,7 @@ def read_speed(folder: Path) -> Speed:
 def read_kernels(store: StudyFolder, records: Mapping[StudyRun, Record], classes: int) -> tuple[Kernels, ...]:
     """Read the depth-wise kernels of up to three feed-forward networks (first, middle, last).
 
-    They are those of the first run with locality and saved weights. Networks that no output depends
+    They are those of the first run with locality whose weights are available. Networks that no output depends
     on are left out.
 
     Raises:
@@ -208,4 +208,4 @@ def _missing(study: Study, records: Mapping[StudyRun, Record]) -> list[str]:
         return []
     listed = "; ".join(f"{a} seed{'s' if len(s) > 1 else ''} {', '.join(s)}" for a, s in missing.items())
     number = sum(map(len, missing.values()))
-    return [f"Not complete: {number} of {len(study.runs())} runs are missing ({listed})."]
+    return [f"Incomplete: {number} of {len(study.runs())} runs are missing ({listed})."]

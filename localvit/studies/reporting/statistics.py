@@ -1,8 +1,8 @@
 """Statistics of a handful of paired runs.
 
-Accuracies are compared as integer counts of correct images, so that ties are exact. Every interval and
-t-test needs a spread to judge by: where all values are equal, interval, p-value and smallest detectable
-difference do not exist and are `None`, whatever the mean is.
+Accuracies are compared as integer counts of correct images, so that ties are exact. Intervals and t-tests
+need variation: if all values are equal, interval, p-value and smallest detectable difference do not exist
+and are `None`, whatever the mean is.
 """
 
 from __future__ import annotations
@@ -104,10 +104,10 @@ def paired_difference(treatment: Sequence[int], control: Sequence[int], images: 
 def sign_flip_p(differences: Sequence[int]) -> float:
     """Return the two-sided p-value of the paired permutation test of the mean.
 
-    If an arm makes no difference, each difference might as well have the other sign. The p-value is the
-    fraction of all choices of signs whose mean is at least as far from zero. Up to 13 pairs every choice is
-    tried; above, 9,999 random ones (always the same), the observed one counted among them. With n pairs it is
-    never below `2 / 2**n`: five pairs cannot reach 5 %.
+    If the arms are equal, each difference is as likely to have the other sign. The p-value is the fraction of
+    all choices of signs whose mean is at least as far from zero as the observed one. Up to 13 pairs every
+    choice is tried; with more, 9,999 random ones (always the same) and the observed one. With n pairs the
+    p-value is never below `2 / 2**n`: five pairs cannot reach 5 %.
 
     Args:
         differences: Integers, such as counts of images: rounded floats would hide ties.
@@ -123,9 +123,10 @@ def sign_flip_p(differences: Sequence[int]) -> float:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Correct p-values for their number (Holm 1979, a sequentially rejective procedure).
+    """Correct p-values for multiple comparisons (Holm 1979, a sequentially rejective procedure).
 
-    Rejecting what is below 5 % then makes one or more false claims with a probability of at most 5 %.
+    If every corrected p-value below 5 % is reported as a difference, the probability of one or more false
+    reports is at most 5 %.
 
     Args:
         p_values: One family of tests; `None` stays `None` and counts as a test.

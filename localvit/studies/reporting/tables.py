@@ -11,6 +11,7 @@ from typing import Any
 from rich import table as rich_table
 from rich.text import Text
 
+from localvit.config import TrainConfig
 from localvit.cost import giga
 from localvit.locality import LocalityConfig
 from localvit.studies.design import Claim, Metric, Study
@@ -24,7 +25,7 @@ METRICS: dict[Metric, str] = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `words` if its cells are words, which may be broken over lines."""
+    """A table; `words` if its cells are words, which may wrap."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -96,6 +97,18 @@ def differing_fields(report: StudyReport) -> Table:
     return Table(["arm", "control", "field", "in the control", "in the arm"], rows, words=True)
 
 
+def confounders(report: StudyReport) -> dict[str, list[str]]:
+    """Group the sentences on other differences by the arms that they hold for: names of arms -> sentences."""
+    arms: dict[str, list[str]] = {}
+    for name, summary in report.summary.arms.items():
+        for sentence in summary.confounders:
+            arms.setdefault(sentence, []).append(name)
+    groups: dict[str, list[str]] = {}
+    for sentence, names in arms.items():
+        groups.setdefault(", ".join(names), []).append(sentence)
+    return groups
+
+
 def claim_table(report: StudyReport, claim: Claim) -> Table:
     """Compare the claim about each arm with its result."""
     contrasts = {contrast.arm: contrast for contrast in report.findings.contrasts}
@@ -119,24 +132,36 @@ def power_table(report: StudyReport) -> Table:
     for contrast in report.findings.contrasts:
         cells, found = ["-"] * 5, contrast.difference
         if found is not None:
-            tests = [p_text(found.p_value), p_text(found.permutation_p)]
+            tests = [_p_cell(found.p_value), _p_cell(found.permutation_p)]
             cells = [f"{found.estimate.sd:.2f}", _or_dash(found.effect_size, "{:+.2f}"), *tests]
-            cells.append(_or_dash(found.detectable, "{:.2f} points"))
+            cells.append(_or_dash(found.detectable, "{:.2f}"))
         rows.append([contrast.arm, str(len(contrast.seeds)), *cells, _or_dash(contrast.seeds_needed, "{}")])
-    head = ["arm", "seeds", "sd of differences", "effect size", "t-test", "sign flips", "smallest detectable"]
-    return Table([*head, f"seeds for {WORTH_SEEING:g} points"], rows)
+    head = ["arm", "seeds", "sd of differences, points", "effect size", "p, t-test", "p, sign flips"]
+    return Table([*head, "smallest detectable, points", f"seeds for {WORTH_SEEING:g} points"], rows)
 
 
-def tuning_text(tuning: Tuning, study: Study) -> str:
-    """Say where the learning rates are from, and if they were tuned for this setting."""
+def tuning_table(tuning: Tuning) -> Table:
+    """Give each learning rate and arm the validation accuracy; `*` marks the chosen rates."""
+    rows = []
+    for i, rate in enumerate(tuning.grid):
+        cells = [
+            _mean_and_each(by_rate[i]) + (" *" if tuning.chosen[name] == rate else "")
+            for name, by_rate in tuning.validation_top1.items()
+        ]
+        rows.append([f"{rate:g}", *cells])
+    return Table(["learning rate", *tuning.validation_top1], rows)
+
+
+def tuning_text(tuning: Tuning, base: TrainConfig) -> str:
+    """Say how the learning rates were chosen, and if `base` is the setting that they were chosen for."""
     text = (
-        "Each arm's learning rate was chosen by mean validation top-1 from one grid, "
-        f"with seeds {', '.join(map(str, tuning.seeds))}; the test split was not used. Command: "
-        f"{tuning.command}. Chosen rates are marked with *; in brackets each seed's value."
+        "Each arm's learning rate was chosen from one grid by the mean validation top-1 accuracy (%) of the "
+        f"best epoch, with seeds {', '.join(map(str, tuning.seeds))}. The test split was not used. Command: "
+        f"{tuning.command}. An asterisk marks the chosen rate; the value of each seed is in parentheses."
     )
     if tuning.at_border:
-        text += f" The grid ended at the best value of {', '.join(tuning.at_border)}."
-    departures = tuning.departures(study.base)
+        text += f" The best rate is at the end of the grid for {', '.join(tuning.at_border)}."
+    departures = tuning.departures(base)
     if departures:
         listed = "; ".join(
             f"{path} {field_value(old)}, here {field_value(new)}" for path, (old, new) in departures.items()
@@ -156,13 +181,13 @@ def untuned_text(study: Study) -> str:
 
 
 def field_value(value: Any) -> str:
-    """Write a field's value as a reader understands it; `{}` says little about locality."""
+    """Write a field's value for readers: `{}` is the paper's locality; `None` is not the value `"none"`."""
     if isinstance(value, Mapping) and not value:
         chosen = LocalityConfig().resolve().to_dict()
         return "the paper's: " + ", ".join(f"{name} {v}" for name, v in chosen.items())
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {field_value(v)}" for name, v in value.items())
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "not set" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def plain(text: str) -> str:
@@ -187,7 +212,18 @@ def _contrast_cells(contrast: Contrast | None) -> list[str]:
     if contrast.difference is None:
         return [contrast.control, "-", "-"]
     difference = _with_interval(contrast.difference.estimate, sign=True)
-    return [contrast.control, difference, p_text(contrast.p_adjusted)]
+    return [contrast.control, difference, _p_cell(contrast.p_adjusted)]
+
+
+def _p_cell(p_value: float | None) -> str:
+    return p_text(p_value).removeprefix("p ").removeprefix("= ")
+
+
+def _mean_and_each(scores: Sequence[float | None]) -> str:
+    numbers = [score for score in scores if score is not None]
+    if len(numbers) < len(scores):
+        return "failed"
+    return f"{statistics.fmean(numbers):.2f} ({', '.join(f'{score:.1f}' for score in numbers)})"
 
 
 def _with_interval(value: Estimate, *, sign: bool = False) -> str:

@@ -16,8 +16,8 @@ from localvit.studies.execution.tuning import (
     save_tuning,
     shipped_tuning,
     tune,
-    tuning_markdown,
 )
+from localvit.studies.reporting.tables import tuning_table, tuning_text
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -72,7 +72,8 @@ def test_a_grid_that_stays_too_short_is_said_to_be(tiny, tmp_path, scored):
     found = tune(tiny, ARMS, tmp_path, command="c", seeds=1)
     assert found.grid[-1] == 0.016 * 2**4
     assert found.at_border == ["baseline"]
-    assert "At the border of the grid: baseline" in tuning_markdown(found)
+    assert "at the end of the grid for baseline." in tuning_text(found, tiny)
+    assert [row[1] for row in tuning_table(found).rows][-1] == "-884.40 (-884.4) *"
 
 
 def test_an_arm_that_never_finishes_fails(tiny, tmp_path, scored):
@@ -91,7 +92,7 @@ def test_a_real_tuning_is_kept_and_read_back(tiny, tmp_path, monkeypatch):
     found = tune(tiny, ARMS, tmp_path, factors=(1.0, 2.0), seeds=1, command="the command")
     save_tuning(found, tmp_path)
     assert load_tuning(tmp_path / "tuning.json") == found
-    assert "the command" in (tmp_path / "tuning.md").read_text()
+    assert "Command: the command." in tuning_text(found, tiny)
     assert found.departures(tiny) == {}
     changed = dataclasses.replace(tiny, epochs=3, seed=7, optim=dataclasses.replace(tiny.optim, lr=1.0))
     assert found.departures(changed) == {"epochs": (1, 3)}

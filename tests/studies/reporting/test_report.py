@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from rich.console import Console
 from localvit.atomic import WriteFailed
 from localvit.config.files import resolve
 from localvit.studies.demo import ARMS, demo_study
-from localvit.studies.design.study import Claim, Study
+from localvit.studies.design.study import Claim
 from localvit.studies.execution import run as run_module, tuning as tuning_module
 from localvit.studies.execution.folder import StudyFolder
 from localvit.studies.execution.throughput import images_per_second
@@ -21,7 +22,7 @@ from localvit.studies.execution.tuning import tune
 from localvit.studies.reporting.figures import COLOURS, figures, forest
 from localvit.studies.reporting.rendering import render, verdicts, write_report
 from localvit.studies.reporting.report import read_report
-from localvit.studies.reporting.tables import differing_fields, result_table, tuning_text
+from localvit.studies.reporting.tables import confounders, differing_fields, result_table, tuning_text
 from localvit.studies.running import run_study
 from tests.studies.tiny import SETTINGS, worker_here
 
@@ -146,15 +147,14 @@ def test_a_line_that_is_no_record_is_said_so(report, copy):
 
 def test_how_arms_differ_is_the_difference_of_their_configurations(report):
     fields = {row[2]: (row[0], row[1], row[3]) for row in differing_fields(report).rows}
-    assert fields.pop("model.locality") == ("locality", "baseline", "none")
+    assert fields.pop("model.locality") == ("locality", "baseline", "not set")
     assert set(fields) <= {"optim.lr"}
 
 
 def test_tuning_of_another_setting_is_said_so(report, tiny):
-    assert "tuned for another setting" not in tuning_text(report.tuning, report.study)
-    base = dataclasses.replace(tiny, epochs=4)
-    study = Study(question="?", base=base, arms=report.study.arms, seeds=(0, 1))
-    assert "tuned for another setting: epochs 1, here 4" in tuning_text(report.tuning, study)
+    assert "tuned for another setting" not in tuning_text(report.tuning, report.study.base)
+    other = dataclasses.replace(tiny, epochs=4)
+    assert "tuned for another setting: epochs 1, here 4" in tuning_text(report.tuning, other)
 
 
 def test_mixed_versions_are_said_so(report, monkeypatch, copy):
@@ -248,8 +248,23 @@ def test_markup_in_names_stays_text(report):
     assert rendered.markdown.startswith("# \\<img src=x")
 
 
-def test_lines_break_at_dots_and_underscores_only(report):
+def test_every_cell_names_its_column_for_narrow_screens(report):
+    cells = re.findall(r"<td(.*?)>(.*?)</td>", page_of(report))
+    assert len(cells) > 20
+    for attributes, text in cells:
+        head = re.fullmatch(r' data-head="([^"]+)"( class="none")?', attributes)
+        assert head, attributes
+        assert f'<th scope="col">{head[1]}</th>' in page_of(report)
+        assert (head[2] is not None) == (text == "-")
 
+
+def test_a_sentence_that_holds_for_several_arms_is_written_once():
+    arms = {"a": SimpleNamespace(confounders=("x", "y")), "b": SimpleNamespace(confounders=("x", "z"))}
+    grouped = confounders(SimpleNamespace(summary=SimpleNamespace(arms=arms)))
+    assert grouped == {"a, b": ["x"], "a": ["y"], "b": ["z"]}
+
+
+def test_lines_break_at_dots_and_underscores_only(report):
     text = page_of(report)
     assert "model.<wbr>locality" in text
     assert set(re.findall(r"(.)<wbr>", text)) <= {".", "_"}
@@ -295,7 +310,7 @@ def test_empty_parts_are_left_out(tiny, tmp_path):
         "Result",
         "Figures",
         "The paper's claim",
-        "What these seeds could show",
+        "Statistical power",
         "How the arms differ",
     ):
         assert f"## {heading}" not in rendered.markdown
