@@ -28,7 +28,7 @@ class Kernels:
 
     Attributes:
         site: Path of the network in the model.
-        arm, seed: StudyRun that learned them.
+        arm, seed: Run that learned them.
         weights: (n, k, k) float array, the strongest first, at most `SHOWN_KERNELS`.
         left_out: Networks of this model that are not shown because no output depends on them.
     """
