@@ -92,7 +92,7 @@ class Process:
 def newest_state(folder: Path) -> int:
     """Updates of the newest state; 0 if there is none."""
     names = sorted(path.stem for path in (folder / "state").glob("*.state"))
-    return int(names[-1].removeprefix("update-")) if names else 0
+    return int(names[-1].removeprefix("step-")) if names else 0
 
 
 def begun(folder: Path) -> float:
@@ -132,7 +132,7 @@ def killed_run(folder: Path, number: int, most: int, dice: random.Random) -> lis
         alive = process.wait_for(moment, dice) if len(kills) < most else process.wait()
         said = process.kill() if alive else process.popen.communicate()[0]
         if kills and begun(folder) != process.had[1]:
-            found = re.search(r"resuming after update (\d+)", said)
+            found = re.search(r"resuming after step (\d+)", said)
             kills[-1].went_on_after = int(found[1]) if found else 0
         if not alive:
             if process.popen.returncode:
@@ -165,7 +165,7 @@ def report(kills: list[Kill], same: list[bool], epochs: int, seconds: float) -> 
         "",
         "Settings: " + ", ".join(f"`{setting}`" for setting in SETTINGS) + ".",
         "",
-        "| kill | run | moment | epochs done | newest state (update) | went on after update |",
+        "| kill | run | moment | epochs done | newest state (step) | resumed after step |",
         "|---|---|---|---|---|---|",
     ]
     for number, kill in enumerate(kills, start=1):

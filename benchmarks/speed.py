@@ -226,7 +226,7 @@ def training(threads: int, batch: int, rounds: int) -> Iterator[Row]:
     yield row("kept for the backward pass / DeiT-T", kept[OURS] / kept[BASE], **where)
     grown = {name: in_a_fresh_process(step_growth, name, batch) for name in works}
     known = grown[OURS] and grown[BASE]
-    found = grown[OURS] / grown[BASE] if known else "the system does not tell"
+    found = grown[OURS] / grown[BASE] if known else "unknown"
     yield row("peak memory of a step / DeiT-T", found, **where)
 
 

@@ -57,7 +57,7 @@ tail -n 1 "$work/whole-a.log"
 echo "== the worker of the second host is killed"
 host "$a" 10.77.0.1 1 "$work/run" "$work/a.log"; first=$!
 host "$b" 10.77.0.2 0 "$work/run" "$work/b.log"; second=$!
-until compgen -G "$work/run/state/update-0000000[3-9]*.state" >/dev/null; do
+until compgen -G "$work/run/state/step-0000000[3-9]*.state" >/dev/null; do
     kill -0 "$first" || { tail -n 20 "$work"/[ab].log; exit 1; }
     sleep 0.1
 done

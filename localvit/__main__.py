@@ -1,4 +1,4 @@
-"""``python -m localvit`` is the command line."""
+"""`python -m localvit` is the command line."""
 
 import sys
 

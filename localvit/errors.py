@@ -17,19 +17,19 @@ def suggestion(value: object, accepted: Iterable[str]) -> str:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Return the error for a name that does not exist, with the nearest ones that do.
+    """Return the error for an unknown name, with the nearest known ones.
 
     Args:
-        what: What was looked for.
-        name: The name, which may be the last part of a dotted one.
-        known: What exists; dotted names are compared by their last part too.
+        what: Kind of thing that was looked for.
+        name: The name, or the last part of a dotted one.
+        known: Names that exist; dotted names are compared by their last part too.
     """
     whole = list(known)
     tails = {k.rpartition(".")[2]: k for k in reversed(whole)}
     near = difflib.get_close_matches(name, whole, n=3, cutoff=0.5)
     near = near or [tails[tail] for tail in difflib.get_close_matches(name, tails, n=3, cutoff=0.7)]
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    return ConfigError(f"{what}: there is no {name!r}{hint}")
+    return ConfigError(f"{what}: {name!r} does not exist{hint or '; check the spelling'}")
 
 
 def at_least(config: Any, prefix: str, low: float, *names: str) -> None:
@@ -45,7 +45,7 @@ def check_at_least(least: float, **values: float) -> None:
     """
     for name, value in values.items():
         if not least <= value < float("inf"):
-            raise ConfigError(f"{name}={value!r} must be at least {least:g}")
+            raise ConfigError(f"{name}={value!r} is not accepted; use at least {least:g}")
 
 
 def one_line(error: BaseException) -> str:
@@ -59,10 +59,10 @@ def first_line(error: BaseException) -> str:
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on; the message says where it stopped and why.
+    """Failure of a training run; the message says where it stopped and why.
 
     Attributes:
-        images: Names of the images of the batch that it stopped at, if they may be the reason.
+        images: Names of the images in the last batch, if they may be the reason.
     """
 
     def __init__(self, message: str, images: tuple[str, ...] = ()) -> None:
@@ -71,7 +71,7 @@ class TrainingFailed(RuntimeError):
 
 
 class TrainingInterrupted(Exception):
-    """A signal asked for the end, and the state is saved; the message says how to go on."""
+    """End of a run by a signal, after its state was saved; the message says how to resume."""
 
 
 class UnsupportedModelError(ValueError):

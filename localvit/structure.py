@@ -36,7 +36,7 @@ MOST_BYTES = 64 * 2**20
 
 _YAML = "tag:yaml.org,2002:"
 _CHOICE = "\0"
-"""Stands in pydantic's paths for the member of a union that refused a value."""
+"""Mark in pydantic's paths of the union member that refused a value."""
 _WORDS = {
     "a valid dictionary": "a mapping of field to value",
     "a dictionary": "a mapping of field to value",
@@ -45,7 +45,7 @@ _WORDS = {
     "a valid integer": "an integer",
     "a valid ": "a ",
 }
-"""Words of pydantic and ours."""
+"""pydantic's words -> ours."""
 
 
 def plain(value: Any, where: str = "", depth: int = 0) -> Any:
@@ -54,7 +54,7 @@ def plain(value: Any, where: str = "", depth: int = 0) -> Any:
     Args:
         value: A dataclass, or anything made of them, mappings, lists, tuples and scalars.
         where: Its place in the whole, for the message.
-        depth: Of this place.
+        depth: Its nesting level.
 
     Raises:
         ConfigError: for NaN, infinity, an integer of more than 64 bits, or a type that JSON does not have.
@@ -63,7 +63,7 @@ def plain(value: Any, where: str = "", depth: int = 0) -> Any:
         own = getattr(value, "to_dict", None)
         value = own() if own else {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if depth > MOST_DEPTH:
-        raise ConfigError(f"{where[:80]}...: nested more than {MOST_DEPTH} levels deep")
+        raise ConfigError(f"{where[:80]}...: too deeply nested; use at most {MOST_DEPTH} levels")
     if isinstance(value, Mapping):
         if wrong := [key for key in value if isinstance(key, bool) or not isinstance(key, (str, int))]:
             raise ConfigError(f"{join(where, str(wrong[0]))}: the key {wrong[0]!r} is not text; quote it")
@@ -77,7 +77,7 @@ def plain(value: Any, where: str = "", depth: int = 0) -> Any:
         raise ConfigError(f"{where or 'value'}: an integer of {value.bit_length()} bits; use at most 64")
     if value is None or isinstance(value, (str, int, float)):
         return value
-    raise ConfigError(f"{where or 'value'}: {_shown(value)} is no JSON value; quote it if it is text")
+    raise ConfigError(f"{where or 'value'}: {_shown(value)} is not a JSON value; quote it if it is text")
 
 
 def build(kind: type[T], values: Any, where: str = "") -> T:
@@ -122,7 +122,7 @@ def parse_json(text: str, name: str = "the text") -> Any:
     """Return what a JSON text holds.
 
     Raises:
-        ConfigError: if it is none, repeats a key, or has NaN or infinity.
+        ConfigError: if it is not JSON, has a duplicate key, or has NaN or infinity.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
@@ -147,11 +147,11 @@ def parse_yaml(text: str, name: str = "the text") -> Any:
     """Return what a YAML text holds.
 
     Raises:
-        ConfigError: with line and field, if it is no YAML, repeats a key, has a key that is not text, is
-            nested too deeply, too large (aliases included), or has a value that JSON has not.
+        ConfigError: with line and field, if it is not YAML, has a duplicate key or one that is not text, is
+            nested too deeply, too large (aliases included), or has a value that JSON does not have.
     """
     if len(text) > MOST_CHARACTERS:
-        raise ConfigError(f"{name} has more than {MOST_CHARACTERS} characters, which YAML here may not")
+        raise ConfigError(f"{name} is too long; use at most {MOST_CHARACTERS} characters of YAML")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -167,11 +167,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read the mapping in a YAML file.
 
     Raises:
-        ConfigError: as `parse_yaml`, or if it cannot be read or is no mapping.
+        ConfigError: as `parse_yaml`, or if it cannot be read or is not a mapping.
     """
     values = parse_yaml(_read(path), repr(str(path)))
     if not isinstance(values, dict):
-        raise ConfigError(f"{str(path)!r}: {_shown(values)} is not a mapping of field to value")
+        raise ConfigError(f"{str(path)!r}: {_shown(values)} is not accepted; use a mapping of field to value")
     return values
 
 
@@ -194,9 +194,9 @@ def _read(path: str | Path) -> str:
             text = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
-        raise ConfigError(f"{str(path)!r} cannot be read: {reason}") from error
+        raise ConfigError(f"{str(path)!r} cannot be read: {reason}; check path and permissions") from error
     if len(text) > MOST_BYTES:
-        raise ConfigError(f"{str(path)!r} cannot be read: more than {MOST_BYTES >> 20} MB")
+        raise ConfigError(f"{str(path)!r} is too large; use at most {MOST_BYTES >> 20} MB")
     return text
 
 
@@ -204,16 +204,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is there twice")
+        raise ValueError(f"duplicate key {next(n for n in names if names.count(n) > 1)!r}")
     return values
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's composer, and values with bounded depth and number and keys that are text."""
+    """PyYAML's composer with bounded depth and number of values, and with text keys only."""
 
     depth = 0
     composed = 0
@@ -229,8 +229,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _refuse_size(self, node: Any, depth: int) -> None:
-        deep = f"nested more than {MOST_DEPTH} levels deep"
-        many = f"more than {MOST_VALUES} values, with aliases"
+        deep = f"too deeply nested; use at most {MOST_DEPTH} levels"
+        many = f"too many values; use at most {MOST_VALUES}, with aliases"
         raise _problem(node, "", deep if depth > MOST_DEPTH else many)
 
     def value(self, node: yaml.Node, path: str, depth: int) -> Any:
@@ -251,14 +251,14 @@ class _Loader(yaml.SafeLoader):
                 found = self.value(item, path, depth + 1)
                 for base in reversed(found if isinstance(found, list) else [found]):
                     if not isinstance(base, dict):
-                        raise _problem(item, path, "<< needs a mapping")
+                        raise _problem(item, path, "<< without a mapping; merge a mapping")
                     merged |= base
                 continue
             if key.tag != f"{_YAML}str":
                 name = key.value if isinstance(key, yaml.ScalarNode) else "..."
                 raise _problem(key, path, f"the key {name} is not text in YAML; quote it: '{name}'")
             if key.value in values:
-                raise _problem(key, path, f"the key {key.value!r} is there twice")
+                raise _problem(key, path, f"duplicate key {key.value!r}; remove one")
             values[key.value] = self.value(item, join(path, key.value), depth + 1)
         return merged | values
 
@@ -271,7 +271,7 @@ class _Loader(yaml.SafeLoader):
                 pass  # `0x_`, or an integer of too many digits
         words = {"timestamp": "a date", "int": "an integer", "float": "a number"}.get(kind, node.tag)
         shown = node.value[:80] if isinstance(node, yaml.ScalarNode) else "this"
-        raise _problem(node, path, f"{shown} is {words} in YAML, which is not accepted; quote it for text")
+        raise _problem(node, path, f"{shown} is {words} in YAML and not accepted; quote it for text")
 
 
 def _problem(node: Any, path: str, text: str) -> yaml.MarkedYAMLError:
@@ -283,7 +283,7 @@ def _problem(node: Any, path: str, text: str) -> yaml.MarkedYAMLError:
 def _adapter(kind: Any) -> Any:
     from pydantic import ConfigDict, TypeAdapter
 
-    # A dataclass itself takes no configuration from here; one of another name does.
+    # pydantic ignores this configuration for a dataclass, but not for a NewType of it.
     config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     return TypeAdapter(typing.NewType("Values", kind), config=config)  # type: ignore[arg-type]
 
@@ -297,7 +297,7 @@ def _validator(kind: Any) -> Any:
 
 
 def _lenient(core: Any) -> Any:
-    """Return a schema of pydantic with the exceptions that files need."""
+    """Return pydantic's schema with the exceptions that files need."""
     from pydantic_core import core_schema
 
     if isinstance(core, list):
@@ -338,9 +338,9 @@ def _refusal(kind: Any, problems: Sequence[Any], where: str) -> ConfigError:
         return ConfigError(f"{before}: {text}" if before else text)
     if problem["type"] == "unexpected_keyword_argument":
         suggestion = _suggestion(kind, place, problem["loc"][-1])
-        return ConfigError(f"{path or repr(problem['loc'][-1])}: there is no such field; {suggestion}")
+        return ConfigError(f"{path or repr(problem['loc'][-1])}: this field does not exist; {suggestion}")
     if problem["type"] == "missing":
-        return ConfigError(f"{path} is missing")
+        return ConfigError(f"{path} is missing; add it")
     accepted = [_accepted(one["msg"]) for one, other in zip(problems, places, strict=True) if other == place]
     shown = _shown(problem["input"])
     return ConfigError(

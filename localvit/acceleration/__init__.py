@@ -1,4 +1,4 @@
-"""The same mathematics, faster: inference of fused models, native kernels, selective checkpointing."""
+"""Acceleration: fused models for inference, native kernels, selective checkpointing."""
 
 from typing import TYPE_CHECKING
 

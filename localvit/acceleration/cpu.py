@@ -1,11 +1,11 @@
-"""The system's description of the processor."""
+"""Description of the processor by the system."""
 
 from contextlib import suppress
 from pathlib import Path
 
 
 def processor(field: str) -> str | None:
-    """Return a field of `/proc/cpuinfo`, such as `vendor_id`; `None` where there is none."""
+    """Return a field of `/proc/cpuinfo`, such as `vendor_id`; `None` without one."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")

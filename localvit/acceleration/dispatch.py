@@ -1,4 +1,4 @@
-"""Choice of the form that computes the branch of a feed-forward network."""
+"""Dispatch of a feed-forward network's branch to native kernels, checkpointing or plain modules."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from localvit.acceleration.kernels import plain_kernels
 from localvit.acceleration.memory import can_checkpoint, checkpointed
-from localvit.acceleration.native.form import Form, is_dense, native_form
+from localvit.acceleration.native.form import NativeForm, is_dense, native_form
 from localvit.acceleration.native.mix import BATCH, mixed, norm_now, not_saved
 from localvit.locality import Grid, LocalityFeedForward
 
@@ -19,7 +19,7 @@ _STAGES = {name: getattr(LocalityFeedForward, name) for name in ("transform", "m
 
 
 def accelerated(ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
-    """Compute `ffn.transform(x, grid)` by the form that applies; `None`: by the plain modules."""
+    """Compute `ffn.transform(x, grid)` by the form that applies; `None` for plain modules."""
     if not isinstance(ffn, LocalityFeedForward):
         return None
     form = training_form(ffn, x)
@@ -33,8 +33,8 @@ def accelerated(ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
     return checkpointed(ffn, x, grid) if ffn.selective_checkpointing and can_checkpoint(x) else None
 
 
-def training_form(ffn: LocalityFeedForward, x: Tensor) -> Form | None:
-    """Return the form by which the native kernels compute all of `ffn.mix` now; `None`: they must not."""
+def training_form(ffn: LocalityFeedForward, x: Tensor) -> NativeForm | None:
+    """Return the form with which native kernels can compute all of `ffn.mix` now, else `None`."""
     if plain_kernels() or not _are_ours(ffn):
         return None
     form = native_form(ffn, x)
@@ -42,7 +42,7 @@ def training_form(ffn: LocalityFeedForward, x: Tensor) -> Form | None:
 
 
 def _are_ours(ffn: LocalityFeedForward) -> bool:
-    """Return whether neither a subclass nor a patch has stages of its own."""
+    """Return whether no subclass or patch overrides the stages."""
     kind = type(ffn)
     return (
         kind.mix is _STAGES["mix"]
@@ -52,19 +52,20 @@ def _are_ours(ffn: LocalityFeedForward) -> bool:
     )
 
 
-def _computable(form: Form, x: Tensor) -> bool:
-    """Return whether there are tokens, and statistics of the batch where norms ask for them: of one value per
-    channel PyTorch's own norm says that there are none."""
+def _computable(form: NativeForm, x: Tensor) -> bool:
+    """Return whether there are tokens, and more than one value per channel for batch statistics, which
+    PyTorch's batch norm requires.
+    """
     tokens = x.shape[0] * x.shape[1]
     return tokens > 1 or (tokens == 1 and not any(norm_now(norm).mode >= BATCH for norm in form.norms))
 
 
-def _natively(form: Form, ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:
+def _natively(form: NativeForm, ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:
     hidden = ffn.expand(x)
     if not is_dense(hidden):
         hidden = hidden.contiguous()
     expected = is_dense(hidden) and hidden.shape == (len(x), grid.height * grid.width, form.channels)
-    y = mixed(form, ffn, hidden, grid) if expected else None  # somebody may have replaced the expansion
+    y = mixed(form, ffn, hidden, grid) if expected else None  # the expansion may have been replaced
     if y is None:
         return ffn.project(ffn.mix(hidden, grid))
     hooks: Any = torch._C._autograd

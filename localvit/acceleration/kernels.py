@@ -1,4 +1,4 @@
-"""Choice between the fast kernels and the plain modules."""
+"""Environment variable that turns off fast kernels."""
 
 import os
 
@@ -8,11 +8,9 @@ VARIABLE = "LOCALVIT_KERNELS"
 
 
 def plain_kernels() -> bool:
-    """Return whether `LOCALVIT_KERNELS=plain` asks for plain modules: as a reference, or to rule out a fast
-    form.
+    """Return whether `LOCALVIT_KERNELS=plain` asks for plain modules, as a reference or to debug a fast form.
 
-    The variable is read at every call, so a program may set it while it runs. A model that is fused already
-    stays as it is.
+    The variable is read at every call, so a program may set it while it runs. Fused models ignore it.
 
     Raises:
         ConfigError: for a value that is neither `auto`, `plain` nor empty.

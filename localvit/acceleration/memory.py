@@ -1,8 +1,8 @@
 """Selective activation checkpointing of feed-forward networks with locality, for every design.
 
-The outputs of linear layers and convolutions of maps are saved for the backward pass, and everything else is
-computed again: norms, activations and gates move memory and compute little. Outputs and gradients are those
-of the plain modules, bit for bit.
+The outputs of linear layers and convolutions of maps are saved for the backward pass, and all others are
+recomputed: norms, activations and gates are cheap. Outputs and gradients equal those of the plain modules bit
+for bit.
 """
 
 from functools import partial
@@ -22,17 +22,18 @@ def set_selective_checkpointing(model: nn.Module, enable: bool = True) -> int:
     """Save only the outputs of linear layers and convolutions of each `LocalityFeedForward` for the backward
     pass.
 
-    It changes no number. It costs the time of the other layers once more, and applies where the native
-    kernels, which save as little by themselves, do not: other designs, CUDA, no C++ compiler. Off by default,
-    because time is measured there and memory is not always short (`docs/performance.md`). PyTorch computes no
-    second derivatives (`create_graph=True`) with it, and it stands back for `torch.func`.
+    It changes no number. It costs the time of the other layers once more. It applies where the native
+    kernels,
+    which save as little, do not: other designs, CUDA, no C++ compiler. It is off by default, because it costs
+    time and memory is not always short (`docs/performance.md`). PyTorch computes no second derivatives
+    (`create_graph=True`) with it, and `torch.func` turns it off.
 
     Args:
-        model: A localized model; it may hold other modules too.
-        enable: Whether to switch it on or off.
+        model: A localized model; it may have other modules too.
+        enable: Turn it on, else off.
 
     Returns:
-        The number of feed-forward networks that were switched.
+        Number of changed feed-forward networks.
     """
     networks = [module for module in model.modules() if isinstance(module, LocalityFeedForward)]
     for ffn in networks:
@@ -48,7 +49,7 @@ def checkpointed(ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:
 
 
 def can_checkpoint(x: Tensor) -> bool:
-    """Return whether a backward pass may follow that `checkpoint` supports."""
+    """Return whether `checkpoint` supports the possible backward pass."""
     hooks: Any = torch._C._autograd
     return (
         torch.is_grad_enabled()
@@ -59,7 +60,7 @@ def can_checkpoint(x: Tensor) -> bool:
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Save maps, but not the gate's layers, which are small and whose activation works in place."""
+    """Save maps, but not the gate's layers, which are small and have in-place activations."""
     save = operator in _PRODUCTS or (operator is _aten.convolution.default and args[0].shape[2:].numel() > 1)
     return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -1,4 +1,4 @@
-"""Speed of a model on this machine: timed in turns with another, as a ratio and as a fraction of the peak."""
+"""Speed of a model on this machine: against another model, and as a fraction of the peak."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""`localvit bench`: a model against another, in turns, beside the machine's own peak."""
+"""Benchmark of two models and of the fastest matrix product, in turns."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from localvit.models import VARIANTS, check_forward
 from localvit.runtime import DTYPES, autocast, pick_device
 
 SHORTEST = 0.02
-"""Seconds of a turn: shorter calls are repeated within it."""
+"""Seconds of a turn, in which shorter calls are repeated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +43,16 @@ class BenchConfig:
     Attributes:
         model: A timm name (built with random weights), or another source that `open_model` takes.
         against: As `model`; `None`: the baseline of a model that localvit knows.
-        engine, against_engine: What computes each; `None`: `"fused"` where the model has a fused form and
-            `fuse` is set, else `"eager"`.
-        batch_size: Images in a call.
+        engine, against_engine: Engine of each; `None`: `"fused"` if the model has a fused form and `fuse` is
+            set, else `"eager"`.
+        batch_size: Images in a batch.
         size: Height and width of the images; `None`: each model's own.
-        threads: Threads of torch and of the engines; `None`: torch's present number.
-        rounds: Turns of each.
+        threads: Threads of torch and of the engines; `None`: torch's current number.
+        rounds: Number of rounds.
         train: A training step (forward, backward, AdamW) instead of inference. It is never fused.
         precision: Type of the forward pass, by autocast, as in training; `"fp16"` needs a GPU.
         device: `"auto"`, `"cpu"`, `"cuda"`...
-        fuse: Prefer fused forms where no engine is named.
+        fuse: Prefer fused forms if no engine is named.
         args: Constructor arguments of both models.
     """
 
@@ -74,15 +74,13 @@ class BenchConfig:
         for name, least in (("batch_size", 1), ("size", 1), ("threads", 1), ("rounds", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ConfigError(f"{name}={value} must be at least {least}")
+                raise ConfigError(f"{name}={value} is not accepted; use at least {least}")
         if self.against is None and self.model not in VARIANTS:
-            raise ConfigError(
-                f"against: no baseline of {self.model!r} is known; name what to compare it with"
-            )
+            raise ConfigError(f"against: no baseline of {self.model!r} is known; name another model")
 
     @property
     def baseline(self) -> str:
-        """Name of the model that it is compared with."""
+        """Name of the other model."""
         return self.against or VARIANTS[self.model].base
 
 
@@ -90,8 +88,8 @@ def compare(config: BenchConfig, progress: Callable[[range], Iterable[int]] = it
     """Time two models and the fastest matrix product in turns.
 
     Args:
-        config: What to compare.
-        progress: Wraps the rounds, as in `measure.interleaved`.
+        config: The benchmark.
+        progress: Wrapper of the rounds, as in `measure.interleaved`.
 
     Raises:
         ConfigError: if a model cannot be opened or an engine cannot be used.
@@ -163,16 +161,16 @@ def fraction(flops: float, seconds: list[float], peak_flops: float, peak_seconds
 
 
 def load(name: str, config: BenchConfig) -> OpenModel:
-    """Open a model and prepare it for images of the size that is asked for.
+    """Open a model for images of the configured size.
 
     Raises:
-        ConfigError: if it cannot be opened, or does not take such images.
+        ConfigError: if it cannot be opened, or does not accept such images.
     """
     args = dict(config.args)
     known = timm.is_model(name)
     cfg = timm.get_pretrained_cfg(name) if known else None
     if config.size is not None and (cfg is None or cfg.fixed_input_size):
-        args["img_size"] = config.size  # models of any size have no such argument
+        args["img_size"] = config.size  # models of any size lack this argument
     found = open_model(name, "cpu", args=args, random_weights=known)
     found.require_pytorch("bench")
     if config.size is not None:
@@ -185,7 +183,7 @@ def load(name: str, config: BenchConfig) -> OpenModel:
 
 @dataclass(frozen=True, kw_only=True)
 class _Ready:
-    """Model on its engine: its work, its form in words, and its costs by field of `Side`."""
+    """Model on its engine: its work, its form in words, and its cost by field of `Side`."""
 
     engine: EngineName
     form: str
@@ -196,7 +194,7 @@ class _Ready:
 def _prepare(
     opened: OpenModel, engine: EngineName | None, config: BenchConfig, device: torch.device
 ) -> _Ready:
-    """Put a model on an engine; without one, on its fused form where it has one."""
+    """Put a model on an engine, by default its fused form if it has one."""
     macs = count_macs(opened.model.eval(), opened.preprocessing.input_size)
     costs = {"parameters": count_parameters(opened.model), "gmacs": macs / 1e9}
     images = torch.randn(config.batch_size, *opened.preprocessing.input_size, device=device)
@@ -224,7 +222,7 @@ def _forward(model: Callable[[Tensor], Tensor], images: Tensor, precision: Preci
 
 
 def training_step(model: nn.Module, images: Tensor, precision: Precision = "fp32") -> Work:
-    """Return a training step: forward pass, cross-entropy, backward pass, and an update by AdamW.
+    """Return a training step: forward pass, cross-entropy, backward pass, AdamW.
 
     The learning rate is 0, so that all rounds compute the same.
     """
@@ -243,6 +241,6 @@ def training_step(model: nn.Module, images: Tensor, precision: Precision = "fp32
 def _memory(work: Work, engine: EngineName, device: torch.device) -> int | None:
     if keeps_memory(engine):
         return None
-    work()  # compile, allocate what stays
+    work()  # compile, allocate persistent memory
     work()
     return memory_growth(work, device)

@@ -17,8 +17,8 @@ from localvit.errors import ConfigError
 from localvit.export import FORMATS, FormatName, export_model
 
 EngineName = Literal["eager", "fused", "compile", "onnxruntime", "openvino"]
-"""`eager`: the model as it is built; `fused`: `localvit.fuse`; `compile`: that (in training the model
-as built), compiled by `torch.compile`; the others run a file that `localvit.export` writes, on the CPU."""
+"""`eager`: the model as built; `fused`: `localvit.fuse`; `compile`: that (in training the model as built),
+compiled by `torch.compile`; the others run a file of `localvit.export` on the CPU."""
 
 FORMS: dict[EngineName, str] = {
     "eager": "PyTorch",
@@ -27,7 +27,7 @@ FORMS: dict[EngineName, str] = {
     "onnxruntime": ENGINE_NAMES["onnxruntime"],
     "openvino": ENGINE_NAMES["openvino"],
 }
-"""Engine -> the form that runs, in words."""
+"""Engine -> its form in words."""
 
 _FORMATS: dict[str, FormatName] = {"onnxruntime": "onnx", "openvino": "openvino"}
 
@@ -42,36 +42,34 @@ def check_engine(
             or in `precision`, or cannot train.
     """
     if engine not in get_args(EngineName):
-        raise ConfigError(f"engine={engine!r}: accepted are {', '.join(get_args(EngineName))}")
+        raise ConfigError(f"engine={engine!r} is not accepted; use {', '.join(get_args(EngineName))}")
     if train and engine not in ("eager", "compile"):
-        raise ConfigError(
-            f"engine={engine!r} computes no gradients: a training step takes 'eager' or 'compile'"
-        )
+        raise ConfigError(f"engine={engine!r} is not accepted in training; use 'eager' or 'compile'")
     if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("precision='fp16' needs a GPU; 'bf16' works on CPUs too")
+        raise ConfigError("precision='fp16' is not accepted on a CPU; use 'bf16'")
     if engine in _FORMATS:
         if precision != "fp32":
-            raise ConfigError(f"engine={engine!r} computes in fp32, not in precision={precision!r}")
+            raise ConfigError(f"precision={precision!r} is not accepted for engine={engine!r}; use 'fp32'")
         if device.type != "cpu":
-            raise ConfigError(f"engine={engine!r} runs on the CPU, not on device={str(device)!r}")
+            raise ConfigError(f"device={str(device)!r} is not accepted for engine={engine!r}; use 'cpu'")
         check_packages(f"engine {engine!r}", *FORMATS[_FORMATS[engine]].packages)
 
 
 def keeps_memory(engine: EngineName) -> bool:
-    """Return whether the engine holds its working memory between calls, which hides that of a call."""
+    """Return whether the engine keeps working memory between calls, which hides that of a call."""
     return engine in _FORMATS
 
 
 def open_on(
     engine: EngineName, model: nn.Module, info: ExportInfo, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """Return `model` for inference on an engine, with torch's present number of threads.
+    """Return `model` for inference on an engine, with torch's current number of threads.
 
     Exported files are compared with the model first, on random images, and are deleted once opened.
 
     Args:
         engine: The engine.
-        model: In evaluation mode. It is moved to `device`, and otherwise left as it is.
+        model: Model in evaluation mode. It is moved to `device`, and otherwise unchanged.
         info: Metadata of the file.
         device: Device that computes.
 
@@ -87,7 +85,7 @@ def open_on(
     try:
         return fuse(model, compile=engine == "compile")
     except ValueError as error:
-        raise ConfigError(f"engine={engine!r}: {error}") from error
+        raise ConfigError(f"engine={engine!r}: {error}; use another engine") from error
 
 
 def _exported(engine: EngineName, model: nn.Module, info: ExportInfo) -> Callable[[Tensor], Tensor]:

@@ -1,4 +1,4 @@
-"""What something was run on: processor, threads, allocator, memory. Linux tells; elsewhere less is known."""
+"""Description of this machine and process: processor, threads, allocator, memory. Complete on Linux only."""
 
 from __future__ import annotations
 
@@ -21,22 +21,21 @@ _SETTINGS = re.compile(
 
 
 def machine(threads: int) -> str:
-    """Describe the processor, the number of threads used on it, and the GPU if there is one."""
+    """Describe the processor, the number of its threads, and the GPU if there is one."""
     name = processor("model name") or platform.processor() or platform.machine()
     words = f"{name}, {threads} thread{'s' if threads > 1 else ''}"
     return f"{words}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else words
 
 
 def cpus() -> int:
-    """Count the processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def allocator() -> str:
-    """Name the library that serves `malloc` in this process: a preloaded one, else the C library.
+    """Return the library of `malloc` in this process: a preloaded one by name, else the C library's.
 
-    Temporaries above 32 MB go back to the system at every `free` of glibc and must be mapped again, so
-    times depend on it.
+    glibc returns temporaries above 32 MB to the system at every `free`, so times depend on it.
     """
     loaded = ""
     with suppress(OSError):
@@ -46,17 +45,17 @@ def allocator() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment variables that set threads, allocators and math libraries."""
+    """Return the variables that control threads, allocators and numerical libraries."""
     found = {name: value for name, value in sorted(os.environ.items()) if _SETTINGS.fullmatch(name)}
     preloaded = " ".join(Path(path).name for path in re.split(r"[ :]+", os.environ.get("LD_PRELOAD", "")))
     return found | ({"LD_PRELOAD": preloaded} if preloaded else {})
 
 
 def memory_growth(work: Callable[[], object], device: torch.device) -> int | None:
-    """Measure the bytes that a call of `work` holds at its peak beyond what was held before it.
+    """Return the peak memory of a call of `work` beyond that before it, in bytes.
 
-    On a GPU these are torch's allocations; on a CPU the resident memory of the process, after the C library
-    has returned its free memory. `None` if the system does not report it.
+    On a GPU this is torch's allocation; on a CPU the resident memory of the process, after the C library has
+    released unused memory. `None` if the system does not report it.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -76,7 +75,7 @@ def memory_growth(work: Callable[[], object], device: torch.device) -> int | Non
 
 
 def forget_peak_memory() -> None:
-    """Reset the peak that `peak_memory` returns."""
+    """Reset the peak of `peak_memory`."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
@@ -84,7 +83,7 @@ def forget_peak_memory() -> None:
 
 
 def peak_memory() -> int | None:
-    """Return the peak in bytes: torch's allocations on a GPU, else the memory of the process."""
+    """Return the peak of torch's GPU memory, if there is a GPU, else of this process's memory, in bytes."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return _status("VmHWM")

@@ -1,4 +1,4 @@
-"""Timing in turns, so that a machine that is slow for a while is slow for all candidates."""
+"""Interleaved timing: a machine that is slow for a while is slow for all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 Work = Callable[[], object]
 Timer = Callable[[Work], float]
-"""Function that does a piece of work once and returns its seconds."""
+"""Function that times one call of a work, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Quartiles:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Quartiles:
-        """Compute them from at least two values, interpolated between neighbours."""
+        """Compute the quartiles of at least two values, with linear interpolation."""
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
 
     def __str__(self) -> str:
@@ -33,21 +33,21 @@ class Quartiles:
 
 
 def wall_clock(work: Work) -> float:
-    """Return the elapsed seconds."""
+    """Measure the elapsed seconds."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def cpu_time(work: Work) -> float:
-    """Return the CPU seconds of this process, which other programs affect least."""
+    """Measure the CPU seconds of this process, on which other programs have little influence."""
     start = time.process_time()
     work()
     return time.process_time() - start
 
 
 def cuda_time(work: Work) -> float:
-    """Return the seconds between two events on the GPU."""
+    """Measure the GPU seconds between two events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     work()
@@ -57,7 +57,7 @@ def cuda_time(work: Work) -> float:
 
 
 def timer_for(device: torch.device) -> Timer:
-    """Return the timer for work on a device."""
+    """Return the timer of a device."""
     return cuda_time if device.type == "cuda" else wall_clock
 
 
@@ -72,16 +72,16 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Measure the seconds of each work in each round.
 
-    Each work has one turn in a round. Every other round is in reverse order, so that a machine that grows
+    Each work has a turn in every round. Every other round is in reverse order, so that a machine that becomes
     slower or faster favours none.
 
     Args:
         works: Name -> work.
-        rounds: How often each has its turn.
-        timer: How one turn is timed.
+        rounds: Number of rounds.
+        timer: Timer of one call.
         warm_up: Untimed calls of each beforehand (compilation, caches, first allocations).
         at_least: Seconds of a turn; shorter work is repeated within it, and its mean is reported.
-        progress: Wraps the range of rounds, such as `rich.progress.track`.
+        progress: Wrapper of the rounds, such as `rich.progress.track`.
     """
     repeats = dict.fromkeys(works, 1)
     for name, work in works.items():
@@ -97,7 +97,7 @@ def interleaved(
 
 
 def ratio(seconds: Sequence[float], against: Sequence[float]) -> Quartiles:
-    """Return the quartiles of the quotients of each round; below 1, the first is faster."""
+    """Return the quartiles of the ratios of each round; below 1, the first is faster."""
     return Quartiles.of([a / b for a, b in zip(seconds, against, strict=True)])
 
 
@@ -111,7 +111,7 @@ def _repeated(work: Work, times: int) -> Work:
 
 @contextlib.contextmanager
 def using_threads(threads: int | None) -> Iterator[None]:
-    """Set the number of threads of torch for a `with` block; `None` keeps it."""
+    """Use this number of torch's threads in a context; `None` keeps theirs."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -121,7 +121,7 @@ def using_threads(threads: int | None) -> Iterator[None]:
 
 
 def without_gradients(work: Work) -> Work:
-    """Return the same work in torch's inference mode."""
+    """Return `work` in torch's inference mode."""
 
     def inference() -> object:
         with torch.inference_mode():

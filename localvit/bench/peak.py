@@ -1,4 +1,4 @@
-"""Speed of the fastest matrix product on this machine, the reference of every model."""
+"""Peak speed of this machine: that of its fastest matrix product."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from localvit.acceleration import pack, packed_available, packed_linear
 from localvit.bench.measure import Work, interleaved, timer_for
 
 _ROUNDS = 5
-# (rows, in, out): a layer of a small transformer, and larger ones that reuse each number more often.
+# (rows, in, out): a layer of a small transformer, and larger ones, which reuse each number more often.
 _SHAPES = {"cpu": [(1568, 192, 768), (1024, 1024, 1024), (2048, 1024, 1024)], "cuda": [(8192, 8192, 8192)]}
 
 
@@ -32,11 +32,11 @@ class Matmul:
 
 
 def fastest_matmul(device: torch.device, dtype: torch.dtype = torch.float32) -> Matmul:
-    """Find the product with the most operations per second, with the current number of threads.
+    """Return the matrix product with the most operations per second, with the current number of threads.
 
-    On a CPU `F.linear` (PyTorch's BLAS) competes with oneDNN, as a 1 x 1 convolution and with packed
-    weights, because either may be twice as fast on some processors. The least time of a few rounds decides:
-    a busy moment makes a run slower, never faster.
+    On a CPU, `F.linear` (PyTorch's BLAS) competes with oneDNN, as a 1 x 1 convolution and with packed
+    weights, because either may be twice as fast on some processors. The minimum of a few rounds decides,
+    because other programs only make a run slower.
     """
     known = "cuda" if device.type == "cuda" else "cpu"
     candidates = [each for shape in _SHAPES[known] for each in matmuls(*shape, device, dtype)]
@@ -47,7 +47,7 @@ def fastest_matmul(device: torch.device, dtype: torch.dtype = torch.float32) -> 
 
 
 def matmuls(rows: int, inside: int, out: int, device: torch.device, dtype: torch.dtype) -> Iterator[Matmul]:
-    """Yield the product of (rows, inside) by (inside, out), with a bias, by each available library."""
+    """Yield products of (rows, inside) by (inside, out), with a bias, by every available library."""
     x, weight = (torch.rand(n, inside, device=device, dtype=dtype) for n in (rows, out))
     bias = torch.rand(out, device=device, dtype=dtype)
     shape, flops = f"{rows} x {inside} x {out}", 2 * rows * inside * out

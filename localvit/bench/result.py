@@ -25,8 +25,8 @@ class Setting:
         cpus: Number of processors that the process may use.
         instructions: Widest vector instructions that torch uses.
         allocator: Library that serves `malloc`.
-        environment: Variables that steer threads, allocators and libraries of arithmetic.
-        device, threads: Those of torch; the engines get as many threads.
+        environment: Variables that control threads, allocators and numerical libraries.
+        device, threads: Device and threads of torch; the engines get as many threads.
         versions: Versions of the packages that compute.
         dtype: Type of weights and images, or of autocast.
     """
@@ -43,7 +43,7 @@ class Setting:
 
     @classmethod
     def here(cls, device: torch.device, precision: Precision = "fp32") -> Setting:
-        """Describe this process, now."""
+        """Describe this process."""
         threads = torch.get_num_threads()
         dtype = str(DTYPES[precision]).removeprefix("torch.")
         how = "" if precision == "fp32" else " by autocast"
@@ -64,18 +64,17 @@ class Side:
 
     Attributes:
         model: Its name.
-        engine: What computes (`EngineName`).
-        form: The same in words, with the reason where a fused form was preferred and there is none.
+        engine: Its engine (`EngineName`).
+        form: The engine in words, with the reason if the fused form is missing.
         input_size: (C, H, W) of an image.
-        parameters: Counted as it is built.
+        parameters: Number of parameters as built.
         gmacs: Multiply-accumulates of a forward pass of one image, in units of 1e9 (`localvit.cost`).
         seconds: Time of a batch.
         images_per_second: Throughput at the median.
         fraction_of_peak: Its operations per second, as a fraction of those of the fastest matrix product
             in the same rounds. A training step counts as three forward passes.
-        peak_memory: Bytes that a call holds at its peak beyond what was there before it (weights, inputs,
-            an optimizer's state); `None` where the system does not tell, or the engine keeps its memory
-            between calls.
+        peak_memory: Peak memory of a call beyond that before it (weights, inputs, an optimizer's state), in
+            bytes; `None` if the system does not report it, or the engine keeps memory between calls.
     """
 
     model: str
@@ -96,10 +95,10 @@ class Comparison:
 
     Attributes:
         ratio: Time of `model` by time of `against` in each round; below 1, `model` is faster.
-        task: `"inference"` or `"training step"` (forward, backward and an update by AdamW).
-        batch_size: Images in a call.
-        rounds: Turns of each.
-        model, against: The two.
+        task: `"inference"` or `"training step"` (forward, backward, AdamW).
+        batch_size: Images in a batch.
+        rounds: Number of rounds.
+        model, against: The two models.
         peak_gflops: Median speed of the fastest matrix product, in units of 1e9 operations per second.
         peak_matmul: Library and shape of that product.
         setting: Circumstances of the measurement.

@@ -1,12 +1,11 @@
-"""The command line: a table from verb to module, each a dataclass of options and a function.
+"""Command line: a table from verb to module.
 
-A verb's module has `Options`, a frozen dataclass that tyro turns into flags, and
-``run(options) -> int``, which returns the exit code. It is imported when its verb is used, so that
-``localvit --help`` does not wait for torch.
+A verb's module has `Options`, a frozen dataclass that tyro turns into flags, and `run(options) -> int`, which
+returns the exit code. It is imported when its verb is used, so `localvit --help` does not wait for torch.
 
-Exit codes: 0 done; 1 it began and could not be finished; 2 wrong use, with one line on stderr and nothing
-written; 130 interrupted (0 where the same command goes on with what is kept: `train`, `predict` into a
-file); 141 the reader of the output ended, as `| head` does. Anything unforeseen keeps its traceback.
+Exit codes: 0 success; 1 failure after the start; 2 wrong use, with one line on stderr and nothing written;
+130 interrupted (0 if the same command resumes: `train`, `predict` into a file); 141 the reader of the output
+ended, as `| head` does. Unexpected errors keep their traceback.
 """
 
 from __future__ import annotations
@@ -23,29 +22,29 @@ from collections.abc import Sequence
 from localvit.cli.arguments import Failure, UsageError, disk_message, parse, printable
 
 VERBS = {
-    "demo": ("localvit.cli.demo", "does locality help? a small controlled comparison, with a report"),
-    "study": ("localvit.cli.study", "controlled experiments: list, show, run, report, compare, export"),
+    "demo": ("localvit.cli.demo", "compare a small model with and without locality, and write a report"),
+    "study": ("localvit.cli.study", "run controlled experiments: list, show, run, report, compare, export"),
     "models": ("localvit.cli.models", "list models with locality: cost, published accuracy"),
-    "train": ("localvit.cli.train", "train a model on pictures and report it on a test split"),
-    "plan": ("localvit.cli.plan", "say what a training run will take: updates, hours, memory, data"),
-    "data": ("localvit.cli.data", "check data: splits, classes, images that are in two splits, copies"),
-    "evaluate": ("localvit.cli.evaluate", "measure a trained model on pictures"),
-    "predict": ("localvit.cli.predict", "say what a trained model sees in pictures"),
-    "export": ("localvit.cli.export", "write a trained model for ONNX Runtime, OpenVINO or torch, checked"),
-    "bench": (
-        "localvit.cli.bench",
-        "how fast is a model here, against another? ratio, memory, share of the peak",
+    "train": ("localvit.cli.train", "train a model on images and test it"),
+    "plan": ("localvit.cli.plan", "estimate a training run: steps, hours, memory, data rate"),
+    "data": ("localvit.cli.data", "check data: splits, classes, overlap, duplicates"),
+    "evaluate": ("localvit.cli.evaluate", "measure a trained model on images"),
+    "predict": ("localvit.cli.predict", "classify images with a trained model"),
+    "export": (
+        "localvit.cli.export",
+        "export a trained model to ONNX Runtime, OpenVINO or torch, and check it",
     ),
+    "bench": ("localvit.cli.bench", "compare the speed of two models on this machine"),
     "doctor": ("localvit.cli.doctor", "print what a bug report needs: versions, processor, kernels, extras"),
 }
-"""Verb -> the module that does it, and its line of help."""
+"""Verb -> its module and its line of help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb.
 
     Args:
-        argv: The arguments after the program's name; ``None`` takes the process's own.
+        argv: Arguments after the program's name; `None` takes those of the process.
 
     Returns:
         The exit code.
@@ -84,7 +83,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     verb = _verb(arguments[0])
     module = importlib.import_module(VERBS[verb][0])
-    options = parse(module.Options, f"localvit {verb}", arguments[1:])
+    options = parse(module.Options, f"localvit {verb}", arguments[1:], getattr(module, "HELP", None))
     if options is None:
         return 0
     from localvit.data import disable_ghostscript
@@ -111,7 +110,7 @@ def _verb(name: str) -> str:
         return name
     near = difflib.get_close_matches(name, VERBS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"verbs: {', '.join(VERBS)}"
-    raise UsageError(f"there is no verb {name!r}; {hint}")
+    raise UsageError(f"the verb {name!r} does not exist; {hint}")
 
 
 def _help() -> str:
@@ -123,7 +122,7 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "localvit VERB --help tells the options of a verb.",
+            "localvit VERB --help shows the options of a verb.",
         ]
     )
 

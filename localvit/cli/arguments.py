@@ -1,4 +1,8 @@
-"""Arguments to options through tyro, and errors to one line. Imports nothing heavy."""
+"""Parsing of arguments with tyro, help texts, and one-line errors. Imports nothing heavy.
+
+An option whose help begins with `(rare)` is shown below the common ones; the paragraph `Example: ...` in the
+docstring of options is shown at the end.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,10 @@ import errno
 import importlib.util
 import io
 import os
+import re
 import shlex
+import shutil
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -32,35 +39,35 @@ _REMEDIES = {
 
 
 class UsageError(Exception):
-    """Wrong use: one line, exit code 2, nothing was written."""
+    """Error of wrong use: one line, exit code 2, nothing was written."""
 
 
 class Failure(Exception):
-    """It began and could not be finished for a foreseen reason: one line, exit code 1."""
+    """Expected failure after the start: one line, exit code 1."""
 
 
-def parse(options: type[T], program: str, arguments: Sequence[str]) -> T | None:
-    """The options in `arguments`, or ``None`` if help was asked for (and printed).
+def parse(options: type[T], program: str, arguments: Sequence[str], about: str | None = None) -> T | None:
+    """Parse the options in `arguments`; return `None` if they ask for help, which is printed.
 
-    Raises:
-        UsageError: with the gist of tyro's explanation.
+    `about` describes a verb with subcommands. A `UsageError` has the first paragraph of tyro's explanation.
     """
-    complaint = io.StringIO()
+    shown, complaint = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(options, prog=program, args=list(arguments))
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(complaint):
+            return tyro.cli(options, prog=program, description=about, args=list(arguments))
     except SystemExit as end:
         if end.code in (0, None):
+            print(_layout(shown.getvalue()))
             return None
-        raise UsageError(f"{_gist(complaint.getvalue())} (see {program} --help)") from None
+        raise UsageError(f"{_gist(complaint.getvalue())}; see {program} --help") from None
 
 
 def command_line(verbs: Sequence[str], options: Any) -> str:
-    """The command that gives these options; flags at their defaults are left out.
+    """Return the command with these options; flags at their defaults are left out.
 
     Args:
-        verbs: After the program's name.
-        options: A dataclass of them; fields without a default are positional.
+        verbs: Words after the program's name.
+        options: Dataclass of options; fields without a default are positional.
     """
     words = ["localvit", *verbs]
     for field in dataclasses.fields(options):
@@ -79,10 +86,10 @@ def command_line(verbs: Sequence[str], options: Any) -> str:
 
 
 def model_arguments(settings: Sequence[str]) -> dict[str, Any]:
-    """Constructor arguments of a model from ``KEY=VALUE`` words, values as in YAML.
+    """Parse constructor arguments of a model from `KEY=VALUE` words, with values as in YAML.
 
     Raises:
-        ConfigError: for a word that is not such.
+        ConfigError: for another word.
     """
     from localvit.config import merge, parse_setting
 
@@ -93,14 +100,14 @@ def model_arguments(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def check_extra(verb: str) -> None:
-    """Refuse to begin without the packages that studies need.
+    """Refuse to start without the packages that studies need.
 
     Raises:
         UsageError: naming them and the command that installs them.
     """
     missing = [name for module, name in _STUDY.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise UsageError(f"localvit {verb} needs {', '.join(missing)}: pip install 'localvit[study]'")
+        raise UsageError(f"localvit {verb} needs {', '.join(missing)}; run pip install 'localvit[study]'")
 
 
 def check_output(output: str | None) -> None:
@@ -115,7 +122,7 @@ def check_output(output: str | None) -> None:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn the library's errors that a user can cause into those of the command line."""
+    """Turn the library's errors for users into those of the command line."""
     from localvit.atomic import WriteFailed
     from localvit.data import DataError, UnreadableImage
     from localvit.errors import ConfigError, TrainingFailed
@@ -145,8 +152,29 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text)
 
 
+def _layout(text: str) -> str:
+    """Return tyro's help in up to 100 columns: common options, rare ones, example."""
+    width = min(100, shutil.get_terminal_size().columns)
+    head, *frames = re.split(r"^ (\w.*\w) *\n -+ *$", text, flags=re.M)
+    paragraphs = [" ".join(paragraph.split()) for paragraph in head.strip().split("\n\n")]
+    sections: dict[str, list[str]] = {}
+    for title, body in zip(frames[::2], frames[1::2], strict=True):
+        for entry in re.split(r"^  (?=\w|-|  \S )", body.replace("{None,", "{"), flags=re.M)[1:]:
+            name, words = re.split(r"\s{2,}", f"{entry.strip('• ')}  ", maxsplit=1)
+            words = " ".join(words.split()).partition(" Example: ")[0]
+            section = f"rare {title}" if words.startswith("(rare)") else title
+            words = re.sub(r" ?\(default: (None|False|True|)\)$|^\(rare\) ", "", words)
+            lines = textwrap.fill(words, width, initial_indent=f"  {name:<20}  ", subsequent_indent=" " * 24)
+            sections.setdefault(section, []).append(lines)
+    example = [paragraphs.pop()] if paragraphs[-1].startswith("Example: ") else []
+    parts = [textwrap.fill(paragraph, width) for paragraph in paragraphs]
+    return "\n\n".join(
+        parts + ["\n".join((f"{name}:", *lines)) for name, lines in sections.items()] + example
+    )
+
+
 def _gist(boxed: str) -> str:
-    """The first paragraph inside tyro's frame, without its title."""
+    """Return the first paragraph inside tyro's frame, without its title."""
     lines = [line.strip(" │╭╮╰╯─\t") for line in boxed.splitlines()]
     body = lines[1:]
     while body and not body[0].strip("-"):

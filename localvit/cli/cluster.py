@@ -16,40 +16,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class OnCluster:
-    """Where runs go, and what each of them asks for (`studies.resources.Resources`)."""
+    """Cluster of a study, and the resources of each job (`studies.design.Resources`)."""
 
     cluster: Literal["slurm", "local"] | None = None
-    """hand the runs over as jobs: slurm (an array of jobs), local (this machine, all at once, to try out);
-    every machine must see DIR and the pictures; an interrupt leaves the jobs there"""
+    """(rare) submit the runs as jobs: slurm (an array of jobs) or local (on this machine, to try); every
+    machine must see DIR and the images; jobs survive an interrupt"""
     minutes: Annotated[int, tyro.conf.arg(metavar="N")] = 60
-    """of a job; a run that needs more goes back into the queue with its state saved"""
+    """(rare) time limit of a job; a longer run is queued again with its state saved"""
     gpus: Annotated[int, tyro.conf.arg(metavar="0|1")] = 0
-    """of a job"""
+    """(rare) GPUs of a job"""
     cpus: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-    """of a job, for threads and data workers"""
+    """(rare) CPUs of a job, for threads and data workers"""
     memory: Annotated[float | None, tyro.conf.arg(metavar="GB")] = None
-    """of a job"""
+    """(rare) memory of a job"""
     partition: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """as sbatch has it"""
+    """(rare) as in sbatch"""
     account: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """as sbatch has it"""
+    """(rare) as in sbatch"""
     qos: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """as sbatch has it"""
+    """(rare) as in sbatch"""
     constraint: Annotated[str | None, tyro.conf.arg(metavar="WORDS")] = None
-    """as sbatch has it"""
+    """(rare) as in sbatch"""
     setup: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="LINE")] = ()
-    """a line of shell before each run, e.g. 'module load cuda'"""
+    """(rare) shell command before each run, e.g. 'module load cuda'"""
 
 
 def cluster_of(options: OnCluster, parallel: int | None) -> Cluster | None:
-    """What was asked for a cluster.
+    """Return the cluster of the options, or `None`.
 
     Args:
         options: The options.
-        parallel: Most jobs at a time.
+        parallel: Maximum number of jobs at a time.
 
     Raises:
-        UsageError: if no cluster was asked for, only something of it.
+        UsageError: if options of a cluster are given without one.
         ConfigError: as `Resources`.
     """
     from localvit.studies.design import Resources
@@ -61,5 +61,5 @@ def cluster_of(options: OnCluster, parallel: int | None) -> Cluster | None:
         return Cluster(kind=options.cluster, resources=resources, parallel=parallel)
     if resources != Resources():
         flag = next(name for name, value in asked.items() if value != getattr(Resources(), name))
-        raise UsageError(f"--{flag} has no effect without --cluster")
+        raise UsageError(f"--{flag} has no effect without --cluster; add it")
     return None

@@ -1,4 +1,4 @@
-"""``localvit demo``: the project's question, answered on real pictures by one command."""
+"""`localvit demo`: a small study with and without locality, on real images."""
 
 from __future__ import annotations
 
@@ -27,36 +27,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Train a small DeiT and the same DeiT with locality, and report what the difference shows.
+    """Train a small DeiT with and without locality, and report the difference.
 
-    Without options: scikit-learn's handwritten digits, a few minutes on two cores. Repeating the command
-    does what is missing and writes the report again.
+    Without options it uses scikit-learn's handwritten digits and takes a few minutes on two cores. The same
+    command resumes and writes the report again.
+
+    Example: localvit demo --data path/to/folder --seeds 3
     """
 
     data: Annotated[str, tyro.conf.arg(metavar="SRC")] = "digits"
-    """training pictures: digits, an image folder, a .tar, or a name for timm.data.create_dataset"""
+    """training images: digits, an image folder, a .tar, or a name for timm.data.create_dataset"""
     val_data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """pictures that are reported; without it, what the data brings along, or a part held out of it"""
+    """test images; default: the data's own test split, or images held out of the data"""
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
-    """what both arms share; digits for digits, otherwise small_images_quick (32x32 pixels)"""
+    """recipe of both arms; default: digits for digits, otherwise small_images_quick (32x32 pixels)"""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """change a field of the recipe, e.g. epochs=5 or model.args.depth=4"""
     seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 5
     """pairs of runs, at least 2"""
     output: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """for runs and report; demo for digits, otherwise demo/ and the name of the data"""
+    """folder for runs and report; default: demo for digits, otherwise demo/DATA"""
     jobs: Annotated[int, tyro.conf.arg(metavar="N")] = 2
     """runs at a time, one thread each"""
     tune: tyro.conf.FlagCreatePairsOff[bool] = False
-    """find the learning rate of each arm on the validation split instead, into FOLDER/tuning"""
+    """(rare) find the learning rate of each arm on the validation split instead, into FOLDER/tuning"""
     tune_seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 3
-    """seeds of --tune"""
+    """(rare) seeds of --tune"""
     tune_factors: Annotated[tuple[float, ...], tyro.conf.arg(metavar="X X ...")] = (0.25, 0.5, 1.0, 2.0, 4.0)
-    """grid of --tune as multiples of the recipe's learning rate; it grows while a best value is at its end"""
+    """(rare) learning rates of --tune as multiples of the recipe's; the grid grows if an end is best"""
 
 
 def run(options: Options) -> int:
-    """Compare, or tune; 0 when done."""
+    """Compare, or tune; return 0."""
     from pathlib import Path
 
     from rich.console import Console
@@ -76,16 +78,16 @@ def run(options: Options) -> int:
         except StudyFailed as error:
             raise Failure(str(error)) from error
         except KeyboardInterrupt:
-            print(f"stopped; finished runs are kept in {folder}, and the same command goes on")
+            print(f"stopped; finished runs are in {folder}, and the same command resumes")
             return 130
     return 0
 
 
 def _check(options: Options) -> None:
-    """Everything that can be refused before anything heavy is imported.
+    """Refuse wrong options before anything heavy is imported.
 
     Raises:
-        UsageError: naming it.
+        UsageError: naming the option.
     """
     check_extra("demo")
     for flag, value, least in (
@@ -94,9 +96,9 @@ def _check(options: Options) -> None:
         ("tune-seeds", options.tune_seeds, 1),
     ):
         if value < least:
-            raise UsageError(f"--{flag} {value}: at least {least}")
+            raise UsageError(f"--{flag} {value} is not accepted; use at least {least}")
     if not options.tune_factors or min(options.tune_factors) <= 0:
-        raise UsageError(f"--tune-factors {options.tune_factors}: one or more positive numbers")
+        raise UsageError(f"--tune-factors {options.tune_factors} is not accepted; use positive numbers")
 
 
 def _base(options: Options) -> TrainConfig:
@@ -111,7 +113,7 @@ def _recipe(options: Options) -> str:
 
 
 def _default_output(data: str) -> str:
-    """A folder for each source, so that one comparison does not stand in the way of another."""
+    """Return a folder of its own for each source."""
     import re
 
     if data == "digits":
@@ -159,7 +161,7 @@ def _compare(options: Options, folder: Path, console: Console) -> None:
 
 
 def _tuning(options: Options, folder: Path) -> Tuning | None:
-    """The user's own for this folder, or else the one that comes with the recipe."""
+    """Return the user's tuning in this folder, else that of the recipe."""
     from localvit.studies.execution import load_tuning, shipped_tuning
 
     own = folder / "tuning" / "tuning.json"

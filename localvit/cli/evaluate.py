@@ -20,49 +20,51 @@ _WEAKEST = 10
 class Options:
     """Measure a trained model on images: loss, top-1, top-5, calibration, classes, images per second.
 
-    Under torchrun the processes share the images, and the first one prints and writes.
+    Under torchrun the processes share the images, and the main process prints and writes.
+
+    Example: localvit evaluate --checkpoint runs/digits --output digits.json
     """
 
     checkpoint: Annotated[str, tyro.conf.arg(metavar="X")]
     """a run's folder, an exported folder, a timm name with published weights, or a file of localvit export"""
     engine: Literal["onnxruntime", "openvino", "torch"] | None = None
-    """what runs an exported file; it need not be named for .onnx and .xml, and must be for .pt2 (trust it)"""
+    """(rare) engine of an exported file; required for .pt2, which may run code of its author"""
     fuse: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """compute by the fused form (localvit.fuse): faster, equal up to rounding"""
+    """(rare) compute with the fused model (localvit.fuse): faster, equal up to rounding"""
     data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """images (as for train); without it, the test split of the run that trained the model"""
+    """images (as for train); default: the test split of the run that trained the model"""
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """where timm's named data sets keep their files"""
+    """(rare) folder of timm's named data sets"""
     split: Annotated[str, tyro.conf.arg(metavar="NAME")] = "validation"
-    """split of a hfds/ or wds/ set, e.g. 'val-{0000..0049}.tar'"""
-    crop_pct: Annotated[float | None, tyro.conf.arg(metavar="SHARE")] = None
-    """proportion of the resized image that is used; the model's own unless given"""
+    """(rare) split of a hfds/ or wds/ set, e.g. 'val-{0000..0049}.tar'"""
+    crop_pct: Annotated[float | None, tyro.conf.arg(metavar="RATIO")] = None
+    """(rare) proportion of the resized image that is used; default: the model's own"""
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
-    """how images are resized; the model's own unless given"""
+    """(rare) interpolation of resized images; default: the model's own"""
     class_map: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """.txt with the name of the class of each output, one per line"""
+    """(rare) .txt with the class name of each output, one per line"""
     restrict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """let the model guess only classes that have images"""
+    """(rare) predict only classes that have images"""
     real_labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """also count against reassessed ImageNet labels: default, or their JSON file"""
+    """(rare) also use reassessed ImageNet labels: default, or their JSON file"""
     allow_overlap: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """accept images that the model was trained on; the result says how many"""
+    """(rare) accept images that the model was trained on; the result says how many"""
     allow_change: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="data")] = ()
-    """data: accept a test split that changed since the training; the result says how"""
+    """(rare) data: accept a test split that changed since the training; the result says how"""
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 128
-    """images at a time"""
+    """images in a batch"""
     workers: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """data workers that load images"""
+    """data workers"""
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     output: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """write a new file: .json takes everything, .csv a line per class"""
+    """new file: .json for everything, .csv for a line per class"""
     confusion: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """draw the confusion matrix into a new .png"""
+    """new .png with the confusion matrix"""
 
 
 def run(options: Options) -> int:
-    """Evaluate; 0 when done."""
+    """Evaluate; return 0."""
     from localvit.data import DataConfig
     from localvit.evaluation import check_drawing, evaluate
 
@@ -92,7 +94,7 @@ def run(options: Options) -> int:
             allow_change=options.allow_change,
         )
     if os.environ.get("RANK", "0") == "0":
-        _print(result)  # before the files: a full disk does not cost the numbers
+        _print(result)  # before the files: a full disk then loses no numbers
         with one_line_errors():
             _write(options, result)
     return 0
@@ -105,7 +107,7 @@ def _check_files(options: Options) -> None:
     ):
         if path is not None:
             if not path.endswith(suffixes):
-                raise UsageError(f"--{flag} {path}: the name must end in {' or '.join(suffixes)}")
+                raise UsageError(f"--{flag} {path} is not accepted; use a name in {' or '.join(suffixes)}")
             check_new_file(path, flag)
 
 
@@ -160,13 +162,13 @@ def _print_classes(result: Evaluation) -> None:
 
 
 def check_new_file(path: str, flag: str = "output") -> None:
-    """Refuse a file that exists or cannot be made.
+    """Refuse a file that exists or cannot be created.
 
     Raises:
-        UsageError: naming it.
+        UsageError: naming the file.
     """
     folder = os.path.dirname(path) or "."
     if os.path.lexists(path):
-        raise UsageError(f"--{flag} {path}: the file exists already")
+        raise UsageError(f"--{flag} {path}: the file exists; choose another name")
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UsageError(f"--{flag} {path}: {folder} is no writable folder")
+        raise UsageError(f"--{flag} {path}: {folder} is not a writable folder; choose another")

@@ -1,4 +1,4 @@
-"""`localvit export`: a trained model for another engine, compared with the original before it is there."""
+"""`localvit export`: a trained model for another engine, checked against the original."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ _TOLERANCE = 1e-4
 class Options:
     """Write a model for ONNX Runtime, OpenVINO or torch.export, for any batch, in single precision.
 
-    The file is opened in its engine and compared with the model, on random and on real images, before it
-    gets its name; where they differ there is no file, and the exit code is 1. Preprocessing and the names of
-    classes are in it: localvit predict --checkpoint FILE images. Needs pip install 'localvit[export]'.
+    The file is compared with the model on random and real images before it gets its name. If they differ,
+    there is no file, and the exit code is 1. The file has preprocessing and class names, so that localvit
+    predict --checkpoint FILE works. Needs pip install 'localvit[export]'.
+
+    Example: localvit export runs/digits --output digits.onnx
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
@@ -29,32 +31,32 @@ class Options:
     format: Literal["onnx", "openvino", "torch"] = "onnx"
     """onnx: one .onnx; openvino: .xml and .bin; torch: a .pt2 of torch.export"""
     output: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """where to; its suffix is the format's"""
+    """new file, with the suffix of the format"""
     dynamic_size: tyro.conf.FlagCreatePairsOff[bool] = False
-    """also for other sizes of images; for models that take them (--set dynamic_img_size=true)"""
+    """(rare) accept other image sizes, if the model does (--set dynamic_img_size=true)"""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
-    """build the model with another argument, e.g. dynamic_img_size=true"""
+    """(rare) constructor argument of the model, e.g. dynamic_img_size=true"""
     random_weights: tyro.conf.FlagCreatePairsOff[bool] = False
-    """MODEL is a timm name and its weights are not wanted: to measure speed"""
+    """(rare) take the timm name MODEL without its weights, to measure speed"""
     data: Annotated[str, tyro.conf.arg(metavar="SRC")] = "digits"
-    """real images for the comparison (as for train); three are taken"""
+    """(rare) real images for the comparison (as for train); three are used"""
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """where timm's named data sets keep their files"""
+    """(rare) folder of timm's named data sets"""
     tolerance: Annotated[float, tyro.conf.arg(metavar="RATIO")] = _TOLERANCE
-    """accepted difference, relative to the largest logit"""
+    """(rare) accepted difference, relative to the largest logit"""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """replace FILE"""
 
 
 def run(options: Options) -> int:
-    """Export; 0 when FILE is there."""
+    """Export; return 0 if FILE was written."""
     from localvit.data import DataConfig
 
     with one_line_errors():
         from localvit.export import export_checkpoint
 
         if options.output is None:
-            raise UsageError("--output FILE is missing: where the exported model goes")
+            raise UsageError("--output is missing; add --output FILE")
         parity = export_checkpoint(
             options.model,
             options.output,
@@ -72,7 +74,7 @@ def run(options: Options) -> int:
 
 
 def _print(options: Options, parity: Parity) -> None:
-    print(f"{'inputs':<8}{'batch':>6}{'size':>11}{'difference':>13}{'largest logit':>15}{'share':>10}")
+    print(f"{'inputs':<8}{'batch':>6}{'size':>11}{'difference':>13}{'largest logit':>15}{'relative':>10}")
     for case in parity.cases:
         size = "x".join(map(str, case.size))
         print(

@@ -1,4 +1,4 @@
-"""``localvit models``: the names, what they cost, what their authors report, and what confounds it."""
+"""`localvit models`: names, cost, published accuracy and confounders."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """List the models with locality and their baselines, or all that is known of one."""
+    """List the models with locality and their baselines, or show the card of one.
+
+    Example: localvit models localvit_tiny_patch16_224
+    """
 
     name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None
-    """print the card of this name; with --supported, a pattern such as 'swin*'"""
+    """model whose card is shown; with --supported, a pattern such as 'swin*'"""
     supported: bool = False
     """list the architectures of timm that localvit.localize accepts, and why it refuses others"""
     check: bool = False
     """with --supported: compute the entries again, and compare them with the shipped table"""
-    json: bool = False
-    """print JSON instead"""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """print JSON"""
 
 
 def run(options: Options) -> int:
-    """Print the table or a card; 0 when done."""
+    """Print the table or a card; return 0."""
     import dataclasses
     import json
 
@@ -95,7 +98,7 @@ def _known(name: str) -> str:
         return name
     near = difflib.get_close_matches(name, names(), n=1)
     hint = f"did you mean {near[0]!r}?" if near else "`localvit models` lists the names"
-    raise UsageError(f"there is no model {name!r} in the table; {hint}")
+    raise UsageError(f"the model {name!r} is not in the table; {hint}")
 
 
 def _print_table(entries: Sequence[ModelEntry]) -> None:
@@ -106,7 +109,7 @@ def _print_table(entries: Sequence[ModelEntry]) -> None:
     sources = dict.fromkeys(entry.source for entry in entries if entry.source)
     table = Table(
         title="Parameters and multiply-accumulates measured, ImageNet-1k accuracy (%) as published",
-        caption=f"Accuracy from {', '.join(sources)} (GitHub). localvit models NAME tells more of one.",
+        caption=f"Accuracy from {', '.join(sources)} (GitHub). localvit models NAME shows a card.",
         box=box.SIMPLE,
         padding=(0, 0, 0, 1),
     )
@@ -126,7 +129,7 @@ def _print_table(entries: Sequence[ModelEntry]) -> None:
 
 def _card(card: ModelCard) -> Iterator[str]:
     yield card.entry.name
-    yield from _facts(card.entry)
+    yield from _lines(card.entry)
     if card.base is None:
         return
     yield f"  made from       {card.base.name} by localvit.localize"
@@ -141,13 +144,13 @@ def _card(card: ModelCard) -> Iterator[str]:
         yield f"  matched         {card.matched}: heads, pre-norm, drop-path, class token as in the control"
     yield "baseline"
     yield f"  {card.base.name}"
-    yield from _facts(card.base)
-    yield "what differs besides the depth-wise convolution"
+    yield from _lines(card.base)
+    yield "other differences than the depth-wise convolution"
     yield from (f"  - {sentence}" for sentence in card.confounders)
     yield from (f"note: {note}" for note in card.notes)
 
 
-def _facts(entry: ModelEntry) -> Iterator[str]:
+def _lines(entry: ModelEntry) -> Iterator[str]:
     _, height, width = entry.input_size
     yield f"  cost            {entry.parameters:,} parameters, {entry.gmacs:.4f} GMACs at {height} x {width}"
     if entry.top1 is None:

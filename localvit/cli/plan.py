@@ -1,4 +1,4 @@
-"""``localvit plan``: what a configuration will take, before it is trained."""
+"""`localvit plan`: estimated cost of a configuration."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from localvit.cli.train import ConfigOptions, configuration
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ConfigOptions):
-    """Say what a training run will take: updates, hours, memory, data rate, sizes of files.
+    """Estimate a training run: steps, hours, memory, data rate, sizes of files.
 
-    Every line says whether it was measured just now, computed, or assumed. Nothing is written.
+    Every line is marked as measured, computed or assumed. Nothing is written.
+
+    Example: localvit plan --recipe deit_imagenet --gpus 8 --images-per-second 900
     """
 
     gpus: Annotated[str, tyro.conf.arg(metavar="N|NODESxN")] = "1"
@@ -27,7 +29,7 @@ class Options(ConfigOptions):
     memory_gb: Annotated[float | None, tyro.conf.arg(metavar="GB")] = None
     """memory of one GPU, in units of 1e9 bytes"""
     images: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """pictures that are learned from, where the data is not at hand"""
+    """number of training images, if the data is elsewhere"""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """print JSON"""
 
@@ -53,8 +55,8 @@ def run(options: Options) -> int:
 
 
 def _gpus(text: str) -> tuple[int, int]:
-    """Nodes and GPUs in each."""
+    """Return the number of nodes and of GPUs in each."""
     found = re.fullmatch(r"(?:(\d+)x)?(\d+)", text)
     if found is None:
-        raise UsageError(f"--gpus {text!r} is neither a number nor NODESxGPUS, such as 8x8")
+        raise UsageError(f"--gpus {text!r} is not accepted; use a number or NODESxGPUS, such as 8x8")
     return int(found[1] or 1), int(found[2])

@@ -13,45 +13,47 @@ import tyro
 from localvit.cli.arguments import UsageError, one_line_errors, printable
 
 if TYPE_CHECKING:
-    from localvit.inference import Prediction, Progress, Shard
+    from localvit.inference import Prediction, PredictionProgress, Shard
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Classify images, as many as there are. Exit code 0 if any could be read, 1 if none could.
+    """Classify any number of images. The exit code is 0 if any image could be read, else 1.
 
     With --output, an interrupted command (Ctrl-C, SIGTERM) ends with exit code 0, and the same command
     resumes. Under torchrun each process takes a shard and writes NAME-RANK-of-N.SUFFIX.
+
+    Example: localvit predict --checkpoint runs/digits images/ --output found.csv
     """
 
     checkpoint: Annotated[str, tyro.conf.arg(metavar="X")]
     """a run's folder, an exported folder, a timm name with published weights, or a file of localvit export"""
     engine: Literal["onnxruntime", "openvino", "torch"] | None = None
-    """what runs an exported file; it need not be named for .onnx and .xml, and must be for .pt2 (trust it)"""
+    """(rare) engine of an exported file; required for .pt2, which may run code of its author"""
     fuse: tyro.conf.FlagCreatePairsOff[bool] = True
-    """compute by the plain model, not by its fused form (localvit.fuse)"""
+    """(rare) compute with the plain model, not the fused one (localvit.fuse)"""
     paths: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PATHS")] = ()
-    """files, and folders that are searched for images"""
+    """files, and folders to search for images"""
     top_k: Annotated[int, tyro.conf.arg(metavar="N")] = 5
-    """how many classes to name"""
+    """number of classes per image"""
     format: Literal["table", "json", "jsonl", "csv"] = "table"
-    """on the console: a table for reading, the others for programs; a file's name tells its own"""
+    """format on the console; that of a file follows from its name"""
     output: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """write a .csv, .jsonl or .parquet; until it is finished, results are in FILE.part.jsonl"""
+    """new .csv, .jsonl or .parquet; until it is finished, results are in FILE.part.jsonl"""
     shard: Annotated[str | None, tyro.conf.arg(metavar="I/N")] = None
-    """take block I (from 0) of N; results of 0/N to N-1/N, one after the other, are those of all"""
+    """(rare) classify only block I (from 0) of N"""
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 32
-    """images at a time"""
+    """images in a batch"""
     workers: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """data workers that load images"""
+    """data workers"""
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
 
 
 def run(options: Options) -> int:
-    """Predict; 0 if any image could be read or it was interrupted, else 1."""
+    """Predict; return 0 if any image could be read or the command was interrupted, else 1."""
     if not options.paths:
-        raise UsageError("PATHS is missing: files or folders to classify")
+        raise UsageError("PATHS is missing; add image files or folders")
     with one_line_errors():
         shard, device, output = _place(options)
         batches = {"top_k": options.top_k, "batch_size": options.batch_size, "workers": options.workers}
@@ -60,7 +62,7 @@ def run(options: Options) -> int:
             return _print(options, shard, batches, opening)
         form = options.format
         if form not in ("table", output.rpartition(".")[2]):
-            raise UsageError(f"--format {form} is for the console, or the name {output} must end in .{form}")
+            raise UsageError(f"--format {form} is not accepted for {output}; use a name that ends in .{form}")
         return _write(options, output, {"shard": shard, **batches, **opening})
 
 
@@ -72,21 +74,21 @@ def _place(options: Options) -> tuple[Shard, str, str | None]:
     output, text = options.output, options.shard
     if shard.count > 1:
         if text is not None:
-            raise UsageError(f"--shard {text}: under torchrun each process has its shard already")
+            raise UsageError(f"--shard {text} is not accepted under torchrun; leave it out")
         if output is None:
-            raise UsageError("--output FILE is missing: processes of torchrun cannot share the console")
+            raise UsageError("processes of torchrun cannot share the console; add --output FILE")
         stem, dot, suffix = output.rpartition(".")
         output = f"{stem}-{shard.index}-of-{shard.count}{dot}{suffix}"
     elif text is not None:
         index, slash, count = text.partition("/")
         if not (slash and index.isdecimal() and count.isdecimal()):
-            raise UsageError(f"--shard {text}: two whole numbers are meant, such as 0/4")
+            raise UsageError(f"--shard {text} is not accepted; use two integers such as 0/4")
         shard = Shard(index=int(index), count=int(count))
     return shard, device, output
 
 
 def _print(options: Options, shard: Shard, batches: dict[str, int], opening: dict[str, Any]) -> int:
-    """Print predictions, each batch as soon as it is there."""
+    """Print predictions batch by batch."""
     from localvit.inference import check_settings, classify, find_files, open_model
 
     check_settings(**batches)
@@ -105,7 +107,7 @@ def _print(options: Options, shard: Shard, batches: dict[str, int], opening: dic
 
 
 def _layout(format: str) -> tuple[str, Callable[[Prediction], str], str, str]:
-    """Return the beginning, the text of a prediction, what is between two of them, and the end."""
+    """Return the beginning, the encoder of a prediction, the separator, and the end."""
     from localvit.inference import COLUMNS, to_csv, to_csv_lines, to_json_line
 
     if format == "json":
@@ -119,7 +121,7 @@ def _layout(format: str) -> tuple[str, Callable[[Prediction], str], str, str]:
 
 def _table_rows(one: Prediction) -> str:
     if one.error is not None:
-        return _table_row("-", "(no answer)", one.path)
+        return _table_row("-", "(no prediction)", one.path)
     rows = ((f"{guess.probability:.3f}", guess.label, one.path) for guess in one.guesses)
     return "".join(_table_row(*row) for row in rows)
 
@@ -133,16 +135,16 @@ def _write(options: Options, output: str, arguments: dict[str, Any]) -> int:
     from localvit.inference import write_predictions
     from localvit.runtime import stop_on_signals, stop_requested
 
-    last: list[Progress] = []
+    last: list[PredictionProgress] = []
     with stop_on_signals(), _bar() as show:
 
-        def watch(progress: Progress, batch: Sequence[Prediction]) -> None:
+        def watch(progress: PredictionProgress, batch: Sequence[Prediction]) -> None:
             if not last and progress.resumed:
                 print(f"{output}: resumed after {progress.resumed:,} of {progress.total:,} images")
             last[:] = [progress]
             _complain(batch)
             show(progress)
-            if stop_requested():  # not in the middle of a batch, which a data worker is handing over
+            if stop_requested():  # between batches: a data worker may be sending one
                 raise KeyboardInterrupt
 
         try:
@@ -156,8 +158,8 @@ def _write(options: Options, output: str, arguments: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def _bar() -> Iterator[Callable[[Progress], None]]:
-    """Yield a function that shows how far a file is, on a terminal."""
+def _bar() -> Iterator[Callable[[PredictionProgress], None]]:
+    """Yield a function that shows the progress of a file on a terminal."""
     from rich import progress
     from rich.console import Console
 

@@ -23,14 +23,15 @@ from localvit.cli.cluster import OnCluster, cluster_of
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from localvit.studies.design import Facts, Study
+    from localvit.studies.design import Study, StudySummary
     from localvit.studies.execution import Cluster
-    from localvit.studies.reporting import Report
+    from localvit.studies.reporting import StudyReport
 
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FILE")]
 Folder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 
 _HERE = 2  # runs at a time on this machine
+HELP = "Run controlled experiments.\n\nExample: localvit study run designs --seeds 3 --output runs/designs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +41,13 @@ class List:
 
 @dataclass(frozen=True, kw_only=True)
 class New:
-    """Write a commented question file NAME.yaml that runs as it is; change it into your own."""
+    """Write a commented question file to edit.
+
+    Example: localvit study new mine
+    """
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """file to write, .yaml is added; a file that exists is left alone"""
+    """new file, without .yaml"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,55 +55,60 @@ class Asked:
     """Question at a scale."""
 
     name: Name
-    """a question that comes with localvit (see list), or a YAML file"""
+    """question of localvit (see list), or a YAML file"""
     scale: Annotated[str, tyro.conf.arg(metavar="NAME")] = "digits"
     """digits (minutes on a CPU), small (CIFAR-10 and its like), paper (ImageNet), or one of the file's"""
     data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """training images: digits, an image folder, a .tar, or a name for timm.data.create_dataset"""
+    """training images (as for train)"""
     val_data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """test images; without it, the data's own test split, or images held out of the data"""
+    """(rare) test images; default: the data's own test split, or images held out of the data"""
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """where timm's named data sets keep their files"""
+    """(rare) folder of timm's named data sets"""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
-    """change a field of all arms, e.g. epochs=5 or model.args.depth=4"""
+    """field of all arms, e.g. epochs=5 or model.args.depth=4"""
     match: Literal["none", "params", "macs"] | None = None
-    """make this equal in all arms, by the width of their feed-forward networks"""
+    """(rare) cost that is made equal in all arms, by the width of their feed-forward networks"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Show(Asked):
-    """Print a question: its arms, how they differ, what they cost, what else differs. Nothing runs."""
+    """Show the arms of a question, their differences, cost and confounders. Nothing runs.
+
+    Example: localvit study show designs
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(OnCluster, Asked):
+class RunOptions(OnCluster, Asked):
     """Train every arm with every seed, compare, and write a report.
 
-    Repeating the command does what is missing; more seeds or arms reuse what is there.
+    The same command resumes; more seeds or arms reuse finished runs.
+
+    Example: localvit study run designs --seeds 3 --output runs/designs
     """
 
     output: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """for runs and report: a new one, or that of this very study to resume it; else runs/NAME-SCALE"""
+    """folder for runs and report: a new one, or that of the same study; default: runs/NAME-SCALE"""
     seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 5
-    """runs of every arm, at least 2"""
+    """number of seeds, at least 2"""
     jobs: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """runs at a time: 2, on GPUs in turns, several on one if there are more than GPUs; on a cluster all"""
+    """runs at a time, spread over the GPUs; default: 2, on a cluster all"""
     threads: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """threads of each run"""
     retry: tyro.conf.FlagCreatePairsOff[bool] = False
-    """start runs that failed anew; without it they are listed and left"""
+    """repeat failed runs"""
     reuse: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="DIR")] = ()
-    """take finished runs of the same configuration from another study's folder"""
+    """(rare) take finished runs of the same configuration from another study's folder"""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
-    """print the runs, their order and what they will cost, and stop"""
+    """print the runs, their order and cost, and stop"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Write report.html and report.md again, from what the folder holds; results.jsonl is enough."""
+    """Write report.html and report.md again; results.jsonl is enough."""
 
     folder: Folder
-    """of a study"""
+    """folder of a study"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,34 +116,34 @@ class Compare:
     """Compare two studies arm by arm, such as two scales or two versions."""
 
     first: Folder
-    """of a study"""
+    """folder of a study"""
     second: Folder
-    """of another one"""
+    """folder of another study"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Print a study's results: csv has a line for each run, latex and markdown one for each arm."""
+    """Print the results of a study: csv by run, latex and markdown by arm."""
 
     folder: Folder
-    """of a study"""
+    """folder of a study"""
     format: Literal["csv", "latex", "markdown"] = "markdown"
-    """of what is printed"""
+    """format of the output"""
 
 
 Options = (
     Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[New, tyro.conf.subcommand("new")]
     | Annotated[Show, tyro.conf.subcommand("show")]
-    | Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[RunOptions, tyro.conf.subcommand("run")]
     | Annotated[ReportOptions, tyro.conf.subcommand("report")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Export, tyro.conf.subcommand("export")]
 )
 
 
-def run(options: List | New | Show | Run | ReportOptions | Compare | Export) -> int:
-    """Do what was asked; return 0 when done."""
+def run(options: List | New | Show | RunOptions | ReportOptions | Compare | Export) -> int:
+    """Run a subcommand; return 0."""
     from rich.console import Console
 
     check_extra("study")
@@ -145,7 +154,7 @@ def run(options: List | New | Show | Run | ReportOptions | Compare | Export) -> 
                 _list(console)
             case New(name=name):
                 _new(name, console)
-            case Run():
+            case RunOptions():
                 return _run(options, console)
             case Show():
                 _show(options, console)
@@ -162,7 +171,7 @@ def run(options: List | New | Show | Run | ReportOptions | Compare | Export) -> 
     return 0
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_report(report: StudyReport, console: Console) -> None:
     """Print the main table and the verdicts."""
     from localvit.studies.reporting import result_notes, result_table, verdicts
 
@@ -184,7 +193,7 @@ def _new(name: str, console: Console) -> None:
     from localvit.studies.design import write_question
 
     path = write_question(name)
-    _print(console, f"written: {path}; localvit study run {shlex.quote(str(path))} answers it")
+    _print(console, f"written: {path}; run it with localvit study run {shlex.quote(str(path))}")
 
 
 def _study(options: Asked, seeds: int) -> Study:
@@ -206,7 +215,7 @@ def _show(options: Show, console: Console) -> None:
     _print(console, describe(study, check_study(study)))
 
 
-def describe(study: Study, facts: Facts) -> str:
+def describe(study: Study, summary: StudySummary) -> str:
     """Describe a study before it runs."""
     from localvit.cost import giga
 
@@ -214,7 +223,7 @@ def describe(study: Study, facts: Facts) -> str:
         study.question,
         f"base: {study.base.model.name} on {study.base.data.train}, {study.base.epochs} epochs",
     ]
-    for name, arm in facts.arms.items():
+    for name, arm in summary.arms.items():
         cost = f"{arm.parameters:,} parameters, {giga(arm.macs)}MACs, {arm.tokens or '?'} tokens"
         control = study.control_of(study.arm(name))
         lines.append(f"{name}{f' (against {control})' if control != name else ''}: {cost}")
@@ -226,7 +235,7 @@ def describe(study: Study, facts: Facts) -> str:
     return "\n".join(lines)
 
 
-def _run(options: Run, console: Console) -> int:
+def _run(options: RunOptions, console: Console) -> int:
     from localvit.studies import run_study
     from localvit.studies.execution import StudyFailed
 
@@ -236,7 +245,7 @@ def _run(options: Run, console: Console) -> int:
         ("threads", options.threads, 1),
     ):
         if value < least:
-            raise UsageError(f"--{flag} {value}: at least {least}")
+            raise UsageError(f"--{flag} {value} is not accepted; use at least {least}")
     cluster = cluster_of(options, options.jobs)
     study = _study(options, options.seeds)
     check_output(options.output)
@@ -245,7 +254,7 @@ def _run(options: Run, console: Console) -> int:
         _dry_run(study, folder, options, cluster, console)
         return 0
     if study.base.data.train == "DATA":
-        raise UsageError(f"--data SRC is missing: scale {options.scale!r} has no images of its own")
+        raise UsageError(f"scale {options.scale!r} has no images; add --data SRC")
     try:
         made = run_study(
             study,
@@ -261,24 +270,26 @@ def _run(options: Run, console: Console) -> int:
     except StudyFailed as error:
         raise Failure(str(error)) from error
     except KeyboardInterrupt:
-        left = "the jobs go on without it, " if options.cluster == "slurm" else ""
-        print(f"stopped; {left}finished runs are kept in {folder}, and the same command goes on")
+        left = "its jobs keep running, " if options.cluster == "slurm" else ""
+        print(f"stopped; {left}finished runs are in {folder}, and the same command resumes")
         return 130
     print_report(made, console)
     return 0
 
 
-def _dry_run(study: Study, path: Path, options: Run, cluster: Cluster | None, console: Console) -> None:
+def _dry_run(
+    study: Study, path: Path, options: RunOptions, cluster: Cluster | None, console: Console
+) -> None:
     from localvit.studies.design import check_study
     from localvit.studies.execution import StudyFolder, forecast
 
     if cluster is not None:
         cluster.check(study, options.threads)
-    facts = check_study(study)
+    summary = check_study(study)
     folder = StudyFolder(path, study)
     jobs = options.jobs or (len(study.runs()) if cluster else _HERE)
-    found = forecast(folder, facts, jobs, device="cpu" if cluster else None)
-    lines = [describe(study, facts), f"data: {facts.images}", *found.lines()]
+    found = forecast(folder, summary, jobs, device="cpu" if cluster else None)
+    lines = [describe(study, summary), f"data: {summary.images}", *found.lines()]
     if cluster is not None:
         waiting = ("new", "begun", "failed") if options.retry else ("new", "begun")
         lines += cluster.describe(folder, [r for r, o in found.outcomes.items() if o.state in waiting])

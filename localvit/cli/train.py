@@ -1,4 +1,4 @@
-"""``localvit train``: a recipe, settings and flags make a configuration; the configuration is trained."""
+"""`localvit train`: a configuration from a recipe, settings and flags, and its training."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ _TOP = ("output", "epochs", "batch_size", "seed", "workers", "device")
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigOptions:
-    """The flags that make a configuration: a recipe, --set over it, and the other flags over both."""
+    """Flags of a configuration: a recipe, --set over it, and the other flags over both."""
 
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
-    """a recipe that comes with localvit, or a YAML file such as the config.yaml of another run"""
+    """recipe of localvit, or a YAML file such as the config.yaml of another run"""
     model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """any name that timm.create_model knows"""
+    """any name for timm.create_model"""
     data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """training pictures: digits, an image folder, a .tar, or a name for timm.data.create_dataset"""
+    """training images: digits, an image folder, a .tar, or a name for timm.data.create_dataset"""
     val_data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """pictures that are reported; without it, what the data brings along, or a part held out of it"""
+    """test images; default: the data's own test split, or images held out of the data"""
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """where timm's named data sets keep their files"""
+    """(rare) folder of timm's named data sets"""
     allow_overlap: tyro.conf.FlagCreatePairsOff[bool] = False
-    """accept images that are in two splits or two classes; every result says how many"""
+    """(rare) accept images that are in two splits or two classes; every result says how many"""
     output: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """folder for the results: a new one, or that of this very run to go on with it"""
+    """folder for the results: a new one, or that of the same run to resume it"""
     locality: Annotated[str | None, tyro.conf.arg(metavar="default|none|YAML")] = None
-    """localize the model: default, none, '{preset: mix_ffn}', or fields as '{init: preserve}'"""
+    """locality of the model: default, none, '{preset: mix_ffn}', or fields as '{init: preserve}'"""
     blocks: Annotated[str | None, tyro.conf.arg(metavar="YAML")] = None
-    """which blocks to localize: all, lower-half, [0, 1], [[0, 4]], ..."""
+    """(rare) blocks to localize: all, lower-half, [0, 1], [[0, 4]], ..."""
     pretrained: tyro.conf.FlagCreatePairsOff[bool] = False
     """start from published weights"""
     epochs: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """passes over the training pictures"""
+    """passes over the training images"""
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """pictures per update, over all processes"""
+    """images per step, over all processes"""
     lr: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
     """peak learning rate"""
     seed: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """decides split, initial weights, order and augmentation"""
+    """seed of split, initial weights, order and augmentation"""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """processes that load pictures"""
+    """data workers"""
     device: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """auto, cpu, cuda, cuda:1, ..."""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
@@ -59,21 +59,22 @@ class ConfigOptions:
 class Options(ConfigOptions):
     """Train a model, choose its best epoch on a validation split, report it on a test split.
 
-    A recipe gives values, --set changes them, and the other flags beat both. The same command again goes on
-    where a run in its output folder ended, however it ended. On several GPUs or machines: torchrun
-    --nproc-per-node N -m localvit train ...
+    A recipe gives values, --set changes them, and the other flags override both. The same command resumes an
+    interrupted run. On several GPUs or machines: torchrun --nproc-per-node N -m localvit train ...
+
+    Example: localvit train --recipe digits --locality default --output runs/digits
     """
 
     allow_change: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FIELD")] = ()
-    """go on although this has changed since: a field, a section, data, versions, world_size"""
+    """(rare) resume although this has changed: a field, a section, data, versions, world_size"""
     tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
-    """write curves for TensorBoard into the output folder"""
+    """(rare) write curves for TensorBoard into the output folder"""
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
-    """print the resolved configuration as YAML, and what it comes to as comments, and stop"""
+    """print the resolved configuration and its effective values, and stop"""
 
 
 def run(options: Options) -> int:
-    """Train; 0 when done, and when a signal asked for the end and the state is saved."""
+    """Train; return 0, also if a signal interrupted it and the state is saved."""
     from rich.console import Console
 
     from localvit.errors import TrainingInterrupted
@@ -85,12 +86,12 @@ def run(options: Options) -> int:
     with one_line_errors(), stop_on_signals():
         config = configuration(options)
         if options.print_config:
-            figures = effective(config)  # before anything is printed: it finds what cannot work
+            figures = effective(config)  # before printing, because it may refuse the configuration
             print(to_yaml(config), end="")
             print("# effective", *figures, sep="\n#   ")
             return 0
         if config.output is None:
-            raise UsageError("--output FOLDER is missing: where the results go")
+            raise UsageError("--output is missing; add --output FOLDER")
         callbacks = [TensorBoard()] if options.tensorboard else []
         try:
             train(config, console=Console(), allow_change=options.allow_change, callbacks=callbacks)
@@ -101,20 +102,20 @@ def run(options: Options) -> int:
 
 
 def configuration(options: ConfigOptions) -> Any:
-    """The configuration from recipe, settings and flags.
+    """Return the configuration from recipe, settings and flags.
 
     Raises:
-        UsageError, ConfigError: if there is none, or it contradicts itself.
+        UsageError, ConfigError: if it is missing or invalid.
     """
     from localvit.config import resolve
     from localvit.structure import parse_yaml
 
     if options.recipe is None and options.data is None and not options.set:
-        raise UsageError("--data SRC or --recipe NAME is missing: what to train on")
+        raise UsageError("the training data is missing; add --data SRC or --recipe NAME")
     settings = list(options.set)
     model: dict[str, Any] = {"name": options.model, "pretrained": options.pretrained or None}
     if options.locality is not None:
-        # A flag replaces what a recipe says about locality; it does not mix with it.
+        # A flag replaces the recipe's locality and is not merged with it.
         settings.append("model.locality=null")
         words: dict[str, Any] = {"default": {}, "none": None}
         value = options.locality
@@ -136,6 +137,6 @@ def configuration(options: ConfigOptions) -> Any:
 
 
 def _drop_missing(values: dict[str, Any]) -> dict[str, Any]:
-    """Without the flags that were not given, and without the sections in which none was."""
+    """Remove flags that were not given, and empty sections."""
     kept = {k: _drop_missing(v) if k in _SECTIONS else v for k, v in values.items()}
     return {k: v for k, v in kept.items() if v is not None and not (k in _SECTIONS and not v)}

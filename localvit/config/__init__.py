@@ -7,10 +7,10 @@ from localvit.imports import door
 if TYPE_CHECKING:
     from localvit.config.comparison import (
         UNCOMPARED as UNCOMPARED,
-        Changes as Changes,
+        ConfigDiff as ConfigDiff,
         check_allowed as check_allowed,
-        comparable as comparable,
         differences as differences,
+        identity_fields as identity_fields,
         refuse_changes as refuse_changes,
     )
     from localvit.config.files import (

@@ -1,4 +1,4 @@
-"""Comparison of two configurations, so that no run is resumed as another one unnoticed."""
+"""Comparison of two configurations, so that no run is resumed as another one."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from localvit.structure import plain
 UNCOMPARED = ("output", "workers", "device", "save_seconds", "max_bad_images")
 """Fields that may change when a run is resumed.
 
-They change where results go, how fast they come and how much can be lost, not what is computed: batches do
-not depend on `workers`, nor on `max_bad_images` as long as the run goes on. `device` differs between machines
-that take turns (`cuda:0`, `cuda:1`); the bits of a result hold for one kind of device only.
+They do not change results: batches do not depend on `workers`, nor on `max_bad_images` unless the run stops.
+`device` differs between machines that take turns (`cuda:0`, `cuda:1`); results are bit for bit equal on one
+kind of device only.
 """
 
 _BESIDES = ("data", "versions", "world_size")
 
-Changes = dict[str, tuple[Any, ...]]
+ConfigDiff = dict[str, tuple[Any, ...]]
 """Field -> its old and its new value."""
 
 
-def comparable(config: TrainConfig) -> dict[str, Any]:
+def identity_fields(config: TrainConfig) -> dict[str, Any]:
     """Return the fields of a configuration that decide the results, as a nested mapping."""
     return {name: value for name, value in plain(config).items() if name not in UNCOMPARED}
 
@@ -39,20 +39,20 @@ def check_allowed(allow_change: Collection[str]) -> None:
         place: Any = fields
         for part in name.split("."):
             if not isinstance(place, Mapping) or not place:
-                break  # below a field whose own fields are not ours, or not there by default
+                break  # a field below one without known fields
             if part not in place:
                 raise unknown("allow_change", name, _paths(fields))
             place = place[part]
 
 
 def refuse_changes(
-    folder: str, changes: Changes, allow_change: Collection[str], finished: bool = False
+    folder: str, changes: ConfigDiff, allow_change: Collection[str], finished: bool = False
 ) -> None:
     """Refuse changes of a run that are not allowed, by their own names or those of a whole section.
 
     Args:
         folder: Folder of the run.
-        changes: Differences from the run that is there.
+        changes: Differences from the existing run.
         allow_change: Fields or sections.
         finished: The run is finished, so nothing can be resumed.
 

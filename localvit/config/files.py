@@ -29,26 +29,26 @@ def read_config(path: str | Path) -> TrainConfig:
 
 
 def list_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Return the names of the package's recipes."""
     folder = resources.files("localvit.config") / "recipes"
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
 def load_recipe(recipe: str) -> dict[str, Any]:
-    """The values of a recipe that comes with the package, or of a YAML file.
+    """Return the values of a recipe of the package, or of a YAML file.
 
-    A recipe may begin with ``extends: NAME|FILE``: its values then stand over those of that one, mapping
-    by mapping. A file that is not absolute is looked for beside the one that names it.
+    A recipe may begin with `extends: NAME|FILE`: its values then override those of that recipe, mapping by
+    mapping. A relative file is relative to the file that names it.
 
     Raises:
-        ConfigError: if there is no such recipe, or it extends itself.
+        ConfigError: if the recipe does not exist or extends itself.
     """
     layers: list[dict[str, Any]] = []
     chain: list[str] = []
     following: str | None = str(Path(recipe).resolve()) if recipe.endswith(_FILES) else recipe
     while following is not None:
         if following in chain:
-            raise ConfigError(f"recipe {recipe!r} extends itself: {' -> '.join([*chain, following])}")
+            raise ConfigError(f"recipe {recipe!r}: {' -> '.join([*chain, following])} is a cycle; cut it")
         chain.append(following)
         layers.append(_read_recipe(following))
         following = _extended(layers[-1].pop("extends", None), following)
@@ -63,29 +63,29 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
         return read_yaml(recipe)
     if recipe not in list_recipes():
         error = unknown("recipe", recipe, list_recipes())
-        raise ConfigError(f"{error} (recipes: {', '.join(list_recipes())}; or a .yaml file)")
+        raise ConfigError(f"{error} (accepted: {', '.join(list_recipes())}, or a .yaml file)")
     with resources.as_file(resources.files("localvit.config") / "recipes" / f"{recipe}.yaml") as path:
         return read_yaml(path)
 
 
 def _extended(name: Any, by: str) -> str | None:
-    """Return the recipe that `by` extends; a file as a full path, so that a circle is seen."""
+    """Return the recipe that `by` extends; a file as a full path, to detect cycles."""
     if name is None or (isinstance(name, str) and not name.endswith(_FILES)):
         return name
     if not isinstance(name, str):
-        raise ConfigError(f"recipe {by!r}: extends={name!r} is not the name of a recipe")
+        raise ConfigError(f"recipe {by!r}: extends={name!r} is not accepted; use a recipe's name")
     return str((Path(by).parent / name).resolve())
 
 
 def parse_setting(setting: str) -> dict[str, Any]:
-    """``"optim.lr=1e-3"`` as ``{"optim": {"lr": "1e-3"}}``; the value is YAML.
+    """Parse `"optim.lr=1e-3"` to `{"optim": {"lr": "1e-3"}}`; the value is YAML.
 
     Raises:
-        ConfigError: if there is no `=`, or as `parse_yaml`.
+        ConfigError: if the `=` is missing, or as `parse_yaml`.
     """
     key, equals, text = setting.partition("=")
     if not equals or not all(key.split(".")):
-        raise ConfigError(f"setting {setting!r} is not of the form key=value, e.g. optim.lr=1e-3")
+        raise ConfigError(f"setting {setting!r} is not accepted; use key=value, e.g. optim.lr=1e-3")
     value = parse_yaml(text, f"setting {setting!r}")
     for name in reversed(key.split(".")):
         value = {name: value}
@@ -93,7 +93,7 @@ def parse_setting(setting: str) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over` in their places, mapping by mapping."""
+    """Return `base` overridden by the values of `over`, mapping by mapping."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -105,11 +105,11 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def resolve(
     recipe: str | None = None, settings: Sequence[str] = (), explicit: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """A configuration from its layers; each beats the ones before it.
+    """Return the configuration of its layers; each overrides those before it.
 
     Args:
         recipe: Name or YAML file.
-        settings: ``key=value`` strings with dotted keys.
+        settings: `key=value` strings with dotted keys.
         explicit: Nested mapping, e.g. of command-line flags.
     """
     values: dict[str, Any] = load_recipe(recipe) if recipe else {}

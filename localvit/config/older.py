@@ -34,7 +34,7 @@ def to_older(values: Any) -> Any:
 
 def _translate(values: Any, path: str, replaced: Mapping[str, str]) -> Any:
     if not isinstance(values, Mapping):
-        return values  # damaged, which whoever reads it will say
+        return values  # damaged; the reader reports it
     made = dict(values)
     for key, value in values.items():
         if key == path and isinstance(value, str):

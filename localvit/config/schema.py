@@ -43,13 +43,11 @@ class OptimConfig:
     def __post_init__(self) -> None:
         at_least(self, "optim", 0.0, "weight_decay", "momentum")
         if not 0.0 < self.lr < float("inf"):
-            raise ConfigError(f"optim.lr={self.lr!r} must be positive")
+            raise ConfigError(f"optim.lr={self.lr!r} is not accepted; use a positive number")
         if self.lr_batch is not None:
             at_least(self, "optim", 1, "lr_batch")
         if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
-            raise ConfigError(
-                f"optim.layer_decay={self.layer_decay!r} is not above 0 and up to 1 (off: null)"
-            )
+            raise ConfigError(f"optim.layer_decay={self.layer_decay!r} is not accepted; use (0, 1] or null")
 
     def effective_lr(self, batch_size: int) -> float:
         """Return the peak learning rate at `batch_size` images per step."""
@@ -106,12 +104,12 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.alpha <= 1.0:
-            raise ConfigError(f"distill.alpha={self.alpha!r} is not a share above 0 and up to 1")
+            raise ConfigError(f"distill.alpha={self.alpha!r} is not accepted; use a number in (0, 1]")
         if not 0.0 < self.temperature < float("inf"):
-            raise ConfigError(f"distill.temperature={self.temperature!r} must be positive")
+            raise ConfigError(f"distill.temperature={self.temperature!r} is not accepted; use more than 0")
         if self.kind == "hard" and self.temperature != 1.0:
             raise ConfigError(
-                f"distill.temperature={self.temperature:g} has no effect with distill.kind='hard'"
+                f"distill.temperature={self.temperature:g} has no effect with distill.kind='hard'; use 'soft'"
             )
 
 
@@ -130,8 +128,8 @@ class EngineConfig:
         grad_checkpointing: Recompute activations in the backward pass to save memory.
         selective_checkpointing: Recompute only norms, activations and gates of feed-forward networks with
             locality, where the native kernels do not apply (`localvit.set_selective_checkpointing`).
-        batch_norm: Batch norm with several processes; each has a part of every batch.
-            `"local"`: each process uses the statistics of its part; the running statistics of the main
+        batch_norm: Batch norm with several processes; each has a shard of every batch.
+            `"local"`: each process uses the statistics of its shard; the running statistics of the main
             process are evaluated and saved. `"average"`: the same, with the running statistics averaged over
             the processes before each evaluation; the default, as in timm's script, because it uses all
             images. `"sync"`: statistics of the whole batch, on GPUs only (PyTorch has no CPU version).
@@ -154,7 +152,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         at_least(self, "engine", 1, "grad_accum")
         if self.clip_grad is not None and not 0.0 < self.clip_grad < float("inf"):
-            raise ConfigError(f"engine.clip_grad={self.clip_grad!r} must be positive (off: null)")
+            raise ConfigError(f"engine.clip_grad={self.clip_grad!r} is not accepted; use more than 0 or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,24 +207,28 @@ class TrainConfig:
         at_least(self, "", 1, "epochs", "batch_size")
         at_least(self, "", 0, "seed", "workers", "save_seconds", "max_bad_images")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
-            raise ConfigError(f"ema_decay={self.ema_decay!r} is not between 0 and 1 (off: null)")
+            raise ConfigError(f"ema_decay={self.ema_decay!r} is not accepted; use a number in (0, 1) or null")
         if self.schedule.name != "constant" and self.schedule.warmup_epochs >= self.epochs:
             warmup = self.schedule.warmup_epochs
-            raise ConfigError(f"schedule.warmup_epochs={warmup:g} must be less than epochs={self.epochs}")
+            raise ConfigError(
+                f"schedule.warmup_epochs={warmup:g} is not accepted; use less than {self.epochs}"
+            )
         if self.schedule.name != "constant" and self.schedule.min_lr > self.effective_lr:
             low, scaled = self.schedule.min_lr, ""
             if self.optim.lr_batch is not None:
                 factor = f"{self.batch_size} / {self.optim.lr_batch}"
                 scaled = f" x batch_size / optim.lr_batch = {factor}, which is {self.effective_lr:g}"
-            raise ConfigError(f"schedule.min_lr={low:g} must not be above optim.lr={self.optim.lr:g}{scaled}")
+            raise ConfigError(
+                f"schedule.min_lr={low:g} is not accepted; use at most optim.lr={self.optim.lr:g}{scaled}"
+            )
         if self.augment.repeats > self.batch_size:
             raise ConfigError(
-                f"augment.repeats={self.augment.repeats} must not be above batch_size={self.batch_size}: "
-                "a batch would hold one image many times"
+                f"augment.repeats={self.augment.repeats} is not accepted; use at most "
+                f"batch_size={self.batch_size}"
             )
         if self.augment.mixes and self.batch_size % 2:
             raise ConfigError(
-                f"batch_size={self.batch_size} must be even for augment.mixup and augment.cutmix"
+                f"batch_size={self.batch_size} is odd, but augment.mixup and cutmix mix pairs; make it even"
             )
 
     @property

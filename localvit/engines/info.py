@@ -12,7 +12,7 @@ from localvit.structure import build, parse_json, to_json
 from localvit.version import __version__
 
 KEY = "localvit"
-"""Under which every format keeps it: ONNX ``metadata_props``, OpenVINO ``rt_info``, a file in a ``.pt2``."""
+"""Key of the metadata in every format: ONNX `metadata_props`, OpenVINO `rt_info`, a file in a `.pt2`."""
 
 Size = tuple[int, int]
 """Height and width."""
@@ -20,15 +20,15 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportInfo(Preprocessing):
-    """What goes into the file besides the model, as JSON, so that a user needs nothing else.
+    """Metadata in the file, as JSON, so that a user needs nothing else.
 
     Attributes:
-        architecture: Name for ``timm.create_model``, for people.
+        architecture: Name for `timm.create_model`, for information.
         num_classes: Number of outputs.
         labels: Label of each output as the training data named it, if known.
-        descriptions: What a person calls each, if known.
-        size_step: Heights and widths may be any multiples of this; ``None``: `input_size` only.
-        made_with: Versions of what wrote the file.
+        descriptions: Readable name of each label, if known.
+        size_step: Step of heights and widths; `None` for `input_size` only.
+        made_with: Versions of the packages that wrote the file.
     """
 
     architecture: str
@@ -45,7 +45,7 @@ class ExportInfo(Preprocessing):
             "descriptions": self.descriptions is not None and len(self.descriptions) != self.num_classes,
         }
         for name in (name for name, is_wrong in wrong.items() if is_wrong):
-            raise ConfigError(f"{name}={getattr(self, name)!r} does not fit the other values")
+            raise ConfigError(f"{name}={getattr(self, name)!r} does not fit the other values; export again")
 
     @classmethod
     def of(
@@ -71,7 +71,7 @@ class ExportInfo(Preprocessing):
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """The configured size, and where sizes are free a larger one that is not square."""
+        """The configured size, and a larger, non-square one if sizes are free."""
         _, height, width = self.input_size
         if self.size_step is None:
             return ((height, width),)
@@ -82,14 +82,14 @@ class ExportInfo(Preprocessing):
 
     @classmethod
     def from_json(cls, text: str, file: str) -> ExportInfo:
-        """Read what `to_json` wrote; fields of later versions are left out.
+        """Read the text of `to_json`; fields of later versions are left out.
 
         Args:
             text: JSON.
-            file: For the message.
+            file: Name for the message.
 
         Raises:
-            ConfigError: if there is none, or a value is not what it must be.
+            ConfigError: if the text is missing or invalid.
         """
         try:
             values = parse_json(text)
@@ -97,4 +97,6 @@ class ExportInfo(Preprocessing):
             known = isinstance(values, Mapping) and {k: v for k, v in values.items() if k in names}
             return build(cls, known)
         except ConfigError as error:
-            raise ConfigError(f"{file!r} is not of localvit export, or damaged: {error}") from error
+            raise ConfigError(
+                f"{file!r} is not of localvit export, or damaged: {error}; export again"
+            ) from error

@@ -22,17 +22,17 @@ ENGINE_NAMES: dict[EngineKind, str] = {
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
 }
-"""Engine -> its name for people."""
+"""Engine -> readable name."""
 
 READS: dict[EngineKind, tuple[str, ...]] = {
     "torch": (".pt2",),
     "onnxruntime": (".onnx",),
     "openvino": (".xml", ".onnx"),
 }
-"""Engine -> the suffixes that it reads."""
+"""Engine -> suffixes that it reads."""
 
 _DEFAULTS: dict[str, EngineKind] = {".onnx": "onnxruntime", ".xml": "openvino"}
-"""Suffix -> the engine that is taken where none is named."""
+"""Suffix -> default engine."""
 
 Shape = tuple[int | None, ...]
 """Sides of a tensor; `None` where any number is accepted."""
@@ -44,7 +44,7 @@ class Engine:
 
     Attributes:
         kind: The engine that runs it.
-        info: Preprocessing and outputs, as the file says.
+        info: Preprocessing and outputs, from the file.
         input_name, output_name: Names in the file.
         input_shape: (batch, C, H, W).
         output_shape: (batch, classes).
@@ -68,14 +68,14 @@ def pick_engine(file: str) -> EngineKind | None:
     """Return the engine of an exported file, by its suffix; `None` for anything else.
 
     Raises:
-        ConfigError: for a `.pt2`. Reading one may run code of its maker, so its engine must be named.
+        ConfigError: for a `.pt2`. Reading one may run code of its author, so its engine must be named.
     """
     suffix = Path(file).suffix
     if suffix in (".pt2", *_DEFAULTS) and Path(file).is_dir():
         return None
     if suffix == ".pt2":
         raise ConfigError(
-            f"{file!r}: reading a .pt2 may run its maker's code; --engine torch, if you trust it"
+            f"{file!r}: reading a .pt2 may run its author's code; add --engine torch if you trust it"
         )
     return _DEFAULTS.get(suffix)
 
@@ -86,49 +86,51 @@ def open_engine(kind: EngineKind, file: str | Path, threads: int | None = None) 
     Args:
         kind: The engine. Name `"torch"` only for files that you trust: see `write_program`.
         file: A file of `localvit export`.
-        threads: Threads of the engine; `None`: its own choice. With `"torch"` they are the whole process's.
+        threads: Threads of the engine; `None`: its default. With `"torch"` they are those of the process.
 
     Raises:
-        ConfigError: if the engine is not installed, does not read such files, or there is no such file, or
-            it is damaged or not of `localvit export`.
+        ConfigError: if the engine is not installed or does not read such files, or the file does not exist,
+            is damaged or not of `localvit export`.
     """
     if kind not in READS:
-        raise ConfigError(f"engine={kind!r}: accepted are {', '.join(get_args(EngineKind))}")
+        raise ConfigError(f"engine={kind!r} is not accepted; use {', '.join(get_args(EngineKind))}")
     file = str(file)
     if Path(file).suffix not in READS[kind]:
-        raise ConfigError(f"engine={kind!r} reads {' and '.join(READS[kind])}, not {file!r}")
+        raise ConfigError(f"{file!r} is not accepted for engine={kind!r}; use {' or '.join(READS[kind])}")
     if threads is not None and threads < 1:
-        raise ConfigError(f"threads={threads} must be at least 1")
+        raise ConfigError(f"threads={threads} is not accepted; use at least 1")
     check_packages(f"engine={kind!r}", *([] if kind == "torch" else [kind]))
     if not Path(file).is_file():
-        raise ConfigError(f"{file!r}: there is no such file")
+        raise ConfigError(f"{file!r} does not exist; check its name")
     open_kind = {"torch": _open_torch, "onnxruntime": _open_onnxruntime, "openvino": _open_openvino}[kind]
     try:
         engine = open_kind(file, threads)
     except ConfigError:
         raise
     except Exception as error:  # each engine has exceptions of its own for files that it cannot read
-        raise ConfigError(f"{file!r} cannot be opened with {kind}: {first_line(error)}") from error
+        raise ConfigError(
+            f"{file!r} cannot be opened with {kind}: {first_line(error)}; export it again"
+        ) from error
     for what, said, taken in (
         ("input_size", engine.info.input_size, engine.input_shape[1:]),
         ("num_classes", (engine.info.num_classes,), engine.output_shape[1:]),
     ):
         if len(said) != len(taken) or any(b not in (None, a) for a, b in zip(said, taken, strict=True)):
             raise ConfigError(
-                f"{file!r}: {what} is {said} in its metadata, {taken} in its model; export it anew"
+                f"{file!r}: {what} is {said} in its metadata, {taken} in its model; export it again"
             )
     return engine
 
 
 def check_packages(what: str, *modules: str) -> None:
-    """Refuse to begin where packages of the extra `export` are missing.
+    """Refuse to start without packages of the extra `export`.
 
     Raises:
         ConfigError: naming them and the command that installs them.
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"{what} needs {', '.join(missing)}: pip install 'localvit[export]'")
+        raise ConfigError(f"{what} needs {', '.join(missing)}; run pip install 'localvit[export]'")
 
 
 def _open_torch(file: str, threads: int | None) -> Engine:
@@ -153,8 +155,8 @@ def _open_onnxruntime(file: str, threads: int | None) -> Engine:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0  # 0: its own choice
-    options.log_severity_level = 3  # errors; warnings would go to the console
+    options.intra_op_num_threads = threads or 0  # 0: its default
+    options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     info = ExportInfo.from_json(session.get_modelmeta().custom_metadata_map.get(KEY, ""), file)
     (entry,), (result,) = session.get_inputs(), session.get_outputs()
@@ -169,13 +171,13 @@ def _open_onnxruntime(file: str, threads: int | None) -> Engine:
 def _open_openvino(file: str, threads: int | None) -> Engine:
     import openvino
 
-    # On processors that have bfloat16, OpenVINO would compute in it unless told otherwise.
+    # On processors with bfloat16, OpenVINO would use it by default.
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
     core = openvino.Core()
     model = core.read_model(file)
-    place = [KEY] if model.has_rt_info(KEY) else ["framework", KEY]  # where the metadata of an ONNX file go
+    place = [KEY] if model.has_rt_info(KEY) else ["framework", KEY]  # place of an ONNX file's metadata
     text = model.get_rt_info(place).astype(str) if model.has_rt_info(place) else ""
     info = ExportInfo.from_json(text, file)
     compiled = core.compile_model(model, "CPU", settings)

@@ -34,9 +34,9 @@ class Bin:
     """Images on which the model is about equally confident.
 
     Attributes:
-        low: Above this confidence, in per cent.
-        high: Up to this one.
-        images: Number of images; 0 leaves the other fields ``None``.
+        low: Lower end of the confidence (exclusive), in per cent.
+        high: Upper end (inclusive).
+        images: Number of images; 0 leaves the other fields `None`.
         confidence: Mean probability of the first guess, in per cent.
         accuracy: Per cent of first guesses that were right.
     """

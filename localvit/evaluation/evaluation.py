@@ -39,13 +39,13 @@ from localvit.runtime import World, open_world
 def measure(
     model: nn.Module, loader: Iterable[Batch], device: torch.device, *, distributed: bool = False
 ) -> Metrics:
-    """Evaluate a model; it is left in the mode (training or not) in which it was.
+    """Measure a model; its mode (training or evaluation) stays.
 
     Args:
-        model: Returns logits (B, classes).
+        model: Model that returns logits (B, classes).
         loader: From `eval_loader`.
         device: Where the model is.
-        distributed: Whether the images are spread over processes, whose counts are to be added up.
+        distributed: Add up the counts of all processes.
 
     Raises:
         UnreadableImage: if an image cannot be decoded.
@@ -93,18 +93,18 @@ class Evaluation:
 
     Attributes:
         checkpoint: The model.
-        form: What computed, in words (see `OpenModel`).
+        form: Form of the model that computed (see `OpenModel`).
         data: The source of the images.
         metrics: Loss, accuracy, throughput.
-        top1: 95 % interval of top-1 (see `wilson_interval`): chance in which images were drawn, not in
-            how the model was trained.
-        top5: The same of top-5.
+        top1: 95 % interval of top-1 (see `wilson_interval`). It covers the chance of drawing images, not of
+            training.
+        top5: 95 % interval of top-5.
         calibration_error: Expected calibration error of the first guess, in points.
-        calibration: The bins that it is made of.
+        calibration: Bins of the calibration error.
         classes: One row for each class that has images.
         confusions: Every wrong first guess, the most frequent first; with `classes`, the confusion matrix.
         real: Accuracy on reassessed labels, if they were asked for.
-        restricted: Whether only the classes that have images could be guessed.
+        restricted: Only classes that have images could be guessed.
         preprocessing: Preparation of the images.
         notes: Sentences about the images: what was allowed, what could not be compared.
     """
@@ -140,14 +140,14 @@ def evaluate(
     fuse: bool = False,
     allow_change: Collection[str] = (),
 ) -> Evaluation:
-    """Measure a model on the images of a source that are there to be reported.
+    """Measure a model on the test images of a source.
 
     Under `torchrun` the processes share the images, and each returns the result of all.
 
     Args:
         checkpoint: As `open_model`.
         data: A source (see `DataConfig`): its test split, else its validation split, else all of it.
-            ``None`` takes the test split of the run that trained the checkpoint.
+            `None` takes the test split of the run that trained the checkpoint.
         config: `root`, split names and `allow_overlap` for `data`, and departures from the model's own
             `mean`, `std`, `interpolation` and `crop_pct`.
         batch_size: Images at a time, in each process.
@@ -157,7 +157,7 @@ def evaluate(
             that the checkpoint knows are not those of the source.
         restrict: Let the model guess only classes that have images, for sets with some of its classes.
             Loss and calibration are those of the remaining outputs too.
-        real_labels: Also count against reassessed ImageNet labels: ``"default"``, or a file (see
+        real_labels: Also count against reassessed ImageNet labels: `"default"`, or a file (see
             `read_real_labels`).
         engine: As `open_model`.
         fuse: As `open_model`. Off by default: published numbers are those of the plain model.

@@ -1,4 +1,4 @@
-"""The result of an evaluation as JSON, as a table of classes, and as a drawing of its confusions."""
+"""Files of an evaluation: JSON, CSV of its classes, drawing of its confusion matrix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DRAWN_CLASSES = 1000
-"""More rows than this cannot be told apart on a screen."""
+"""Most rows that can be told apart on a screen."""
 _NAMED_CLASSES = 40
 
 
@@ -40,10 +40,10 @@ def check_drawing() -> None:
     """Refuse to draw where matplotlib is missing.
 
     Raises:
-        ConfigError: with what to install.
+        ConfigError: naming the package to install.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("a confusion matrix needs matplotlib: pip install 'localvit[study]'")
+        raise ConfigError("matplotlib is missing; run pip install 'localvit[study]'")
 
 
 def confusion_matrix(evaluation: Evaluation) -> tuple[list[str], Float[np.ndarray, "K columns"]]:
@@ -103,7 +103,7 @@ def _name_classes(axes: Axes, labels: list[str], others: bool) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Return a copy in which NaN and infinity are `None`, because JSON has neither."""
+    """Return a copy with `None` for NaN and infinity, because JSON has neither."""
     if isinstance(value, dict):
         return {name: _finite(one) for name, one in value.items()}
     if isinstance(value, list | tuple):

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from jaxtyping import Int
 
 _NUMBERED = ("wds/", "hfds/")
-"""Sources whose classes may have no names; ``"3"`` is then the output number 3."""
+"""Sources whose classes may have no names; `"3"` is then output 3."""
 
 
 def read_class_map(path: str, outputs: int) -> tuple[str, ...]:
     """Read the name of the class of each output, from a file in timm's form: one name per line, in order.
 
     Args:
-        path: A ``.txt``. timm's other form is a pickle, which is not read.
+        path: A `.txt`. timm's other form is a pickle, which is not read.
         outputs: Outputs of the model; the file may name fewer.
 
     Raises:
@@ -35,7 +35,7 @@ def read_class_map(path: str, outputs: int) -> tuple[str, ...]:
     """
     what = f"class_map={path!r}"
     if not path.endswith(".txt") or not os.path.isfile(path):
-        raise ConfigError(f"{what} is no .txt file with the name of a class in each line")
+        raise ConfigError(f"{what} is not accepted; use a .txt file with one class name per line")
     try:
         with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a byte-order mark
             names = [line.strip() for line in file.read().rstrip().split("\n")]
@@ -56,13 +56,13 @@ def label_by_outputs(images: Part, source: str, model: OpenModel, class_map: str
     """Return the same images, their labels counted as the model's outputs.
 
     The source's classes are looked up in the class map, if there is one; else in the model's labels, then in
-    what people call them (see `OpenModel`). All of them must be found, and the model may have more. A
+    its descriptions (see `OpenModel`). All of them must be found, and the model may have more. A
     source without names is labelled by numbers of outputs, and so is a model without names, if it has as
     many outputs as the source has classes.
 
     Args:
-        images: With the classes of their source.
-        source: Its name, for the message.
+        images: Images with the classes of their source.
+        source: Name of the source, for the message.
         model: The model.
         class_map: See `read_class_map`.
 
@@ -83,7 +83,7 @@ def label_by_outputs(images: Part, source: str, model: OpenModel, class_map: str
     if not choices:
         raise ConfigError(
             f"data={source!r} has {len(images.class_names)} classes, {model.source!r} has {outputs} outputs "
-            "without names; class_map can name them"
+            "without names; name them with class_map"
         )
     names = next((names for names in choices if _each_once(images.class_names, names)), choices[0])
     try:
@@ -105,31 +105,33 @@ def read_real_labels(path: str, images: Part, model: OpenModel) -> Int[torch.Ten
     few have none and do not count.
 
     Args:
-        path: ``"default"`` for the labels that timm ships, or a JSON file in the authors' form: a list with
-            the right classes of ``ILSVRC2012_val_00000001.JPEG`` and so on.
-        images: All of these images.
-        model: With the outputs of ILSVRC-2012.
+        path: `"default"` for the labels that timm ships, or a JSON file in the authors' form: a list with
+            the right classes of `ILSVRC2012_val_00000001.JPEG` and so on.
+        images: All validation images, in any order.
+        model: Model with the outputs of ILSVRC-2012.
 
     Returns:
         (N, most) int64: the right classes of each image, filled up with -1.
 
     Raises:
         ConfigError: if the model has other classes, or there is no such file.
-        DataError: if the images are not those that the file is about.
+        DataError: if the images are not those of the file.
     """
     what = f"real_labels={path!r}"
     if model.labels != tuple(ImageNetInfo("imagenet-1k").label_names()):
-        raise ConfigError(f"{what} needs a model with the 1000 classes of ILSVRC-2012 in timm's order")
+        raise ConfigError(f"{what} needs ILSVRC-2012's 1000 classes in timm's order; use another model")
     names = [os.path.basename(image_name(images, i)) for i in range(len(images))]
     try:
         known = RealLabelsImagenet(names, None if path == "default" else path).real_labels
         rows = [known[name] for name in names]
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{what} cannot be read: {error}") from error
+        raise ConfigError(f"{what} cannot be read: {error}; use 'default' or the authors' file") from error
     except AssertionError as error:
-        raise DataError(f"{what} is about another number of images than these {len(names)}") from error
+        raise DataError(
+            f"{what} does not have {len(names)} images; use ILSVRC-2012's validation set"
+        ) from error
     except KeyError as error:
-        raise DataError(f"{what} says nothing about the image {error}") from error
+        raise DataError(f"{what} has no image {error}; use the ILSVRC-2012 validation images") from error
     table = np.full((len(rows), max(map(len, rows), default=1)), -1, dtype=np.int64)
     for i, row in enumerate(rows):
         table[i, : len(row)] = row

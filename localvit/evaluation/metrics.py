@@ -1,4 +1,4 @@
-"""Counts over images, from which loss and accuracy follow; they add up over batches and over processes."""
+"""Loss and accuracy from counts that add up over batches and processes."""
 
 from __future__ import annotations
 
@@ -36,12 +36,11 @@ class Metrics:
 class Tally:
     """Sums of one process, held on the device so that no batch waits for another.
 
-    Counts are integers and the loss is summed in float64 (timm's evaluator does both), so neither the size of
-    the batches nor the number of processes that shared the images changes accuracy, and it changes the
-    loss by rounding only.
+    Counts are integers and the loss is summed in float64 (timm's evaluator does both). Batch size and number
+    of processes change the loss by rounding only, and accuracy not at all.
 
     Args:
-        device: Where the logits are.
+        device: Device of the logits.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,15 +54,15 @@ class Tally:
     def merge(self) -> None:
         """Add up the sums of all processes in each of them; call it once, in every process.
 
-        Without a process group there is nothing to add. Images that two processes counted count twice: give
-        each image to one process (`indices[rank::world_size]`; the parts may differ in size or be empty).
+        Without a process group there is nothing to add. An image that two processes counted counts twice:
+        give each image to one process (`indices[rank::world_size]`; shards may differ in size or be empty).
         """
         if distributed.is_initialized():
             distributed.all_reduce(self._evaluator.counts)
             distributed.all_reduce(self._evaluator.loss_sum)
 
     def result(self) -> Metrics:
-        """Return the metrics; throughput is over the time since the tally was made."""
+        """Return the metrics; throughput is that since the tally was made."""
         images = int(self._evaluator.counts[0])
         values = self._evaluator.compute()  # waits for the device
         seconds = time.perf_counter() - self._start

@@ -1,4 +1,4 @@
-"""The five most probable classes of each image, and the results of each class."""
+"""Five most probable classes of each image, and results of each class."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class ClassResult:
 
     Attributes:
         label: The class.
-        description: Its name for people.
+        description: Its readable name.
         images: Number of its images; classes without any are left out.
-        right: How many have their first guess right.
-        top1: The same in per cent.
-        confused_with: The most frequent wrong first guess (a label), or ``None`` if there is none; of equally
+        right: Number of right first guesses.
+        top1: Right first guesses in per cent.
+        confused_with: The most frequent wrong first guess (a label), or `None` if there is none; of equally
             frequent ones the first in the order of the model's outputs.
-        confused: How often that was guessed.
+        confused: Number of these guesses.
     """
 
     label: str
@@ -46,8 +46,8 @@ class Confusion:
 
     Attributes:
         label: Their class.
-        guess: The class they were taken for.
-        images: How many.
+        guess: Class that they were taken for.
+        images: Number of images.
     """
 
     label: str
@@ -56,14 +56,14 @@ class Confusion:
 
 
 class TopKPredictions:
-    """The five most probable classes of each image of a set, one row per image.
+    """Five most probable classes of each image of a set, one row per image.
 
     Rows of images that other processes predict stay zero until `merge`, so that the sum over processes puts
     every prediction in its place.
 
     Args:
-        images: Images in the whole set.
-        device: Where the logits are.
+        images: Number of images in the whole set.
+        device: Device of the logits.
     """
 
     def __init__(self, images: int, device: torch.device) -> None:
@@ -75,7 +75,7 @@ class TopKPredictions:
         """Add the logits (B, classes) of the images `rows` (B) of the set."""
         index = torch.tensor(rows, device=logits.device)
         logits = logits.float()
-        # From the logits, as in `Tally`: as probabilities, two of them may be equal.
+        # From logits, as in `Tally`: two different logits may have the same probability.
         best, guesses = logits.topk(min(GUESSES, logits.shape[1]))
         self._guesses[index, : guesses.shape[1]] = guesses
         self._guesses[index, guesses.shape[1] :] = -1
@@ -83,17 +83,17 @@ class TopKPredictions:
         self._predicted[index] += 1
 
     def merge(self) -> None:
-        """Bring the predictions of all processes together in each of them.
+        """Gather the predictions of all processes in each of them.
 
         Raises:
-            RuntimeError: if an image was predicted by none or by several of them.
+            RuntimeError: if an image was predicted by no process or by several.
         """
         if distributed.is_initialized():
             for values in (self._guesses, self._confidences, self._predicted):
                 distributed.all_reduce(values)
         wrong = int((self._predicted != 1).sum())
         if wrong:
-            raise RuntimeError(f"{wrong} of {len(self._predicted)} images were not predicted exactly once")
+            raise RuntimeError(f"{wrong} images were not predicted once; give each to one process")
 
     @property
     def guesses(self) -> Int[np.ndarray, "N 5"]:

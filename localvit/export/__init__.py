@@ -1,4 +1,4 @@
-"""Export for other engines: a file is written, opened, compared with the model, and only then kept."""
+"""Export of models to other engines, checked against the original."""
 
 from typing import TYPE_CHECKING
 

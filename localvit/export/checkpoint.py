@@ -1,4 +1,4 @@
-"""Export of a trained model, compared with it on real images."""
+"""Export of a trained model, checked on real images."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def export_checkpoint(
     tolerance: float = TOLERANCE,
     threads: int | None = None,
 ) -> Parity:
-    """Write a model for another engine, with preprocessing and names of classes, after comparing the two.
+    """Write a model for another engine, with preprocessing and class names, and check it.
 
     Args:
         source: As `open_model`, except exported files.
         file: As `export_model`, and so are `dynamic_size`, `overwrite`, `tolerance` and `threads`.
         format: `"onnx"`, `"openvino"` or `"torch"`.
-        args: Constructor arguments in which the model is to differ, e.g. `{"img_size": 192}`.
-        random_weights: `source` is a timm name and random weights suffice: to measure speed.
-        data: Source of the real images of the comparison; the first three are taken.
-        config: For `root` and the names of splits.
+        args: Constructor arguments that override those of the model, e.g. `{"img_size": 192}`.
+        random_weights: Take the timm name `source` without its weights, to measure speed.
+        data: Source of the real images for the comparison; the first three are used.
+        config: `root` and names of splits.
 
     Raises:
-        ConfigError, DataError: if the model or the images cannot be opened, or the file not be written.
+        ConfigError, DataError: if the model, the images or the file cannot be used.
         ExportFailed, ParityError: as `localvit.export.export_model`.
     """
     check_export(file, format, overwrite=overwrite)
@@ -78,7 +78,7 @@ def first_images(source: str, config: DataConfig, preprocessing: Preprocessing) 
         raise DataError(f"{error}{hint}") from error
     count = max(BATCHES)
     if len(images) < count:
-        raise DataError(f"data source {source!r} has {len(images)} images; the comparison takes {count}")
+        raise DataError(f"data source {source!r} has {len(images)} images; use one with at least {count}")
 
     def load(size: Size) -> Tensor:
         sized = replace(preprocessing, input_size=(preprocessing.input_size[0], *size))

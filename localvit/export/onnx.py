@@ -1,4 +1,4 @@
-"""ONNX files, written by torch's exporter."""
+"""Export to ONNX with torch's exporter."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from localvit.engines import KEY, ExportInfo
 from localvit.errors import ConfigError
 
 OPSET = 20
-"""The opset that torch's exporter writes without converting: the first with GELU. ONNX Runtime reads it since
-1.17, OpenVINO since 2024. Fixed, so that another version of torch writes the same files."""
+"""Opset that torch's exporter writes without conversion: the first with GELU. ONNX Runtime reads it since
+1.17, OpenVINO since 2024. It is fixed, so that files do not depend on torch's version."""
 INPUT, OUTPUT = "images", "logits"
 LIMIT = 2**31
-"""Bytes of a protocol buffer, and so of an ONNX file that holds its weights."""
+"""Maximum size of a protocol buffer, thus of an ONNX file with weights, in bytes."""
 
 
 def check_onnx(weight_bytes: int) -> None:
     """Refuse a model that does not fit into one file.
 
     Raises:
-        ConfigError: if its weights alone are too large.
+        ConfigError: if its weights are too large.
     """
     if weight_bytes >= LIMIT:
-        raise ConfigError(f"an ONNX file holds 2 GiB, and these weights are {weight_bytes / 2**30:.1f} GiB")
+        raise ConfigError(
+            f"{weight_bytes / 2**30:.1f} GiB of weights exceed ONNX's 2 GiB; use format='torch'"
+        )
 
 
 def write_onnx(program: ExportedProgram, path: Path, info: ExportInfo) -> None:
@@ -45,6 +47,6 @@ def write_onnx(program: ExportedProgram, path: Path, info: ExportInfo) -> None:
     )
     assert made is not None
     for node in made.model.graph.all_nodes():
-        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names files of this machine
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # has file names of this machine
     made.model.metadata_props[KEY] = info.to_json()
     made.save(str(path))

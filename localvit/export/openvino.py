@@ -1,4 +1,4 @@
-"""OpenVINO's own format, from the ONNX graph: `NAME.xml` and its weights, `NAME.bin`."""
+"""Export to OpenVINO's format, from the ONNX graph: `NAME.xml` and its weights `NAME.bin`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from localvit.export.onnx import write_onnx
 
 
 def write_openvino(program: ExportedProgram, path: Path, info: ExportInfo) -> None:
-    """Write the graph and its weights; the names of input and output are those of the ONNX file.
+    """Write the two files; the names of input and output are those of the ONNX file.
 
-    Weights stay in single precision: OpenVINO's default halves them, which fails the comparison.
-    `openvino.convert_model` is not used: it reports its use over the network, and knows no name or size of
+    Weights stay in single precision: OpenVINO's default is half precision, which fails the parity check.
+    `openvino.convert_model` is not used: it reports its use over the network, and lacks the name and size of
     the input of a torch graph.
     """
     import openvino

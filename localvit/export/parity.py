@@ -1,4 +1,4 @@
-"""Comparison of an exported file with its model, in numbers."""
+"""Parity check: an exported file against the model, on the same inputs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from localvit.engines import Size
 
 TOLERANCE = 1e-4
-"""Accepted difference, as a fraction of the largest logit.
+"""Accepted difference, relative to the largest logit.
 
-Other kernels add in another order. In single precision this gives a few millionths on all five families
-(`benchmarks/results/`). Half precision gives some thousandths, so an engine that silently uses it is
-detected, and so is every wrong weight that matters.
+Kernels add in different orders, which changes logits by a few millionths in single precision, measured on all
+five families (`benchmarks/results/`). Half precision changes them by some thousandths, so an engine that
+silently uses it is detected, as is a wrong weight.
 """
 BATCHES = (1, 3)
-"""Batch sizes that are checked; the model is traced with two images."""
+"""Checked batch sizes; the model is traced with two images."""
 
 
 class Inputs(NamedTuple):
-    """Images for a check: their kind (`"random"` or `"real"`), and (B, C, H, W) float32."""
+    """Images for a check: their kind (`"random"`, `"real"`), and (B, C, H, W) float32."""
 
     kind: str
     images: Tensor
@@ -39,7 +39,7 @@ class ParityCase:
         size: Their height and width.
         difference: Largest absolute difference between the logits of the file and of the model.
         scale: Largest absolute logit of the model.
-        tolerance: Accepted `difference`, as a fraction of `scale`.
+        tolerance: Accepted `difference`, relative to `scale`.
     """
 
     inputs: str
@@ -51,7 +51,7 @@ class ParityCase:
 
     @property
     def relative(self) -> float:
-        """Difference as a fraction of the largest logit."""
+        """The difference relative to the largest logit."""
         return self.difference / self.scale if self.scale else float(self.difference > 0)
 
     @property
@@ -68,7 +68,7 @@ class Parity:
 
     @property
     def worst(self) -> ParityCase:
-        """Case with the largest relative difference; NaN counts as larger than any."""
+        """The case with the largest relative difference; NaN is the largest."""
         return max(self.cases, key=lambda case: (not case.passed, case.relative))
 
     @property
@@ -77,7 +77,7 @@ class Parity:
 
 
 class ParityError(RuntimeError):
-    """The file does not compute what the model does; it was deleted.
+    """Error of a file that computes something else than the model; the file was deleted.
 
     Attributes:
         parity: The comparisons.
@@ -95,7 +95,7 @@ class ParityError(RuntimeError):
 
 
 def random_inputs(channels: int, sizes: Sequence[Size], seed: int = 0) -> list[Inputs]:
-    """Draw standard normal pixels, the distribution of normalised images: each size in each of `BATCHES`."""
+    """Return standard normal pixels, like normalised images: each size with each of `BATCHES`."""
     generator = torch.Generator().manual_seed(seed)
     return [
         Inputs("random", torch.randn(batch, channels, *size, generator=generator))
@@ -105,7 +105,7 @@ def random_inputs(channels: int, sizes: Sequence[Size], seed: int = 0) -> list[I
 
 
 def real_inputs(load: Callable[[Size], Tensor], sizes: Sequence[Size]) -> list[Inputs]:
-    """Load real images likewise; `load(size)` returns at least `max(BATCHES)` of them, normalised."""
+    """Return real images likewise; `load(size)` returns at least `max(BATCHES)` normalised ones."""
     return [Inputs("real", load(size)[:batch]) for size in sizes for batch in BATCHES]
 
 
@@ -119,8 +119,8 @@ def check_parity(
     """Compare an engine with a model, on the CPU, in single precision.
 
     Args:
-        model: In evaluation mode.
-        engine: Function from a batch to its logits, from `localvit.engines.open_engine`.
+        model: Model in evaluation mode.
+        engine: Function from a batch to logits, such as an `Engine`.
         inputs: At least one.
         tolerance: See `TOLERANCE`.
     """

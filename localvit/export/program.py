@@ -1,4 +1,4 @@
-"""Graphs by `torch.export`, without Python, and their `.pt2` files."""
+"""Export with `torch.export`: a graph without Python, and its `.pt2` file."""
 
 from __future__ import annotations
 
@@ -18,31 +18,30 @@ from localvit.errors import ConfigError, first_line
 
 
 def size_step(model: nn.Module) -> int:
-    """Return the step of the image sides in pixels: the reduction of the deepest feature map.
+    """Return the step of image sizes in pixels: the reduction of the deepest feature map.
 
     Raises:
         ConfigError: if the model does not report it, or is a Swin transformer.
     """
     if isinstance(model, SwinTransformer):
         raise ConfigError(
-            f"--dynamic-size: {type(model).__name__} is not supported, because the masks of its windows "
-            "depend on the size and torch.export does not finish; "
-            "write one file for each size: --set 'img_size=[HEIGHT,WIDTH]'"
+            f"--dynamic-size: {type(model).__name__} does not support it, because the masks of its windows "
+            "depend on the size; export a file for each size with --set 'img_size=[HEIGHT,WIDTH]'"
         )
     features = getattr(model, "feature_info", None)
     try:
         return int(features[-1]["reduction"])  # type: ignore[index]
     except (TypeError, KeyError, IndexError) as error:
         raise ConfigError(
-            f"--dynamic-size: {type(model).__name__} has no feature_info; leave the flag out"
+            f"--dynamic-size: {type(model).__name__} does not report its reduction; leave it out"
         ) from error
 
 
 def check_sizes(model: nn.Module, info: ExportInfo) -> None:
-    """Run the model once at every size that it is to take.
+    """Run the model once at every size of the export.
 
     Raises:
-        ConfigError: if it refuses one of them, or does not return (batch, classes).
+        ConfigError: if it refuses a size, or does not return (batch, classes).
     """
     for height, width in info.sizes:
         try:
@@ -53,32 +52,32 @@ def check_sizes(model: nn.Module, info: ExportInfo) -> None:
             if info.size_step is None:
                 raise ConfigError(at) from error
             raise ConfigError(
-                f"--dynamic-size: {at}; use a model built for any size: --set dynamic_img_size=true "
+                f"--dynamic-size: {at}; build the model for any size with --set dynamic_img_size=true "
                 "(plain ViT, DeiT, PVT, T2T-ViT)"
             ) from error
         if not isinstance(output, torch.Tensor) or output.shape != (1, info.num_classes):
             found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-            raise ConfigError(f"model {info.architecture!r} does not return (batch, classes) but {found}")
+            raise ConfigError(f"model {info.architecture!r} returns {found}; use one with (batch, classes)")
 
 
 def export_program(model: nn.Module, info: ExportInfo) -> ExportedProgram:
-    """Return the graph of `model` for any batch size and, with `info.size_step`, any size in such steps.
+    """Return the graph of `model` for any batch and, with `info.size_step`, any multiple of that size.
 
-    The fused form (`localvit.fuse`) is exported if there is one: its point-wise convolutions are linear
-    layers on tokens, so that engines need not change the layout back and forth.
+    It is the graph of the fused form (`localvit.fuse`), if there is one: its point-wise convolutions are
+    linear layers on tokens, so engines do not convert layouts.
 
     Args:
-        model: On the CPU, in evaluation mode.
-        info: Sizes.
+        model: Model on the CPU, in evaluation mode.
+        info: Metadata with the sizes.
     """
     channels, *size = info.input_size
     shape: dict[int, Any] = {0: Dim("batch")}
     if info.size_step is not None:
-        # Traced at the larger size, which is not square: a model may take a shortcut at its own size, and
-        # equal sides would be taken for equal always.
+        # Traced at the larger, non-square size: a model may take a shortcut at its own size, and equal sides
+        # would become one symbol.
         size = list(info.sizes[-1])
         shape |= {2: info.size_step * Dim("height"), 3: info.size_step * Dim("width")}
-    # Two images: torch.export takes a 1 for a constant.
+    # Two images: torch.export treats 1 as a constant.
     images = torch.zeros(2, channels, *size)
     with torch.no_grad():
         program = torch.export.export(_fast(model), (images,), dynamic_shapes=(shape,), strict=False)
@@ -87,7 +86,7 @@ def export_program(model: nn.Module, info: ExportInfo) -> ExportedProgram:
 
 
 def _forget_paths(program: ExportedProgram) -> None:
-    """Remove stack traces from the graph: they name the files and folders of this machine."""
+    """Remove stack traces from the graph: they name files and folders of this machine."""
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             node.meta.pop("stack_trace", None)
@@ -103,9 +102,9 @@ def _fast(model: nn.Module) -> nn.Module:
 def write_program(program: ExportedProgram, path: Path, info: ExportInfo) -> None:
     """Write a `.pt2` for `torch.export.load`.
 
-    Reading one can run any code: torch unpickles parts of it and evaluates expressions in it. So load only
-    those that you trust, as with any pickle.
+    Reading one may run code of its author: torch unpickles parts of it and evaluates expressions in it. As
+    with any pickle, load only files that you trust.
     """
-    content = io.BytesIO()  # torch ends the process where it cannot write a file itself
+    content = io.BytesIO()  # torch ends the process if it cannot write a file
     torch.export.save(program, content, extra_files={KEY: info.to_json()})
     path.write_bytes(content.getbuffer())

@@ -1,4 +1,4 @@
-"""Export of a model to a file, which is kept only if it computes what the model does."""
+"""Export of a model to a file that exists only if it passes the parity check."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Format:
     """Row of `FORMATS`.
 
     Attributes:
-        suffixes: Suffixes of its files; the first is of the one that is named, which is put in place last.
+        suffixes: Suffixes of its files; the first one is that of the named file, which is moved last.
         packages: Packages that write and check it.
         engine: Engine that checks it.
         write: Function that writes a graph to a path.
@@ -50,31 +50,29 @@ FORMATS: dict[FormatName, Format] = {
 
 
 class ExportFailed(RuntimeError):
-    """Failure of the exporter or of the engine."""
+    """Failure of the exporter or the engine with this model."""
 
 
 def check_export(file: str | Path, format: FormatName, *, overwrite: bool = False) -> None:
-    """Refuse what cannot be written, before any work.
+    """Refuse a file that cannot be written, before any work.
 
     Raises:
         ConfigError: for an unknown format, missing packages, another suffix than the format's, a file that
             exists (unless `overwrite`), or a folder that cannot be written.
     """
     if format not in FORMATS:
-        raise ConfigError(f"format={format!r} is not accepted; use one of {', '.join(get_args(FormatName))}")
+        raise ConfigError(f"format={format!r} is not accepted; use {', '.join(get_args(FormatName))}")
     form, path = FORMATS[format], Path(file)
     if path.suffix != form.suffixes[0]:
-        raise ConfigError(
-            f"output={str(file)!r} is not accepted for format {format}; use the suffix {form.suffixes[0]}"
-        )
+        raise ConfigError(f"output={str(file)!r} is not accepted; use a name that ends in {form.suffixes[0]}")
     for suffix in form.suffixes:
         other = path.with_suffix(suffix)
         if other.is_dir() or (os.path.lexists(other) and not overwrite):
-            raise ConfigError(
-                f"output: {str(other)!r} exists already; choose another name, or replace it by --overwrite"
-            )
+            raise ConfigError(f"output: {str(other)!r} exists; choose another name, or add --overwrite")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"output={str(file)!r}: {str(path.parent)!r} is not a writable folder")
+        raise ConfigError(
+            f"output={str(file)!r}: {str(path.parent)!r} is not a writable folder; choose another"
+        )
     check_packages(f"format {format!r}", *form.packages)
 
 
@@ -92,24 +90,24 @@ def export_model(
 ) -> Parity:
     """Write a model for another engine, in single precision, for any batch.
 
-    A temporary file beside `file` is opened by the engine of its format and compared with the model in
-    evaluation mode; only then it gets its name. The model is copied, not changed.
+    It is written beside `file`, opened by the engine of its format, compared with the model in evaluation
+    mode, and only then moved to its name. The model is copied and unchanged.
 
     Args:
-        model: Maps images (B, C, H, W) to logits (B, classes).
-        file: `.onnx`, `.xml` (and a `.bin` beside it) or `.pt2`.
-        format: Its format.
+        model: Model from images (B, C, H, W) to logits (B, classes).
+        file: New `.onnx`, `.xml` (and a `.bin` beside it) or `.pt2`.
+        format: Format of the file.
         info: Metadata of the file.
-        real: Prepared images for the comparison, at least three, of a given (height, width).
-        dynamic_size: Accept any size of image; the model must take more than one.
-        overwrite: Replace a file that is there.
+        real: Function from (height, width) to at least three preprocessed images for the comparison.
+        dynamic_size: Export for any size; the model must accept several.
+        overwrite: Replace an existing file.
         tolerance: See `TOLERANCE`.
-        threads: Threads of the engine that is compared.
+        threads: Threads of the engine.
 
     Raises:
-        ConfigError: as `check_export`; if the model does not take the sizes or `tolerance` is not positive.
-        ExportFailed: if it cannot be exported or the engine cannot run it.
-        ParityError: if the file computes something else. There is no file then.
+        ConfigError: as `check_export`; if the model refuses a size or `tolerance` is not positive.
+        ExportFailed: if the model cannot be traced or the engine cannot run it.
+        ParityError: if the file computes something else; it is deleted.
     """
     check_export(file, format, overwrite=overwrite)
     if not 0 < tolerance < float("inf"):
@@ -130,7 +128,7 @@ def export_model(
             raise WriteFailed(
                 f"{str(file)!r} cannot be written: {first_line(error)}; make room or name another place"
             ) from error
-        except Exception as error:  # exporters and engines raise exceptions of their own, pages long
+        except Exception as error:  # exporters and engines raise exceptions of their own
             raise ExportFailed(f"{info.architecture} as {format}: {first_line(error)}") from error
         if not parity.passed:
             raise ParityError(str(file), parity)
@@ -139,7 +137,7 @@ def export_model(
 
 
 def _into_place(new: Path, path: Path, suffixes: tuple[str, ...]) -> None:
-    """Rename the files, so that at every instant the named one is absent or belongs to the others."""
+    """Rename files so that the named one is always absent or consistent with the others."""
     if len(suffixes) > 1:
         path.unlink(missing_ok=True)
     for suffix in reversed(suffixes):

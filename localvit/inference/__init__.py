@@ -27,6 +27,9 @@ if TYPE_CHECKING:
         predict as predict,
         process_shard as process_shard,
     )
-    from localvit.inference.writer import Progress as Progress, write_predictions as write_predictions
+    from localvit.inference.writer import (
+        PredictionProgress as PredictionProgress,
+        write_predictions as write_predictions,
+    )
 else:
     __getattr__, __dir__, __all__ = door(__name__)

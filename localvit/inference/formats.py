@@ -14,7 +14,7 @@ from localvit.inference.prediction import Prediction
 from localvit.structure import build, parse_json, to_json
 
 COLUMNS = ("path", "rank", "label", "probability", "error")
-"""Columns of CSV and Parquet. An image without an answer has one row, with its error."""
+"""Columns of CSV and Parquet. An image without a prediction has one row, with its error."""
 IMAGES_PER_FILE = 5000
 """Images in one file of a Parquet folder."""
 
@@ -53,7 +53,7 @@ def to_csv(rows: Iterable[Iterable[Any]], decimals: int | None = None) -> str:
 
 
 def rows_of(prediction: Prediction) -> list[tuple[Any, ...]]:
-    """Return the rows of `COLUMNS`; a value that a row does not have is `None`."""
+    """Return the rows of `COLUMNS`; a missing value is `None`."""
     path = prediction.path
     if prediction.error is not None:
         return [(path, None, None, None, prediction.error)]
@@ -82,7 +82,7 @@ def write_parquet(predictions: Iterator[Prediction], path: Path) -> None:
         if not images and number:  # a shard without images is one file without rows
             return
         rows = [dict(zip(COLUMNS, map(_text, row), strict=True)) for one in images for row in rows_of(one)]
-        content = pyarrow.BufferOutputStream()  # so that a full disk is an error of Python's own file
+        content = pyarrow.BufferOutputStream()  # a full disk is then an error of Python's file
         parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), content)
         with open(path / f"part-{number:05d}.parquet", "wb") as file:
             file.write(memoryview(content.getvalue()))
@@ -99,4 +99,4 @@ FORMATS: dict[str, Callable[[Iterator[Prediction], Path], None] | None] = {
     ".jsonl": None,
     ".parquet": write_parquet,
 }
-"""Suffix -> the function that writes the format; none for JSON Lines, the form in which results grow."""
+"""Suffix -> function that writes the format; `None` for JSON Lines, in which results grow."""

@@ -1,4 +1,4 @@
-"""Any model, opened for use: a run's folder, an exported folder or file, a hub reference, or a timm name."""
+"""Opening of models: a run's folder, an exported folder or file, a hub reference, or a timm name."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class OpenModel:
     """Model ready for use.
 
     Attributes:
-        source: Name or path that it was opened by.
-        model: From images (B, C, H, W) to logits (B, classes), in evaluation mode.
+        source: Its name or path.
+        model: Module from images (B, C, H, W) to logits (B, classes), in evaluation mode.
         preprocessing: Preparation of its images.
         labels: Label of each output as the training data named it (a folder's name), if known.
-        descriptions: Name that a person gives to each label, if known; otherwise as `labels`.
+        descriptions: Readable name of each label, if known; otherwise as `labels`.
         run: Configuration of the training run, if the model is in a run's folder.
-        form: What computes, in words: `PyTorch`, `PyTorch, fused`, `ONNX Runtime`...
+        form: Form that computes, in words: `PyTorch`, `PyTorch, fused`, `ONNX Runtime`, ...
     """
 
     source: str
@@ -75,7 +75,7 @@ class OpenModel:
         """
         if isinstance(self.model, EngineModel):
             raise ConfigError(
-                f"{verb}: {self.source!r} is an exported file; accepted is the model that it was made from: "
+                f"{verb}: {self.source!r} is an exported file; use the model that it was exported from: "
                 "a run's folder, local-dir:FOLDER or a timm name"
             )
 
@@ -97,20 +97,20 @@ def open_model(
     args: Mapping[str, Any] | None = None,
     random_weights: bool = False,
 ) -> OpenModel:
-    """Open a model for use, wherever it is.
+    """Open a model for use.
 
     Args:
         source: A run's folder (its `best/` is taken), a folder with `config.json` and weights, a `local-dir:`
             or `hf-hub:` reference, a timm name with published weights, or a file of `localvit export`.
         device: As in `TrainConfig`; exported files run on the CPU.
-        engine: What runs an exported file; `None`: ONNX Runtime for `.onnx`, OpenVINO for `.xml`. A `.pt2`
-            needs `"torch"`, because reading one may run code of its maker.
+        engine: Engine of an exported file; `None`: ONNX Runtime for `.onnx`, OpenVINO for `.xml`. A `.pt2`
+            needs `"torch"`, because reading one may run code of its author.
         fuse: Replace the model by its fused form, where it has one (see `fused`).
-        args: Constructor arguments in which the model is to differ from what is saved.
-        random_weights: `source` is a timm name, and its published weights are not wanted.
+        args: Constructor arguments that override the saved ones.
+        random_weights: Take the timm name `source` without its published weights.
 
     Raises:
-        ConfigError: if there is no such model or it cannot be opened.
+        ConfigError: if the model does not exist or cannot be opened.
     """
     source = os.fspath(source)
     engine = engine or pick_engine(source)
@@ -118,7 +118,7 @@ def open_model(
         return _open_file(source, engine, str(device), args)
     place = pick_device(str(device))
     if random_weights and not timm.is_model(source):
-        raise ConfigError(f"random weights need the name of a model, not {source!r}")
+        raise ConfigError(f"model={source!r} is not accepted with random weights; use a timm name")
     name, run = (source, None) if random_weights else _locate(source)
     try:
         model = timm.create_model(name, pretrained=not random_weights, **(args or {})).eval().to(place)
@@ -137,9 +137,9 @@ def open_model(
 
 
 def fused(opened: OpenModel) -> OpenModel:
-    """Return the model in its fused form (`localvit.fuse`); `form` says so, or why it stays plain.
+    """Return the model in its fused form (`localvit.fuse`); `form` has the reason if it stays plain.
 
-    `opened` must not be used afterwards. An exported file is returned as it is.
+    `opened` must not be used afterwards. An exported file is returned unchanged.
     """
     if isinstance(opened.model, EngineModel):
         return opened
@@ -147,18 +147,18 @@ def fused(opened: OpenModel) -> OpenModel:
     try:
         model = fuse_module(opened.model)
     except ValueError as error:
-        return replace(opened, form=f"{PLAIN}, not fused: {one_line(error).partition(' (')[0]}")
+        return replace(opened, form=f"{PLAIN}, not fused: {one_line(error).partition(';')[0]}")
     if [type(module) for module in model.modules()] == kinds:
         return replace(opened, form=f"{PLAIN}, not fused: LOCALVIT_KERNELS=plain")
     return replace(opened, model=model, form=FUSED)
 
 
 class EngineModel(nn.Module):
-    """Exported file in the place of a model. Its state is the digest of its files, which tells two apart.
+    """Exported file in the place of a model. Its state is the digest of its files, which identifies it.
 
     Args:
-        engine: What computes.
-        file: Where it was read.
+        engine: Opened engine.
+        file: File that it runs.
     """
 
     digest: Tensor
@@ -166,7 +166,7 @@ class EngineModel(nn.Module):
     def __init__(self, engine: Engine, file: Path) -> None:
         super().__init__()
         self.engine, self.num_classes = engine, engine.info.num_classes
-        # As timm's models have it: evaluation derives departures from the preprocessing from it.
+        # As in timm's models: evaluation overrides preprocessing relative to it.
         self.pretrained_cfg = dataclasses.asdict(engine.info)
         digest = hashlib.sha256()
         for part in (file, file.with_suffix(".bin")) if file.suffix == ".xml" else (file,):
@@ -184,7 +184,7 @@ def _open_file(source: str, engine: EngineKind, device: str, args: Mapping[str, 
         raise ConfigError(f"device={device!r}: exported files run on the CPU; use 'cpu' or 'auto'")
     if args:
         raise ConfigError(
-            f"args={dict(args)}: {source!r} is an exported file, which takes none; export it anew"
+            f"args={dict(args)}: {source!r} is an exported file, which takes none; export it again"
         )
     opened = open_engine(engine, source)
     info = opened.info
@@ -206,13 +206,13 @@ def _locate(source: str) -> tuple[str, TrainConfig | None]:
             if (model / "config.json").is_file():
                 known = all((run / name).is_file() for name in ("config.yaml", "status.json"))
                 return f"local-dir:{model}", read_run(run).config if known else None
-        raise ConfigError(f"model {source!r} holds neither best/config.json nor config.json")
+        raise ConfigError(f"model {source!r} has no config.json or best/config.json; use a run's folder")
     if source.startswith(_PREFIXES):
         return source, None
     if timm.is_model(source):
         return source, None
     if os.sep in source or source.startswith("."):
-        raise ConfigError(f"model {source!r}: there is no such folder")
+        raise ConfigError(f"model {source!r} does not exist; use a folder, a file or a timm name")
     raise unknown("model", source, timm.list_models())
 
 

@@ -1,4 +1,4 @@
-"""Predictions for any number of images: read, classified and handed on batch by batch."""
+"""Predictions for any number of images, read and classified batch by batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ClassProbability:
     """Class and its probability.
 
     Attributes:
-        label: Name of the class, or its index where names are not known.
+        label: Name of the class, or its index if names are unknown.
         probability: 0 to 1.
     """
 
@@ -35,8 +35,8 @@ class Prediction:
 
     Attributes:
         path: The file.
-        guesses: The most probable classes, best first; empty where there is an error.
-        error: Why there is no answer: the file could not be read, or the model answers NaN; else `None`.
+        guesses: Most probable classes, best first; empty if there is an error.
+        error: Reason for no prediction: an unreadable file, or NaN from the model; else `None`.
     """
 
     path: str
@@ -46,7 +46,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One of several blocks of the images, for machines that share them.
+    """Block of the images, for one of several machines.
 
     Blocks are contiguous and differ in size by one image at most. The results of all shards, one after the
     other, are in the order of the whole list.
@@ -77,7 +77,7 @@ WHOLE = Shard()
 
 
 def process_shard(device: str) -> tuple[Shard, str]:
-    """Return the shard and the device of this process, among those that `torchrun` started if it did.
+    """Return the shard and the device of this process, one of several under `torchrun`.
 
     The processes do not communicate: each has its own images, and its own file.
 
@@ -118,15 +118,15 @@ def predict(
 ) -> Iterator[Prediction]:
     """Classify images, one prediction per file, in order.
 
-    Results come while images are being read: no more than a batch, and two for each worker, are in memory.
-    A file that cannot be read gets a prediction with `error`; the others are classified all the same.
+    Results come while images are being read: at most one batch, and two for each worker, are in memory.
+    An unreadable file gets a prediction with `error`; the others are classified.
 
     Args:
         model: An opened model, or a source as `open_model` takes.
         paths: Files, and folders that are searched for images.
-        top_k: How many classes to name; fewer if the model has fewer.
-        batch_size: Images at a time.
-        workers: Data workers that load images.
+        top_k: Number of classes; fewer if the model has fewer.
+        batch_size: Images in a batch.
+        workers: Data workers.
         device: As in `TrainConfig`; ignored for an opened model, as are `engine` and `fuse`.
         shard: Block of the images to take.
         engine: As `open_model`.
@@ -172,7 +172,7 @@ def classify(
         if batch.indices:
             logits = model.model(batch.images.to(device, non_blocking=True))
             for index, guesses in zip(batch.indices, _most_probable(logits, names, top_k), strict=True):
-                error = None if guesses else "the model answers NaN"
+                error = None if guesses else "the model returns NaN"
                 results[index] = Prediction(path=files[index], guesses=guesses, error=error)
         yield [results[index] for index in sorted(results)]
 
@@ -209,7 +209,7 @@ def find_files(paths: Sequence[str]) -> list[str]:
             check_regular(path, os.stat(path).st_mode)
             found[path] = None
         else:
-            raise ConfigError(f"path {path!r} does not exist")
+            raise ConfigError(f"path {path!r} does not exist; check its name")
     if not found:
-        raise ConfigError(f"no images in {', '.join(map(repr, paths)) or 'an empty list of paths'}")
+        raise ConfigError(f"paths={list(paths)!r}: there are no images; name image files or folders")
     return list(found)

@@ -1,7 +1,7 @@
-"""Predictions in a file: grown as JSON Lines, resumed after any interruption, converted at the end.
+"""Predictions in a file: appended as JSON Lines, resumed after any interruption, converted at the end.
 
-Until `found.csv` is finished, `found.csv.part.jsonl` holds the predictions and `found.csv.part.json` says how
-they were begun. A finished file never has missing images.
+Until `found.csv` is finished, `found.csv.part.jsonl` holds the predictions and `found.csv.part.json` the
+settings that they were started with. A finished file never has missing images.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _REMEDY = "make room; the same command resumes"
 
 
 @dataclass(kw_only=True)
-class Progress:
-    """Progress of a file.
+class PredictionProgress:
+    """Progress of a file of predictions.
 
     Attributes:
-        form: What computes (see `OpenModel`).
-        total: Images that belong into the file.
+        form: Form that computes (see `OpenModel`).
+        total: Images of the finished file.
         resumed: Images that were in it when it was resumed.
         written: Images that have been written since.
-        unreadable: How many of all these have no answer.
+        unreadable: Images of these without a prediction.
     """
 
     form: str
@@ -65,23 +65,23 @@ def write_predictions(
     shard: Shard = WHOLE,
     engine: EngineKind | None = None,
     fuse: bool = True,
-    watch: Callable[[Progress, Sequence[Prediction]], None] = lambda *_: None,
-) -> Progress:
+    watch: Callable[[PredictionProgress, Sequence[Prediction]], None] = lambda *_: None,
+) -> PredictionProgress:
     """Classify images into a file, or resume one that was interrupted.
 
-    Interrupt it however you like: the same call skips the images that are in the file. Where all are and
-    only the conversion failed, it only converts.
+    After any interruption, the same call skips the images that are in the file. If only the conversion
+    failed, it only converts.
 
     Args:
         model, paths: As `predict`, and so are `top_k`, `batch_size`, `workers`, `device`, `shard`, `engine`
             and `fuse`.
         output: A `.csv` (a line per class), a `.jsonl` (a line per image) or a `.parquet` (a folder of files
             with a row per class; needs pyarrow).
-        watch: Called at the start and with each batch after it was written.
+        watch: Function that is called at the start and after each written batch.
 
     Raises:
-        ConfigError: as `predict`; if the file exists, cannot be made, is being written by another process, is
-            damaged, or was begun with another model, other images or other settings.
+        ConfigError: as `predict`; if the file exists, cannot be created, is being written by another process,
+            is damaged, or was started with another model, other images or other settings.
         WriteFailed: if the file cannot be written, as on a full disk; the same call resumes.
     """
     check_settings(top_k, batch_size, workers)
@@ -92,7 +92,7 @@ def write_predictions(
     begun |= {"form": opened.form, "images": f"{len(found)} files, digest {_digest(found)}"}
     files = shard.take(found)
     with _begun(path, begun), PredictionWriter(path, files) as writer:
-        progress = Progress(form=opened.form, total=len(files), resumed=writer.images)
+        progress = PredictionProgress(form=opened.form, total=len(files), resumed=writer.images)
         progress.unreadable = writer.unreadable
         watch(progress, ())
         todo = files[writer.images :]
@@ -109,19 +109,19 @@ def check_output(output: str) -> Path:
     """Refuse a file that cannot take predictions. Writes nothing.
 
     Raises:
-        ConfigError: if it is there already, cannot be made, or its name tells no format.
+        ConfigError: if it exists, cannot be created, or has an unknown suffix.
     """
     path = Path(output)
     if path.suffix not in FORMATS:
-        raise ConfigError(f"output={output!r} must end in {', '.join(FORMATS)}")
+        raise ConfigError(f"output={output!r} is not accepted; use a name that ends in {', '.join(FORMATS)}")
     if os.path.lexists(path):
-        raise ConfigError(f"output={output!r} is finished already; choose another name")
+        raise ConfigError(f"output={output!r} is already finished; choose another name")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"output={output!r} cannot be written: {str(path.parent)!r} is no writable folder")
+        raise ConfigError(f"output={output!r}: {str(path.parent)!r} is not a writable folder; choose another")
     if os.path.lexists(old := f"{output}.part"):
-        raise ConfigError(f"{old!r} was begun by an older version and cannot be resumed; delete it")
+        raise ConfigError(f"{old!r} is from an older version and cannot be resumed; delete it")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError("a .parquet file needs pyarrow: pip install 'localvit[parquet]'")
+        raise ConfigError("pyarrow is missing; run pip install 'localvit[parquet]'")
     return path
 
 
@@ -130,11 +130,11 @@ class PredictionWriter:
 
     Args:
         path: The finished file.
-        files: Images that belong into it, in order.
+        files: Images of the finished file, in order.
 
     Attributes:
         images: Images that were in the file when it was opened.
-        unreadable: How many of them had no answer.
+        unreadable: Images of these without a prediction.
 
     Raises:
         ConfigError: if the file is damaged.
@@ -162,7 +162,7 @@ class PredictionWriter:
             _write(self._file, "".join(map(to_json_line, batch)).encode())
 
     def finish(self) -> None:
-        """Convert the predictions, and give the file its name.
+        """Convert the predictions and give the file its name.
 
         Raises:
             WriteFailed: if that fails; the predictions stay.
@@ -171,7 +171,7 @@ class PredictionWriter:
         with writing(self.path, _REMEDY):
             os.fsync(self._file.fileno())
             if not os.path.samestat(os.fstat(self._file.fileno()), self.part.stat()):
-                raise WriteFailed(f"{str(self.part)!r} was replaced while it grew; give the command anew")
+                raise WriteFailed(f"{str(self.part)!r} was replaced by another process; repeat the command")
             if convert is not None:
                 new = self._converted(convert)
             os.replace(new, self.path)
@@ -196,7 +196,7 @@ class PredictionWriter:
         return new
 
     def _recover(self, files: Sequence[str]) -> int:
-        """Count whole lines, which must be those of the first files, and return where they end."""
+        """Count whole lines, which must be those of the first files, and return the position of their end."""
         end = 0
         with open(self.part, "rb") as lines:
             for line in lines:
@@ -208,7 +208,7 @@ class PredictionWriter:
                         raise ValueError("another image")
                 except (ValueError, IndexError) as error:
                     raise ConfigError(
-                        f"{str(self.part)!r} is damaged at byte {end}; delete it to begin anew"
+                        f"{str(self.part)!r} is damaged at byte {end}; delete it to start over"
                     ) from error
                 self.images += 1
                 self.unreadable += prediction.error is not None
@@ -218,10 +218,10 @@ class PredictionWriter:
 
 @contextmanager
 def _begun(path: Path, begun: dict[str, Any]) -> Iterator[None]:
-    """Keep the growing file of `path` to one process and to one way of making it.
+    """Keep the growing file of `path` to one process and one set of settings.
 
-    The file beside it that says how it was begun is locked meanwhile. The lock is POSIX's (`lockf`), which
-    forked data workers do not share, so it ends with this process.
+    The file with these settings is locked meanwhile. The lock is POSIX's (`lockf`), which forked data
+    workers do not inherit, so it ends with this process.
     """
     header, part = _beside(path, "json"), _beside(path, "jsonl")
     with writing(path, _REMEDY):
@@ -230,7 +230,7 @@ def _begun(path: Path, begun: dict[str, Any]) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # POSIX allows either
-            raise ConfigError(f"output={str(path)!r}: another process is writing it") from error
+            raise ConfigError(f"output={str(path)!r} is in use; wait for the other process") from error
         check_output(str(path))  # the other process may just have finished it
         if part.exists():
             file.seek(0)
@@ -245,17 +245,17 @@ def _begun(path: Path, begun: dict[str, Any]) -> Iterator[None]:
 
 
 def _check_begun(part: Path, text: bytes, begun: dict[str, Any]) -> None:
-    remedy = f"give the command that began it, or delete {str(part)!r} to begin anew"
+    remedy = f"repeat the command that started it, or delete {str(part)!r} to start over"
     try:
         before = build(dict[str, Any], parse_json(text.decode()))
     except ValueError as error:
         raise ConfigError(
-            f"{part.stem + '.json'!r} does not say how {part.name!r} was begun; {remedy}"
+            f"{part.stem + '.json'!r} is damaged, so {part.name!r} cannot be resumed; {remedy}"
         ) from error
     for name, value in begun.items():
         if before.get(name) != value:
             raise ConfigError(
-                f"{part.name!r} was begun with {name}={before.get(name)!r}, not {value!r}; {remedy}"
+                f"{part.name!r} was started with {name}={before.get(name)!r}, not {value!r}; {remedy}"
             )
 
 
@@ -271,7 +271,7 @@ def _digest(files: Sequence[str]) -> str:
 
 
 def _write(file: io.FileIO, content: bytes) -> None:
-    """Write all of `content`: an unbuffered file may take less than it is given."""
+    """Write all of `content`; one call of an unbuffered file may write less."""
     while content:
         content = content[file.write(content) :]
 

@@ -1,4 +1,4 @@
-"""The idea: locality in a feed-forward network. Imports torch, timm.layers and localvit.errors only."""
+"""Locality in a feed-forward network. Imports torch, timm.layers and localvit.errors only."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The design space of locality in a feed-forward network, as one frozen, JSON-serialisable value."""
+"""Design space of locality in a feed-forward network, as one frozen, JSON-serialisable value."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _DECIDED: dict[Init, dict[str, Any]] = {
 OLDER_VALUES: Mapping[str, Mapping[str, str]] = {
     "prefix": {"bypass": "skip", "mlp": "pointwise", "passthrough": "identity"}
 }
-"""Values that version 0.3 wrote: field -> value then -> value now. Files are translated on reading."""
+"""Values of version 0.3: field -> old value -> new value. Files are translated on reading."""
 
 # Squeeze units of the SE gate when neither `gate_width` nor `gate_reduction` is given: what the paper's
 # LocalViT-T and -S have (hidden 768 // 192 and 1536 // 384).
@@ -63,12 +63,12 @@ DEFAULT_EXPANSION = 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class LocalityConfig:
-    """How locality enters a feed-forward network (FFN).
+    """Design of locality in a feed-forward network (FFN).
 
-    Two starting points. `LocalityConfig()` is the FFN of LocalViT-T/-S (Li et al., arXiv 2104.05707,
-    sections 3.3-3.5): it *replaces* the FFN of a block. `LocalityConfig(init="preserve")` *adds* a
-    depth-wise convolution to the FFN that is there, starting as an exact no-op, which suits pretrained
-    weights. Fields left at `None` are decided by `init`; `resolve` shows the outcome.
+    There are two starting points. `LocalityConfig()` is the FFN of LocalViT-T/-S (Li et al., arXiv
+    2104.05707, sections 3.3-3.5): it *replaces* the FFN of a block. `LocalityConfig(init="preserve")` *adds*
+    a depth-wise convolution to the existing FFN, starting as an exact no-op, which suits pretrained weights.
+    `init` decides the fields left at `None`; `resolve` returns the result.
 
     Args:
         init: `"paper"` or `"preserve"`.
@@ -95,16 +95,15 @@ class LocalityConfig:
             Paper: `"batch"`.
         norm_groups: Number of groups where `norm` is `"group"`; it must divide the channels. 32 is
             the default of Wu & He, "Group Normalization", 2018.
-        norm_order: Whether the norm stands before or after the activation.
-        bias: Whether convolutions have a bias: one value, or a triple as for `norm`. Paper: no (a norm
-            follows each).
+        norm_order: Norm before or after the activation.
+        bias: Give convolutions a bias: one value, or a triple as for `norm`. Paper: no (a norm follows each).
         inner_skip: Add the input of the depth-wise stage to the output of its convolution. Paper: no.
         prenorm: Keep the block's norm in front of the FFN. Paper: no.
         drop_path: Keep stochastic depth on the FFN branch. Paper: no.
         layer_scale: Keep LayerScale on the FFN branch where the base has it. Paper: no.
-        prefix: What happens to class, distillation and register tokens. `"skip"` (paper): they skip
-            the FFN. `"pointwise"`: they take the point-wise path without the depth-wise stage and gate. If
-            that stage has the only activation they take it, so that the path is not linear.
+        prefix: Path of class, distillation and register tokens. `"skip"` (paper): they skip the FFN.
+            `"pointwise"`: they take the point-wise path without the depth-wise stage and gate. If that stage
+            has the only activation, they take it, so that the path is not linear.
             `"identity"`: the FFN returns them unchanged, so the block's residual adds them.
 
     Raises:
@@ -151,29 +150,31 @@ class LocalityConfig:
         for name, decided in _DECIDED[self.init].items():
             value = getattr(self, name)
             if self.init == "preserve" and value is not None and value != decided:
-                accepted = "None: the FFN's own is kept" if decided == _BASE else f"{decided!r} or None"
-                raise ConfigError(f"{name}={value!r} contradicts init='preserve' (accepted: {accepted})")
+                accepted = "None, the FFN's own" if decided == _BASE else f"{decided!r} or None"
+                raise ConfigError(f"{name}={value!r} contradicts init='preserve'; use {accepted}")
         for name, default in (("position", "mid"), ("depthwise", True), ("glu", "none")):
             if self.init == "preserve" and getattr(self, name) != default:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} contradicts init='preserve', which puts one depth-wise "
-                    f"convolution on the hidden map of the FFN that is there (accepted: {default!r})"
+                    f"convolution on the hidden map of the existing FFN; use {default!r}"
                 )
 
     def _check_combinations(self) -> None:
         resolved_gate = self.gate if self.gate is not None else _DECIDED[self.init]["gate"]
         for name in ("gate_reduction", "gate_width"):
             if getattr(self, name) is not None and resolved_gate != "se":
-                raise ConfigError(f"{name}={getattr(self, name)!r} needs gate='se', not {resolved_gate!r}")
+                raise ConfigError(f"{name}={getattr(self, name)!r} needs gate='se'; change one of them")
         if self.gate_reduction is not None and self.gate_width is not None:
             raise ConfigError(
                 f"gate_reduction={self.gate_reduction!r} and gate_width={self.gate_width!r} both set the "
-                "squeeze width of the gate; give one"
+                "squeeze width of the gate; use one"
             )
         if not self.depthwise:
             for name, default in (("kernel_size", 3), ("position", "mid"), ("inner_skip", None)):
                 if getattr(self, name) not in (default, False):
-                    raise ConfigError(f"{name}={getattr(self, name)!r} has no effect with depthwise=False")
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} has no effect with depthwise=False; leave it out"
+                    )
 
     def _check_glu(self) -> None:
         if self.glu == "none":
@@ -182,12 +183,12 @@ class LocalityConfig:
             if getattr(self, name) != default:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} does not go with glu={self.glu!r}, which splits the "
-                    f"expanded map and activates the gate last (accepted: {default!r})"
+                    f"expanded map and activates the gate last; use {default!r}"
                 )
         if isinstance(self.activation, tuple):
             raise ConfigError(
                 f"activation={self.activation!r} does not go with glu={self.glu!r}, which has one "
-                "activation, on the gate (accepted: one value)"
+                "activation, on the gate; use one value"
             )
 
     def resolve(self) -> Self:
@@ -209,17 +210,17 @@ class LocalityConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, older: bool = False) -> Self:
-        """Make a configuration from what `to_dict` returns; `preset` names a design that the others change.
+        """Make a configuration from a mapping of `to_dict`; the other fields change those of `preset`.
 
         Args:
             values: Field -> value.
-            older: Accept the words of version 0.3, for values out of a file.
+            older: Accept the words of version 0.3, in files.
 
         Raises:
             ConfigError: if `values` is not a mapping, has an unknown key or a bad value.
         """
         if not isinstance(values, Mapping):
-            raise ConfigError(f"a locality configuration is a mapping of field to value, not {values!r}")
+            raise ConfigError(f"locality={values!r} is not accepted; use a mapping of field to value")
         if "preset" in values:
             from localvit.locality.presets import find_preset  # made of configurations
 
@@ -230,7 +231,7 @@ class LocalityConfig:
         names = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in names:
-                raise ConfigError(f"LocalityConfig has no field {key!r} ({suggestion(key, names)})")
+                raise ConfigError(f"LocalityConfig has no field {key!r}; {suggestion(key, names)}")
         return cls(**values)
 
 
@@ -239,7 +240,7 @@ def _newer(name: str, value: Any) -> Any:
 
 
 def _error(name: str, value: object, accepted: str) -> ConfigError:
-    return ConfigError(f"{name}={value!r} is not accepted (accepted: {accepted})")
+    return ConfigError(f"{name}={value!r} is not accepted; use {accepted}")
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:

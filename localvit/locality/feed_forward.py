@@ -1,9 +1,9 @@
-"""The mechanism: a depth-wise convolution over the token grid, inside a feed-forward network (FFN).
+"""Mechanism: a depth-wise convolution over the token grid, inside a feed-forward network (FFN).
 
 Two forms, both built on the two views in `localvit.locality.grid`:
 
 * `LocalityFeedForward` *replaces* an FFN (`init="paper"`),
-* `HiddenLocality` *adds* to the FFN that is there, at first as an exact no-op
+* `HiddenLocality` *adds* to the existing FFN, at first as an exact no-op
   (`init="preserve"`).
 
 Shapes: B batch, P prefix tokens, N patch tokens on a grid of H rows and W columns, C = `dim`,
@@ -40,27 +40,27 @@ class LocalityFeedForward(GridModule):
     Three stages: `expand`, a point-wise layer; `mix`, the depth-wise k x k convolution over the
     grid with norms, activations and channel gate; `project`, a point-wise layer. This is the *branch*:
     the residual belongs to the transformer block, as with timm's MLPs. (The authors' module adds its input
-    itself, and their block adds nothing; the sum is the same.)
+    and their block does not; the sum is the same.)
 
     Other published designs are `localvit.PRESETS`.
 
-    Equal to timm's `InvertedResidual` with a squeeze-and-excitation gate; what that lacks, and this
-    has, is tokens in and out, prefix tokens and the rest of the design space.
+    It equals timm's `InvertedResidual` with a squeeze-and-excitation gate, and adds tokens in and out, prefix
+    tokens and the rest of the design space.
 
     Args:
         dim: Token width C.
         config: Design; `init` must be `"paper"`.
-        hidden_dim: Hidden width D of the FFN in place, for where `config.expansion` leaves it open (with
-            a gated linear unit two thirds of it are taken); default: 4 C.
+        hidden_dim: Hidden width D of the existing FFN, used if `config.expansion` is `None` (with a gated
+            linear unit, two thirds of it); default: 4 C.
         num_prefix_tokens: P, used when the grid is looked up rather than passed.
-        grid_record: Where to look the grid up; without it, `grid` must be passed.
+        grid_record: Record of the grid; without it, `grid` must be passed.
         order: Order and layout of the tokens; default: `(B, P + N, C)` in raster order.
 
     Raises:
         ConfigError: if a width that follows from `dim` is impossible, or `init` is `"preserve"`.
     """
 
-    # So that TorchScript leaves out the branch whose layers are not there.
+    # TorchScript leaves out the branch whose layers are missing.
     __constants__ = (*GridModule.__constants__, "conv_first", "conv_mid")
 
     def __init__(
@@ -103,7 +103,7 @@ class LocalityFeedForward(GridModule):
             self.conv = depthwise(channels, cfg.kernel_size, bias2)
             self.norm2 = norm(norms[1], channels, cfg)
             self.act2 = ACTIVATIONS[act2]()
-            # For prefix tokens that go past this stage, whose path would be linear otherwise.
+            # Prefix tokens skip this stage, and their path would be linear otherwise.
             self.act_prefix = ACTIVATIONS[act2 if self.conv_mid and act1 == "none" else "none"]()
         self.act_glu = ACTIVATIONS["none" if cfg.glu == "none" else str(cfg.activation)]()
         self.gate = channel_gate(dim, hidden, cfg)
@@ -111,15 +111,16 @@ class LocalityFeedForward(GridModule):
         self.norm3 = norm(norms[2], dim, cfg)
 
     def init_weights(self) -> None:
-        """Set the initial values of the reference: PyTorch's own for convolutions, the linear layers of the
-        squeeze-and-excitation gate normal with standard deviation 0.02 and zero bias."""
+        """Initialize as the reference: PyTorch's defaults for convolutions; normal weights with standard
+        deviation 0.02 and zero biases in the linear layers of the squeeze-and-excitation gate.
+        """
         if isinstance(self.gate, SqueezeExcite):
             for layer in (self.gate.fc1, self.gate.fc2):
                 trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor, grid: Optional[Grid] = None) -> Tensor:  # noqa: UP045 (TorchScript)
-        """Compute the branch: `(B, P + N, C) -> (B, P + N, C)`; `grid` beats the recorded grid."""
+        """Compute the branch: `(B, P + N, C) -> (B, P + N, C)`; `grid` overrides the recorded grid."""
         if not torch.jit.is_scripting() and grid is not None and not isinstance(grid, Grid):
             grid = Grid(*grid, self.num_prefix_tokens)  # PVTv2 passes rows and columns
         if not self.raster:
@@ -147,8 +148,7 @@ class LocalityFeedForward(GridModule):
         return map_to_tokens(self.fc1(tokens_to_row(x)))
 
     def mix(self, x: Tensor, grid: Grid) -> Tensor:
-        """Compute all that stands between the point-wise layers: `(B, P + N, D or 2 D) -> (B, P + N,
-        D)`."""
+        """Compute the stage between the point-wise layers: `(B, P + N, D or 2 D) -> (B, P + N, D)`."""
         row = tokens_to_row(x)
         row = self.act1(self.norm1(row)) if self.norm_before_act else self.norm1(self.act1(row))
         x = map_to_tokens(row)
@@ -170,7 +170,7 @@ class LocalityFeedForward(GridModule):
         return map_to_tokens(self.norm3(self.fc2(tokens_to_row(x))))
 
     def _convolve(self, x: Tensor, grid: Grid) -> Tensor:
-        """Apply the depth-wise convolution with its norm and activation; prefix tokens go past it."""
+        """Apply the depth-wise convolution with its norm and activation; prefix tokens skip it."""
         patches = tokens_to_map(x, grid)
         y = self.conv(patches)
         if self.inner_skip:
@@ -184,15 +184,15 @@ _load = threading.local()  # the load under way: its list of missing keys, kerne
 
 
 class HiddenLocality(GridModule):
-    """Depth-wise convolution added to the hidden state of an existing FFN: `h + conv(h)` on the patch
-    tokens, then the layer it stands in front of.
+    """Depth-wise convolution added to the hidden state of an existing FFN: `h + conv(h)` on the patch tokens,
+    then the next layer.
 
-    The kernel starts at zero, so the FFN computes bit for bit what it did; the gradient of a zero kernel
-    is not zero, so it learns from the first step. Prefix tokens pass unchanged.
+    The kernel starts at zero, so the outputs of the FFN stay bit for bit; the gradient of a zero kernel is
+    not zero, so it learns from the first step. Prefix tokens pass unchanged.
 
     Args:
         hidden_dim: Width D of the hidden state.
-        then: The layer that follows (the dropout in front of the projection, in timm's MLPs).
+        then: The next layer (the dropout in front of the projection, in timm's MLPs).
         config: Design; `init` must be `"preserve"`.
         num_prefix_tokens, grid_record, order: As for `LocalityFeedForward`.
     """
@@ -215,11 +215,11 @@ class HiddenLocality(GridModule):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Set the kernel to zero, so that the FFN starts as it was."""
+        """Set the kernel to zero, so that the FFN is unchanged."""
         nn.init.zeros_(self.conv.weight)
 
     def forward(self, hidden: Tensor, grid: Optional[Grid] = None) -> Tensor:  # noqa: UP045 (TorchScript)
-        """Add locality: `(B, P + N, D) -> (B, P + N, D)`; `grid` beats the recorded grid."""
+        """Add locality: `(B, P + N, D) -> (B, P + N, D)`; `grid` overrides the recorded grid."""
         if not self.raster:
             return self.then(self.in_own_order(hidden, grid))
         return self.then(self.in_raster_order(hidden, self.current_grid() if grid is None else grid))
@@ -262,7 +262,7 @@ class HiddenLocality(GridModule):
 
 
 def _hidden_width(dim: int, of_base: int | None, config: LocalityConfig) -> int:
-    """Return the hidden width D that `config` gives, or leaves to the FFN in place."""
+    """Return the hidden width D of `config`, else that of the existing FFN."""
     if config.expansion is not None:
         hidden = int(dim * config.expansion)
     else:
@@ -270,7 +270,9 @@ def _hidden_width(dim: int, of_base: int | None, config: LocalityConfig) -> int:
         if config.glu != "none":
             hidden = 2 * hidden // 3
     if hidden < 1:
-        raise ConfigError(f"expansion={config.expansion} of dim={dim} leaves no hidden channel")
+        raise ConfigError(
+            f"expansion={config.expansion} of dim={dim} leaves no hidden channel; use a larger one"
+        )
     return hidden
 
 

@@ -1,5 +1,4 @@
-"""The grid that tokens come from, the two views between tokens and feature map, and the module that needs a
-grid.
+"""Grid of the tokens, views between tokens and feature map, and the base class of modules with a grid.
 
 Shapes: B batch, P prefix tokens (class, distillation, registers), N = H * W patch tokens, C channels. Patch
 token `i` is in row `i // W` and column `i % W` (raster order).
@@ -24,19 +23,18 @@ class Grid(NamedTuple):
 
 
 class GridRecord:
-    """Record of the grid of the forward pass under way: a model's hook writes it, its FFNs read it.
+    """Record of the grid in the current forward pass: a model's hook writes it, its FFNs read it.
 
-    All localized FFNs that work on one grid share one record, and so does the module whose forward is
-    hooked: one per model in a plain transformer, one per stage in a pyramid. A record is transient: in a
-    copy or a pickle its size is unset, because it may hold symbolic integers of an export or proxies of an
-    fx trace. The record of a copied model belongs to the copy: a copy (EMA, say) that wrote to the record
-    of its original would silently reshape the original's tokens.
+    All localized FFNs on one grid share one record with the hooked module: one per model in a plain
+    transformer, one per stage in a pyramid. A record is transient: in a copy or a pickle its size is unset,
+    because it may hold symbolic integers of an export or proxies of an fx trace. A copied model (EMA) has its
+    own record: writing to that of the original would silently reshape the original's tokens.
 
-    One forward pass at a time per model instance: two threads that share an instance share its record.
+    A model instance supports one forward pass at a time: threads that share an instance share its record.
 
     Args:
-        source: Module that knows the grid for the configured input size. TorchScript cannot run hooks,
-            so scripted models use that one.
+        source: Module with the grid for the configured input size. Scripted models use it, because
+            TorchScript cannot run hooks.
         attribute: Its attribute (height, width): `grid_size` in timm's patch embeddings.
         constant: The grid is always the configured one (TNT), so there is no hook.
         rule: How the hook reads the grid (`localvit.surgery`).
@@ -57,7 +55,7 @@ class GridRecord:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Rows and columns in the forward pass under way; `None` where none were recorded."""
+        """Rows and columns in the current forward pass; `None` if none were recorded."""
         return self.static_size if self.constant else self._size
 
     @size.setter
@@ -78,9 +76,9 @@ class GridRecord:
 def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
     """View patch tokens as a feature map: `(B, P + N, C) -> (B, C, H, W)`.
 
-    A view: tokens in memory order *are* a channels-last map, so nothing is copied. Rows are split before
-    channels move: the other way round gives the batch axis of a single image a stride that PyTorch does not
-    take for channels-last, and its convolution then copies the map there and back.
+    Tokens in memory order *are* a channels-last map, so nothing is copied. Rows are split before channels
+    move: the other order gives the batch axis of a single image a stride that PyTorch does not recognize as
+    channels-last, and its convolution then copies the map twice.
     """
     patches = tokens[:, grid.num_prefix_tokens :] if grid.num_prefix_tokens else tokens
     return patches.unflatten(1, (grid.height, grid.width)).permute(0, 3, 1, 2)
@@ -89,7 +87,7 @@ def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
 def map_to_tokens(feature_map: Tensor) -> Tensor:
     """Invert `tokens_to_map` without prefix tokens: `(B, C, H, W) -> (B, H * W, C)`.
 
-    A view if the map is channels-last. Channels move before rows are joined: the other way round, the
+    It is a view if the map is channels-last. Channels move before rows are joined: in the other order, the
     backward pass gives a single image's gradient a batch stride that PyTorch's batch norm misreads on a CPU
     (`docs/upstream.md`).
     """
@@ -99,21 +97,22 @@ def map_to_tokens(feature_map: Tensor) -> Tensor:
 def tokens_to_row(tokens: Tensor) -> Tensor:
     """View tokens as a channels-last map for point-wise layers: `(B, T, C) -> (B, C, 1, T)`.
 
-    A row, not a column: oneDNN's point-wise convolution works along rows and is two to three times
-    slower on a map of width 1.
+    It is a row because oneDNN's point-wise convolution works along rows and is two to three times slower on a
+    map of width 1.
     """
     return tokens.transpose(1, 2).unsqueeze(2)
 
 
 def after_prefix(tokens: Tensor, prefix: int, patches: Tensor) -> Tensor:
     """Put the first `prefix` tokens before those of the map `patches`: `(B, T, C), (B, C, H, W) ->
-    (B, T, C)`."""
+    (B, T, C)`.
+    """
     rest = map_to_tokens(patches)
     return rest if prefix == 0 else torch.cat([tokens[:, :prefix], rest], dim=1)
 
 
 def check_grid(tokens: Tensor, grid: Grid) -> None:
-    """Refuse tokens that are not those of `grid` (RuntimeError or AssertionError, as `torch._assert`)."""
+    """Refuse tokens that do not fit `grid` (RuntimeError or AssertionError, as `torch._assert`)."""
     patches = tokens.shape[1] - grid.num_prefix_tokens
     torch._assert(
         patches == grid.height * grid.width,
@@ -141,16 +140,16 @@ _accelerator: Accelerator | None = None
 
 
 def set_accelerator(accelerator: Accelerator | None) -> None:
-    """Let `accelerator` compute the branch of all modules where it applies; `None` for plain modules."""
+    """Set the accelerator of all branches; `None` for plain modules."""
     global _accelerator
     _accelerator = accelerator
 
 
 class GridModule(nn.Module):
-    """A module that needs the grid of its tokens. All support for TorchScript is here.
+    """Base class of modules with a grid. All support for TorchScript is here.
 
-    The grid comes with the call, or from the model's `GridRecord`. It is never guessed from the number
-    of tokens. Subclasses define `transform(x, grid)`, and call `run(x, grid)`.
+    The grid comes with the call or from the model's `GridRecord`. It is never guessed from the number of
+    tokens. Subclasses define `transform(x, grid)`, and call `run(x, grid)`.
     """
 
     # TorchScript evaluates a property listed in both when it scripts the module, and keeps it as a
@@ -160,9 +159,9 @@ class GridModule(nn.Module):
     __jit_ignored_attributes__ = ("config", "grid_record", "noted", "order")
 
     noted: Any = None
-    """Notes of an accelerator about the module. Forgotten when the mode, device or type changes."""
+    """Cache of the accelerator, cleared when mode, device or type change."""
     selective_checkpointing: bool = False
-    """Whether `localvit.set_selective_checkpointing` is on."""
+    """True after `localvit.set_selective_checkpointing`."""
     transform: Any
     order: Any
 
@@ -209,7 +208,7 @@ class GridModule(nn.Module):
         return self.grid_record.static_size if self.grid_record is not None else (0, 0)
 
     def current_grid(self) -> Grid:
-        """Return the grid of the forward pass under way."""
+        """Return the grid of the current forward pass."""
         if torch.jit.is_scripting():
             height, width = self.static_size
         else:
@@ -221,13 +220,13 @@ class GridModule(nn.Module):
         size = self.grid_record.size if self.grid_record is not None else None
         if size is None:
             raise RuntimeError(
-                f"{type(self).__name__} does not know the grid of its tokens: run it inside the model "
-                "that was localized, or pass grid=Grid(height, width, num_prefix_tokens)"
+                f"{type(self).__name__} does not know the grid of its tokens; run it inside the localized "
+                "model, or pass grid=Grid(height, width, num_prefix_tokens)"
             )
         return size
 
     def run(self, x: Tensor, grid: Grid) -> Tensor:
-        """Compute `transform(x, grid)`, by the accelerator where it applies."""
+        """Compute `transform(x, grid)`, with the accelerator if it applies."""
         if torch.jit.is_scripting():
             return self.transform(x, grid)
         return self._accelerated(x, grid)
@@ -242,19 +241,18 @@ class GridModule(nn.Module):
 
 
 def recomputing() -> bool:
-    """Return whether a backward pass is under way, as when activation checkpointing runs a forward pass
-    again."""
+    """Return whether a backward pass is running, as when activation checkpointing repeats a forward pass."""
     return torch._C._current_graph_task_id() != -1
 
 
 def statistics_once(module: nn.Module) -> AbstractContextManager[None]:
-    """Return a context in which running statistics move, unless they did when the forward pass ran first."""
+    """Return a context in which running statistics change, but not in a repeated forward pass."""
     return _frozen_statistics(module) if recomputing() else nullcontext()
 
 
 @contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of batch norms."""
+    """Keep the running statistics of batch norms in a context."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

@@ -1,4 +1,4 @@
-"""The layers that a configuration names: activations, norms, channel gates, the depth-wise convolution."""
+"""Layers of a configuration: activations, norms, channel gates, the depth-wise convolution."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,15 +23,15 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 class HardSigmoid(nn.Module):
     """Hard sigmoid `relu6(x + 3) / 6`. PyTorch's own has 1/6 in single precision in its backward pass, a
-    relative error of 1e-8 in float64."""
+    relative error of 1e-8 in float64.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu6(x + 3.0) / 6.0
 
 
-# Weights of a point-wise layer up to which `F.linear` computes it: there the call takes longer than the
-# arithmetic (`python benchmarks/old_new.py`, the tiny models), and a convolution's call takes three times as
-# long.
+# Number of weights up to which `F.linear` computes a point-wise layer: there the call takes longer than the
+# arithmetic (`python benchmarks/old_new.py`, tiny models), and a convolution's call three times as long.
 SMALL_POINTWISE = 2**14
 
 
@@ -62,7 +62,9 @@ def norm(kind: str, channels: int, config: LocalityConfig) -> nn.Module:
         return LayerNorm2d(channels)
     if kind == "group":
         if channels % config.norm_groups:
-            raise ConfigError(f"norm_groups={config.norm_groups} does not divide {channels} channels")
+            raise ConfigError(
+                f"norm_groups={config.norm_groups} does not divide {channels} channels; use a divisor"
+            )
         return nn.GroupNorm(config.norm_groups, channels)
     return nn.Identity()
 
@@ -78,7 +80,7 @@ def channel_gate(dim: int, hidden: int, config: LocalityConfig) -> nn.Module | N
         width = int(hidden // (dim if config.gate_reduction == "dim" else config.gate_reduction))
         if width < 1:
             raise ConfigError(
-                f"gate_reduction={config.gate_reduction} of {hidden} hidden channels leaves no squeeze unit "
-                f"(accepted: at most {hidden})"
+                f"gate_reduction={config.gate_reduction} of {hidden} hidden channels leaves no squeeze unit; "
+                f"use at most {hidden}"
             )
     return SqueezeExcite(hidden, rd_channels=width, gate_layer=HardSigmoid)

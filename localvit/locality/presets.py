@@ -1,8 +1,7 @@
 """Published designs of a feed-forward network (FFN) with locality, as configurations of the one block.
 
-A preset is the design of the FFN alone. The hidden width stays that of the FFN in place (`expansion`), and
-so do the weights' initial values, which are the block's own. `docs/decisions/locality.md` says what is equal
-to the published code and what is not.
+A preset is the design of the FFN alone. The hidden width stays that of the existing FFN (`expansion`), and
+initial values are the block's own. `docs/decisions/locality.md` lists differences from the published code.
 """
 
 from collections.abc import Mapping
@@ -12,8 +11,8 @@ from typing import Any
 from localvit.errors import ConfigError, suggestion
 from localvit.locality.config import LocalityConfig
 
-# What stands around the FFN is the baseline's, and a prefix token has the path it had there, less the
-# convolution: most of these designs come from models without one.
+# The block around the FFN is the baseline's, and prefix tokens skip the convolution: most of these designs
+# come from models without prefix tokens.
 _BRANCH: dict[str, Any] = {"prenorm": True, "drop_path": True, "layer_scale": True, "prefix": "pointwise"}
 _PLAIN: dict[str, Any] = {"gate": "none", "activation": "gelu", "norm": "none", "bias": True} | _BRANCH
 
@@ -59,7 +58,7 @@ def find_preset(name: str) -> LocalityConfig:
         ConfigError: for an unknown name.
     """
     if not isinstance(name, str) or name not in PRESETS:
-        raise ConfigError(f"no preset is called {name!r} ({suggestion(name, PRESETS)})")
+        raise ConfigError(f"the preset {name!r} does not exist; {suggestion(name, PRESETS)}")
     return PRESETS[name]
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from localvit.runs.saved import SavedRun as SavedRun, read_run as read_run
     from localvit.runs.state import (
         DamagedState as DamagedState,
-        State as State,
+        SavedState as SavedState,
         random_states as random_states,
         set_random_states as set_random_states,
     )

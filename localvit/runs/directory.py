@@ -1,4 +1,4 @@
-"""Directory of a run: written so that whatever interrupts it leaves whole files, and never over another run.
+"""Directory of a run. Any interruption leaves whole files, and no other run is overwritten.
 
 ```
 config.yaml      the resolved configuration
@@ -27,12 +27,12 @@ from timm.models import save_for_hf
 from torch import nn
 
 from localvit.atomic import move_into_place, sync, temporary_prefix, umask, write_atomically
-from localvit.config import Changes, TrainConfig, comparable, differences, refuse_changes
+from localvit.config import ConfigDiff, TrainConfig, differences, identity_fields, refuse_changes
 from localvit.data import Manifest, Preprocessing
 from localvit.errors import ConfigError, TrainingFailed
 from localvit.runs.lock import has_lock_file, locked
 from localvit.runs.saved import MANIFEST, read_run
-from localvit.runs.state import State, drop_damaged, newest_name, read_newest, read_state, write_state
+from localvit.runs.state import SavedState, drop_damaged, newest_name, read_newest, read_state, write_state
 from localvit.runs.status import BestEpoch, Change, RunStatus, numbers
 from localvit.runtime import commit, versions
 from localvit.structure import to_json, to_yaml
@@ -45,15 +45,15 @@ class Decision:
     """Decision about a run, after a look at its directory; a refusal is an error instead.
 
     Attributes:
-        kind: Start it, resume it, or return what it found because it is finished.
-        changes: Differences from the run that is there, all of them allowed.
+        kind: Start the run, resume it, or return the result of a finished one.
+        changes: Differences from the existing run, all of them allowed.
         state: State to resume from; `None` if none was saved yet.
         warnings: Newer states that are damaged.
     """
 
     kind: Literal["new", "resume", "finished"]
-    changes: Changes = field(default_factory=dict)
-    state: State | None = None
+    changes: ConfigDiff = field(default_factory=dict)
+    state: SavedState | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -62,9 +62,9 @@ class RunDirectory:
 
     Attributes:
         path: Its path.
-        saved: The run that was found there.
+        saved: Run that was found there.
         decision: Decision about it.
-        status: The status that this process wrote last; `None` before `begin`.
+        status: Status that this process wrote last; `None` before `begin`.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class RunDirectory:
         assert config.output is not None
         self.path, self.config = Path(config.output), config
         self.status: RunStatus | None = None
-        self._facts: dict[str, Any] = {"versions": versions(), "world_size": world_size}
+        self._conditions: dict[str, Any] = {"versions": versions(), "world_size": world_size}
         self._allowed, self._stack, self._verified = allowed, stack, False
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not config.output or not existing.is_dir() or not os.access(existing, os.W_OK):
             raise ConfigError(
-                f"output={config.output!r} cannot be written: {str(existing)!r} is no writable folder"
+                f"output={config.output!r}: {str(existing)!r} is not a writable folder; choose another"
             )
         self._locked = has_lock_file(self.path)
         if self._locked:
@@ -91,18 +91,18 @@ class RunDirectory:
     def open(
         cls, config: TrainConfig, *, world_size: int = 1, allow_change: Collection[str] = ()
     ) -> Iterator[RunDirectory]:
-        """Lock, read and judge the directory `config.output`. Nothing is written, no data is needed.
+        """Lock, read and judge the directory `config.output`. It writes nothing and needs no data.
 
         A directory that no run ever locked is locked by `claim`, because locking it writes a file.
 
         Args:
             config: The resolved configuration.
-            world_size: Processes that train.
+            world_size: Number of processes that train.
             allow_change: As in `train`.
 
         Raises:
             ConfigError: if it holds another run or one of an older version, has a damaged file, is in use,
-                is no directory, or cannot be written.
+                is not a directory, or cannot be written.
             DamagedState: if the run has states and none can be used.
         """
         with ExitStack() as stack:
@@ -115,24 +115,24 @@ class RunDirectory:
         if "config.yaml" not in held or ("status.json" not in held and len(held) > 1):
             raise ConfigError(f"output={output!r} already holds a run ({held[0]}); choose another folder")
         status = self.saved.status
-        changes = differences(comparable(self.saved.config), comparable(self.config))
+        changes = differences(identity_fields(self.saved.config), identity_fields(self.config))
         if status is not None and status.state == "finished":
             refuse_changes(output, changes, (), finished=True)
             return Decision(kind="finished")
         self._refuse_version()
-        changes |= self._changed(self._facts)
+        changes |= self._changed(self._conditions)
         refuse_changes(output, changes, self._allowed)
         state, warnings = read_newest(self.path / "state")
         if state is None and status is not None and status.epochs_done > 1:
             raise ConfigError(
-                f"output={output!r}: {status.epochs_done} epochs are done, but {str(self.path / 'state')!r} "
-                "has no state to resume from; restore it, or choose another folder"
+                f"output={output!r} has {status.epochs_done} epochs, but {str(self.path / 'state')!r} has no "
+                "state to resume from; restore it, or choose another folder"
             )
         return Decision(kind="resume", changes=changes, state=state, warnings=tuple(warnings))
 
     def _refuse_version(self) -> None:
-        """Refuse to resume what another series of versions left: its states may mean something else."""
-        status, ours = self.saved.status, self._facts["versions"]["localvit"]
+        """Refuse to resume a run of another minor version, whose states may mean something else."""
+        status, ours = self.saved.status, self._conditions["versions"]["localvit"]
         output = str(self.config.output)
         known = status.versions if status is not None and status.versions else {}
         theirs = known.get("localvit", ours)
@@ -142,44 +142,44 @@ class RunDirectory:
                 f"cannot resume; finish it with localvit {theirs}, or choose another folder"
             )
 
-    def _changed(self, facts: dict[str, Any]) -> Changes:
-        """Return the facts that differ from those of the run that was found, where they are known."""
-        old = {name: getattr(self.saved.status, name, None) for name in facts}
+    def _changed(self, conditions: dict[str, Any]) -> ConfigDiff:
+        """Return the conditions that differ from those of the run that was found, where they are known."""
+        old = {name: getattr(self.saved.status, name, None) for name in conditions}
         old = {name: value for name, value in old.items() if value is not None}
-        found = differences(old, {name: facts[name] for name in old})
-        found.pop("versions.python", None)  # it does not compute
+        found = differences(old, {name: conditions[name] for name in old})
+        found.pop("versions.python", None)  # it does not change results
         return found
 
     def _list(self) -> dict[str, int]:
-        """Return the names of what belongs to a run, each with the time of its last change."""
+        """Return the names of a run's files and folders, each with the time of its last change."""
         held = [name for name in _FILES if os.path.lexists(self.path / name)]
         return {name: (self.path / name).lstat().st_mtime_ns for name in held}
 
     def claim(self, data: str) -> None:
-        """Compare the data, and make and lock the directory if that was not done when it was opened.
+        """Compare the data; create and lock the directory unless `open` did.
 
         Args:
             data: `fingerprint` of the data.
 
         Raises:
-            ConfigError: if the data are not those of the run, or another process was faster.
+            ConfigError: if the data differ from those of the run, or another process was faster.
         """
         output = str(self.config.output)
         changed = self._changed({"data": data})
         refuse_changes(output, changed, self._allowed)
         self.decision.changes.update(changed)
-        self._facts["data"] = data
+        self._conditions["data"] = data
         if self._locked:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"output={output!r} cannot be made: {error.strerror}") from error
+            raise ConfigError(f"output={output!r}: {error.strerror}; choose another folder") from error
         self._stack.enter_context(locked(self.path))
         self._locked = True
         if self._list() != self._found:
             raise ConfigError(
-                f"output={output!r}: another process has just trained there; run the same command again"
+                f"output={output!r}: another process has just trained there; repeat the command"
             )
 
     def begin(
@@ -191,12 +191,12 @@ class RunDirectory:
         best: BestEpoch | None = None,
         bad_images: Collection[str] = (),
     ) -> None:
-        """Write what the run is, and make the files agree with the state that it resumes from.
+        """Write configuration and status, and make the files agree with the state to resume from.
 
         Args:
             notes: Sentences for the reader of the results.
             manifest: Images of each split.
-            history: Metrics of the epochs that are done.
+            history: Metrics of the finished epochs.
             best: Best of them.
             bad_images: Training images that could not be read.
         """
@@ -214,7 +214,7 @@ class RunDirectory:
             commit=commit(),
             bad_images=tuple(bad_images),
             changes=(*before, *(Change(field=path, old=old, new=new) for path, (old, new) in pairs)),
-            **self._facts,
+            **self._conditions,
         )
         with self._writing():
             write_atomically(self.path / "config.yaml", to_yaml(self.config))
@@ -241,8 +241,8 @@ class RunDirectory:
             os.fsync(file.fileno())
         self.update(epochs_done=metrics["epoch"])
 
-    def save_state(self, step: int, state: State) -> None:
-        """Save the state to resume from; the first one is read back, so that none is saved in vain."""
+    def save_state(self, step: int, state: SavedState) -> None:
+        """Save the state to resume from; the first one is read back as a check."""
         with self._writing():
             path = write_state(self.path / "state", step, state)
             if not self._verified:
@@ -250,11 +250,11 @@ class RunDirectory:
                 self._verified = True
 
     def last_state(self) -> str:
-        """Return, in words, what a later call would resume from."""
+        """Describe the state that a later call would resume from."""
         return newest_name(self.path / "state")
 
     def finish(self, test: dict[str, Any]) -> None:
-        """Write the metrics of the reported split; then the state is not needed any more."""
+        """Write the metrics of the test split and remove the state."""
         self.update(state="finished", test=test)
         shutil.rmtree(self.path / "state", ignore_errors=True)
 
@@ -265,7 +265,7 @@ class RunDirectory:
         preprocessing: Preprocessing,
         class_names: list[str],
     ) -> None:
-        """Save weights and everything needed to use them, in place of what was there.
+        """Save weights and everything needed to use them; replace an earlier model.
 
         Args:
             name: One of the two folders.
@@ -283,7 +283,7 @@ class RunDirectory:
                     safe_serialization=True,
                     data_config=dataclasses.asdict(preprocessing),
                 )
-                # What is made under a temporary name is for its owner alone.
+                # A temporary folder is readable by its owner only.
                 os.chmod(temporary, 0o777 & ~umask())
                 for file in temporary.iterdir():
                     os.chmod(file, 0o666 & ~umask())
@@ -299,13 +299,13 @@ class RunDirectory:
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise TrainingFailed(
-                f"output={str(self.path)!r} cannot be written: {reason}; what was there before is as it was, "
+                f"output={str(self.path)!r} cannot be written: {reason}; earlier files are unchanged, "
                 f"and {self.last_state()}"
             ) from error
 
     def _remove_unfinished(self) -> None:
-        """Remove what a killed process left half written."""
-        places = [(self.path, name) for name in _FILES] + [(self.path / "state", "update")]
+        """Remove unfinished files of a killed process."""
+        places = [(self.path, name) for name in _FILES] + [(self.path / "state", "step")]
         for folder, name in places:
             for rest in folder.glob(f"{temporary_prefix(name)}*"):
                 shutil.rmtree(rest) if rest.is_dir() else rest.unlink()

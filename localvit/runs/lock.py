@@ -1,4 +1,4 @@
-"""One process per folder, by a lock that ends with its owner, however the owner ends."""
+"""Lock of a folder for one process, released however the process ends."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pathlib import Path
 from localvit.errors import ConfigError
 
 _NAME = ".lock"
-_held: dict[Path, list[int]] = {}  # a process is never refused its own POSIX lock, so it has to remember
+_held: dict[Path, list[int]] = {}  # a process is never refused its own POSIX lock
 
 
 class FolderInUse(ConfigError):
-    """Another process works in the folder."""
+    """Error for a folder in which another process works."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder.
 
-    There are two locks. The one of a file is POSIX's (`lockf`), which belongs to one process, and which NFS
-    knows from version 4 on. Closing any descriptor of the file would drop it, so nothing else may open it.
-    The one of the folder itself (`flock`, on file systems that have it) holds if that file is removed. It
-    belongs to an open file, which data workers would inherit, so forked processes close it.
+    There are two locks. The lock of a file is POSIX's (`lockf`): it belongs to one process, and NFS supports
+    it from version 4 on. Closing any descriptor of the file would drop it, so nothing else may open it.
+    The lock of the folder (`flock`, on file systems that have it) stays if that file is removed. It belongs
+    to an open file, which data workers would inherit, so forked processes close it.
 
     Args:
         folder: An existing folder. The file stays there: removing it would let two processes lock two files.
@@ -54,7 +54,9 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(descriptor)
         if isinstance(error, BlockingIOError) or len(descriptors) == 2:  # POSIX allows other errors too
             raise _refusal(folder) from error
-        raise ConfigError(f"output={str(folder)!r} cannot be written: {error.strerror}") from error
+        raise ConfigError(
+            f"output={str(folder)!r} cannot be written: {error.strerror}; choose another"
+        ) from error
     _held[path] = descriptors
     try:
         yield
@@ -64,7 +66,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def has_lock_file(folder: Path) -> bool:
-    """Return whether a run ever locked the folder, so that trying to lock it writes nothing new."""
+    """Return whether the folder has a lock file, so that locking it writes nothing."""
     return (folder / _NAME).exists()
 
 

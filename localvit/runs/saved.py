@@ -1,4 +1,4 @@
-"""A run as its files tell it, for whoever only reads: inference, displays, reports."""
+"""Run as read from its files, for inference, displays and reports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ALWAYS = ("epoch", "seconds", "images_per_second")
 
 @dataclass(frozen=True)
 class SavedRun:
-    """Files of a run. Each is read when first asked for, and once; a damaged one is a `ConfigError`.
+    """Files of a run, each read once, at its first use; a damaged one is a `ConfigError`.
 
     Attributes:
         path: The run's folder.
@@ -68,7 +68,7 @@ class SavedRun:
             epochs = [line["epoch"] for line in lines]
             done = self.status.epochs_done if self.status else len(epochs)
             if epochs != list(range(1, done + 1)):
-                raise ConfigError(f"it has epochs {epochs} of {done}")
+                raise ConfigError(f"epochs {epochs} of {done}")
         return lines
 
     @cached_property
@@ -82,5 +82,5 @@ class SavedRun:
 
 
 def read_run(path: str | Path) -> SavedRun:
-    """Return the run in a folder, for reading. Nothing is locked, and no file is read before it is needed."""
+    """Return the run in a folder, for reading. It is not locked, and files are read at their first use."""
     return SavedRun(Path(path))

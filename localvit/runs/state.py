@@ -1,4 +1,4 @@
-"""State to resume a run from, in one file: written whole or not at all, checked before it is used.
+"""State to resume a run from, in one file: written atomically, checked before use.
 
 ```
 localvit state 1 sha256 HEX       one line of text
@@ -22,50 +22,50 @@ import torch
 from localvit.atomic import write_atomically
 from localvit.errors import ConfigError
 
-State = dict[str, Any]
+SavedState = dict[str, Any]
 
 _HEADER = b"localvit state 1 sha256 "
-_KEPT = 2  # a damaged newest one is then not the end
+_KEPT = 2  # one is left if the newest is damaged
 
 
 class DamagedState(ConfigError):
-    """A state cannot be used; the message says which and why."""
+    """Error for an unusable state; the message names it and the reason."""
 
 
-def write_state(folder: Path, step: int, state: State) -> Path:
-    """Save the state after `step` updates; remove all but the last two.
+def write_state(folder: Path, step: int, state: SavedState) -> Path:
+    """Save the state after `step` steps; remove all but the last two.
 
     Returns:
         The file.
 
     Raises:
-        OSError: if it cannot be written; the earlier ones are as they were.
+        OSError: if it cannot be written; the earlier ones are unchanged.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getbuffer()
     header = _HEADER + hashlib.sha256(payload).hexdigest().encode() + b"\n"
     folder.mkdir(exist_ok=True)
-    path = folder / f"update-{step:09d}.state"
+    path = folder / f"step-{step:09d}.state"
     write_atomically(path, header, payload)
     for old in _list(folder)[:-_KEPT]:
         old.unlink()
     return path
 
 
-def read_state(path: Path) -> State:
+def read_state(path: Path) -> SavedState:
     """Read the state in a file. Nothing in it is executed.
 
     Raises:
-        DamagedState: if the file is not as it was written.
+        DamagedState: if the file was damaged.
     """
     try:
         with open(path, "rb") as file:
             header, payload = file.readline(200), file.read()
     except OSError as error:
-        raise DamagedState(f"state {str(path)!r} cannot be read: {error.strerror}") from error
+        raise DamagedState(f"state {str(path)!r} cannot be read: {error.strerror}; check it") from error
     if header != _HEADER + hashlib.sha256(payload).hexdigest().encode() + b"\n":
-        raise DamagedState(f"state {str(path)!r} is damaged: its checksum is wrong")
+        raise DamagedState(f"state {str(path)!r} is damaged: its checksum is wrong; delete it")
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -74,8 +74,8 @@ def read_state(path: Path) -> State:
     return state
 
 
-def read_newest(folder: Path) -> tuple[State | None, list[str]]:
-    """Return the newest usable state, if there is any, and a warning for each newer one that is damaged.
+def read_newest(folder: Path) -> tuple[SavedState | None, list[str]]:
+    """Return the newest usable state, if any, and a warning for each newer, damaged one.
 
     Raises:
         DamagedState: if there are states and none can be used.
@@ -87,18 +87,18 @@ def read_newest(folder: Path) -> tuple[State | None, list[str]]:
         except DamagedState as error:
             warnings.append(str(error))
     if warnings:
-        raise DamagedState(f"{'; '.join(warnings)}; no other state is left, so start anew in another folder")
+        raise DamagedState(f"{'; '.join(warnings)}; there is no other state; start over in another folder")
     return None, []
 
 
 def newest_name(folder: Path) -> str:
-    """Return, in words, the state that a later call would resume from."""
+    """Describe the state that a later call would resume from."""
     states = _list(folder)
     return f"the last good state is {str(states[-1])!r}" if states else "no state was saved yet"
 
 
 def drop_damaged(folder: Path) -> None:
-    """Put damaged states aside, so that they do not count among the last two."""
+    """Rename damaged states, so that they do not count among the last two."""
     for path in _list(folder):
         try:
             read_state(path)
@@ -106,7 +106,7 @@ def drop_damaged(folder: Path) -> None:
             os.replace(path, path.with_suffix(".damaged"))
 
 
-def random_states(device: torch.device) -> State:
+def random_states(device: torch.device) -> SavedState:
     """Return the global random states of Python, NumPy and torch, on the CPU and on `device`."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
@@ -117,8 +117,8 @@ def random_states(device: torch.device) -> State:
     }
 
 
-def set_random_states(states: State, device: torch.device) -> None:
-    """Set what `random_states` returned; leave alone what was not recorded."""
+def set_random_states(states: SavedState, device: torch.device) -> None:
+    """Set the random states that `random_states` returned."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = states["numpy"]
@@ -130,4 +130,4 @@ def set_random_states(states: State, device: torch.device) -> None:
 
 def _list(folder: Path) -> list[Path]:
     """Return the states in a folder, oldest first."""
-    return sorted(folder.glob("update-*.state"))
+    return sorted(folder.glob("step-*.state"))

@@ -1,4 +1,4 @@
-"""`status.json` of a run: how far it is, what it reports, and with what it was made."""
+"""`status.json` of a run: progress, results, versions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Numbers = dict[str, int | float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class BestEpoch:
-    """Epoch that the validation split chose, and its metrics there."""
+    """Best epoch on the validation split, and its metrics there."""
 
     epoch: int
     validation: Numbers
@@ -30,7 +30,7 @@ class BestEpoch:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """Field that somebody allowed to change within a run."""
+    """Field that was allowed to change within a run."""
 
     field: str
     old: Any
@@ -42,19 +42,19 @@ class RunStatus:
     """Status of a run. A file of an older version may lack any field but `state`.
 
     Attributes:
-        state: How the last process left it.
+        state: State that the last process left.
         epochs: Planned epochs.
         epochs_done: Finished epochs.
         best: Best epoch so far.
-        test: Metrics of the reported split, once the run is finished.
+        test: Metrics of the test split, once the run is finished.
         notes: Sentences about the splits.
         data: Fingerprint of the data.
         versions: Package -> version.
-        world_size: Processes that train.
+        world_size: Number of processes that train.
         commit: Commit of localvit, where it runs from a checkout.
         bad_images: Training images that could not be read.
         changes: Fields that changed within the run.
-        error: Why it ended, if it was interrupted or failed; left out of the file otherwise.
+        error: Reason of its end, if it was interrupted or failed; left out of the file otherwise.
         failed_batch: Images of the batch that it failed at; left out of the file if there are none.
     """
 
@@ -75,7 +75,7 @@ class RunStatus:
 
     def __post_init__(self) -> None:
         if self.state == "finished" and (self.best is None or self.test is None):
-            raise ConfigError("state: 'finished' needs best and test, which are missing")
+            raise ConfigError("state='finished', but best or test is missing; restore them")
 
     @classmethod
     def read(cls, folder: Path) -> RunStatus | None:
@@ -101,20 +101,20 @@ class RunStatus:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Turn any error in reading a file into one that names it.
+    """Turn any error in reading a file into an error that names it.
 
     Raises:
-        ConfigError: if the file cannot be read, or is not what a run writes.
+        ConfigError: if the file cannot be read or is damaged.
     """
     try:
         yield path
     except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         raise ConfigError(
-            f"{str(path)!r} is not as a run wrote it: {one_line(error)}; restore it, or choose another folder"
+            f"{str(path)!r} is damaged: {one_line(error)}; restore it, or choose another folder"
         ) from error
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metrics as JSON can hold them: `None` for NaN and infinity."""
+    """Return metrics for JSON, with `None` for NaN and infinity."""
     infinite = {name for name, value in metrics.items() if not math.isfinite(value)}
     return {name: None if name in infinite else value for name, value in metrics.items()}

@@ -161,7 +161,9 @@ def name_of_start(store: dist.Store, rank: int, size: int, timeout: timedelta) -
                 store.set(f"start/answer/{store.get(f'start/call/{other}').decode()}", word)
         missing = {other for other in missing if not store.check([f"start/heard/{word}/{other}"])}
         if missing and time.monotonic() > end:
-            raise RuntimeError(f"{len(missing)} of {size} processes did not call within {timeout}")
+            raise RuntimeError(
+                f"{len(missing)} of {size} processes did not call within {timeout}; start all of them"
+            )
         time.sleep(0.02)
     return word
 

@@ -1,4 +1,4 @@
-"""Controlled comparisons: a study as a value, its runs, and what they show. Needs the extra `study`."""
+"""Controlled comparisons: studies, their runs and reports. Needs the extra `study`."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The question of the demo as a study: a small DeiT, and the same DeiT with the paper's locality."""
+"""Study of the demo: a small DeiT with and without the paper's locality."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ ARMS = (
     Arm(name="baseline", changes={"model.locality": None}),
     Arm(name="locality", changes={"model.locality": LocalityConfig().to_dict()}),
 )
-"""The control, and the treatment; they differ in this field and in the learning rate tuned for each."""
+"""Control and treatment; they differ in this field and in the tuned learning rate."""
 
 
 def demo_study(base: TrainConfig, seeds: int, tuning: Tuning | None) -> Study:
-    """The comparison with seeds 0, 1, ...
+    """Return the study with seeds 0, 1, ...
 
     Args:
-        base: What both arms share.
-        seeds: How many, at least 2: one pair has no spread to judge a difference by.
-        tuning: Of both learning rates; ``None`` leaves the base's to both.
+        base: Configuration of both arms.
+        seeds: Number of seeds, at least 2: one pair has no spread to judge a difference by.
+        tuning: Tuning of both learning rates; `None` keeps that of the base.
 
     Raises:
         ConfigError: for fewer than two seeds.
     """
     if seeds < 2:
-        raise ConfigError(f"seeds={seeds}: at least 2 are needed to compare")
+        raise ConfigError(f"seeds={seeds} is not accepted; use at least 2")
     rates = tuning.chosen if tuning else {}
     arms = tuple(
         Arm(name=arm.name, changes=arm.changes | {"optim.lr": rates.get(arm.name, base.optim.lr)})

@@ -15,7 +15,7 @@ from localvit.inference import open_model
 from localvit.models import preprocessing_for
 from localvit.runtime import pick_device
 from localvit.structure import to_json
-from localvit.studies.design import Run, Study
+from localvit.studies.design import Study, StudyRun
 from localvit.studies.execution import (
     THREADS,
     Cluster,
@@ -26,7 +26,7 @@ from localvit.studies.execution import (
     run_missing,
     save_tuning,
 )
-from localvit.studies.reporting import SPEED, Report, Speed, read_report, read_speed, write_report
+from localvit.studies.reporting import SPEED, Speed, StudyReport, read_report, read_speed, write_report
 
 
 def run_study(
@@ -41,23 +41,23 @@ def run_study(
     retry: bool = True,
     reuse: Sequence[Path] = (),
     console: Console | None = None,
-) -> Report:
-    """Do the runs that are missing, time the arms, compare them, and write the report.
+) -> StudyReport:
+    """Run the missing runs, time the arms, compare them, and write the report.
 
     Args:
         study: Study with matched budgets (`checks.matched`).
         folder: Folder for runs and report (`folder.StudyFolder`).
-        tuning: Search for the learning rates, kept beside the runs and cited by the report.
+        tuning: Search for the learning rates, saved beside the runs and cited by the report.
         command, jobs, threads, cluster, retry, reuse, console: As in `run.run_missing`. With a cluster the
-            arms are not timed, because a login node is no machine to time them on; a call without it does.
+            arms are not timed, because a login node is unsuitable; a later call without it times them.
 
     Raises:
-        ConfigError, DataError: if the study cannot work or the folder holds something else; nothing was
+        ConfigError, DataError: if the study is invalid or the folder holds something else; nothing was
             written.
-        StudyFailed: if runs failed; the others are kept and reported.
+        StudyFailed: if runs failed; the others are saved and reported.
     """
     if len(study.seeds) < 2:
-        raise ConfigError(f"seeds={len(study.seeds)}: at least 2 are needed to compare")
+        raise ConfigError(f"seeds={len(study.seeds)} is not accepted; use at least 2")
     store = StudyFolder(folder, study)
     failures = run_missing(
         store,
@@ -82,7 +82,7 @@ def run_study(
 
 
 def time_arms(store: StudyFolder) -> None:
-    """Time the arms in turns with the first seed's models, unless that was done or they are gone."""
+    """Time the arms in turns with the first seed's models, if they exist and were not timed."""
     study = store.study
     first = {run.arm: run for run in study.runs() if run.seed == study.seeds[0]}
     if not all((store.of(run) / "best").exists() for run in first.values()):
@@ -109,7 +109,7 @@ def _timed(folder: Path) -> list[str]:
         return []
 
 
-def _failed(failures: Mapping[Run, str], number: int, waits: bool) -> StudyFailed:
+def _failed(failures: Mapping[StudyRun, str], number: int, waits: bool) -> StudyFailed:
     reasons = "; ".join(f"{run.arm} seed {run.seed}: {reason}" for run, reason in failures.items())
-    advice = "--retry starts them anew" if waits else "the same command goes on with them"
+    advice = "add --retry to repeat them" if waits else "the same command resumes them"
     return StudyFailed(f"{len(failures)} of {number} runs failed ({reasons}); {advice}")

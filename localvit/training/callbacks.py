@@ -1,4 +1,4 @@
-"""Code that is told what a run does, beside `metrics.jsonl`, which is the contract."""
+"""Callbacks of a training run. The contract for other programs is `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from localvit.training.result import RunResult
 
 
 class Callback:
-    """Override what you need. Called in the first process only; an exception ends the run as failed."""
+    """Base class of callbacks, called in the main process only; an exception ends the run."""
 
     def on_start(self, config: TrainConfig, folder: Path | None) -> None:
-        """Training is about to begin or to go on; `folder` has the epochs so far in its `metrics.jsonl`."""
+        """Handle the start or resumption; `folder/metrics.jsonl` has the epochs so far."""
 
     def on_epoch(self, metrics: dict[str, Any]) -> None:
-        """An epoch is over and saved; `metrics` is its line in `metrics.jsonl`."""
+        """Handle a saved epoch; `metrics` is its line in `metrics.jsonl`."""
 
     def on_end(self, result: RunResult) -> None:
-        """The run is finished."""
+        """Handle the finished run."""
 
 
 class TensorBoard(Callback):
-    """Writes each epoch's numbers for TensorBoard, to the folder `tensorboard` in the run's own.
+    """TensorBoard writer of each epoch's metrics, in the folder `tensorboard` of the run.
 
     Raises:
         ConfigError: if tensorboard is not installed.
@@ -35,13 +35,13 @@ class TensorBoard(Callback):
         try:
             from torch.utils.tensorboard import SummaryWriter  # an extra, and slow to import
         except ImportError as error:
-            raise ConfigError("TensorBoard is not installed: pip install 'localvit[tracking]'") from error
+            raise ConfigError("tensorboard is missing; run pip install 'localvit[tracking]'") from error
         self._make = SummaryWriter
 
     def on_start(self, config: TrainConfig, folder: Path | None) -> None:
-        """Begin, or go on after the last epoch of the run."""
+        """Start, or resume after the last epoch of the run."""
         if folder is None:
-            raise ConfigError("output=None: TensorBoard needs a folder")
+            raise ConfigError("output=None is not accepted with TensorBoard; use a folder")
         metrics = folder / "metrics.jsonl"
         done = len(metrics.read_text(encoding="utf-8").splitlines()) if metrics.exists() else 0
         self._writer = self._make(str(folder / "tensorboard"), purge_step=done + 1)
@@ -55,6 +55,6 @@ class TensorBoard(Callback):
         self._writer.flush()
 
     def on_end(self, result: RunResult) -> None:
-        """Add the reported numbers."""
+        """Add the test metrics."""
         self._writer.add_text("test", f"top-1 {result.test.top1:.2f} %, best epoch {result.best_epoch}")
         self._writer.close()

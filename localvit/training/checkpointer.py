@@ -1,4 +1,4 @@
-"""Checkpoints of a run while it trains, and its return to one."""
+"""Checkpoints of a training run: saving them and resuming from one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from localvit.errors import TrainingFailed, TrainingInterrupted
 from localvit.evaluation import Metrics
 from localvit.runs import BestEpoch, Decision, RunDirectory, numbers
-from localvit.training.run import Run
+from localvit.training.run import TrainingRun
 
 
 class Checkpointer:
@@ -21,15 +21,15 @@ class Checkpointer:
 
     Args:
         run: The run.
-        directory: Its directory, in the main process; `None`: nothing is written.
+        directory: Its directory, in the main process; `None` writes nothing.
     """
 
-    def __init__(self, run: Run, directory: RunDirectory | None) -> None:
+    def __init__(self, run: TrainingRun, directory: RunDirectory | None) -> None:
         self.run, self.directory = run, directory
         self._saved_at = time.monotonic()
 
     def start(self, decision: Decision) -> None:
-        """Claim the directory, return to the state that was found, and make the files agree with it.
+        """Claim the directory, restore the state that was found, and make the files agree with it.
 
         Raises:
             ConfigError: if data or state do not fit the run; nothing was written.
@@ -80,7 +80,7 @@ class Checkpointer:
             self.directory.update(best=self._best())
 
     def save_epoch(self) -> None:
-        """Save the model and the metrics of an epoch that is over, then the state."""
+        """Save the model and the metrics of a finished epoch, then the state."""
         if self.directory:
             self._save_model("last")
             self.directory.add_epoch(self.run.state.history[-1])
@@ -92,7 +92,7 @@ class Checkpointer:
             self.directory.finish(numbers(dataclasses.asdict(test)))
 
     def failed(self, error: BaseException) -> None:
-        """Write why the run ended, if it had begun and that can be written."""
+        """Write the reason of the run's end, if the run has started and the file can be written."""
         if self.directory and self.directory.status:
             interrupted = isinstance(error, KeyboardInterrupt | TrainingInterrupted)
             images: dict[str, Any] = {"bad_images": self._bad_images()}
@@ -103,7 +103,7 @@ class Checkpointer:
                 self.directory.update(state=state, error=f"{error!r}", **images)
 
     def last_state(self) -> str:
-        """Return, in words, what a later call would resume from."""
+        """Describe the state that a later call would resume from."""
         return self.directory.last_state() if self.directory else "nothing was saved here"
 
     def _save_model(self, name: Literal["last", "best"]) -> None:

@@ -1,4 +1,4 @@
-"""One update of a model: forward, backward, step, in the precision and the microbatches asked for."""
+"""One training step: forward, backward, optimizer step, in a given precision and in microbatches."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from localvit.errors import ConfigError
 from localvit.runtime import World, autocast
 
 
-class Engine:
-    """A model with its loss, optimizer, schedule and average, spread over the processes.
+class TrainingEngine:
+    """Model with its loss, optimizer, schedule and average, on all processes.
 
     Args:
         task: Model with its loss; the model was placed by `place_model`.
         optimizer: Optimizer of its parameters.
         scheduler: Schedule of the optimizer.
-        config: How an update is computed.
+        config: Settings of a step.
         world: The processes.
-        ema_decay: Decay of the averaged model; `None`: there is none.
+        ema_decay: Decay of the averaged model; `None` for no such model.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Engine:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next update; where layers have rates of their own, the highest."""
+        """The learning rate of the next step; the highest one if layers have their own."""
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
     def train(self) -> None:
@@ -89,7 +89,7 @@ class Engine:
         """Compute the gradients of one batch; return its mean loss, on the device.
 
         Args:
-            images: (B, C, H, W), this process's share.
+            images: (B, C, H, W), this process's shard.
             targets: (B,) classes or (B, classes) probabilities.
         """
         if self.config.channels_last:
@@ -108,7 +108,7 @@ class Engine:
         return total
 
     def step(self, number: int) -> None:
-        """Apply the gradients as update `number`, from 1."""
+        """Apply the gradients of step `number`, from 1."""
         if self.config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.task.get_clip_parameters(), self.config.clip_grad)
@@ -118,7 +118,7 @@ class Engine:
         self.task.update_ema(step=number)
 
     def set_step(self, step: int) -> None:
-        """Set the learning rate that follows `step` updates."""
+        """Set the learning rate that follows `step` steps."""
         if step:
             self.scheduler.step_update(step)
 
@@ -134,13 +134,13 @@ class Engine:
 
 
 class LossWatch:
-    """Detector of a NaN or infinite loss. On a GPU it looks one update later, so that nothing has to wait."""
+    """Detector of a NaN or infinite loss. On a GPU it looks one step later, without a synchronization."""
 
     def __init__(self) -> None:
         self._pending: tuple[torch.Tensor, torch.cuda.Event, Any] | None = None
 
     def look(self, loss: torch.Tensor, about: Any) -> Any | None:
-        """Note a loss; return the newest looked-at one and `about` if it is NaN or infinite."""
+        """Record a loss; return the newest checked one and its `about` if it is NaN or infinite."""
         if loss.device.type != "cuda":
             return None if loss.isfinite() else (loss.item(), about)
         found = self.flush()
@@ -151,7 +151,7 @@ class LossWatch:
         return found
 
     def flush(self) -> Any | None:
-        """Look at the loss that is pending."""
+        """Check the pending loss."""
         if self._pending is None:
             return None
         (loss, event, about), self._pending = self._pending, None
@@ -164,7 +164,7 @@ def deterministic(config: EngineConfig) -> Iterator[None]:
     """Let PyTorch use deterministic algorithms only, if `config` asks for it."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it so
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     try:
@@ -178,22 +178,22 @@ def place_model(model: nn.Module, config: EngineConfig, world: World) -> nn.Modu
     """Put the model on its device, as the options ask.
 
     Raises:
-        ConfigError: if they do not fit the model, the device or each other.
+        ConfigError: if the options do not fit the model, the device or each other.
     """
     on_gpu = world.device.type == "cuda"
     if config.precision == "fp16" and not on_gpu:
-        raise ConfigError("engine.precision='fp16' needs a GPU; 'bf16' works on CPUs too")
+        raise ConfigError("engine.precision='fp16' is not accepted on a CPU; use 'bf16'")
     if config.batch_norm == "sync" and world.size > 1:
         if not on_gpu:
-            raise ConfigError("engine.batch_norm='sync' needs GPUs; 'average' and 'frozen' work on CPUs too")
+            raise ConfigError("engine.batch_norm='sync' is not accepted on CPUs; use 'average' or 'frozen'")
         model = convert_sync_batchnorm(model)
     if config.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         except (AttributeError, TypeError, AssertionError) as error:
-            raise ConfigError("engine.grad_checkpointing: this model does not offer it") from error
+            raise ConfigError("engine.grad_checkpointing: the model lacks it; leave it out") from error
     if config.selective_checkpointing and not set_selective_checkpointing(model):
-        raise ConfigError("engine.selective_checkpointing: this model has no locality; leave the option out")
+        raise ConfigError("engine.selective_checkpointing: the model has no locality; leave it out")
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     return model.to(world.device)
@@ -202,12 +202,12 @@ def place_model(model: nn.Module, config: EngineConfig, world: World) -> nn.Modu
 def _distribute(task: TrainingTask, world: World) -> None:
     """Average the gradients over the processes."""
     devices = [world.device.index] if world.device.type == "cuda" else None
-    # Each process keeps the running statistics of its share until `share_statistics`. The option for it
-    # has another name in newer releases of PyTorch.
+    # Each process has its own running statistics until `share_statistics`. The option is renamed in newer
+    # releases of PyTorch.
     names = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     task.prepare_distributed(device_ids=devices, **{name: False})
-    # About 1x1 convolutions, where two ways to write the strides of one side of length 1 are compared.
+    # The warning is about 1x1 convolutions: strides of a side of length 1 can be written in two ways.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
 
 

@@ -1,4 +1,4 @@
-"""Training: one function, `train`, and what it does epoch by epoch."""
+"""Training loop: `train` and its epochs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from localvit.training.checkpointer import Checkpointer
 from localvit.training.engine import LossWatch, deterministic
 from localvit.training.progress import Progress
 from localvit.training.result import RunResult
-from localvit.training.run import Run, TrainState, prepare
+from localvit.training.run import TrainingRun, TrainState, prepare
 
 
 def train(
@@ -40,26 +40,26 @@ def train(
 ) -> RunResult:
     """Train a model; choose the epoch on the validation split; report it on the test split.
 
-    The same configuration gives the same weights and metrics again (on a CPU to the last bit, on the same
-    machine with the same number of threads), and so does a run that was ended in whatever way and called
-    again, any number of times: it resumes from its last state. A finished run is returned as it is. Under
-    `torchrun` all processes train one model. torch's global random state is seeded.
+    The same configuration gives the same weights and metrics (bit for bit on the same CPU with the same
+    number of threads). An interrupted run that is called again resumes from its last state and gives them
+    too. A finished run is returned. Under `torchrun` all processes train one model. torch's global random
+    state is seeded.
 
     Args:
         config: The run. `config.output=None` writes nothing.
         console: Console for progress; `None` shows nothing.
-        allow_change: What may differ when a run is resumed: dotted fields of the configuration or whole
-            sections of it, `"data"` (its images too), `"versions"`, `"world_size"`. With another number of
-            processes, batches stay the same, while drop-path, dropout and statistics of batch norm do not.
-        callbacks: Told about the epochs, in the first process.
+        allow_change: Differences accepted in a resumed run: dotted fields or sections of the configuration,
+            `"data"` (its images too), `"versions"`, `"world_size"`. With another number of processes, batches
+            stay the same, while drop-path, dropout and statistics of batch norm do not.
+        callbacks: Called in the main process.
 
     Raises:
-        ConfigError: if the configuration cannot work, or the folder holds another run, is in use or has
+        ConfigError: if the configuration is invalid, or the folder has another run, is in use or has
             damaged files; nothing was written.
         DataError: if the data cannot be used; nothing was written.
         UnreadableImage: if an image cannot be decoded.
-        TrainingFailed: if training cannot go on: the loss or a weight is NaN or infinite, a data worker or
-            another process died, the disk is full.
+        TrainingFailed: if the loss or a weight is NaN or infinite, a data worker or another process died, or
+            the disk is full.
         TrainingInterrupted: if a signal asked for it (see `stop_on_signals`); the state is saved.
     """
     check_allowed(allow_change)
@@ -96,7 +96,7 @@ def train(
 
 
 def _fit(
-    run: Run, checkpointer: Checkpointer, progress: Progress, callbacks: Sequence[Callback]
+    run: TrainingRun, checkpointer: Checkpointer, progress: Progress, callbacks: Sequence[Callback]
 ) -> RunResult:
     at, directory = run.state, checkpointer.directory
     for callback in callbacks:
@@ -129,7 +129,7 @@ def _fit(
     return result
 
 
-def train_epoch(run: Run, checkpointer: Checkpointer, progress: Progress) -> dict[str, float]:
+def train_epoch(run: TrainingRun, checkpointer: Checkpointer, progress: Progress) -> dict[str, float]:
     """Train one epoch, or the rest of one.
 
     Returns:
@@ -171,9 +171,9 @@ def train_epoch(run: Run, checkpointer: Checkpointer, progress: Progress) -> dic
     }
 
 
-def _interrupted(run: Run) -> TrainingInterrupted:
-    kept = "the same command resumes from there" if run.config.output else "nothing is kept"
-    return TrainingInterrupted(f"interrupted {run.state.place}; {kept}")
+def _interrupted(run: TrainingRun) -> TrainingInterrupted:
+    saved = "the same command resumes from there" if run.config.output else "nothing was saved"
+    return TrainingInterrupted(f"interrupted {run.state.place}; {saved}")
 
 
 def _timed(loader: Iterable[Batch], at: TrainState) -> Iterator[Batch]:
@@ -193,33 +193,33 @@ def _place(world: World, bad: tuple[float, int] | None) -> tuple[int, int]:
 
 
 def _refuse(
-    run: Run, checkpointer: Checkpointer, bad: tuple[float, int] | None, place: Sequence[float]
+    run: TrainingRun, checkpointer: Checkpointer, bad: tuple[float, int] | None, place: Sequence[float]
 ) -> None:
-    """End the run in all processes if the loss is NaN or infinite in one of them.
+    """Stop the run in all processes if the loss is NaN or infinite in one of them.
 
     Raises:
-        TrainingFailed: with the place, the learning rate, the images and the last good state.
+        TrainingFailed: naming the step, the learning rate, the images and the last good state.
     """
     rank, batch = (int(value) - 1 for value in place)
     if rank < 0:
         return
     names = run.image_names(batch, rank)
-    update = run.state.epoch * len(run.train) + batch + 1
+    step = run.state.epoch * len(run.train) + batch + 1
     more = f" and {len(names) - 3} more (in status.json)" if len(names) > 3 else ""
     raise TrainingFailed(
-        f"the loss became {bad[0] if bad else 'no finite number'} in epoch {run.state.epoch + 1}, update "
-        f"{update}, at learning rate {run.engine.lr:.3g}, on the images "
+        f"the loss became {bad[0] if bad else 'NaN or infinite'} in epoch {run.state.epoch + 1}, step "
+        f"{step}, at learning rate {run.engine.lr:.3g}, on the images "
         f"{', '.join(names[:3])}{more}; {checkpointer.last_state()}; try a lower optim.lr",
         names,
     )
 
 
-def _note_unreadable(run: Run, batch: Batch, progress: Progress) -> None:
+def _note_unreadable(run: TrainingRun, batch: Batch, progress: Progress) -> None:
     """Count images that could not be read.
 
     Raises:
-        UnreadableImage: the first of them, if none is allowed or there was none to take its place.
-        TrainingFailed: if there are more than `max_bad_images`.
+        UnreadableImage: for the first of them, if none is allowed or there was no image in its place.
+        TrainingFailed: if more than `max_bad_images` images are unreadable.
     """
     known, limit = run.state.bad_images, run.config.max_bad_images
     for index, error in batch.unreadable.items():
@@ -232,11 +232,11 @@ def _note_unreadable(run: Run, batch: Batch, progress: Progress) -> None:
             raise TrainingFailed(f"more than max_bad_images={limit} training images are unreadable; {error}")
 
 
-def _measure(run: Run, loader: DataLoader[Batch], checkpointer: Checkpointer) -> Metrics:
+def _measure(run: TrainingRun, loader: DataLoader[Batch], checkpointer: Checkpointer) -> Metrics:
     """Measure the evaluated model on all processes.
 
     Raises:
-        TrainingInterrupted: if a signal asked for the end meanwhile.
+        TrainingInterrupted: if a signal asked for the end.
     """
     run.engine.share_statistics()
     with run.engine.autocast():
@@ -258,7 +258,7 @@ def _until_stop(loader: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def _explained(error: BaseException, checkpointer: Checkpointer) -> TrainingFailed | None:
-    """In one line what PyTorch says in many, if it is known what that means."""
+    """Return a one-line error for a known failure of PyTorch, else `None`."""
     text = str(error)
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         reason = " ".join(text.split()).partition(". ")[0]

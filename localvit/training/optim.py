@@ -1,4 +1,4 @@
-"""Optimizers and schedules from their configurations; what cannot work fails before training."""
+"""Optimizers and schedules from their configurations, checked before training."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def freeze(model: nn.Module, train_only: Literal["all", "locality"]) -> None:
         return
     kept = {id(parameter) for _, parameter in locality_parameters(model)}
     if not kept:
-        raise ConfigError("train_only='locality': the model has none (model.locality=null)")
+        raise ConfigError("train_only='locality': the model has none; set model.locality or use 'all'")
     classifier = model.get_classifier()  # type: ignore[operator]
     for head in classifier if isinstance(classifier, tuple) else (classifier,):
         kept |= {id(parameter) for parameter in head.parameters()}
@@ -58,12 +58,11 @@ def build_optimizer(
 
     Args:
         model: Owner of the parameters.
-        config: Which optimizer.
-        batch_size: Images per update; it scales the rate where `config.lr_batch` is set.
+        config: Name and settings of the optimizer.
+        batch_size: Images per step; it scales the learning rate if `config.lr_batch` is set.
 
     Raises:
-        ConfigError: for an unknown name, arguments that the optimizer refuses, or what the model does not
-            support.
+        ConfigError: for an unknown name, or for settings that optimizer or model do not support.
     """
     known = [str(name) for name in list_optimizers()]
     if config.name not in known:
@@ -73,11 +72,11 @@ def build_optimizer(
             f"optim.name={config.name!r} needs second derivatives, which are not computed; use another"
         )
     if config.lr_batch is not None and batch_size is None:
-        raise ConfigError(f"optim.lr_batch={config.lr_batch}: the learning rate needs the batch size")
+        raise ConfigError(f"optim.lr_batch={config.lr_batch} needs a batch size; pass batch_size")
     if config.layer_decay is not None and not hasattr(model, "group_matcher"):
         raise ConfigError(
-            f"optim.layer_decay={config.layer_decay:g}: {type(model).__name__} does not say which parameter "
-            "is in which layer (it has no group_matcher)"
+            f"optim.layer_decay={config.layer_decay:g}: {type(model).__name__} has no group_matcher, which "
+            "assigns parameters to layers; leave the option out"
         )
     args = config.args
     if config.no_decay is not None:
@@ -93,14 +92,14 @@ def build_optimizer(
             **args,
         )
     except _BAD_ARGUMENTS as error:
-        raise ConfigError(f"optim.args={config.args}: {one_line(error)}") from error
+        raise ConfigError(f"optim.args={config.args}: {one_line(error)}; change them") from error
 
 
 def _own_groups(config: OptimConfig, no_decay: tuple[str, ...]) -> Any:
     """Return timm's grouping of parameters, with `no_decay` in place of the model's list."""
     ignored = sorted(set(config.args) & set(_GROUPING))
     if ignored:
-        raise ConfigError(f"optim.args.{ignored[0]} has no effect with optim.no_decay")
+        raise ConfigError(f"optim.args.{ignored[0]} has no effect with optim.no_decay; leave one out")
     if config.layer_decay is None:
         return partial(
             param_groups_weight_decay,
@@ -118,19 +117,19 @@ def _own_groups(config: OptimConfig, no_decay: tuple[str, ...]) -> Any:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: ScheduleConfig, epochs: int, steps_per_epoch: int
 ) -> Scheduler:
-    """Build timm's schedule, which is moved with `step_update(number of updates done)`.
+    """Build timm's schedule, which `step_update(number of finished steps)` moves.
 
     Args:
         optimizer: Optimizer whose learning rate it sets.
-        config: Which schedule.
+        config: Kind and settings of the schedule.
         epochs: Its length.
-        steps_per_epoch: Updates per epoch.
+        steps_per_epoch: Steps per epoch.
     """
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=config.name,
         num_epochs=epochs,
-        warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]  # a fraction works: it counts updates
+        warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]  # a fraction works: it counts steps
         warmup_lr=config.warmup_lr,
         min_lr=config.min_lr,
         decay_rate=1.0,  # the exponent of "poly"

@@ -12,12 +12,12 @@ from rich.console import Console
 
 from localvit.cost import count_parameters
 from localvit.evaluation import Metrics
-from localvit.training.run import Run
+from localvit.training.run import TrainingRun
 
 WAIT = 0.2
-"""Share of the time spent waiting for images above which a warning is shown."""
+"""Fraction of time waited for images above which a warning is shown."""
 _WORTH_A_WORD = 10.0
-"""Seconds waited in an epoch below which none is shown: then it was the start of the data workers."""
+"""Seconds waited in an epoch below which none is shown: data workers take as long to start."""
 
 
 def slow_data(metrics: dict[str, Any], workers: int, gpu: bool) -> str | None:
@@ -26,28 +26,28 @@ def slow_data(metrics: dict[str, Any], workers: int, gpu: bool) -> str | None:
     Args:
         metrics: Metrics of the epoch.
         workers: Number of data workers.
-        gpu: The model computes on a GPU. Without one and without workers, one process does one thing
-            after the other: loading is work there, not waiting.
+        gpu: The model computes on a GPU. Without one and without workers, loading and computing alternate
+            in one process: loading is work there, not waiting.
     """
-    share, cores = metrics["data_wait"], os.cpu_count() or 1
-    if share <= WAIT or share * metrics["seconds"] < _WORTH_A_WORD or not (gpu or workers):
+    waited, cores = metrics["data_wait"], os.cpu_count() or 1
+    if waited <= WAIT or waited * metrics["seconds"] < _WORTH_A_WORD or not (gpu or workers):
         return None
-    advice = "raise workers" if workers < cores else "no core is left for more, so store the images smaller"
+    advice = "raise workers" if workers < cores else "all cores are used, so store smaller images"
     return (
-        f"training waited for images for {100 * share:.0f} % of the epoch, with workers={workers} on "
-        f"{cores} cores: {advice} (docs/data.md)"
+        f"training waited for images for {100 * waited:.0f} % of the epoch, with workers={workers} on "
+        f"{cores} cores; {advice} (docs/data.md)"
     )
 
 
 class Progress:
-    """A bar with images/s, waiting for data and remaining time for the whole run, and a line per epoch.
+    """Progress bar (images/s, waiting for data, remaining time) and one line per epoch.
 
     Args:
         console: Console to print on; `None` shows nothing.
         run: The run.
     """
 
-    def __init__(self, console: Console | None, run: Run) -> None:
+    def __init__(self, console: Console | None, run: TrainingRun) -> None:
         self.console, self.run = console or Console(quiet=True), run
         self.gpu, self.warned = run.world.device.type != "cpu", False
         self.bar = progress.Progress(
@@ -85,7 +85,7 @@ class Progress:
         self.bar.stop()
 
     def resume(self, warnings: Sequence[str]) -> None:
-        """Show where the run resumes."""
+        """Show the step from which the run resumes."""
         for warning in warnings:
             self.note(f"warning: {warning}")
         self.note(f"resuming {self.run.state.place}")
@@ -96,7 +96,7 @@ class Progress:
         self.console.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
 
     def advance(self, images: int, data_wait: float) -> None:
-        """Count images that were trained on; `data_wait` is the share of the time spent waiting."""
+        """Count images that were trained on; `data_wait` is the fraction of the time spent waiting."""
         self.bar.advance(self.task, images)
         speed = self.bar.tasks[0].speed
         self.bar.update(
@@ -104,7 +104,7 @@ class Progress:
         )
 
     def epoch(self, metrics: dict[str, Any], improved: bool) -> None:
-        """Show the line of a finished epoch; a star marks the best one so far."""
+        """Print a finished epoch; a star marks the best one so far."""
         self.console.print(
             f"epoch {metrics['epoch']:>3}/{self.run.config.epochs}  loss {metrics['train_loss']:.4f}  "
             f"validation loss {metrics['validation_loss']:.4f}  top-1 {metrics['validation_top1']:6.2f} %"
@@ -118,7 +118,7 @@ class Progress:
             self.note(f"warning: {warning}")
 
     def finish(self, best_epoch: int, test: Metrics) -> None:
-        """Show the result that is reported."""
+        """Print the test metrics."""
         self.console.print(
             f"best epoch {best_epoch} (by validation); test on {test.images} images: "
             f"top-1 {test.top1:.2f} %, top-5 {test.top5:.2f} %, loss {test.loss:.4f}",

@@ -18,12 +18,12 @@ class RunResult:
         output: Its folder, if it has one.
         history: One mapping per epoch, as in `metrics.jsonl`: `epoch` (from 1), `lr` (at its end),
             `train_loss`, `validation_loss`, `validation_top1`, `validation_top5`, `seconds`,
-            `images_per_second` (training only, loading included), `data_wait` (share of `seconds`, 0 to 1,
-            that was spent waiting for images; the mean of all processes).
+            `images_per_second` (training only, loading included), `data_wait` (fraction of
+            `seconds` spent waiting for images, 0 to 1; the mean of all processes).
         best_epoch: The epoch with the highest validation top-1; the lower loss, then the earlier epoch,
             decides between equals.
-        validation: Metrics of that epoch. It was chosen on them, so they flatter it.
-        test: Metrics of that epoch's weights on the reported split, measured once.
+        validation: Metrics of that epoch, optimistic because it was chosen on them.
+        test: Metrics of that epoch's weights on the test split, measured once.
         images_per_second: Median over the epochs.
         parameters: Number of parameters.
         notes: Sentences about the splits.

@@ -1,4 +1,4 @@
-"""Everything that a run works with, its position, and both as a state to resume from."""
+"""Objects of a training run, its position, and both as a state to resume from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from timm.data import Mixup
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from localvit.config import Changes, TrainConfig
+from localvit.config import ConfigDiff, TrainConfig
 from localvit.data import (
     AugmentConfig,
     Batch,
@@ -30,21 +30,21 @@ from localvit.data import (
 from localvit.errors import ConfigError, TrainingFailed
 from localvit.evaluation import Metrics, open_equal_splits
 from localvit.models import build_model, check_forward, preprocessing_for
-from localvit.runs import State, random_states, set_random_states
+from localvit.runs import SavedState, random_states, set_random_states
 from localvit.runtime import World
-from localvit.training.engine import Engine, place_model
+from localvit.training.engine import TrainingEngine, place_model
 from localvit.training.optim import build_optimizer, build_scheduler, freeze
 from localvit.training.task import build_task
 
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Position of a run, and what it has measured.
+    """Position of a run, and its measurements.
 
     Attributes:
         steps_per_epoch: Number of batches in an epoch.
-        epoch: Epoch under way, from 0.
-        batch: Batches of it that are done.
+        epoch: Current epoch, from 0.
+        batch: Finished batches of it.
         loss_sum: Sum of its losses over this process's images, float64 on the device.
         images: Number of these images.
         seconds: Spent on it so far.
@@ -71,13 +71,13 @@ class TrainState:
 
     @property
     def step(self) -> int:
-        """Number of updates done."""
+        """Number of finished steps."""
         return self.epoch * self.steps_per_epoch + self.batch
 
     @property
     def place(self) -> str:
         """Position in words."""
-        return f"after update {self.step}, in epoch {self.epoch + 1}"
+        return f"after step {self.step}, in epoch {self.epoch + 1}"
 
     def close_epoch(self, metrics: dict[str, Any]) -> None:
         """Go to the beginning of the next epoch."""
@@ -88,14 +88,14 @@ class TrainState:
 
 
 @dataclass(kw_only=True)
-class Run:
-    """Everything that a run works with, ready before anything is written."""
+class TrainingRun:
+    """Objects of a run, built before anything is written."""
 
     config: TrainConfig
     world: World
     splits: Splits
     manifest: Manifest
-    engine: Engine
+    engine: TrainingEngine
     mixup: Mixup | None
     preprocessing: Preprocessing
     train: DataLoader[Batch]
@@ -141,23 +141,23 @@ class Run:
         return mixed
 
     def image_names(self, batch: int, rank: int) -> tuple[str, ...]:
-        """Return the names of the images in one process's share of a batch of the current epoch."""
+        """Return the names of the images in one process's shard of a batch of the current epoch."""
         draws = self.train.batch_sampler.batch(batch)  # type: ignore[union-attr]
         own = share(draws, rank, self.world.size)
         return tuple(image_name(self.splits.train, draw.image_index) for draw in own)
 
-    def snapshot(self) -> State | None:
+    def snapshot(self) -> SavedState | None:
         """Return the state in the main process, `None` in the others; all must call it.
 
         Schedule and batches follow from the position, so they are not in it.
 
         Raises:
-            TrainingFailed: if a weight is no finite number.
+            TrainingFailed: if a weight is NaN or infinite.
         """
         engine, at = self.engine, self.state
         if not all(weight.isfinite().all() for weight in engine.model.parameters()):
             raise TrainingFailed(
-                f"a weight is no finite number after update {at.step} (epoch {at.epoch + 1}), so that "
+                f"a weight is NaN or infinite after step {at.step} (epoch {at.epoch + 1}), so that "
                 "state is not saved; try a lower optim.lr"
             )
         own: dict[str, Any] = {
@@ -188,8 +188,8 @@ class Run:
             "processes": processes,
         }
 
-    def restore(self, state: State, changes: Changes) -> None:
-        """Return to where `state` was taken; all processes must call it with the same one.
+    def restore(self, state: SavedState, changes: ConfigDiff) -> None:
+        """Restore `state`; all processes must call it with the same one.
 
         Args:
             state: State from `snapshot`.
@@ -209,7 +209,7 @@ class Run:
             self._restore_engine(state, any(path.startswith("optim") for path in changes))
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
-            raise ConfigError(f"the saved state does not fit the model or the optimizer: {reason}") from error
+            raise ConfigError(f"the saved state does not fit the model: {reason}; start over") from error
         at, processes = self.state, state["processes"]
         at.epoch, at.batch = state["epoch"], state["samples"] // self.config.batch_size
         at.seconds, at.waited, at.history = state["seconds"], state["waited"], state["history"]
@@ -229,13 +229,13 @@ class Run:
         self.engine.set_step(at.step)
 
     def load_best(self) -> dict[str, torch.Tensor]:
-        """Put the best weights into the evaluated model; return those that were there."""
+        """Load the best weights into the evaluated model; return its earlier ones."""
         model = self.engine.evaluated
         before = copy.deepcopy(model.state_dict())
         model.load_state_dict(self.state.best_weights)
         return before
 
-    def _restore_engine(self, state: State, new_settings: bool) -> None:
+    def _restore_engine(self, state: SavedState, new_settings: bool) -> None:
         engine = self.engine
         engine.task.load_checkpoint_state(state["task"]["state_dict"], state["task"].get("task_state"))
         if engine.average is not None:
@@ -250,7 +250,7 @@ class Run:
             engine.scaler.load_state_dict(state["scaler"])
 
     def _statistics(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Return the running statistics of batch norm, which processes do not share all the time."""
+        """Return the running statistics of batch norm, which differ between processes."""
         models = {"model": self.engine.model, "average": self.engine.average}
         return {
             which: {
@@ -269,7 +269,7 @@ class Run:
                 model.load_state_dict(statistics[which], strict=False)
 
 
-def prepare(config: TrainConfig, world: World) -> Run:
+def prepare(config: TrainConfig, world: World) -> TrainingRun:
     """Open the data and build everything.
 
     Raises:
@@ -298,7 +298,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     learner = task.get_trainable_module()
     assert learner is not None
     optimizer = build_optimizer(learner, config.optim, config.batch_size)
-    engine = Engine(
+    engine = TrainingEngine(
         task,
         optimizer,
         build_scheduler(optimizer, config.schedule, config.epochs, len(train)),
@@ -306,11 +306,11 @@ def prepare(config: TrainConfig, world: World) -> Run:
         world,
         ema_decay=config.ema_decay,
     )
-    # From here on, random numbers are for drop-path and dropout: each process has its own.
+    # Later random numbers are for drop-path and dropout: each process has its own.
     if world.rank > 0:
         torch.manual_seed(derive_seed(config.seed, "process", world.rank))
     batch_size = config.batch_size // world.size
-    return Run(
+    return TrainingRun(
         config=config,
         world=world,
         splits=splits,
@@ -331,13 +331,13 @@ def prepare(config: TrainConfig, world: World) -> Run:
 def _check_shares(batch_size: int, accum: int, mixes: bool, world_size: int) -> None:
     if batch_size % (world_size * accum):
         raise ConfigError(
-            f"batch_size={batch_size} is that of all processes together; it must be divisible by "
-            f"{world_size} {'processes' if world_size > 1 else 'process'} x engine.grad_accum={accum}"
+            f"batch_size={batch_size} is not accepted; use a multiple of {world_size} "
+            f"{'processes' if world_size > 1 else 'process'} x engine.grad_accum={accum}"
         )
     if mixes and batch_size // world_size % 2:
         raise ConfigError(
-            f"batch_size={batch_size}: the share of each of {world_size} processes must be even for "
-            "augment.mixup and augment.cutmix"
+            f"batch_size={batch_size} is not accepted with augment.mixup or augment.cutmix; use an even "
+            f"number for each of {world_size} processes"
         )
 
 

@@ -1,4 +1,4 @@
-"""A model with its loss: timm's tasks, with a checked teacher that gets images as it wants them."""
+"""Model with its loss: timm's tasks, and a checked teacher with its own preprocessing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build_task(
     *,
     device: torch.device,
 ) -> TrainingTask:
-    """Build timm's task; the global random state is left as it was.
+    """Build timm's task; the global random state stays.
 
     Args:
         model: Model to train, on `device`.
@@ -39,7 +39,7 @@ def build_task(
 
     Raises:
         ConfigError: if a teacher cannot be loaded, has other classes or refuses the model's image size, or
-            if the model has no distillation token where one is asked for.
+            if the model lacks the distillation token of `distill.token`.
     """
     criterion = create_classification_loss(smoothing=augment.smoothing, soft_targets=augment.mixes)
     if distill is None:
@@ -49,7 +49,7 @@ def build_task(
     with random_scope():  # building a model draws numbers, even if weights are loaded over them
         teacher = _load_teacher(distill.teacher, model, preprocessing, class_names, device)
     task = _distillation(model, teacher.model, distill, criterion, device)
-    # timm takes both from the models' own configuration, which knows nothing of data.mean and data.std.
+    # timm takes both from the models' own configuration, which ignores data.mean and data.std.
     task.student_mean, task.student_std = _per_channel(preprocessing, device)
     task.teacher.mean_kd, task.teacher.std_kd = _per_channel(teacher.preprocessing, device)  # type: ignore
     return task
@@ -59,8 +59,8 @@ def check_student(model: nn.Module) -> None:
     """Raise `ConfigError` if `model` has no distillation token."""
     if not hasattr(model, "set_distilled_training"):
         raise ConfigError(
-            f"distill.token=true: {type(model).__name__} has no distillation token (accepted: "
-            "deit_*_distilled_* models; or distill.token=false)"
+            f"distill.token=true: {type(model).__name__} has no distillation token; use a deit_*_distilled_* "
+            "model or distill.token=false"
         )
 
 
@@ -109,11 +109,11 @@ def _load_teacher(
         teacher = open_model(source, "cpu")
         theirs, ours = teacher.model.num_classes, student.num_classes
         if theirs != ours:
-            raise ConfigError(f"it has {theirs} classes, but the student has {ours}")
+            raise ConfigError(f"it has {theirs} classes and the student {ours}; use another teacher")
         own = teacher.model.pretrained_cfg.get("label_names")  # type: ignore[union-attr, operator]
         different = [pair for pair in zip(own or (), class_names, strict=False) if len(set(pair)) > 1]
         if different:
-            raise ConfigError("it has class {!r} where the data has {!r}".format(*different[0]))
+            raise ConfigError("its class {!r} is {!r} in the data; use another teacher".format(*different[0]))
         check_forward(teacher.model, source, preprocessing.input_size)
     except ConfigError as error:
         raise ConfigError(f"distill.teacher={source!r}: {error}") from error

@@ -363,7 +363,7 @@ def test_a_second_derivative_after_a_change_of_mode_is_an_error():
     ffn, tokens = feed_forward(), images()
     out = ffn(tokens, GRID)
     ffn.eval()
-    with pytest.raises(RuntimeError, match="mode was changed"):
+    with pytest.raises(RuntimeError, match="mode changed"):
         torch.autograd.grad(out.sum(), tokens, create_graph=True)
 
 

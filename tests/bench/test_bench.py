@@ -193,7 +193,7 @@ def test_the_table_has_the_ratio_first_and_the_machine_last(short, capsys):
         "(PyTorch, fused)",
         "vit_tiny_patch16_224",
         "median [quartiles] of 2 rounds",
-        "share of peak, %",
+        "fraction of peak, %",
         "GMACs",
     ):
         assert part in text
@@ -208,7 +208,7 @@ def test_the_table_has_the_ratio_first_and_the_machine_last(short, capsys):
             [],
             [
                 ("fused", "PyTorch, fused"),
-                ("eager", "PyTorch, not fused: ResNet has nothing with a fast form"),
+                ("eager", "PyTorch, not fused: ResNet has no fast form"),
             ],
         ),
         (["--no-fuse"], [("eager", "PyTorch"), ("eager", "PyTorch")]),
@@ -237,19 +237,22 @@ def test_engines_of_files(engine, short, capsys):
     ("arguments", "message"),
     [
         (["resnet18"], "--against NAME is missing: localvit knows no baseline of 'resnet18'"),
-        ([NAME, "--batch", "0"], "batch_size=0 must be at least 1"),
-        ([NAME, "--rounds", "1"], "rounds=1 must be at least 2"),
-        ([NAME, "--threads", "0"], "threads=0 must be at least 1"),
+        ([NAME, "--batch", "0"], "batch_size=0 is not accepted; use at least 1"),
+        ([NAME, "--rounds", "1"], "rounds=1 is not accepted; use at least 2"),
+        ([NAME, "--threads", "0"], "threads=0 is not accepted; use at least 1"),
         ([NAME, "--device", "tpu9"], "device='tpu9' cannot be used here"),
         ([NAME, "--engine", "tensorrt"], "--engine"),
-        ([NAME, "--train", "--engine", "fused"], "engine='fused' computes no gradients"),
-        ([NAME, "--precision", "fp16", "--device", "cpu"], "precision='fp16' needs a GPU"),
-        ([NAME, "--precision", "bf16", "--engine", "openvino", "--device", "cpu"], "not in precision='bf16'"),
+        ([NAME, "--train", "--engine", "fused"], "engine='fused' is not accepted in training"),
+        ([NAME, "--precision", "fp16", "--device", "cpu"], "precision='fp16' is not accepted on a CPU"),
+        (
+            [NAME, "--precision", "bf16", "--engine", "openvino", "--device", "cpu"],
+            "precision='bf16' is not accepted",
+        ),
         (["deit_tny_patch16_224", "--against", NAME], "did you mean"),
         ([NAME, "--set", "depths=1"], "depths"),
         ([NAME, "--size", "50"], "50x50 is not divisible by the patch size 16x16"),
         (["localvit_swin_tiny_patch4_window7_224", "--size", "2"], "size"),
-        (["test_resnet", "--against", "test_resnet", "--engine", "fused"], "has nothing with a fast form"),
+        (["test_resnet", "--against", "test_resnet", "--engine", "fused"], "has no fast form"),
     ],
 )
 def test_wrong_use_is_one_line(arguments, message, short, capsys):
@@ -267,7 +270,7 @@ def test_an_engine_that_is_missing_names_the_extra_before_any_work(monkeypatch, 
 
 
 def test_files_of_engines_run_on_the_cpu():
-    with pytest.raises(ConfigError, match="runs on the CPU"):
+    with pytest.raises(ConfigError, match="use 'cpu'"):
         engines.check_engine("openvino", torch.device("meta"))
 
 

@@ -1,8 +1,10 @@
 import csv
 import errno
+import importlib
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -11,7 +13,7 @@ from PIL import Image
 
 from localvit.atomic import write_atomically
 from localvit.cli import VERBS, main
-from localvit.cli.arguments import Failure, one_line_errors
+from localvit.cli.arguments import Failure, one_line_errors, parse
 
 TINY = [
     *("--recipe", "digits", "--epochs", "1", "--batch-size", "64", "--device", "cpu"),
@@ -38,9 +40,9 @@ def one_line(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tain"], "there is no verb 'tain'; did you mean 'train'?"),
-        (["train"], "--data SRC or --recipe NAME is missing"),
-        (["train", "--data", "digits"], "--output FOLDER is missing"),
+        (["tain"], "the verb 'tain' does not exist; did you mean 'train'?"),
+        (["train"], "data is missing; add --data SRC or --recipe NAME"),
+        (["train", "--data", "digits"], "add --output FOLDER"),
         (["train", "--epocs", "3"], "--epocs"),
         (["train", "--epochs", "many"], "--epochs"),
         (["train", "--recipe", "digit", "--output", "X"], "did you mean 'digits'?"),
@@ -49,13 +51,19 @@ def one_line(capsys):
             ["train", "--recipe", "digits", "--set", "optim.lr=fast", "--output", "X"],
             "optim.lr: 'fast' is not accepted; use a number",
         ),
-        (["train", "--recipe", "digits", "--model", "deit_tny", "--output", "X"], "no 'deit_tny'"),
+        (
+            ["train", "--recipe", "digits", "--model", "deit_tny", "--output", "X"],
+            "'deit_tny' does not exist",
+        ),
         (["train", "--recipe", "digits", "--locality", "{kernel: 3}", "--output", "X"], "kernel_size"),
         (["train", "--recipe", "digits", "--locality", "{", "--output", "X"], "not YAML"),
         (["train", "--recipe", "digits", "--blocks", "[0]", "--output", "X"], "without model.locality"),
         (["train", "--data", "nowhere", "--output", "X"], "no data source 'nowhere'"),
         (["evaluate"], "--checkpoint"),
-        (["evaluate", "--checkpoint", "nowhere/at/all", "--data", "digits"], "there is no such folder"),
+        (
+            ["evaluate", "--checkpoint", "nowhere/at/all", "--data", "digits"],
+            "'nowhere/at/all' does not exist",
+        ),
         (["evaluate", "--checkpoint", "deit_tny_patch16_224", "--data", "digits"], "did you mean"),
         (["predict", "--checkpoint", "deit_tiny_patch16_224"], "PATHS is missing"),
         (["predict", "--checkpoint", "deit_tiny_patch16_224", "nowhere.png"], "'nowhere.png' does not exist"),
@@ -79,10 +87,30 @@ def test_help_lists_the_verbs_and_each_verb_helps(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(verb in out for verb in VERBS)
-    for verb in ("train", "evaluate", "predict"):
-        assert main([verb, "--help"]) == 0
-        assert f"localvit {verb}" in capsys.readouterr().out
     assert main([]) == 2
+
+
+@pytest.mark.parametrize(
+    "words", [[verb] for verb in VERBS] + [["study", "run"], ["study", "show"]], ids=" ".join
+)
+def test_help_fits_one_screen_and_ends_with_an_example_that_parses(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main([*words, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 100
+    example = shlex.split(lines[-1].removeprefix("Example: "))
+    assert example[: 1 + len(words)] == ["localvit", *words]
+    options = importlib.import_module(VERBS[words[0]][0]).Options
+    assert parse(options, "localvit", example[2:]) is not None
+
+
+def test_rare_options_are_below_the_others(capsys):
+    assert main(["train", "--help"]) == 0
+    common, rare = capsys.readouterr().out.split("\nrare options:\n")
+    assert "  --epochs N            passes over the training images\n" in common
+    assert "  --blocks YAML         blocks to localize" in rare
+    assert "(rare)" not in rare
 
 
 def test_version(capsys):
@@ -193,7 +221,7 @@ def test_evaluate_does_not_overwrite(run, tmp_path, capsys):
     (tmp_path / "old.json").write_text("old")
     arguments = ["evaluate", "--checkpoint", str(run), "--output", str(tmp_path / "old.json")]
     assert main(arguments) == 2
-    assert "exists already" in one_line(capsys)
+    assert "the file exists" in one_line(capsys)
     assert (tmp_path / "old.json").read_text() == "old"
 
 

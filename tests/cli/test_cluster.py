@@ -36,12 +36,12 @@ def words(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--cluster", "slurm"), "there is no 'sbatch'"),
+        (("--cluster", "slurm"), "'sbatch' is missing"),
         (("--cluster", "pbs"), "--cluster"),
-        (("--cluster", "local", "--minutes", "0"), "minutes=0: at least 1"),
-        (("--cluster", "local", "--cpus", "0"), "cpus=0: at least 1"),
-        (("--cluster", "local", "--gpus", "2"), "one GPU at most"),
-        (("--cluster", "local", "--memory", "0"), "memory=0.0: more than 0 GB"),
+        (("--cluster", "local", "--minutes", "0"), "minutes=0 is not accepted; use at least 1"),
+        (("--cluster", "local", "--cpus", "0"), "cpus=0 is not accepted; use at least 1"),
+        (("--cluster", "local", "--gpus", "2"), "use 0 or 1"),
+        (("--cluster", "local", "--memory", "0"), "memory=0.0 is not accepted"),
         (("--cluster", "local", "--threads", "2"), "arm 'plain': threads=2 do not fit cpus=1"),
         (("--cluster", "local", "--jobs", "3"), "at most 3 jobs at a time: local jobs all start at once"),
         (("--partition", "gpu"), "--partition has no effect without --cluster"),

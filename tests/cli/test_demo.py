@@ -60,9 +60,9 @@ def test_own_tuning_is_used(pictures, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--seeds", "1"), "--seeds 1: at least 2"),
-        (("--jobs", "0"), "--jobs 0: at least 1"),
-        (("--tune", "--tune-seeds", "0"), "--tune-seeds 0: at least 1"),
+        (("--seeds", "1"), "--seeds 1 is not accepted; use at least 2"),
+        (("--jobs", "0"), "--jobs 0 is not accepted; use at least 1"),
+        (("--tune", "--tune-seeds", "0"), "--tune-seeds 0 is not accepted; use at least 1"),
         (("--tune", "--tune-factors", "0"), "--tune-factors (0.0,): one or more positive"),
         (("--data", "nowhere"), "no data source 'nowhere'"),
         (("--recipe", "digit"), "did you mean 'digits'"),
@@ -144,5 +144,5 @@ def test_an_interrupt_ends_it_cleanly_and_says_how_to_go_on(pictures, tmp_path):
         finally:
             process.kill()  # nothing if it has ended; else leaving the block would wait for it
     assert process.returncode == 130
-    assert "the same command goes on" in stdout
+    assert "the same command resumes" in stdout
     assert "Traceback" not in stderr

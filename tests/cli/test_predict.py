@@ -148,7 +148,7 @@ def test_processes_and_shards_write_the_same_files(job, tmp_path, monkeypatch, c
         (["--output", "found.csv", "--format", "json"], "--format json is for the console"),
         (["--shard", "2/2"], "shard 2/2 is not accepted; use 0/2 to 1/2"),
         (["--shard", "second"], "--shard second: two whole numbers"),
-        (["--top-k", "0"], "top_k=0 must be at least 1"),
+        (["--top-k", "0"], "top_k=0 is not accepted; use at least 1"),
     ],
 )
 def test_wrong_use_is_one_line(job, arguments, message, capsys, tmp_path, monkeypatch):

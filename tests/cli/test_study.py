@@ -70,7 +70,7 @@ def test_from_a_question_to_a_report(question, pictures, tmp_path, capsys, here)
         ["local", "seed", "1:"],
     ]
     assert "4 of 4 runs to do" in text
-    assert "measured on random pictures" in text
+    assert "measured here on random images" in text
 
     assert study(question, pictures, "--seeds", 2, "--output", out) == 0
     assert "report: " in capsys.readouterr().out
@@ -177,19 +177,19 @@ def standing_still(path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "gate", "--seeds", "1"), "--seeds 1: at least 2"),
-        (("run", "gate", "--output", "out", "--jobs", "0"), "--jobs 0: at least 1"),
+        (("run", "gate", "--seeds", "1"), "--seeds 1 is not accepted; use at least 2"),
+        (("run", "gate", "--output", "out", "--jobs", "0"), "--jobs 0 is not accepted; use at least 1"),
         (("run", "gates", "--output", "out"), "did you mean 'gate'"),
         (("run", "gate", "--output", "out", "--scale", "huge"), "there is no 'huge'"),
         (("run", "gate", "--output", "out", "--set", "epochz=3"), "did you mean"),
-        (("run", "gate", "--output", "out", "--scale", "small"), "--data SRC is missing"),
+        (("run", "gate", "--output", "out", "--scale", "small"), "add --data SRC"),
         (("run", "gate", "--output", "out", "--scale", "paper"), "no data source 'imagenet'"),
         (("run", "gate", "--output", "out", "--data", "nowhere"), "no data source 'nowhere'"),
         (("run", "gate", "--output", "out", "--set", "batch_size=5000"), "does not fit"),
         (("run", "gate", "--output", "out", "--match", "time"), "--match"),
-        (("report", "nowhere"), "no study is there"),
-        (("export", "nowhere"), "no study is there"),
-        (("compare", "nowhere", "nowhere"), "no study is there"),
+        (("report", "nowhere"), "choose the folder of a study"),
+        (("export", "nowhere"), "choose the folder of a study"),
+        (("compare", "nowhere", "nowhere"), "choose the folder of a study"),
     ],
 )
 def test_wrong_use_is_one_line_and_writes_nothing(arguments, message, tmp_path, monkeypatch, capsys):

@@ -125,7 +125,7 @@ def test_a_name_with_arguments_and_random_weights(tmp_path, capsys):
     ]
     assert "largest difference" in out
     assert main([*command, "--format", "torch", "--output", str(file)]) == 2  # it is there
-    assert "exists already; --overwrite" in capsys.readouterr().err
+    assert "exists; choose another name, or add --overwrite" in capsys.readouterr().err
 
 
 def test_a_failed_parity_is_exit_code_1_and_no_file(place, tmp_path, capsys, monkeypatch):
@@ -156,13 +156,13 @@ SMALL = {
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["MODEL"], "--output FILE is missing"),
+        (["MODEL"], "add --output FILE"),
         (["MODEL", "--output", "x.onnx", "--format", "tflite"], "--format"),
-        (["MODEL", "--output", "x.onnx", "--format", "torch"], "use the suffix .pt2"),
+        (["MODEL", "--output", "x.onnx", "--format", "torch"], "ends in .pt2"),
         (["MODEL", "--output", "no/x.pt2", "--format", "torch"], "is not a writable folder"),
-        (["nowhere/at/all", "--output", "x.pt2", "--format", "torch"], "there is no such folder"),
+        (["nowhere/at/all", "--output", "x.pt2", "--format", "torch"], "does not exist"),
         (["deit_tny_patch16_224", "--output", "x.pt2", "--format", "torch"], "did you mean"),
-        (["MODEL", "--output", "x.pt2", "--format", "torch", "--random-weights"], "need the name of a model"),
+        (["MODEL", "--output", "x.pt2", "--format", "torch", "--random-weights"], "use a timm name"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--data", "none"], "no data source 'none'"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--set", "depths=1"], "depths"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--set", "depth"], "key=value"),
@@ -182,7 +182,7 @@ def test_wrong_use_is_one_line_and_leaves_nothing(arguments, message, place, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", "model.pt2"], "--engine torch, if you trust it"),
+        (["--checkpoint", "model.pt2"], "add --engine torch if you trust it"),
         (["--checkpoint", "model.pt2", "--engine", "torch", "--device", "meta"], "run on the CPU"),
         (["--checkpoint", "none.pt2", "--engine", "torch"], "no such file"),
         (["--checkpoint", "model", "--engine", "torch"], "engine='torch' reads .pt2"),

@@ -269,11 +269,11 @@ def test_another_shape_is_a_difference():
 @pytest.mark.parametrize(
     ("name", "format", "message"),
     [
-        ("model.onnx", "torch", r"not accepted for format torch; use the suffix \.pt2"),
-        ("old.pt2", "torch", r"old\.pt2' exists already"),
-        ("old.xml", "openvino", r"old\.bin' exists already"),
+        ("model.onnx", "torch", r"ends in \.pt2"),
+        ("old.pt2", "torch", r"old\.pt2' exists"),
+        ("old.xml", "openvino", r"old\.bin' exists"),
         ("nowhere/model.pt2", "torch", "is not a writable folder"),
-        ("model.tflite", "tflite", "use one of onnx, openvino, torch"),
+        ("model.tflite", "tflite", "use onnx, openvino, torch"),
     ],
 )
 def test_wrong_use_is_refused_before_anything_is_done(name, format, message, tmp_path):

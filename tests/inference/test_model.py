@@ -48,7 +48,7 @@ def test_a_new_head_has_no_names(folder, outputs):
 def test_random_weights_are_asked_for(folder):
     found = open_model("localvit_tiny_patch16_224", "cpu", random_weights=True, args=SMALL)
     assert (found.num_classes, found.labels, found.run) == (3, None, None)
-    with pytest.raises(ConfigError, match="random weights need the name of a model"):
+    with pytest.raises(ConfigError, match="use a timm name"):
         open_model(folder, "cpu", random_weights=True)
     with pytest.raises(ConfigError, match=r"model 'localvit_tiny_patch16_224' cannot be loaded: .*depths"):
         open_model("localvit_tiny_patch16_224", "cpu", random_weights=True, args={"depths": 1})
@@ -65,7 +65,7 @@ def test_the_fused_form_computes_the_same_and_is_named(folder):
 
 def test_a_model_without_a_fused_form_stays_plain_and_says_so():
     opened = open_model("test_resnet", "cpu", random_weights=True, fuse=True)
-    assert opened.form == "PyTorch, not fused: ResNet has nothing with a fast form"
+    assert opened.form == "PyTorch, not fused: ResNet has no fast form"
     assert isinstance(opened.model, timm.models.resnet.ResNet)
 
 
@@ -77,14 +77,14 @@ def test_plain_kernels_are_named(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("nowhere/at/all", {}, "there is no such folder"),
+        ("nowhere/at/all", {}, "does not exist"),
         ("deit_tny_patch16_224", {}, "did you mean"),
         ("", {}, "model"),
-        ("x.pt2", {}, "reading a .pt2 may run its maker's code"),
+        ("x.pt2", {}, "reading a .pt2 may run its author's code"),
         ("x.onnx", {"device": "meta"}, "exported files run on the CPU"),
         ("x.onnx", {"args": {"depth": 1}}, "is an exported file, which takes none"),
-        ("x.onnx", {}, "there is no such file"),
-        ("x.txt", {"engine": "onnxruntime"}, "reads .onnx"),
+        ("x.onnx", {}, "'x.onnx' does not exist"),
+        ("x.txt", {"engine": "onnxruntime"}, "use .onnx"),
         ("test_vit", {"device": "meta"}, "device='meta' cannot be used here: .* use auto, cpu or cuda"),
         ("test_vit", {"device": "tpu9"}, "device='tpu9' cannot be used here"),
     ],

@@ -234,7 +234,7 @@ def test_an_interrupted_file_is_resumed_where_it_was(job, tmp_path, suffix, monk
 def test_a_finished_file_is_left_alone(job, tmp_path, suffix):
     path = tmp_path / f"found{suffix}"
     path.mkdir() if suffix == ".parquet" else path.write_text("mine")
-    with pytest.raises(ConfigError, match="is finished already"):
+    with pytest.raises(ConfigError, match="is already finished"):
         write_predictions(*job, str(path), device="cpu")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -247,15 +247,15 @@ def test_a_file_is_not_resumed_in_another_way(job, tmp_path, monkeypatch):
     before = part.read_bytes()
     for other in ({"top_k": 3}, {"shard": Shard(index=0, count=2)}, {"fuse": False}):
         name = "form" if "fuse" in other else next(iter(other))
-        with pytest.raises(ConfigError, match=f"'found.csv.part.jsonl' was begun with {name}="):
+        with pytest.raises(ConfigError, match=f"'found.csv.part.jsonl' was started with {name}="):
             write_predictions(checkpoint, paths, output, device="cpu", **other)
     model = export_model(tmp_path / "model", 4, ["ant", "bee", "cat", "dog"])
     assert open_model(model, "cpu").fingerprint() != open_model(checkpoint, "cpu").fingerprint()
-    with pytest.raises(ConfigError, match="was begun with weights="):
+    with pytest.raises(ConfigError, match="was started with weights="):
         write_predictions(model, paths, output, device="cpu")
     assert part.read_bytes() == before
     (tmp_path / "found.csv.part.json").write_text("[1]")
-    with pytest.raises(ConfigError, match=r"does not say how 'found\.csv\.part\.jsonl' was begun"):
+    with pytest.raises(ConfigError, match=r"so 'found\.csv\.part\.jsonl' cannot be resumed"):
         write_predictions(checkpoint, paths, output, device="cpu")
 
 
@@ -278,14 +278,14 @@ def test_a_file_is_not_resumed_with_other_images(tmp_path, monkeypatch, shard, c
         (tmp_path / "images/b/new.png").write_bytes((tmp_path / "images/b/0.png").read_bytes())
     if change == "renamed":
         (tmp_path / "images/b/1.png").rename(tmp_path / "images/b/one.png")
-    with pytest.raises(ConfigError, match=r"was begun with images='40 files, digest .*delete"):
+    with pytest.raises(ConfigError, match=r"was started with images='40 files, digest .*delete"):
         write_predictions(model, paths, "found.csv", **settings)
     assert (tmp_path / "found.csv.part.jsonl").read_bytes() == before
 
 
 def test_what_an_older_version_began_is_named(job, tmp_path):
     (tmp_path / "found.csv.part").write_text("path,rank,label,probability,error\n")
-    with pytest.raises(ConfigError, match=r"found.csv.part' was begun by an older version.*delete it"):
+    with pytest.raises(ConfigError, match=r"found.csv.part' is from an older version.*delete it"):
         write_predictions(*job, str(tmp_path / "found.csv"), device="cpu")
 
 
@@ -338,7 +338,7 @@ def test_a_model_that_answers_nan_has_no_answer(job, tmp_path):
     with torch.no_grad():
         model.model.head.bias[0] = float("nan")
     found = list(predict(model, job[1]))
-    assert {one.error for one in found} - {"the model answers NaN"} == {
+    assert {one.error for one in found} - {"the model returns NaN"} == {
         one.error for one in predict(*job, device="cpu") if one.error
     }
     assert all(not one.guesses for one in found)
@@ -350,7 +350,7 @@ def test_weights_that_changed_under_their_name_are_noticed(job, tmp_path):
         write_predictions(model, job[1], output, device="cpu", watch=stop_after(32))
     torch.manual_seed(1)
     export_model(tmp_path / "model", 4)
-    with pytest.raises(ConfigError, match="was begun with weights="):
+    with pytest.raises(ConfigError, match="was started with weights="):
         write_predictions(model, job[1], output, device="cpu")
 
 
@@ -369,7 +369,7 @@ def test_two_processes_do_not_write_one_file(job, tmp_path):
     processes = [context.Process(target=_write, args=arguments) for _ in range(2)]
     for process in processes:
         process.start()
-    assert "another process is writing it" in results.get(timeout=60)
+    assert "is in use" in results.get(timeout=60)
     go_on.set()
     assert results.get(timeout=60) == "done"
     for process in processes:
@@ -409,14 +409,14 @@ def test_a_shard_without_pictures_is_an_empty_file(job, tmp_path, suffix):
 def test_what_is_missing_for_parquet_is_said(job, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pyarrow" else found(name))
-    with pytest.raises(ConfigError, match=r"needs pyarrow: pip install 'localvit\[parquet\]'"):
+    with pytest.raises(ConfigError, match=r"pyarrow is missing; run pip install 'localvit\[parquet\]'"):
         write_predictions(*job, str(tmp_path / "found.parquet"), device="cpu")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["found.txt", "found", "nowhere/found.csv"])
 def test_files_that_cannot_be_written_are_refused(job, tmp_path, name):
-    with pytest.raises(ConfigError, match=r"must end in \.csv, \.jsonl, \.parquet|no writable folder"):
+    with pytest.raises(ConfigError, match=r"ends in \.csv, \.jsonl, \.parquet|not a writable folder"):
         write_predictions(*job, str(tmp_path / name), device="cpu")
     assert set(FORMATS) == {".csv", ".jsonl", ".parquet"}
 

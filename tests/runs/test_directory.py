@@ -41,9 +41,9 @@ def test_a_folder_with_a_run_is_refused_and_left_alone(tiny, tmp_path):
 
 def test_output_that_is_a_file_is_refused(tiny, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(ConfigError, match="is not a writable folder"):
         train(tiny(f"output={tmp_path / 'file'}"))
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(ConfigError, match="is not a writable folder"):
         train(tiny(f"output={tmp_path / 'file' / 'run'}"))
 
 

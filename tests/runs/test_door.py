@@ -128,13 +128,13 @@ def test_a_damaged_file_of_a_finished_run_is_named_and_nothing_is_trained(finish
     [
         ({"state": "done"}, "state"),
         ({"state": None}, "state"),
-        ({"best": None}, "'finished' needs best and test"),
-        ({"test": {"top1": 1.0}}, "status.json' is not as a run wrote it"),
-        ({"epochs_done": 1}, r"metrics\.jsonl' is not .*: it has epochs \[1, 2\] of 1"),
+        ({"best": None}, "'finished', but best or test is missing"),
+        ({"test": {"top1": 1.0}}, "status.json' is damaged"),
+        ({"epochs_done": 1}, r"metrics\.jsonl' is damaged: epochs \[1, 2\] of 1"),
         ({"epochs_done": "2"}, "epochs_done"),
         ({"speed": 1}, "speed"),
-        ({"state": "running"}, "2 epochs are done, but .*state' has no state to resume from"),
-        ({"state": "interrupted"}, "2 epochs are done, but .*state' has no state to resume from"),
+        ({"state": "running"}, "has 2 epochs, but .*state' has no state to resume from"),
+        ({"state": "interrupted"}, "has 2 epochs, but .*state' has no state to resume from"),
     ],
 )
 def test_a_status_that_cannot_be_is_refused(finished, copy, change, message):
@@ -218,7 +218,7 @@ def test_an_empty_name_is_refused(tiny, tmp_path, monkeypatch):
 
 def test_a_configuration_of_another_project_is_named(tiny, tmp_path):
     (tmp_path / "config.yaml").write_text("theme: dark\noutput: site\n")
-    with pytest.raises(ConfigError, match=r"config\.yaml': theme: there is no such field"):
+    with pytest.raises(ConfigError, match=r"config\.yaml': theme: this field does not exist"):
         train(tiny(f"output={tmp_path}"))
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 

@@ -58,12 +58,12 @@ def test_a_run_that_was_killed_before_it_was_written_has_none(tmp_path):
         ('{"state": "finishd"}', "use 'running', 'interrupted', 'failed' or 'finished'"),
         ('{"state": "running", "epochs_done": "2"}', "epochs_done: '2' is not accepted; use an integer"),
         ('{"state": "running", "best": {"epoch": 1}}', "best.validation is missing"),
-        ('{"state": "running", "test": {"loss": NaN}}', "NaN is no JSON value"),
+        ('{"state": "running", "test": {"loss": NaN}}', "NaN is not a JSON value"),
         (
             '{"state": "running", "test": {"loss": [1]}}',
             "test.loss: [1] is not accepted; use an integer or a number",
         ),
-        ('{"state": "running", "epocs": 2}', "epocs: there is no such field; did you mean 'epochs'?"),
+        ('{"state": "running", "epocs": 2}', "epocs: this field does not exist; did you mean 'epochs'?"),
     ],
 )
 def test_a_damaged_one_is_named(tmp_path, text, message):

@@ -11,7 +11,7 @@ import torch
 
 from localvit.errors import TrainingInterrupted
 from localvit.training import loop, run
-from localvit.training.engine import Engine
+from localvit.training.engine import TrainingEngine
 from localvit.training.loop import train
 
 # Mixup and cutmix draw from NumPy, drop-path and dropout from torch; batch norm and the average have states.
@@ -73,14 +73,14 @@ def states(folder):
 def updates_saved(folder):
     """Updates of the newest state."""
     names = states(folder)
-    return int(names[-1].removeprefix("update-").removesuffix(".state")) if names else 0
+    return int(names[-1].removeprefix("step-").removesuffix(".state")) if names else 0
 
 
 def stop_after(monkeypatch, config, updates):
     """Train, and be interrupted after so many updates."""
-    step, done = Engine.step, []
+    step, done = TrainingEngine.step, []
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", lambda engine, number: (step(engine, number), done.append(1)))
+        patch.setattr(TrainingEngine, "step", lambda engine, number: (step(engine, number), done.append(1)))
         patch.setattr(loop, "stop_requested", lambda: len(done) >= updates - 1)
         try:
             train(config)

@@ -106,7 +106,7 @@ def test_it_trains_and_the_result_is_an_ordinary_model(config, teacher, tmp_path
         ((), r"distill\.token=true: VisionTransformer has no distillation token"),
         (
             (DISTILLED, "distill.teacher=./nowhere"),
-            r"distill\.teacher='\./nowhere': .*there is no such folder",
+            r"distill\.teacher='\./nowhere': .*does not exist",
         ),
         (
             (DISTILLED, "distill.teacher=deit_tny_patch16_224"),

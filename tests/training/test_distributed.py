@@ -110,7 +110,7 @@ def test_after_the_death_of_a_process_torchrun_goes_on_to_the_same_bits(by_two, 
     arguments = ("elastic", str(tmp_path), str(tmp_path / "config.yaml"))
     said = torchrun("tests/training/two_processes.py", *arguments)
     assert (tmp_path / "killed").exists()
-    assert "resuming after update" in said
+    assert "resuming after step" in said
     assert story(tmp_path / "run") == story(by_two / "average")
 
 
@@ -168,8 +168,8 @@ def test_all_shares_of_an_epoch_are_the_epoch():
         (["batch_size=9"], 2, "batch_size=9 .* divisible by 2 processes x engine.grad_accum=1"),
         (["batch_size=8", "engine.grad_accum=3"], 1, "batch_size=8 .* by 1 process x engine.grad_accum=3"),
         (["batch_size=8", "engine.grad_accum=2"], 8, "divisible by 8 processes x engine.grad_accum=2"),
-        (["batch_size=6", "augment.mixup=1"], 2, "share of each of 2 processes must be even"),
-        (["batch_size=8", "engine.batch_norm=sync"], 2, "engine.batch_norm='sync' needs GPUs"),
+        (["batch_size=6", "augment.mixup=1"], 2, "use an even number for each of 2 processes"),
+        (["batch_size=8", "engine.batch_norm=sync"], 2, "engine.batch_norm='sync' is not accepted on CPUs"),
     ],
 )
 def test_shares_that_do_not_work_out_are_refused(tiny, settings, size, message):

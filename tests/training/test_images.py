@@ -19,7 +19,7 @@ from localvit.errors import ConfigError, TrainingFailed
 from localvit.models.build import build_model, preprocessing_for
 from localvit.runs.lock import locked
 from localvit.training.loop import train
-from localvit.training.run import Run
+from localvit.training.run import TrainingRun
 from tests.training.runs import TOUGH, start, status, story, updates_saved
 
 
@@ -51,9 +51,9 @@ def pictures(tmp_path):
 
 def test_unreadable_pictures_are_replaced_named_and_counted(pictures, tmp_path, monkeypatch):
     config, names = pictures(3, "max_bad_images=3")
-    sizes, real = [], Run.inputs
+    sizes, real = [], TrainingRun.inputs
     monkeypatch.setattr(
-        Run, "inputs", lambda run, batch: (sizes.append(len(batch.images)), real(run, batch))[1]
+        TrainingRun, "inputs", lambda run, batch: (sizes.append(len(batch.images)), real(run, batch))[1]
     )
     train(config)
     assert sizes == [8] * 12

@@ -60,10 +60,10 @@ def test_waiting_before_an_interruption_counts(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("share", "seconds", "workers", "gpu", "advice"),
     [
-        (0.5, 100.0, 2, True, "for 50 % of the epoch, with workers=2 on 8 cores: raise workers"),
-        (0.5, 100.0, 0, True, "with workers=0 on 8 cores: raise workers"),
+        (0.5, 100.0, 2, True, "for 50 % of the epoch, with workers=2 on 8 cores; raise workers"),
+        (0.5, 100.0, 0, True, "with workers=0 on 8 cores; raise workers"),
         (0.5, 100.0, 2, False, "raise workers"),
-        (0.5, 100.0, 8, True, "no core is left for more, so store the images smaller"),
+        (0.5, 100.0, 8, True, "all cores are used, so store smaller images"),
         (0.5, 100.0, 0, False, None),  # one process that loads and trains by turns
         (0.2, 100.0, 2, True, None),
         (0.5, 10.0, 2, True, None),  # processes that start

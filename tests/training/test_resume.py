@@ -21,9 +21,9 @@ from localvit.runtime.signals import stop_on_signals
 from localvit.structure import to_yaml
 from localvit.training import checkpointer, loop
 from localvit.training.callbacks import Callback
-from localvit.training.engine import Engine
+from localvit.training.engine import TrainingEngine
 from localvit.training.loop import train
-from localvit.training.run import Run, prepare
+from localvit.training.run import TrainingRun, prepare
 from tests.training.conftest import TINY
 from tests.training.runs import TOUGH, kill_after, states, status, stop_after, story, updates_saved
 
@@ -88,8 +88,8 @@ def test_it_goes_on_in_the_midst_of_an_epoch_and_at_its_end(
 
 def test_only_what_is_missing_is_trained_and_told(tough, monkeypatch):
     stop_after(monkeypatch, tough(), 11)
-    seen, real = [], Run.inputs
-    monkeypatch.setattr(Run, "inputs", lambda run, batch: (seen.append(batch), real(run, batch))[1])
+    seen, real = [], TrainingRun.inputs
+    monkeypatch.setattr(TrainingRun, "inputs", lambda run, batch: (seen.append(batch), real(run, batch))[1])
     told = Calls()
     result = train(tough(), callbacks=[told])
     assert len(seen) == 16 - 11
@@ -201,7 +201,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(tough, folder, uninterrupt
     train(tough(), console=Console())
     shown = capsys.readouterr().out
     assert f"warning: state '{newest}' is damaged" in shown
-    assert "resuming after update 10, in epoch 2" in shown
+    assert "resuming after step 10, in epoch 2" in shown
     assert story(folder) == uninterrupted
 
 
@@ -293,14 +293,14 @@ def test_killed_before_the_first_state_it_starts_anew(tough, folder, uninterrupt
 
 def no_number(monkeypatch, updates):
     """Make the loss of one update NaN."""
-    backward, done = Engine.backward, []
+    backward, done = TrainingEngine.backward, []
 
     def broken(engine, images, targets):
         done.append(1)
         loss = backward(engine, images, targets)
         return loss * float("nan") if len(done) == updates else loss
 
-    monkeypatch.setattr(Engine, "backward", broken)
+    monkeypatch.setattr(TrainingEngine, "backward", broken)
 
 
 def test_a_loss_that_is_no_number_leaves_good_states_only(tough, folder, uninterrupted, monkeypatch):
@@ -309,8 +309,8 @@ def test_a_loss_that_is_no_number_leaves_good_states_only(tough, folder, uninter
         with pytest.raises(TrainingFailed) as caught:
             train(tough())
     message = str(caught.value)
-    assert "the loss became nan in epoch 2, update 11, at learning rate 0.00" in message
-    assert f"the last good state is '{folder / 'state' / 'update-000000010.state'}'" in message
+    assert "the loss became nan in epoch 2, step 11, at learning rate 0.00" in message
+    assert f"the last good state is '{folder / 'state' / 'step-000000010.state'}'" in message
     recorded = status(folder)
     assert recorded["state"] == "failed"
     assert len(recorded["failed_batch"]) == 128
@@ -320,7 +320,7 @@ def test_a_loss_that_is_no_number_leaves_good_states_only(tough, folder, uninter
 
 
 def test_weights_that_are_no_numbers_are_never_saved(tough, folder, monkeypatch):
-    step, done = Engine.step, []
+    step, done = TrainingEngine.step, []
 
     def broken(engine, number):
         step(engine, number)
@@ -329,8 +329,8 @@ def test_weights_that_are_no_numbers_are_never_saved(tough, folder, monkeypatch)
             with torch.no_grad():
                 next(engine.model.parameters()).view(-1)[0] = float("inf")
 
-    monkeypatch.setattr(Engine, "step", broken)
-    with pytest.raises(TrainingFailed, match="a weight is no finite number after update 5"):
+    monkeypatch.setattr(TrainingEngine, "step", broken)
+    with pytest.raises(TrainingFailed, match="a weight is NaN or infinite after step 5"):
         train(tough())
     assert updates_saved(folder) == 4
 
@@ -379,7 +379,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tough, folder, monkeypatch):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_refused(tough, folder):
     folder.mkdir(mode=0o500)
-    with pytest.raises(ConfigError, match="no writable folder"):
+    with pytest.raises(ConfigError, match="not a writable folder"):
         train(tough())
 
 
@@ -393,7 +393,7 @@ def test_fields_and_sections_can_be_allowed(name):
 
 @pytest.mark.parametrize("name", ["optm", "optim.lrr", "world", "engine.precisions"])
 def test_what_is_no_field_cannot_be_allowed(name):
-    with pytest.raises(ConfigError, match=f"allow_change: there is no '{name}'; did you mean"):
+    with pytest.raises(ConfigError, match=f"allow_change: '{name}' does not exist; did you mean"):
         check_allowed([name])
 
 
@@ -407,7 +407,7 @@ def test_a_run_that_another_process_has_just_finished_is_left_alone(tough, folde
         return real(config, world)
 
     monkeypatch.setattr(loop, "prepare", late)
-    with pytest.raises(ConfigError, match="another process has just trained there; run the same command"):
+    with pytest.raises(ConfigError, match="another process has just trained there; repeat the command"):
         train(config)
     assert status(folder)["state"] == "finished"
 

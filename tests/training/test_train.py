@@ -178,7 +178,7 @@ def test_best_epoch_is_chosen_on_validation(tiny, monkeypatch):
 
 def test_a_loss_that_is_no_number_stops_the_run(tiny, tmp_path):
     settings = ("optim.name=sgd", "optim.lr=1e30", f"output={tmp_path / 'run'}")
-    with pytest.raises(TrainingFailed, match="loss became nan in epoch 1, update 3, at learning rate"):
+    with pytest.raises(TrainingFailed, match="loss became nan in epoch 1, step 3, at learning rate"):
         train(tiny(*settings))
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed"

@@ -22,7 +22,7 @@ from localvit.evaluation.evaluation import measure
 from localvit.evaluation.reported import open_equal_splits
 from localvit.runtime import distributed
 from localvit.runtime.distributed import open_world
-from localvit.training.engine import Engine
+from localvit.training.engine import TrainingEngine
 from localvit.training.loop import train
 from localvit.training.run import prepare
 from tests.training.runs import CASES, double_precision, stop_after
@@ -85,7 +85,7 @@ def check_data():
 
 def elastic(folder, config):
     """Train by the command line; the second process kills itself once, after 5 updates."""
-    step, done = Engine.step, []
+    step, done = TrainingEngine.step, []
 
     def deadly(engine, number):
         step(engine, number)
@@ -94,7 +94,7 @@ def elastic(folder, config):
             (folder / "killed").write_text("")
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Engine.step = deadly
+    TrainingEngine.step = deadly
     return main(["train", "--recipe", config])
 
 

@@ -1,4 +1,4 @@
-"""A model in its fast inference form: same logits, other code."""
+"""Models in their fast inference form: same logits, other code."""
 
 from localvit.acceleration.fusing.fuse import fuse
 

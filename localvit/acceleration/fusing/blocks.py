@@ -31,8 +31,8 @@ class FastBlock(InferenceOnly, Block):
     attn: Any
     mlp: Any
     plain_attention: bool
-    """Whether `_attend` computes a part of `attn`. Noted when the block is made fast, because an
-    exporter shows modules as instances of other classes."""
+    """True if `_attend` can replace `attn`. It is set when the block is fused, because an exporter shows
+    modules as instances of other classes."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         y = x + self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
@@ -42,7 +42,7 @@ class FastBlock(InferenceOnly, Block):
 
     @property
     def reads_out(self) -> bool:
-        """Whether `prefix_tokens` is right for this block."""
+        """True if `prefix_tokens` is valid for this block."""
         return (
             self.plain_attention
             and isinstance(self.attn, Attention)
@@ -53,7 +53,7 @@ class FastBlock(InferenceOnly, Block):
         )
 
     def prefix_tokens(self, x: Tensor, count: int) -> Tensor:
-        """Compute the first `count` tokens of `forward(x)`, without the work for the others."""
+        """Compute only the first `count` tokens of `forward(x)`."""
         y = x[:, :count] + self.ls1(_attend(self.attn, self.norm1(x), count))
         branch = self.mlp.on_prefix(self.norm2(y))
         return y if branch is None else y.add_(branch)
@@ -106,9 +106,9 @@ def fuse_block(block: Any) -> str | None:
 
 
 class _ReadsPrefix(InferenceOnly):
-    """A plain transformer whose head may read prefix tokens only: then the last block computes no others.
+    """Plain transformer whose head may read prefix tokens only: then the last block computes only those.
 
-    Only `forward` does so; features are those of all tokens. With a hook on one of its modules, the last
+    This applies to `forward`; features are those of all tokens. With a hook on one of its modules, the last
     block computes all tokens.
     """
 

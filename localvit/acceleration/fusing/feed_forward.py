@@ -1,8 +1,8 @@
 """Feed-forward networks (FFNs) in their fast form.
 
 A fast form has the parameters of the plain one with norms folded into its linear layers and convolution. It
-computes activations in place, adds its branch to the residual stream in place, computes prefix tokens apart
-(so that nothing of hidden width is concatenated), and takes few images at a time where the hidden map exceeds
+computes activations in place, adds its branch to the residual stream in place, computes prefix tokens
+separately (so that no hidden maps are concatenated), and computes chunks of images if the hidden map exceeds
 the cache. It is the copied module with its class changed, so paths, attributes and the grid stay.
 """
 
@@ -37,25 +37,25 @@ from localvit.locality import (
     tokens_to_row,
 )
 
-# Bytes of hidden maps, per thread, that are computed at a time: few enough for caches, enough for calls not
-# to count (measured on a Xeon with 2 MiB of second-level cache; 1.3 to 5 MiB differ by the noise).
+# Bytes of hidden maps in a chunk, per thread: few enough for caches, enough to amortize calls (measured on a
+# Xeon with 2 MiB of second-level cache; 1.3 to 5 MiB differ by the noise).
 CHUNK_BYTES = 2**22
 
 _IN_PLACE = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU)
 
 
 class FastFeedForward(InferenceOnly):
-    """Branch of an FFN in parts: patch tokens, prefix tokens. Subclasses say how each is computed."""
+    """Branch of an FFN, computed separately for patch and prefix tokens by subclasses."""
 
     hidden_features: int
 
     @property
     def ends_in_projection(self) -> bool:
-        """Whether the output of `fc2` is the branch of every token, so that it can be scaled there."""
+        """True if the output of `fc2` is the branch of every token, so that it can be scaled there."""
         raise NotImplementedError
 
     def own_grid(self, x: Tensor) -> Grid:
-        """Return the grid of these tokens in the forward pass under way."""
+        """Return the grid of these tokens in the current forward pass."""
         raise NotImplementedError
 
     def on_patches(self, x: Tensor, grid: Grid) -> Tensor:
@@ -83,7 +83,7 @@ class FastFeedForward(InferenceOnly):
         return self.add_to(torch.zeros_like(x), x, grid)
 
     def _chunks(self, x: Tensor) -> Iterator[slice]:
-        """Divide the images. A graph (export, compilation) takes all, for any batch size."""
+        """Divide the images into chunks; a graph (export, compilation) has one, for any batch size."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu":
             yield slice(None)
             return
@@ -96,7 +96,8 @@ class FastFeedForward(InferenceOnly):
 class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
     """`localvit.LocalityFeedForward` with linear layers `fc1` and `fc2`.
 
-    `native`: whether the native kernels may compute the stage between them.
+    Attributes:
+        native: The native kernels may compute the stage between them.
     """
 
     native: bool
@@ -131,7 +132,7 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
         if numbers is None:
             return super().mix(x, grid)
         before, after, kind = numbers
-        x = (self.act1(x) if before is None else x).contiguous()  # a replaced layer may give anything
+        x = (self.act1(x) if before is None else x).contiguous()  # a replaced layer may return any layout
         gate: Any = self.gate if after is not None and kind else None
         layers = [] if gate is None else [gate.fc1, gate.fc2] if hasattr(gate, "fc1") else [gate.conv]
         weights = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
@@ -149,8 +150,7 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
 
 
 class FoldedHiddenLocality(HiddenLocality):
-    """`HiddenLocality` with the added input folded into its kernel; takes the patch tokens alone, and their
-    memory."""
+    """`HiddenLocality` with the added input folded into its kernel, on patch tokens only, in place."""
 
     native: bool
 
@@ -212,15 +212,15 @@ class FastSwiGLU(_FastMlp, SwiGLU):
 
 
 def kernel_numbers(module: Any, x: Tensor) -> Numbers | None:
-    """Return activations and gate of a stage as the kernels number them, `None` for one that they do not
-    cover; `None` if the kernels must not compute it now.
+    """Return the kernels' numbers of a stage's activations and gate (`None` for an unsupported one), or
+    `None` if the kernels must not compute it now.
 
-    They have no derivative, and an exported or traced graph is for other machines. A compiled graph holds
-    their operator.
+    They have no derivative, and an exported or traced graph is for other machines. A compiled graph has their
+    operator.
     """
     differentiated = torch.is_grad_enabled() and x.requires_grad
     traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
-    # A model may come from a machine with a compiler to one without.
+    # A model may move from a machine with a compiler to one without.
     if not module.native or differentiated or traced or x.numel() == 0 or not _compiled_kernels():
         return None
     if not torch.compiler.is_compiling():
@@ -279,7 +279,7 @@ def fuse_locality(ffn: Any) -> str | None:
 
 
 def _natively(conv: Any) -> bool:
-    """Return whether the native kernels are there and cover this convolution."""
+    """Return whether the native kernels are available and support this convolution."""
     ours = conv.weight.dtype == torch.float32 and conv.weight.device.type == "cpu"
     return ours and covers_convolution(conv) and _compiled_kernels()
 
@@ -302,7 +302,7 @@ def fuse_mlp(mlp: Any) -> str | None:
         add_input(hidden.conv)
         hidden.native = _natively(hidden.conv)
         hidden.__class__ = FoldedHiddenLocality
-    elif type(mlp.drop1) is not nn.Identity:  # dropout is gone by now
+    elif type(mlp.drop1) is not nn.Identity:  # dropout was removed before
         return f"{type(mlp.drop1).__name__} on the hidden state"
     _in_place_activations(mlp, "act")
     mlp.hidden_features = mlp.fc2.in_features
@@ -323,6 +323,6 @@ def _in_place_activations(module: nn.Module, *names: str) -> None:
     for name in names:
         activation: Any = getattr(module, name, None)
         if type(activation) in _IN_PLACE:
-            activation = copy.copy(activation)  # the same module may stand in another place too
+            activation = copy.copy(activation)  # the module may have other users
             activation.inplace = True
             setattr(module, name, activation)

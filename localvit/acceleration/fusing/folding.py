@@ -1,5 +1,6 @@
-"""Exact rewritings of weights: batch norm into the layer before it, an added input into a depth-wise kernel,
-LayerScale into a projection. Sums are in float64, so that folding adds no error of its own."""
+"""Folding of batch norm into the layer before it, of an added input into a depth-wise kernel, and of
+LayerScale into a projection. Sums are in float64, so that folding adds no error of its own.
+"""
 
 from typing import Any, Self
 
@@ -12,7 +13,7 @@ BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
 class InferenceOnly(nn.Module):
-    """A module that cannot be trained, because what training needs was folded away."""
+    """Module for inference only, because layers were folded."""
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode.
@@ -22,8 +23,8 @@ class InferenceOnly(nn.Module):
         """
         if mode:
             raise RuntimeError(
-                f"{type(self).__name__} is for inference only: train the model it was made from and fuse it "
-                "again (localvit.fuse returns a new model and leaves its argument as it was)"
+                f"{type(self).__name__} is for inference only; train the original model and fuse it again "
+                "(localvit.fuse returns a copy)"
             )
         return super().train(False)
 

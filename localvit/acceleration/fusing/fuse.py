@@ -1,4 +1,4 @@
-"""A model in its fast inference form: `localvit.fuse`."""
+"""Fast inference form of a model: `localvit.fuse`."""
 
 import copy
 import warnings
@@ -20,10 +20,10 @@ from localvit.baselines import Block as PvtBlock, T2TViT
 from localvit.locality import LocalityFeedForward
 from localvit.surgery import refuse_wrapped
 
-# Changes a module to its fast form, or returns the reason why it stays plain.
+# Function that changes a module to its fast form, or returns the reason that it stays plain.
 Fuser = Callable[[Any], str | None]
 
-# They do nothing in evaluation.
+# Layers without effect in evaluation.
 _DROPOUTS = (nn.Dropout, DropPath, PatchDropout)
 
 
@@ -34,7 +34,7 @@ def _to(fast: type[nn.Module]) -> Fuser:
     return change
 
 
-# Class -> its fuser, inner modules first. A subclass is another class: it may compute something else.
+# Class -> its fuser, inner modules first. Subclasses are excluded: they may compute something else.
 FAST_FORMS: dict[type[nn.Module], Fuser] = {
     LocalityFeedForward: fuse_locality,
     Mlp: fuse_mlp,
@@ -52,17 +52,16 @@ FAST_FORMS: dict[type[nn.Module], Fuser] = {
 def fuse(model: nn.Module, *, compile: bool = False) -> nn.Module:
     """Copy a model into its fast inference form.
 
-    Batch norms, LayerScale and added inputs are folded into the layers before them, activations and residual
-    sums are in place, a feed-forward network (FFN) whose hidden map exceeds the cache runs image by image,
-    and where the head reads prefix tokens only, the last block computes no others (in `forward`; features
-    are complete). Outputs are the same to rounding: logits to 1e-5 in float32, 1e-10 in float64.
+    Batch norms, LayerScale and added inputs are folded into the layers before them. Activations and residual
+    sums are in place. A feed-forward network (FFN) whose hidden map exceeds the cache runs in chunks of
+    images. If the head reads prefix tokens only, the last block computes only those (in `forward`; features
+    are complete). Outputs are equal up to rounding: logits to 1e-5 in float32, 1e-10 in float64.
 
     The result is a model of the same kind (a subclass: `forward_features`, `forward_intermediates`,
     `reset_classifier` and `set_input_size` work) with these differences:
 
     * It is in evaluation mode, cannot be trained, and its parameters require no gradients.
-    * Its state dict is its own: what was folded is missing, and `fc1` and `fc2` are linear layers. Save
-      the model it was made from.
+    * Its state dict lacks folded layers, and its `fc1` and `fc2` are linear layers. Save the original model.
     * It can be copied, pickled, moved, converted (`half()`) and exported (`torch.export` with
       `strict=False`), but not scripted. Folding is in the type that the model has: convert afterwards from
       float32, not before.
@@ -76,17 +75,16 @@ def fuse(model: nn.Module, *, compile: bool = False) -> nn.Module:
     With the environment variable `LOCALVIT_KERNELS=plain` the result is a plain copy in evaluation mode.
 
     Args:
-        model: A model with at least one of timm's or localvit's transformer blocks or FFNs, localized or not.
-        compile: Compile `forward` with `torch.compile` (Inductor with frozen weights, which apply where
-            gradients are off, as under `torch.inference_mode()`). The first call of each input shape takes
-            minutes.
+        model: Model with at least one of timm's or localvit's transformer blocks or FFNs, localized or not.
+        compile: Compile `forward` with `torch.compile` (Inductor with frozen weights, without gradients, as
+            under `torch.inference_mode()`). The first call of each input shape takes minutes.
 
     Returns:
-        A new model; `model` is left as it was.
+        A new model; `model` is unchanged.
 
     Raises:
         UnsupportedModelError: for a model that is compiled, scripted or wrapped.
-        ValueError: if nothing in it has a fast form, or a module that would change stands in two places.
+        ValueError: if no layer has a fast form, or a module that would change has two places.
     """
     refuse_wrapped(model, "fuse")
     if not plain_kernels():
@@ -108,13 +106,13 @@ def _check_fusable(model: nn.Module) -> None:
         if type(module) in (*FAST_FORMS, nn.Linear):
             if id(module) in seen:
                 raise ValueError(
-                    f"{name} and {seen[id(module)]} are the same module, so what is around one of them "
-                    "cannot be folded into it (accepted: a model whose layers stand in one place)"
+                    f"{name} and {seen[id(module)]} are the same module, into which layers cannot be "
+                    "folded; copy one of them first"
                 )
             seen[id(module)] = name
     if not any(type(module) in FAST_FORMS for module in model.modules()):
         known = ", ".join(kind.__name__ for kind in FAST_FORMS)
-        raise ValueError(f"{type(model).__name__} has nothing with a fast form (which have: {known})")
+        raise ValueError(f"{type(model).__name__} has no fast form; use a model with {known}")
 
 
 def _evaluation_copy(model: nn.Module) -> nn.Module:
@@ -145,7 +143,7 @@ def _change_forms(model: nn.Module) -> None:
                 if reason is not None:
                     reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
-        warnings.warn(f"{len(names)} FFN(s) keep their plain form: {reason} ({names[0]} ...)", stacklevel=3)
+        warnings.warn(f"{len(names)} FFN(s) stay plain: {reason} ({names[0]} ...)", stacklevel=3)
 
 
 def _pack_linears(model: nn.Module) -> None:
@@ -155,7 +153,7 @@ def _pack_linears(model: nn.Module) -> None:
 
 
 def _compile(model: nn.Module) -> None:
-    """Compile `forward`, with frozen weights where this PyTorch has that option."""
+    """Compile `forward`, with frozen weights if this PyTorch has that option."""
     options: dict[str, Any] = {"freezing": True}
     if not set(options) <= set(torch._inductor.list_options()):
         warnings.warn("this PyTorch cannot freeze weights in compiled models; compiled without", stacklevel=3)

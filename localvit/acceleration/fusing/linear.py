@@ -1,7 +1,7 @@
 """Linear layers of fused models.
 
-PyTorch's BLAS on x86 is Intel's MKL. On other makers' processors oneDNN is faster, with weights that are put
-into its own order first. A rule decides, not a timing, so that the same command gives the same digits twice.
+PyTorch's BLAS on x86 is Intel's MKL. On other vendors' processors oneDNN with packed weights is faster. A
+rule decides, not a timing, so that results are reproducible.
 """
 
 from functools import lru_cache
@@ -14,19 +14,19 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from localvit.acceleration.cpu import processor
 from localvit.acceleration.fusing.folding import InferenceOnly
 
-# Smaller layers (those of a channel gate) take no time.
+# Smaller layers (those of a channel gate) take negligible time.
 _SMALLEST = 2**13
 
 
 class PackedLinear(InferenceOnly, nn.Linear):
-    """A linear layer by oneDNN with packed weights; parameters as in `torch.nn.Linear`.
+    """Linear layer by oneDNN with packed weights; parameters as in `torch.nn.Linear`.
 
     The weight is packed again after an in-place change of the parameter (`load_state_dict`, `copy_` under
     `torch.no_grad()`) and after an assignment to it or its `.data`. PyTorch does not count an in-place change
-    through `.data` (`weight.data.mul_(2)`), so that one is not noticed: change the parameter itself.
+    through `.data` (`weight.data.mul_(2)`), so it is not detected: change the parameter itself.
 
-    The operators are private to PyTorch, so wherever they do not apply (another type or device, autocast,
-    export) it is `F.linear`.
+    The operators are private to PyTorch. If they do not apply (another type or device, autocast, export),
+    `F.linear` computes the layer.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,9 +67,9 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 @lru_cache(maxsize=1)
 def packed_available() -> bool:
-    """Return whether this PyTorch has the private operators and they compute what they should."""
+    """Return whether this PyTorch has the private operators and they are correct."""
     try:
-        x, weight, bias = (torch.arange(float(n)).sin() for n in (15, 20, 4))  # no random numbers are drawn
+        x, weight, bias = (torch.arange(float(n)).sin() for n in (15, 20, 4))  # not random
         x, weight = x.view(3, 5), weight.view(4, 5)
         y = packed_linear(x, pack(weight), bias)
         return torch.allclose(y, F.linear(x, weight, bias), atol=1e-5)

@@ -1,4 +1,4 @@
-"""The kernels of `native.cpp`, compiled for this machine when they are first needed.
+"""Compilation of the kernels in `native.cpp` for this machine, at their first use.
 
 A C++ compiler takes some three seconds, once: the library stays in the user's cache folder, under a name made
 from the source, the compiler and the kind of processor. Loading a library runs it, so a library that another
@@ -27,12 +27,12 @@ SOURCE = Path(__file__).with_name("native.cpp")
 _COMPILERS = ("c++", "g++", "clang++")
 _DIGEST = 32  # bytes of SHA-256; a loader of libraries ignores what follows their last section
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-Wno-psabi")
-# Tried in this order: not every compiler has OpenMP, or the first spelling of "this machine".
+# Tried in this order: not every compiler has OpenMP or the first flag for this machine.
 _VARIANTS = tuple(product((("-march=native",), ("-mcpu=native",)), (("-fopenmp",), ())))
 
 
 class Unavailable(Exception):
-    """Reason why there are no native kernels."""
+    """Reason for missing native kernels."""
 
 
 class Untrusted(Exception):
@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL | None:
         return load(cache_folder())
     except _PROBLEMS as error:
         warnings.warn(
-            f"localvit's native kernels are not used, PyTorch's operators take their place: {error}",
+            f"localvit's native kernels are not used; PyTorch's operators replace them: {error}",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -91,14 +91,14 @@ def cache_folder() -> Path:
 
 
 def load(folder: Path) -> ctypes.CDLL:
-    """Load the library in `folder`; compile it if it is not there.
+    """Load the library in `folder`; compile it if it is missing.
 
-    Where others can change the folder or the library, or the folder cannot be written, a warning says so and
-    the library is compiled in a private folder.
+    If others can change the folder or the library, or the folder cannot be written, the library is compiled
+    in a private folder, with a warning.
 
     Raises:
         Unavailable: if there is no compiler, or none of its variants compiles the source.
-        OSError: if no folder can be written, or the library not be loaded.
+        OSError: if no folder can be written, or the library cannot be loaded.
     """
     compiler = _compiler()
     sources = b"".join(file.read_bytes() for file in [SOURCE, *sorted(SOURCE.parent.glob("*.h"))])
@@ -118,11 +118,11 @@ def load(folder: Path) -> ctypes.CDLL:
 
 @lru_cache(maxsize=1)
 def private_folder() -> Path:
-    """Make a folder for this process and its owner only; it is removed at the end."""
+    """Create a private folder, which is removed when this process ends."""
     folder, owner = Path(tempfile.mkdtemp(prefix="localvit-")), os.getpid()  # mode 700
 
     def remove() -> None:
-        if os.getpid() == owner:  # not at the end of a fork
+        if os.getpid() == owner:  # not in a fork
             shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(remove)
@@ -180,7 +180,7 @@ def _check_owner(path: Path, kind: str) -> None:
     """Refuse a file or folder that others own or can change."""
     status = os.lstat(path)
     mode = status.st_mode
-    user = os.geteuid() if hasattr(os, "geteuid") else status.st_uid  # Windows has no such numbers
+    user = os.geteuid() if hasattr(os, "geteuid") else status.st_uid  # Windows has no user ids
     if stat.S_ISLNK(mode):
         raise Untrusted(f"{kind} {str(path)!r} is a link; replace it by a {kind}")
     if not (stat.S_ISDIR(mode) if kind == "folder" else stat.S_ISREG(mode)):
@@ -190,7 +190,7 @@ def _check_owner(path: Path, kind: str) -> None:
     if os.name == "posix" and mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise Untrusted(
             f"{kind} {str(path)!r} can be changed by other users (mode {mode & 0o777:o}); remove it, or run "
-            "chmod go-w on it if you know what is in it"
+            "chmod go-w on it if you trust its content"
         )
 
 
@@ -214,7 +214,7 @@ def _identity(compiler: list[str]) -> bytes:
 
 
 def _compile(compiler: list[str], path: Path) -> None:
-    """Compile the library, under a temporary name first: another process may be compiling it too."""
+    """Compile the library under a temporary name, because another process may be compiling it too."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so")
     os.close(handle)
     message = ""

@@ -1,4 +1,4 @@
-"""Applicability of the native kernels: facts noted beforehand, and a question at every call."""
+"""Applicability of the native kernels: a cached structure, and a check at every call."""
 
 from itertools import chain
 from operator import is_, itemgetter
@@ -16,9 +16,9 @@ from localvit.acceleration.native.build import library
 from localvit.locality import HardSigmoid, HiddenLocality
 
 KERNEL_SIZES = (3, 5, 7)
-# Channels come in vectors of this size.
+# Channels per vector.
 LANES = 16
-# Numbers as in the kernels.
+# Numbers in the kernels.
 ACTIVATIONS: dict[type[nn.Module], int] = {nn.Identity: 0, nn.ReLU: 1, nn.ReLU6: 2, nn.Hardswish: 3}
 NO_GATE, SQUEEZE, ECA, ECA_HARD = range(4)
 
@@ -37,21 +37,20 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 
 
-class Form:
+class NativeForm:
     """Structure of a module's middle stage, valid while `holds`.
 
     A copy or a pickle of the module starts without it.
 
     Attributes:
         norms: The batch norms after the expansion and after the convolution, `None` for none.
-        numbers: Both activations and the gate as the kernels number them; `None` for one that they do not
-            cover.
+        numbers: The kernels' numbers of both activations and the gate; `None` for an unsupported one.
         channels: Width D of the hidden state.
         parameters: Weights and biases of norm 1, the convolution, norm 2 and the gate's two layers, `None`
-            where there is none.
+            for missing ones.
         names: Their names in the module's state dict.
         buffers: Mean, variance and number of batches of both norms, likewise.
-        leaves: Whether no tensor has a history, so that the form may be noted until the next call.
+        leaves: True if no tensor has a history, so that the form may be cached.
     """
 
     def __init__(self, module: Any) -> None:
@@ -87,7 +86,7 @@ class Form:
         return type(None), ()
 
     def holds(self, module: Any) -> bool:
-        """Return whether layers, settings and tensors are those that were noted."""
+        """Return whether layers, settings and tensors are unchanged."""
         layers = [*module._modules.values(), *self.inner.values()]
         contents = [*chain.from_iterable(map(dict.values, self.places))]
         return (
@@ -99,7 +98,7 @@ class Form:
         )
 
     def patched(self) -> bool:
-        """Return whether a hook or another `forward` of a layer is to be called."""
+        """Return whether a layer has a hook or a patched `forward`."""
         if any(self.hooks):
             return True
         for attributes in self.attributes:  # noqa: SIM110 (a generator takes three times as long)
@@ -110,7 +109,7 @@ class Form:
     def addresses(self) -> list[int] | None:
         """Return the addresses of parameters and buffers, 0 for none; `None` if the kernels cannot read them.
 
-        An address tells that `.data` was assigned. Another contiguous view of the same memory is not noticed.
+        An address shows an assignment to `.data`, but not another contiguous view of the same memory.
         """
         addresses = [*map(address, self.parameters), *map(address, self.buffers)]
         if addresses != self.noted or not self.parameters[2].is_contiguous():
@@ -136,8 +135,8 @@ class Form:
         )
 
 
-def form_of(module: Any) -> Form | None:
-    """Return the form of a `LocalityFeedForward` or `HiddenLocality`; `None`: the kernels do not cover it."""
+def form_of(module: Any) -> NativeForm | None:
+    """Return the form of a `LocalityFeedForward` or `HiddenLocality`; `None` if it is unsupported."""
     layers = module._modules
     norms = [layers[name] for name in ("norm1", "norm2") if name in layers]
     if any(type(norm) not in (nn.BatchNorm2d, nn.Identity) for norm in norms):
@@ -148,12 +147,12 @@ def form_of(module: Any) -> Form | None:
             return None
     if not covers_convolution(layers.get("conv")) or library() is None:
         return None
-    form = Form(module)
+    form = NativeForm(module)
     return form if form.addresses() is not None else None
 
 
 def covers_convolution(conv: Any) -> bool:
-    """Return whether `conv` is a depth-wise convolution of a kind that the kernels compute."""
+    """Return whether the kernels support the depth-wise convolution `conv`."""
     if type(conv) is not nn.Conv2d:
         return False
     k, channels = conv.kernel_size[0], conv.out_channels
@@ -162,7 +161,7 @@ def covers_convolution(conv: Any) -> bool:
 
 
 def numbers_of(act1: Any, act2: Any, gate: Any) -> Numbers:
-    """Return activations and gate as the kernels number them; `None` for one that they do not cover."""
+    """Return the kernels' numbers of activations and gate; `None` for an unsupported one."""
     first, second = (0 if act is None else ACTIVATIONS.get(type(act)) for act in (act1, act2))
     return first, second, _gate_kind(gate)
 
@@ -180,12 +179,12 @@ def _gate_kind(gate: Any) -> int | None:
     return None
 
 
-def native_form(module: Any, x: Tensor) -> Form | None:
-    """Return the form by which the kernels compute now what the modules would; `None`: they must not.
+def native_form(module: Any, x: Tensor) -> NativeForm | None:
+    """Return the form with which the kernels can replace the modules now, else `None`.
 
-    This is asked at every call, so it must be quick. The kernels stand back for hooks, replaced, patched and
+    It runs at every call, so it must be fast. The kernels do not apply to hooks, replaced, patched and
     parametrized layers, autocast, `torch.func`, forward-mode differentiation, tracing, function and dispatch
-    modes (which see single operations), and tensors of another kind.
+    modes (which see single operations), and other kinds of tensors.
     """
     if (
         type(x) not in _ORDINARY
@@ -211,12 +210,12 @@ def native_form(module: Any, x: Tensor) -> Form | None:
 
 
 def _only_a_default_device() -> bool:
-    """Return whether all function modes say where tensors are made, and nothing about operations."""
+    """Return whether all function modes only set the default device."""
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def is_dense(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    """Return whether `tensor` is an ordinary dense one that the kernels can read."""
+    """Return whether `tensor` is dense and readable for the kernels."""
     return type(tensor) in _ORDINARY and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()
 
 

@@ -1,4 +1,4 @@
-"""The middle stage of a feed-forward network by the native kernels: one call each way."""
+"""Middle stage of a feed-forward network by the native kernels: one call forward, one backward."""
 
 import struct
 from typing import Any, NamedTuple
@@ -7,19 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from localvit.acceleration.native.build import library
-from localvit.acceleration.native.form import KERNEL_SIZES, LANES, Form, address, is_dense
+from localvit.acceleration.native.form import KERNEL_SIZES, LANES, NativeForm, address, is_dense
 from localvit.locality import Grid
 
-# How a norm normalises, as the kernels number it. MOVING: by statistics of the batch, which also move the
-# running ones.
+# The kernels' numbers of normalisations. MOVING: with batch statistics, which also change the running ones.
 NO_NORM, RUNNING, BATCH, MOVING = range(4)
 # `Arguments` in depthwise.h; the number of maps follows.
 _NORM = "6q2d4q"
 _LAYOUT = f"8q{_NORM}2q{_NORM}8q%dq"
 
 
-class Norm(NamedTuple):
-    """A norm in one call; the defaults are those of no norm."""
+class NormSettings(NamedTuple):
+    """Settings of a norm in one call; the defaults mean no norm."""
 
     mode: int = NO_NORM
     eps: float = 0.0
@@ -27,10 +26,10 @@ class Norm(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """One pass through the middle stage, apart from its tensors."""
+    """Settings of one pass through the middle stage."""
 
     grid: Grid
-    norms: tuple[Norm, Norm]
+    norms: tuple[NormSettings, NormSettings]
     act: int
     act2: int
     gate: int
@@ -42,8 +41,8 @@ class Stage(NamedTuple):
 
         Args:
             kernel: Its name.
-            p: Addresses of parameters and buffers, as `Form.addresses` returns them.
-            work: What the backward pass needs beside the maps `(8 + 2 B, D)`: mean, reciprocal standard
+            p: Addresses of parameters and buffers, as `NativeForm.addresses` returns them.
+            work: Values for the backward pass `(8 + 2 B, D)` besides the maps: mean, reciprocal standard
                 deviation, scale and shift of both norms, input and output of the gate.
             size: Side of the convolution's kernel.
             maps: Maps of tokens `(B, N, D)` and other results.
@@ -63,12 +62,12 @@ class Stage(NamedTuple):
         getattr(library(), f"localvit_{kernel}")(struct.pack(_LAYOUT % len(maps), *values))
 
 
-def mixed(form: Form, ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
+def mixed(form: NativeForm, ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
     """Compute `ffn.mix(x, grid)` for dense tokens `(B, N, D)` without prefix tokens; `None` if the tensors of
     `form` cannot be read.
 
-    Where gradients are recorded, the input and the convolved map are saved for the backward pass, and the
-    rest is computed again there.
+    If gradients are recorded, the input and the convolved map are saved for the backward pass, and the others
+    are recomputed.
     """
     addresses = form.addresses()
     if addresses is None:
@@ -86,14 +85,14 @@ def mixed(form: Form, ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
     return y
 
 
-def norm_now(layer: nn.BatchNorm2d | None) -> Norm:
-    """Return how `layer` would normalise in a forward pass now."""
+def norm_now(layer: nn.BatchNorm2d | None) -> NormSettings:
+    """Return the settings of `layer` in a forward pass now."""
     if layer is None:
-        return Norm()
+        return NormSettings()
     if not layer.training:
-        return Norm(BATCH if layer._buffers["running_mean"] is None else RUNNING, layer.eps)
+        return NormSettings(BATCH if layer._buffers["running_mean"] is None else RUNNING, layer.eps)
     mode = MOVING if layer.track_running_stats else BATCH
-    return Norm(mode, layer.eps, -1.0 if layer.momentum is None else layer.momentum)
+    return NormSettings(mode, layer.eps, -1.0 if layer.momentum is None else layer.momentum)
 
 
 def reduced_of(first: Tensor | None) -> int:
@@ -115,7 +114,7 @@ def _forward(kernel: str, stage: Stage, p: list[int], size: int, x: Tensor, *res
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, stage: Stage, ffn: Any, p: list[int], *parameters: Any) -> Tensor:
-        # As a map: activation checkpointing compares shapes, and so notices another grid of as many tokens.
+        # As a map: activation checkpointing compares shapes, and so detects another grid with as many tokens.
         convolved = x.new_empty((len(x), stage.grid.height, stage.grid.width, x.shape[2]))
         y = torch.empty_like(x)
         work = _forward("forward", stage, p, parameters[2].shape[-1], x, convolved, y)
@@ -150,20 +149,21 @@ class _Mix(torch.autograd.Function):
 
 
 def _saved(ctx: Any) -> Any:
-    """Return what a forward pass saved; unpacked once in a backward pass, because activation checkpointing
-    refuses to unpack twice."""
+    """Return the saved tensors of a forward pass; activation checkpointing allows one unpacking per backward
+    pass.
+    """
     task, saved = ctx.__dict__.pop("unpacked", (None, None))
     return ctx.saved_tensors if saved is None or task != torch._C._current_graph_task_id() else saved
 
 
 def _differentiable(ctx: Any, grad: Tensor) -> Any:
-    """Return the gradients with a graph of their own, by the plain modules."""
+    """Return differentiable gradients, by the plain modules."""
     ffn, (x, _, _, *parameters) = ctx.ffn, _saved(ctx)
     for layer, norm in zip((ffn.norm1, ffn.norm2), ctx.stage.norms, strict=True):
         if isinstance(layer, nn.BatchNorm2d) and norm_now(layer).mode != norm.mode:
             raise RuntimeError(
-                "create_graph=True after a batch norm's mode was changed since the forward pass: "
-                "call backward first, or set LOCALVIT_KERNELS=plain"
+                "create_graph=True, but a batch norm's mode changed after the forward pass; call backward "
+                "first, or set LOCALVIT_KERNELS=plain"
             )
     named = zip(ctx.stage.names, parameters, strict=False)
     state = {f"ffn.{n}": p for n, p in named if p is not None}
@@ -189,7 +189,7 @@ class _OnlyMix(nn.Module):
 
 
 class _Again(NamedTuple):
-    """Place of a tensor that was not saved, in the output of the stage."""
+    """Index of an unsaved tensor in the output of the stage."""
 
     shape: Any
     stride: Any
@@ -197,11 +197,12 @@ class _Again(NamedTuple):
 
 
 def not_saved(y: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
-    """Return a context in which layers do not save `y`, an output of `mixed`: it is computed again
-    when their backward pass asks for it."""
+    """Return a context in which layers do not save `y`, an output of `mixed`, but recompute it in their
+    backward pass.
+    """
     node: Any = y.grad_fn
     storage, version = y.untyped_storage().data_ptr(), y._version
-    # Those of offloading, checkpointing, counting.
+    # Hooks of offloading, checkpointing, counting.
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
 
     def pack(tensor: Tensor) -> Any:
@@ -234,30 +235,30 @@ def _mix_in_place(
 ) -> None:
     """Compute the stage without norms in place: `x = act2(conv(act(x)) + bias) * gate`.
 
-    `gate` are the weights and biases of a gate of this kind, as in `Form`. All is dense, in single precision
-    on the CPU.
+    `gate` has the weights and biases of a gate of this kind, as in `NativeForm`. All tensors are dense
+    float32 on the CPU.
     """
     kernel = (x.shape[2], 1, weight.shape[-1], weight.shape[-1])
     if weight.shape != kernel or weight.shape[-1] not in KERNEL_SIZES or x.shape[2] % LANES:
         raise ValueError(
-            f"a kernel {tuple(weight.shape)} for {x.shape[2]} channels is not accepted (accepted: a "
-            f"depth-wise kernel of size {KERNEL_SIZES} and a multiple of {LANES} channels)"
+            f"a kernel {tuple(weight.shape)} for {x.shape[2]} channels is not accepted; use a depth-wise "
+            f"kernel of size {KERNEL_SIZES} and a multiple of {LANES} channels"
         )
     if x.shape[1] != height * width:
-        raise ValueError(f"{x.shape[1]} tokens for a grid of {height} x {width}")
+        raise ValueError(f"{x.shape[1]} tokens do not fit a grid of {height} x {width}; pass their grid")
     parameters = [None, None, weight, bias, None, None, *gate]
     for tensor in (x, *parameters):
         if tensor is not None and not is_dense(tensor):
             raise ValueError(
-                f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()} is not accepted "
-                "(accepted: dense float32 on the CPU)"
+                f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()} is not accepted; use "
+                "dense float32 on the CPU"
             )
-    stage = Stage(Grid(height, width), (Norm(), Norm()), act, act2, kind, reduced_of(gate[0]))
+    stage = Stage(Grid(height, width), (NormSettings(), NormSettings()), act, act2, kind, reduced_of(gate[0]))
     addresses = [*map(address, parameters), *[0] * 6]
     _forward("inference", stage, addresses, kernel[-1], x, x)
 
 
-# Not by `custom_op`, which takes three times as long to call: a model calls it in every block.
+# `custom_op` would take three times as long to call, in every block.
 torch.library.define(
     "localvit::mix_",
     "(Tensor(a!) x, Tensor weight, Tensor? bias, Tensor?[] gate, int height, int width, int act, int act2,"

@@ -6,7 +6,7 @@ from localvit.imports import door
 
 if TYPE_CHECKING:
     from localvit.studies.design.checks import (
-        Facts as Facts,
+        StudySummary as StudySummary,
         check_study as check_study,
         locality_sites as locality_sites,
         matched as matched,
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
         Arm as Arm,
         Claim as Claim,
         Metric as Metric,
-        Run as Run,
         Study as Study,
+        StudyRun as StudyRun,
         key_of as key_of,
         study_from_dict as study_from_dict,
     )

@@ -1,4 +1,4 @@
-"""What a study comes to before anything runs: its models, how arms differ, whether budgets match."""
+"""Checks of a study before it runs: models, differences of arms, matched budgets."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from localvit.surgery import Plan, confounders, plan_changes
 from localvit.training import build_optimizer
 
 TOLERANCE = 0.01
-"""Within which budgets count as matched: below what seeds make of accuracy."""
+"""Relative tolerance of matched budgets, whose effect is below that of seeds."""
 _MOST_STEPS = 4096  # Largest hidden width or number of epochs that is tried.
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmFacts:
-    """What an arm's model is.
+class ArmSummary:
+    """Summary of an arm's model.
 
     Attributes:
         arm: Its name.
         parameters: Number of parameters.
         macs: Multiply-accumulates for one image.
-        tokens: Patch and prefix tokens at the first block; ``None`` where the model does not tell.
+        tokens: Patch and prefix tokens at the first block; `None` if the model does not report them.
         differs: Fields in which its configuration differs from its control's: path -> (there, here).
-        confounders: Sentences on what else differs from its control.
-        matched: How its budget was matched, in words; empty where nothing was to be matched.
+        confounders: Sentences on other differences from its control.
+        matched: Description of its matched budget; empty without one.
     """
 
     arm: str
@@ -50,20 +50,20 @@ class ArmFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What a study is, without having run: its arms by name, and the size of its data."""
+class StudySummary:
+    """Summary of a study before it runs: its arms by name, and the size of its data."""
 
-    arms: dict[str, ArmFacts]
+    arms: dict[str, ArmSummary]
     images: Figure
     classes: int
 
 
-def check_study(study: Study, classes: int | None = None) -> Facts:
+def check_study(study: Study, classes: int | None = None) -> StudySummary:
     """Build every arm's model without memory, and compare it with its control's.
 
     Args:
         study: The study.
-        classes: Of the data; ``None``: looked up there.
+        classes: Number of classes; `None`: that of the data.
 
     Raises:
         ConfigError, UnsupportedModelError: for an arm whose model cannot be built, run or optimized.
@@ -72,7 +72,7 @@ def check_study(study: Study, classes: int | None = None) -> Facts:
     number = classes or int(counted.value or 1)
     models = {arm.name: _checked_model(study, arm, number) for arm in study.arms}
     sizes = {name: _size(model, size) for name, (model, size) in models.items()}
-    facts: dict[str, ArmFacts] = {}
+    arms: dict[str, ArmSummary] = {}
     for arm in study.arms:
         control = study.arm(study.control_of(arm))
         configs = [study.config(each, study.seeds[0]) for each in (control, arm)]
@@ -81,7 +81,7 @@ def check_study(study: Study, classes: int | None = None) -> Facts:
         pair = configs[0].model, configs[1].model
         costs = sizes[control.name], sizes[arm.name]
         same = configs[0] == configs[1]
-        facts[arm.name] = ArmFacts(
+        arms[arm.name] = ArmSummary(
             arm=arm.name,
             parameters=parameters,
             macs=macs,
@@ -90,18 +90,18 @@ def check_study(study: Study, classes: int | None = None) -> Facts:
             confounders=() if same else _confounders(arm, pair, built, costs, number),
             matched=_matched_text(study, arm, *costs),
         )
-    return Facts(arms=facts, images=images, classes=number)
+    return StudySummary(arms=arms, images=images, classes=number)
 
 
 def matched(study: Study) -> Study:
-    """The study with its budgets matched as `study.match` and `study.budget` ask.
+    """Return the study with budgets matched by `study.match` and `study.budget`.
 
     Parameters and multiply-accumulates are matched by the hidden width of the feed-forward networks:
-    ``model.locality.expansion`` of an arm with locality, ``model.args.mlp_ratio`` of one without. An arm that
-    names that field itself asks about it, so it is matched by ``model.args.embed_dim`` instead.
+    `model.locality.expansion` of an arm with locality, `model.args.mlp_ratio` of one without. An arm that
+    sets that field is matched by `model.args.embed_dim` instead.
 
     Raises:
-        ConfigError: if an arm cannot come within 1 % of its control, with the nearest that it can.
+        ConfigError: if an arm cannot come within 1 % of its control; the message has the nearest cost.
     """
     arms = {arm.name: arm for arm in study.arms}
     number = int(_count_data(study)[1].value or 1)
@@ -150,7 +150,7 @@ def _plan_of(config: ModelConfig, classes: int) -> Plan:
 
 
 def _size(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int]:
-    # In evaluation mode: batch norm refuses to train on one picture of one token.
+    # In evaluation mode: batch norm refuses to train on one image of one token.
     return count_parameters(model), count_macs(model.eval(), input_size)
 
 
@@ -160,7 +160,7 @@ def _cost(study: Study, arm: Arm, classes: int) -> dict[str, int]:
 
 
 def _match_width(study: Study, arm: Arm, target: int, classes: int) -> Arm:
-    """The arm with the width whose cost is nearest to `target`, if its own is not within `TOLERANCE`."""
+    """Return the arm with the width whose cost is nearest to `target`, unless it is within `TOLERANCE`."""
     if abs(_cost(study, arm, classes)[study.match] / target - 1) <= TOLERANCE:
         return arm
     config = study.config(arm, study.seeds[0]).model
@@ -182,7 +182,7 @@ def _match_width(study: Study, arm: Arm, target: int, classes: int) -> Arm:
 
 
 def _knob(arm: Arm, config: ModelConfig, model: nn.Module) -> tuple[str, Callable[[int], float]]:
-    """The field that changes an arm's width, and its value at each step, ascending."""
+    """Return the field that changes an arm's width, and its value at each step, ascending."""
     dim = int(getattr(model, "embed_dim", 0) or 64)
     path = "model.args.mlp_ratio" if config.locality is None else "model.locality.expansion"
     asked = config.locality is not None and config.locality.expansion is not None
@@ -193,7 +193,7 @@ def _knob(arm: Arm, config: ModelConfig, model: nn.Module) -> tuple[str, Callabl
 
 
 def _nearest(cost: Callable[[int], int], target: int) -> int:
-    """The step from 1 to `_MOST_STEPS` whose ascending cost is nearest to `target`."""
+    """Return the step from 1 to `_MOST_STEPS` whose ascending cost is nearest to `target`."""
     high = 1
     while high < _MOST_STEPS and cost(high) < target:
         high *= 2
@@ -205,7 +205,7 @@ def _nearest(cost: Callable[[int], int], target: int) -> int:
 
 
 def _match_epochs(study: Study, arm: Arm, control: Arm, classes: int) -> Arm:
-    """The arm with the epochs that cost what its control's training costs."""
+    """Return the arm with the number of epochs that costs as much as its control's training."""
     own, theirs = (_cost(study, each, classes)["macs"] for each in (arm, control))
     epochs = max(1, round(study.config(control, study.seeds[0]).epochs * theirs / own))
     if epochs == study.config(arm, study.seeds[0]).epochs:
@@ -227,7 +227,7 @@ def _matched_text(study: Study, arm: Arm, control: tuple[int, int], own: tuple[i
 
 
 def _tokens(model: nn.Module) -> int | None:
-    """Patches of the (first) patch embedding, and prefix tokens."""
+    """Return the number of patches of the first patch embedding, plus prefix tokens."""
     for module in (model, *model.modules()):
         patches = getattr(module, "num_patches", None)
         if isinstance(patches, int):
@@ -242,7 +242,7 @@ def _confounders(
     sizes: tuple[tuple[int, int], tuple[int, int]],
     classes: int,
 ) -> tuple[str, ...]:
-    """What differs between an arm and its control, the second of each pair, beside the fields it names."""
+    """Describe differences between an arm and its control, the second of each pair, in other fields."""
     control, own = configs
     before, after = map(heads, models)
     found = [] if before == after else [f"Heads differ: {before} in the control, {after} here."]
@@ -278,7 +278,7 @@ def _differing(study: Study, control: Arm, arm: Arm) -> dict[str, tuple[Any, ...
 
 
 def _following(arm: Arm, control: LocalityConfig, own: LocalityConfig) -> list[str]:
-    """Fields of locality that an arm does not name, and that differ since others decide them."""
+    """Return fields of locality that differ because others decide them."""
     resolved = [dataclasses.asdict(locality.resolve()) for locality in (control, own)]
     named = {f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(control, f.name)}
     return [

@@ -1,7 +1,7 @@
-"""Questions as files: what is asked, how the arms differ, and what changes from one scale to another.
+"""Files of questions: the question, its arms, and its scales.
 
 ```yaml
-question: In words.
+question: A sentence.
 control: name of the first arm           # default: base
 base: {model.locality: {gate: none}}     # dotted fields over the scale's recipe, in every arm
 arms:
@@ -17,8 +17,8 @@ budget: epochs                           # epochs | compute
 claim: {text: ..., source: ..., expected: {wide: better}, reported: {wide: 74.8}}
 ```
 
-An arm ``against`` itself is there for others to be compared with. The scales ``digits``, ``small`` and
-``paper`` are in ``scales.yaml``, for all questions.
+An arm `against` itself is only a control of others. The scales `digits`, `small` and
+`paper` are in `scales.yaml`, for all questions.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _AGAINST, _RESOURCES = "against", "resources"
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What a question is asked with.
+    """Scale of a question.
 
     Attributes:
-        recipe: Name or file; ``None`` where the shared scale of that name has one.
+        recipe: Name or file; `None` if the shared scale of that name has one.
         base: Dotted fields over the recipe.
-        arms: Arm -> dotted fields over those it has at every scale.
+        arms: Arm -> dotted fields over those of every scale.
     """
 
     recipe: str | None = None
@@ -58,16 +58,16 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question file; see the module for the format.
+    """Question file; the module has the format.
 
     Attributes:
-        question: In words.
-        arms: Name -> dotted fields, and perhaps ``against`` and ``resources``.
+        question: The question as a sentence.
+        arms: Name -> dotted fields, and perhaps `against` and `resources`.
         control: Name of the arm without changes.
         base: Dotted fields of all arms.
-        scales: Name -> what differs there.
+        scales: Name -> its differences.
         metric, match, budget, claim: As in `Study`.
-        name: Of the file.
+        name: Name of the file.
     """
 
     question: str
@@ -89,17 +89,17 @@ class Question:
                 _check_known(f"claim.{what}", getattr(self.claim, what), [self.control, *self.arms])
 
     def scale_names(self) -> list[str]:
-        """Those that it can be asked at."""
+        """Names of the scales of this question."""
         return list(dict.fromkeys([*_shared_scales(), *self.scales]))
 
     def study(self, scale: str, seeds: int, settings: Sequence[str] = (), **data: str | None) -> Study:
-        """The study at a scale, with seeds 0, 1, ...
+        """Return the study at a scale, with seeds 0, 1, ...
 
         Args:
             scale: Its name.
-            seeds: How many.
-            settings: ``key=value`` over the base.
-            data: Fields of the data section over everything, where not ``None``.
+            seeds: Number of seeds.
+            settings: `key=value` over the base.
+            data: Fields of the data section that override all others, if not `None`.
 
         Raises:
             ConfigError: for an unknown scale, field or value, and as `Study`.
@@ -113,7 +113,9 @@ class Question:
         given = {name: value for name, value in data.items() if value is not None}
         return Study(
             question=self.question,
-            base=build(TrainConfig, merge(base, {"data": given} if given else {})),  # an empty one is a value
+            base=build(
+                TrainConfig, merge(base, {"data": given} if given else {})
+            ),  # an empty mapping is a value
             arms=(Arm(name=self.control), *(self._arm(name, own) for name in self.arms)),
             seeds=tuple(range(seeds)),
             metric=self.metric,
@@ -132,7 +134,7 @@ class Question:
     def _recipe(self, scale: str) -> dict[str, Any]:
         recipe = self._scale(scale).recipe or _shared_scales().get(scale, Scale()).recipe
         if recipe is None:
-            raise ConfigError(f"question {self.name!r}: scales.{scale}.recipe is missing")
+            raise ConfigError(f"question {self.name!r}: scales.{scale}.recipe is missing; add it")
         return dict(plain(build(TrainConfig, load_recipe(recipe))))
 
     def _arm(self, name: str, scale: Scale) -> Arm:
@@ -142,21 +144,21 @@ class Question:
 
 
 def list_questions() -> list[str]:
-    """Names of the questions that come with the package."""
+    """Return the names of the package's questions."""
     return sorted(f.name.removesuffix(".yaml") for f in _folder().iterdir() if f.name.endswith(".yaml"))
 
 
 def write_question(name: str) -> Path:
-    """Write a commented question that runs as it is, as a start for one's own.
+    """Write a commented example question, which runs, to edit.
 
     Args:
-        name: Of the file; `.yaml` is added where it is missing.
+        name: Name of the file, with or without `.yaml`.
 
     Returns:
         The file.
 
     Raises:
-        ConfigError: if there is such a file already; it is left as it is.
+        ConfigError: if the file exists; it stays.
         WriteFailed: if it cannot be written.
     """
     path = Path(name if name.endswith(_FILES) else f"{name}.yaml")
@@ -169,10 +171,10 @@ def write_question(name: str) -> Path:
 
 
 def load_question(question: str) -> Question:
-    """A question that comes with the package, or a YAML file.
+    """Load a question of the package, or a YAML file.
 
     Raises:
-        ConfigError: if there is no such question, or a field of it is unknown or wrong.
+        ConfigError: if the question does not exist, or a field is unknown or wrong.
     """
     if question.endswith(_FILES):
         values, name = read_yaml(question), Path(question).stem
@@ -181,7 +183,7 @@ def load_question(question: str) -> Question:
             values, name = read_yaml(path), question
     else:
         error = unknown("study", question, list_questions())
-        raise ConfigError(f"{error} (questions: {', '.join(list_questions())}; or a .yaml file)")
+        raise ConfigError(f"{error} (accepted: {', '.join(list_questions())}, or a .yaml file)")
     try:
         return build(Question, {"name": name, **values})
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""What one run asks a cluster for."""
+"""Cluster resources of a run."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _LEAST = {"minutes": 1, "gpus": 0, "cpus": 1}
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """For one run, which is one process; ``None`` leaves a choice to the cluster.
+    """Resources of one run, which is one process; `None` is the cluster's default.
 
     Attributes:
-        minutes: After which the cluster stops the job. The run saves its state 90 seconds before, its job
-            goes back into the queue, and it goes on from there, so this need not last for the whole run.
+        minutes: Time limit of the job. The run saves its state 90 seconds before and resumes in a requeued
+            job, so the limit may be shorter than the run.
         gpus: 0 or 1.
-        cpus: For the run's threads and data workers.
-        memory: In GB.
-        partition, account, qos, constraint: As SLURM's ``sbatch`` names them.
-        setup: Lines of shell before the run, e.g. ``module load cuda``.
+        cpus: CPUs for the run's threads and data workers.
+        memory: Memory in GB.
+        partition, account, qos, constraint: As SLURM's `sbatch` names them.
+        setup: Shell commands before the run, e.g. `module load cuda`.
 
     Raises:
         ConfigError: for a number that is not accepted.
@@ -42,14 +42,14 @@ class Resources:
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)}: at least {least}")
+                raise ConfigError(f"{name}={getattr(self, name)} is not accepted; use at least {least}")
         if self.gpus > 1:
-            raise ConfigError(f"gpus={self.gpus}: a run of a study is one process and uses one GPU at most")
+            raise ConfigError(f"gpus={self.gpus} is not accepted; use 0 or 1")
         if self.memory is not None and self.memory <= 0:
-            raise ConfigError(f"memory={self.memory}: more than 0 GB")
+            raise ConfigError(f"memory={self.memory} is not accepted; use a positive number of GB")
 
     def replaced(self, own: Mapping[str, Any], where: str = "resources") -> Resources:
-        """Return these with some fields replaced (`Arm.resources`, at `where` of a question).
+        """Return resources with some fields replaced (`Arm.resources`, at `where` of a question).
 
         Raises:
             ConfigError: for an unknown field or a value that is not accepted.

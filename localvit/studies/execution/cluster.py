@@ -1,12 +1,12 @@
-"""A study's runs as jobs of a cluster, through submitit: one job is one run.
+"""Runs of a study as jobs of a cluster, through submitit: one job per run.
 
-What became of a run is what its folder says, never how its job ended. A job that is preempted, requeued,
-out of time or killed only has to start the same run again, which then goes on from its last state. All
-machines must see the study's folder, and the pictures, under the same paths.
+The outcome of a run is read from its folder, not from its job. A job that was preempted, requeued, out of
+time or killed starts the same run again, which resumes from its last state. All machines must see the study's
+folder and the images under the same paths.
 
 ```
 jobs/jobs.json          run -> its last job
-jobs/ID_0_log.err, ...  what submitit keeps: scripts, logs, pickles (only its own process loads these)
+jobs/ID_0_log.err, ...  submitit's scripts, logs and pickles (only its own process loads these)
 ```
 """
 
@@ -28,26 +28,26 @@ from localvit.data import disable_ghostscript
 from localvit.errors import ConfigError, TrainingInterrupted, one_line
 from localvit.runs import FolderInUse
 from localvit.runtime import stop_on_signals
-from localvit.studies.design import Resources, Run, Study
+from localvit.studies.design import Resources, Study, StudyRun
 from localvit.studies.execution.display import Display
 from localvit.studies.execution.folder import StudyFolder, note_failure
 from localvit.studies.execution.jobs import Job, Kind, alive_of, jobs_path, living, write_jobs
 from localvit.studies.execution.records import RECORD, perform
 
 POLL = {"slurm": 15.0, "local": 0.5}
-"""Seconds between two looks at the jobs."""
+"""Seconds between two checks of the jobs."""
 TIMEOUTS = 50
-"""How often a job that is out of time goes back into the queue; a run that never gets anywhere must end."""
+"""Maximum number of times that a job out of time is requeued, so that a run without progress ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Where the runs of a study go.
+    """Cluster for the runs of a study.
 
     Attributes:
-        kind: ``"slurm"``, or ``"local"``: jobs on this machine, all at once, to try things out.
-        resources: For each run, where its arm (`Arm.resources`) says nothing else.
-        parallel: Most jobs of one array at a time; ``None``: as many as it likes. Not for ``"local"``.
+        kind: `"slurm"`, or `"local"`: jobs on this machine, all at once, for trials.
+        resources: Resources of each run, unless its arm (`Arm.resources`) overrides them.
+        parallel: Maximum number of jobs of an array at a time; `None`: no limit. Not for `"local"`.
     """
 
     kind: Kind = "slurm"
@@ -56,44 +56,44 @@ class Cluster:
 
     def __post_init__(self) -> None:
         if self.parallel is not None and self.parallel < 1:
-            raise ConfigError(f"parallel={self.parallel}: at least 1")
+            raise ConfigError(f"parallel={self.parallel} is not accepted; use at least 1")
         if self.parallel is not None and self.kind == "local":
-            raise ConfigError(f"at most {self.parallel} jobs at a time: local jobs all start at once")
+            raise ConfigError(f"parallel={self.parallel} is not accepted for local jobs; leave it out")
 
     def check(self, study: Study, threads: int = 1) -> None:
-        """Refuse what cannot be submitted from here.
+        """Refuse a study that cannot be submitted from here.
 
         Args:
-            study: Its arms may ask for resources of their own.
-            threads: Of each run.
+            study: The study, whose arms may have resources of their own.
+            threads: Threads of each run.
 
         Raises:
-            ConfigError: saying what is missing.
+            ConfigError: naming the missing thing.
         """
         if importlib.util.find_spec("submitit") is None:
-            raise ConfigError("running on a cluster needs submitit: pip install 'localvit[cluster]'")
+            raise ConfigError("submitit is missing; run pip install 'localvit[cluster]'")
         missing = [name for name in ("sbatch", "squeue", "srun") if shutil.which(name) is None]
         if self.kind == "slurm" and missing:
-            raise ConfigError(f"this is no machine of a SLURM cluster: there is no {missing[0]!r}")
+            raise ConfigError(f"{missing[0]!r} is missing; run this on a machine of a SLURM cluster")
         for arm in study.arms:
             if threads > (cpus := self.resources.replaced(arm.resources).cpus):
-                raise ConfigError(f"arm {arm.name!r}: threads={threads} do not fit cpus={cpus}")
+                raise ConfigError(f"arm {arm.name!r}: threads={threads} exceed cpus={cpus}; change one")
 
-    def arrays(self, study: Study, runs: Iterable[Run]) -> dict[Resources, list[Run]]:
-        """The runs by what they ask for: each class is one array of jobs."""
-        found: dict[Resources, list[Run]] = {}
+    def arrays(self, study: Study, runs: Iterable[StudyRun]) -> dict[Resources, list[StudyRun]]:
+        """Return the runs by resources: each group is one array of jobs."""
+        found: dict[Resources, list[StudyRun]] = {}
         for run in runs:
             own = study.arm(run.arm).resources
             found.setdefault(self.resources.replaced(own), []).append(run)
         return found
 
-    def submit(self, folder: StudyFolder, runs: Iterable[Run], threads: int) -> dict[Run, Job]:
-        """Hand runs to the cluster and write down which job does which.
+    def submit(self, folder: StudyFolder, runs: Iterable[StudyRun], threads: int) -> dict[StudyRun, Job]:
+        """Submit runs to the cluster and write down the job of each.
 
         Raises:
-            ConfigError: if the cluster refuses, with its reason.
+            ConfigError: if the cluster refuses; the message has the reason.
         """
-        jobs: dict[Run, Job] = {}
+        jobs: dict[StudyRun, Job] = {}
         for resources, members in self.arrays(folder.study, runs).items():
             tasks = [Task(run.config, folder.of(run).absolute(), threads) for run in members]
             try:
@@ -105,8 +105,8 @@ class Cluster:
             write_jobs(folder, jobs)
         return jobs
 
-    def describe(self, folder: StudyFolder, runs: Collection[Run]) -> list[str]:
-        """What `work` would do with runs that are not done, in words."""
+    def describe(self, folder: StudyFolder, runs: Collection[StudyRun]) -> list[str]:
+        """Describe the jobs of unfinished runs."""
         there = living(folder)
         known = [run for run in runs if run in there]
         lines = [f"{run.arm} seed {run.seed}: queued or running as job {there[run].id}" for run in known]
@@ -134,7 +134,7 @@ class Cluster:
             slurm_constraint=resources.constraint,
             slurm_array_parallelism=self.parallel,
             slurm_additional_parameters={"requeue": True},
-            # From SLURM 22.05 on, srun does not take this over from the job.
+            # From SLURM 22.05 on, srun does not inherit this from the job.
             slurm_srun_args=[f"--cpus-per-task={resources.cpus}"],
             **({f"{self.kind}_setup": list(resources.setup)} if resources.setup else {}),
         )
@@ -143,11 +143,11 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Task:
-    """What a job does: one run, or the rest of it. submitit calls it, and `checkpoint` to requeue it.
+    """Work of a job: one run, or the rest of it. submitit calls it, and `checkpoint` to requeue it.
 
     SLURM announces the end of a job by SIGTERM, and submitit asks it for SIGUSR2 before a time limit or a
-    preemption. Both save the state. After SIGUSR2 submitit puts the job back into the queue; after SIGTERM
-    the run goes on, because what follows is SLURM's to decide: the end, a requeue, or nothing.
+    preemption. Both save the state. After SIGUSR2 submitit requeues the job; after SIGTERM the run continues,
+    because SLURM decides what follows: the end, a requeue, or nothing.
     """
 
     config: TrainConfig
@@ -160,19 +160,19 @@ class Task:
         disable_ghostscript()
         requeue = signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
         torch.set_num_threads(self.threads)
-        print(f"localvit: run {self.folder.name}", flush=True)  # so that a log says whose it is
+        print(f"localvit: run {self.folder.name}", flush=True)  # identifies the log
         while not (self.folder / RECORD).exists():
             if self._train(requeue) and not (self.folder / RECORD).exists():
-                signal.raise_signal(requeue)  # now submitit's: it requeues the job and ends this process
+                signal.raise_signal(requeue)  # submitit requeues the job and ends this process
 
     def checkpoint(self) -> Any:
-        """The same again."""
+        """Return the job to requeue."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
     def _train(self, requeue: int) -> bool:
-        """Train until the end or a signal; whether the job has to make room."""
+        """Train until the end or a signal; return whether the job must be requeued."""
         with stop_on_signals(requeue) as received:
             try:
                 perform(self.config, self.folder)
@@ -180,7 +180,7 @@ class Task:
                 if signal.SIGINT in received:
                     raise
             except FolderInUse:
-                raise  # says nothing about the run, which another job or process does
+                raise  # another job or process does the run
             except Exception as error:
                 note_failure(self.folder, one_line(error))
                 raise
@@ -189,23 +189,23 @@ class Task:
 
 def work(
     cluster: Cluster,
-    missing: Iterable[Run],
+    missing: Iterable[StudyRun],
     folder: StudyFolder,
     threads: int,
-    failures: dict[Run, str],
+    failures: dict[StudyRun, str],
     display: Display,
 ) -> None:
-    """Submit the missing runs that have no job, and follow all of them to their end.
+    """Submit the missing runs without a job, and wait for all of them.
 
-    An interrupt leaves the jobs where they are; the next call finds them.
+    An interrupt leaves the jobs running; the next call finds them.
 
     Args:
-        cluster: Where to.
-        missing: Runs that are not done.
-        folder: Of the study.
-        threads: Of each run.
-        failures: Gets the runs that did not finish, with the reason.
-        display: Told about them.
+        cluster: The cluster.
+        missing: Unfinished runs.
+        folder: Folder of the study.
+        threads: Threads of each run.
+        failures: Mapping that gets the failed runs, with the reason.
+        display: Display of the progress.
 
     Raises:
         ConfigError: as `Cluster.submit` and `living`.
@@ -213,7 +213,7 @@ def work(
     there, missing = living(folder), list(missing)
     jobs = {run: there[run] for run in missing if run in there}
     jobs |= cluster.submit(folder, [run for run in missing if run not in there], threads)
-    ended: set[Run] = set()
+    ended: set[StudyRun] = set()
     while jobs:
         alive = alive_of(jobs.values())  # before the outcomes: a run may finish between the two
         gone = set() if alive is None else {run for run, job in jobs.items() if job not in alive}
@@ -227,13 +227,13 @@ def work(
 
 
 def _settled(
-    jobs: Mapping[Run, Job],
-    ended: Collection[Run],
+    jobs: Mapping[StudyRun, Job],
+    ended: Collection[StudyRun],
     folder: StudyFolder,
-    failures: dict[Run, str],
+    failures: dict[StudyRun, str],
     display: Display,
-) -> list[Run]:
-    """The runs that need not be waited for any more: finished, failed, or without a job."""
+) -> list[StudyRun]:
+    """Return the runs that need no more waiting: finished, failed, or without a job."""
     settled = []
     for run, job in jobs.items():
         outcome = folder.outcome(run)
@@ -241,7 +241,7 @@ def _settled(
             display.finished(run, outcome.record)
         elif outcome.state == "failed" or run in ended:
             log = jobs_path(folder) / f"{job.id}_0_log.err"
-            short = f"its job {job.id} ended before it did (see {log}); it goes on next time"
+            short = f"its job {job.id} ended before it did (see {log}); the next call resumes it"
             failures[run] = outcome.reason or short
             display.failed(run, failures[run])
         else:

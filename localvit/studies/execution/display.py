@@ -1,4 +1,4 @@
-"""What is to be seen while a study runs: a line per finished run, and a table of the arms."""
+"""Display of a running study: a line per finished run, and a table of the arms."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from rich.live import Live
 from rich.table import Table
 
 from localvit.runs import read_run
-from localvit.studies.design import Facts, Run
+from localvit.studies.design import StudyRun, StudySummary
 from localvit.studies.execution.folder import StudyFolder
 from localvit.studies.execution.records import Record
 
 
 class Display:
-    """A context in which the table is shown.
+    """Context in which the table is shown.
 
     Args:
-        console: Where; ``None`` shows nothing.
-        folder: Of the study.
-        facts: For the cost of each arm.
-        done: Runs that are done already.
-        failures: Runs that failed before and are not tried again.
+        console: Console; `None` shows nothing.
+        folder: Folder of the study.
+        summary: Summary with the cost of each arm.
+        done: Finished runs.
+        failures: Failed runs that are not repeated.
         jobs: Runs at a time.
     """
 
@@ -32,16 +32,16 @@ class Display:
         self,
         console: Console | None,
         folder: StudyFolder,
-        facts: Facts,
-        done: Mapping[Run, Record],
-        failures: Mapping[Run, str],
+        summary: StudySummary,
+        done: Mapping[StudyRun, Record],
+        failures: Mapping[StudyRun, str],
         jobs: int,
     ) -> None:
         self.console = console or Console(quiet=True)
-        self.folder, self.facts, self.jobs = folder, facts, jobs
+        self.folder, self.summary, self.jobs = folder, summary, jobs
         self.runs = folder.study.runs()
         self.records, self.failures = dict(done), set(failures)
-        self.pending: dict[Run, int | None] = {}
+        self.pending: dict[StudyRun, int | None] = {}
         self.live = Live(console=self.console, transient=True, auto_refresh=False)
 
     def __enter__(self) -> Display:
@@ -55,21 +55,21 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self.live.stop()
 
-    def refresh(self, pending: Sequence[Run]) -> None:
-        """Draw the table with the pending runs where they are."""
+    def refresh(self, pending: Sequence[StudyRun]) -> None:
+        """Draw the table with the progress of pending runs."""
         self.pending = {run: _epochs_done(self.folder, run) for run in pending}
         self.live.update(self._table(), refresh=True)
 
-    def finished(self, run: Run, record: Record) -> None:
-        """Say that a run is done, and what came out."""
+    def finished(self, run: StudyRun, record: Record) -> None:
+        """Show a finished run and its result."""
         self.records[run] = record
         self._print(
             f"{len(self.records):>3}/{len(self.runs)}  {run.arm} seed {run.seed}: validation top-1 "
             f"{record.validation.top1:.2f} % (best epoch {record.best_epoch}), {record.seconds:.0f} s"
         )
 
-    def failed(self, run: Run, reason: str) -> None:
-        """Say that a run failed, and why."""
+    def failed(self, run: StudyRun, reason: str) -> None:
+        """Show a failed run and the reason."""
         self.failures.add(run)
         self._print(f"failed   {run.arm} seed {run.seed}: {reason}")
 
@@ -88,7 +88,7 @@ class Display:
         return table
 
     def seconds_left(self) -> float | None:
-        """By the time that finished runs took for their multiply-accumulates; ``None`` without any."""
+        """Remaining seconds, from the speed of finished runs; `None` without any."""
         spent = sum(self._work(run, run.config.epochs) for run in self.records)
         if not spent:
             return None
@@ -96,14 +96,14 @@ class Display:
         left = sum(self._work(run, run.config.epochs - (self.pending.get(run) or 0)) for run in open_runs)
         return left * sum(record.seconds for record in self.records.values()) / spent / self.jobs
 
-    def _work(self, run: Run, epochs: int) -> float:
-        return self.facts.arms[run.arm].macs * epochs * run.config.data.fraction
+    def _work(self, run: StudyRun, epochs: int) -> float:
+        return self.summary.arms[run.arm].macs * epochs * run.config.data.fraction
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _epochs_done(folder: StudyFolder, run: Run) -> int | None:
-    """Return the epochs that a run under way has done; `None` if it has not begun."""
+def _epochs_done(folder: StudyFolder, run: StudyRun) -> int | None:
+    """Return the finished epochs of a run; `None` if it has not started."""
     status = read_run(folder.of(run)).status
     return None if status is None else status.epochs_done

@@ -1,9 +1,9 @@
-"""The folder that keeps a study, so that no result is lost, doubled or mixed up.
+"""Folder of a study, in which no result is lost, duplicated or confused.
 
 ```
-study.json         the study (without results), the command that made it, the number of classes
-jobs/              of a cluster (`cluster`)
-runs/KEY/          the run of that configuration: as `training.train` writes it, and, last of all, record.json
+study.json         the study (without results), its command, the number of classes
+jobs/              jobs of a cluster (`cluster`)
+runs/KEY/          run of that configuration, as `training.train` writes it; its record.json is written last
 results.jsonl      one line per finished run of the study, for programs; a report needs no other results
 speed.json         inference throughput of the arms, measured in turns
 report.html, report.md, summary.json
@@ -24,49 +24,48 @@ from localvit.config import differences
 from localvit.errors import ConfigError
 from localvit.runs import locked, read_run
 from localvit.structure import parse_json, read_json, to_json
-from localvit.studies.design import Run, Study, study_from_dict
+from localvit.studies.design import Study, StudyRun, study_from_dict
 from localvit.studies.execution.records import Record, parse_record, read_record
 
 _OWN = ("runs", "results.jsonl", "report.html", "report.md", "summary.json", "speed.json")
 _FAILURE = "failure.json"
-_BESIDES = ("command", "classes")  # what study.json has beside the study
+_BESIDES = ("command", "classes")  # further keys of study.json
 
-State = Literal["new", "begun", "failed", "done"]
+RunState = Literal["new", "begun", "failed", "done"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far a run is.
+    """Progress and result of a run.
 
     Attributes:
-        state: ``"new"``, ``"begun"`` (under way or interrupted), ``"failed"`` or ``"done"``.
-        record: Of a run that is done.
-        reason: Why it failed.
+        state: `"new"`, `"begun"` (running or interrupted), `"failed"` or `"done"`.
+        record: Record of a finished run.
+        reason: Reason of a failure.
     """
 
-    state: State
+    state: RunState
     record: Record | None = None
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run failed."""
+    """Reason of a failed run."""
 
     reason: str
 
 
 class StudyFolder:
-    """Where a study keeps its runs.
+    """Folder of a study and its runs.
 
     Args:
-        path: The folder; made when something is written.
+        path: The folder; created at the first write.
         study: The study.
 
     Raises:
-        ConfigError: if the folder holds another study or files of something else. Seeds may differ, and
-            arms may be more or fewer: those that are there already keep their runs. What they ask a cluster
-            for may differ too. Nothing is written.
+        ConfigError: if the folder holds another study or other files. Seeds and resources may differ, and
+            arms may be added or removed: existing ones keep their runs. Nothing is written.
     """
 
     def __init__(self, path: Path, study: Study) -> None:
@@ -94,14 +93,14 @@ class StudyFolder:
 
     @contextmanager
     def claim(self, command: str = "", classes: int | None = None) -> Iterator[None]:
-        """Make the folder, write the study, and keep other processes out of it.
+        """Create the folder, write the study, and lock out other processes.
 
         Args:
-            command: Command that makes it.
-            classes: Number of classes of its data, for reports where the data is not.
+            command: Command of the study.
+            classes: Number of classes of its data, for reports on other machines.
 
         Raises:
-            ConfigError: if another process works in it, or has written another study since it was read.
+            ConfigError: if another process works in it or has written another study.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path):
@@ -117,12 +116,12 @@ class StudyFolder:
         path = self.path / "study.json"
         return path.stat().st_mtime_ns if path.exists() else None
 
-    def of(self, run: Run) -> Path:
-        """The folder of one run."""
+    def of(self, run: StudyRun) -> Path:
+        """Return the folder of one run."""
         return self.path / "runs" / run.key
 
-    def outcome(self, run: Run) -> Outcome:
-        """How far a run is, by what its folder says; a run without a folder may be in ``results.jsonl``.
+    def outcome(self, run: StudyRun) -> Outcome:
+        """Read the outcome of a run from its folder, else from `results.jsonl`.
 
         Raises:
             ConfigError: if its record or status cannot be used.
@@ -138,8 +137,8 @@ class StudyFolder:
             return Outcome("failed", reason=status.error or "unknown")
         return Outcome("new" if status is None else "begun")
 
-    def finished(self) -> dict[Run, Record]:
-        """The records of the study's runs that are done, in the study's order.
+    def finished(self) -> dict[StudyRun, Record]:
+        """Return the records of the finished runs, in the study's order.
 
         Raises:
             ConfigError: as `outcome`.
@@ -147,8 +146,8 @@ class StudyFolder:
         found = {run: self.outcome(run).record for run in self.study.runs()}
         return {run: record for run, record in found.items() if record is not None}
 
-    def readable(self) -> tuple[dict[Run, Record], list[str]]:
-        """As `finished`, without the records that cannot be used; and what is wrong with these."""
+    def readable(self) -> tuple[dict[StudyRun, Record], list[str]]:
+        """Return usable records as `finished`, and a message for each of the others."""
         records, wrong = {}, self._garbled()
         for run in self.study.runs():
             try:
@@ -160,16 +159,16 @@ class StudyFolder:
                 records[run] = record
         return records, wrong
 
-    def note_failure(self, run: Run, reason: str) -> None:
-        """Write down a failure, whether or not the run got as far as to do that itself."""
+    def note_failure(self, run: StudyRun, reason: str) -> None:
+        """Write down a failure, also if the run did."""
         note_failure(self.of(run), reason)
 
-    def forget(self, run: Run) -> None:
-        """Remove a failed try, all of it."""
+    def forget(self, run: StudyRun) -> None:
+        """Remove the folder of a failed run."""
         shutil.rmtree(self.of(run), ignore_errors=True)
 
-    def borrow(self, run: Run, other: Path) -> bool:
-        """Take a finished run of the same configuration over from another study's folder, if it has one.
+    def borrow(self, run: StudyRun, other: Path) -> bool:
+        """Copy a finished run of the same configuration from another study's folder, if it has one.
 
         Raises:
             ConfigError: if the record there cannot be used.
@@ -193,16 +192,16 @@ class StudyFolder:
 
     def _garbled(self) -> list[str]:
         path, wrong = self.path / "results.jsonl", []
-        if not path.exists() or (self.path / "runs").exists():  # then it is made anew from these
+        if not path.exists() or (self.path / "runs").exists():  # then it is rewritten from these
             return []
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
                 parse_json(line)
             except ConfigError:
-                wrong.append(f"line {number} of {str(path)!r} is no record")
+                wrong.append(f"line {number} of {str(path)!r} is not a record")
         return wrong
 
-    def _kept(self, run: Run) -> Record | None:
+    def _kept(self, run: StudyRun) -> Record | None:
         path = self.path / "results.jsonl"
         if not path.exists():
             return None
@@ -212,23 +211,23 @@ class StudyFolder:
                 continue
             row = parse_json(line, where)
             if not isinstance(row, dict):
-                raise ConfigError(f"{where} is no record")
+                raise ConfigError(f"{where} is not a record; restore it or delete the file")
             if (row.pop("arm", None), row.pop("seed", None)) == (run.arm, run.seed):
                 return parse_record(row, where, run)
         return None
 
 
 def note_failure(folder: Path, reason: str) -> None:
-    """Write down in a run's folder why it failed."""
+    """Write the reason of a failure into a run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / _FAILURE, to_json(Failure(reason)))
 
 
 def read_study(path: Path) -> Study:
-    """The study that a folder holds.
+    """Read the study in a folder.
 
     Raises:
-        ConfigError: if it holds none.
+        ConfigError: if it has none.
     """
     values = _read(path / "study.json")
     for name in _BESIDES:
@@ -236,22 +235,22 @@ def read_study(path: Path) -> Study:
     try:
         return study_from_dict(values)
     except ConfigError as error:
-        raise ConfigError(f"{str(path / 'study.json')!r} is no study: {error}") from error
+        raise ConfigError(f"{str(path / 'study.json')!r} is not a study: {error}; restore it") from error
 
 
 def read_besides(path: Path) -> tuple[str, int | None]:
-    """The command that made the study in a folder, and the classes of its data, where they are known."""
+    """Read the command of the study in a folder, and the number of classes, if known."""
     values = _read(path / "study.json")
     command, classes = (values.get(name) for name in _BESIDES)
     return str(command or ""), classes if isinstance(classes, int) else None
 
 
 def _asked(arm: dict[str, Any]) -> dict[str, Any]:
-    """What decides the results of an arm, of its JSON."""
+    """Return the part of an arm's JSON that decides its results."""
     return {name: value for name, value in arm.items() if name != "resources"}
 
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise ConfigError(f"there is no {str(path)!r}: no study is there")
+        raise ConfigError(f"{str(path)!r} does not exist; choose the folder of a study")
     return read_json(dict[str, Any], path)

@@ -1,4 +1,4 @@
-"""What a study will cost, before it runs: the runs in their order, and the time they will take."""
+"""Forecast of a study's cost: its runs in order, and their time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from localvit.cost import count_macs, giga
 from localvit.data import random_scope
 from localvit.models import build_model, preprocessing_for
 from localvit.runtime import pick_device
-from localvit.studies.design import Facts, Run
+from localvit.studies.design import StudyRun, StudySummary
 from localvit.studies.execution.folder import Outcome, StudyFolder
 
 _PASSES = 3  # A backward pass costs about two forward passes.
@@ -24,24 +24,24 @@ _MOST_IMAGES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What is to come.
+    """Forecast of a study.
 
     Attributes:
-        outcomes: How far each run is, in the order of the runs.
-        macs: Multiply-accumulates of the training of each; ``None`` if the number of pictures is unknown.
-        macs_per_second: Of one run at a time.
-        basis: Where that number is from, in words.
+        outcomes: Outcome of each run, in order.
+        macs: Multiply-accumulates of the training of each; `None` if the number of images is unknown.
+        macs_per_second: Speed of one run.
+        basis: Source of that number, in words.
         jobs: Runs at a time.
     """
 
-    outcomes: dict[Run, Outcome]
-    macs: dict[Run, float | None]
+    outcomes: dict[StudyRun, Outcome]
+    macs: dict[StudyRun, float | None]
     macs_per_second: float
     basis: str
     jobs: int
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Describe the forecast."""
         found = [
             f"{number:>4}  {run.key}  {run.arm} seed {run.seed}: {self._cost(run)}, {self._state(run)}"
             for number, run in enumerate(self.outcomes, 1)
@@ -56,11 +56,11 @@ class Forecast:
             f"validation not counted ({self.basis})",
         ]
 
-    def _cost(self, run: Run) -> str:
+    def _cost(self, run: StudyRun) -> str:
         macs = self.macs[run]
         return "unknown cost" if macs is None else f"{giga(macs)}MACs, {self._time(macs)}"
 
-    def _state(self, run: Run) -> str:
+    def _state(self, run: StudyRun) -> str:
         outcome = self.outcomes[run]
         return f"failed: {outcome.reason}" if outcome.state == "failed" else outcome.state
 
@@ -68,27 +68,27 @@ class Forecast:
         return str(timedelta(seconds=round(macs / self.macs_per_second)))
 
 
-def forecast(folder: StudyFolder, facts: Facts, jobs: int, device: str | None = None) -> Forecast:
-    """Look at a study's folder and its models; nothing is written.
+def forecast(folder: StudyFolder, summary: StudySummary, jobs: int, device: str | None = None) -> Forecast:
+    """Forecast the cost of a study from its folder and models; nothing is written.
 
     Args:
-        folder: Of the study; it need not exist.
-        facts: As `checks.check_study` has them.
+        folder: Folder of the study; it need not exist.
+        summary: Summary of `checks.check_study`.
         jobs: Runs at a time.
-        device: To measure on, where nothing has run yet; ``None``: the study's.
+        device: Device for a measurement, if nothing has run yet; `None`: the study's.
 
     Raises:
-        ConfigError: if a record there cannot be read.
+        ConfigError: if a record cannot be read.
     """
     outcomes = {run: folder.outcome(run) for run in folder.study.runs()}
-    images = facts.images.value
+    images = summary.images.value
     whole = None if images is None else float(images) / folder.study.base.data.fraction
 
-    def cost(run: Run) -> float | None:
+    def cost(run: StudyRun) -> float | None:
         config = run.config
         if whole is None:
             return None
-        return _PASSES * facts.arms[run.arm].macs * whole * config.data.fraction * config.epochs
+        return _PASSES * summary.arms[run.arm].macs * whole * config.data.fraction * config.epochs
 
     macs = {run: cost(run) for run in outcomes}
     done = [(run, o.record) for run, o in outcomes.items() if o.record is not None and macs[run]]
@@ -96,26 +96,26 @@ def forecast(folder: StudyFolder, facts: Facts, jobs: int, device: str | None = 
         speed = sum(macs[run] or 0.0 for run, _ in done) / sum(record.seconds for _, record in done)
         basis = f"from the {len(done)} runs that are done: {speed / 1e9:.2f} GMACs/s each"
     else:
-        speed = measured_speed(folder, facts, device)
-        basis = f"measured on random pictures here, without loading: {speed / 1e9:.2f} GMACs/s for one run"
+        speed = measured_speed(folder, summary, device)
+        basis = f"measured here on random images, without loading: {speed / 1e9:.2f} GMACs/s for one run"
     return Forecast(outcomes=outcomes, macs=macs, macs_per_second=speed, basis=basis, jobs=jobs)
 
 
-def measured_speed(folder: StudyFolder, facts: Facts, device_name: str | None = None) -> float:
-    """Multiply-accumulates per second of a few updates of the base's model, on a GPU or one CPU thread."""
+def measured_speed(folder: StudyFolder, summary: StudySummary, device_name: str | None = None) -> float:
+    """Measure the multiply-accumulates per second of a few steps of the base, on a GPU or a CPU thread."""
     study = folder.study
     config = study.config(study.arms[0], study.seeds[0])
     device = pick_device(device_name or config.device)
     with using_threads(1):
         with random_scope():
             plain = dataclasses.replace(config.model, pretrained=False)
-            model = build_model(plain, facts.classes).to(device)
+            model = build_model(plain, summary.classes).to(device)
         size = preprocessing_for(model, config.data).input_size
         macs = count_macs(model.eval(), size)
         count = min(config.batch_size, _MOST_IMAGES, max(2, int(_MACS_OF_A_MEASUREMENT / macs)))
         images = torch.zeros(count, *size, device=device)
         labels = torch.zeros(count, dtype=torch.long, device=device)
         model.train()
-        update = {"update": lambda: F.cross_entropy(model(images), labels).backward()}
+        update = {"step": lambda: F.cross_entropy(model(images), labels).backward()}
         seconds = interleaved(update, 4, timer=timer_for(device), warm_up=0)  # the first ones warm up
-    return _PASSES * macs * count / min(seconds["update"])
+    return _PASSES * macs * count / min(seconds["step"])

@@ -1,4 +1,4 @@
-"""Which job of a cluster does which run of a study, and whether it is still there."""
+"""Jobs of a study's runs on a cluster, and their state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 from localvit.atomic import write_atomically
 from localvit.errors import ConfigError
 from localvit.structure import read_json, to_json
-from localvit.studies.design import Run
+from localvit.studies.design import StudyRun
 from localvit.studies.execution.folder import StudyFolder
 
 Kind = Literal["slurm", "local"]
@@ -25,11 +25,11 @@ class Job:
     id: str
 
 
-def living(folder: StudyFolder) -> dict[Run, Job]:
-    """The runs that are not done and whose last job is queued or running.
+def living(folder: StudyFolder) -> dict[StudyRun, Job]:
+    """Return unfinished runs whose last job is queued or running.
 
     Raises:
-        ConfigError: if nobody can tell.
+        ConfigError: if their state is unknown.
     """
     known = _read_jobs(folder)
     open_jobs = {
@@ -40,14 +40,14 @@ def living(folder: StudyFolder) -> dict[Run, Job]:
     alive = alive_of(open_jobs.values())
     if alive is None:
         raise ConfigError(
-            f"squeue does not answer, so nobody can tell whether {len(open_jobs)} jobs still run; try again, "
+            f"squeue does not respond, so the state of {len(open_jobs)} jobs is unknown; try again, "
             f"or delete {str(jobs_path(folder) / 'jobs.json')!r} if that cluster is gone"
         )
     return {run: job for run, job in open_jobs.items() if job in alive}
 
 
 def alive_of(jobs: Collection[Job]) -> set[Job] | None:
-    """Those that are queued or running; ``None`` if SLURM does not say.
+    """Return the jobs that are queued or running; `None` if SLURM does not respond.
 
     submitit would ask sacct, which needs a data base that not every cluster has, is behind the queue, and
     calls a suspended job finished. The queue itself is what decides whether a run may be submitted.
@@ -69,7 +69,7 @@ def _queue() -> set[str] | None:
 
 
 def _is_running(process: str) -> bool:
-    """Whether this is a process of submitit's local executor; one that has ended has no command line."""
+    """Return whether this is a process of submitit's local executor; a dead one has no command line."""
     try:
         return b"submitit.local._local" in Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:
@@ -77,7 +77,7 @@ def _is_running(process: str) -> bool:
 
 
 def jobs_path(folder: StudyFolder) -> Path:
-    """The folder for all that belongs to jobs."""
+    """Return the folder of jobs."""
     return folder.path / "jobs"
 
 
@@ -86,7 +86,7 @@ def _read_jobs(folder: StudyFolder) -> dict[str, Job]:
     return read_json(dict[str, Job], path) if path.exists() else {}
 
 
-def write_jobs(folder: StudyFolder, jobs: Mapping[Run, Job]) -> None:
+def write_jobs(folder: StudyFolder, jobs: Mapping[StudyRun, Job]) -> None:
     """Note the jobs of some runs, in the place of their former ones."""
     jobs_path(folder).mkdir(exist_ok=True)
     values = _read_jobs(folder) | {run.key: job for run, job in jobs.items()}

@@ -1,4 +1,4 @@
-"""What a run leaves behind: one JSON record, which says when it was changed by hand."""
+"""Record of a run as JSON, with a digest that shows manual changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from localvit.evaluation import Metrics
 from localvit.models import preprocessing_for
 from localvit.runtime import commit, versions
 from localvit.structure import build, plain, read_json, to_json
-from localvit.studies.design import Run, key_of
+from localvit.studies.design import StudyRun, key_of
 from localvit.training import train
 
 RECORD = "record.json"
@@ -29,25 +29,25 @@ RECORD = "record.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """The outcome of one run. All of it is JSON.
+    """Result of one run, in JSON values.
 
     Attributes:
-        key: Names the configuration (`study.key_of`).
+        key: Name of the configuration (`study.key_of`).
         config: The resolved configuration.
         history: One mapping per epoch, as in `training.RunResult`.
-        best_epoch: Chosen on the validation split.
+        best_epoch: Best epoch on the validation split.
         validation: Metrics of that epoch.
-        test: Metrics of its weights on the reported split.
+        test: Metrics of its weights on the test split.
         parameters: Number of parameters.
         macs: Multiply-accumulates for one image.
-        seconds: Training took, over all parts of a run that was interrupted; validation is not counted.
-        images_per_second: Of training, loading included: the median over the epochs.
-        peak_memory: In bytes (`machine.peak_memory`), of the last part; ``None`` where it is not known.
+        seconds: Training time without validation, over all parts of an interrupted run.
+        images_per_second: Training throughput, loading included: the median over the epochs.
+        peak_memory: Peak memory in bytes (`bench.peak_memory`) of the last part; `None` if unknown.
         notes: Sentences about the splits.
         versions: Package -> version.
-        commit: Of git, where the package is in a checkout.
-        machine: In words.
-        digest: Of all the rest, so that an edit shows.
+        commit: Git commit, if the package is in a checkout.
+        machine: Description of the machine.
+        digest: Digest of the other fields, which shows an edit.
     """
 
     key: str
@@ -68,16 +68,16 @@ class Record:
     digest: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Field -> JSON value."""
+        """Return field -> JSON value."""
         return dataclasses.asdict(self)
 
     def sealed(self) -> Record:
-        """The same with its digest."""
+        """Return the record with its digest."""
         return dataclasses.replace(self, digest=_digest(self.to_dict()))
 
 
 def perform(config: TrainConfig, folder: Path) -> Record:
-    """Train one configuration in `folder`, or the rest of it, and leave its record there.
+    """Train one configuration in `folder`, or the rest of it, and write its record.
 
     Raises:
         ConfigError, DataError, UnreadableImage, TrainingFailed: as `training.train`.
@@ -106,29 +106,29 @@ def perform(config: TrainConfig, folder: Path) -> Record:
     return record
 
 
-def parse_record(values: Any, where: str, run: Run) -> Record:
-    """The record of `run` in JSON `values`.
+def parse_record(values: Any, where: str, run: StudyRun) -> Record:
+    """Return the record of `run` in JSON `values`.
 
     Raises:
-        ConfigError: if it is none, is that of another configuration, or was changed after it was written.
+        ConfigError: if it is invalid, has another configuration, or was changed afterwards.
     """
     try:
         record = build(Record, values)
         config = plain(build(TrainConfig, from_older(record.config), "config"))
     except ConfigError as error:
-        raise ConfigError(f"{where} is no record ({error})") from error
+        raise ConfigError(f"{where} is not a record: {error}; restore it") from error
     if not key_of(config) == record.key == run.key:
-        raise ConfigError(f"{where} does not hold the configuration of {run.arm} seed {run.seed}")
+        raise ConfigError(f"{where} is not of {run.arm} seed {run.seed}; restore it")
     if record.digest != _digest(values):
-        raise ConfigError(f"{where} was changed after it was written")
+        raise ConfigError(f"{where} was changed after it was written; restore it")
     return record
 
 
-def read_record(folder: Path, run: Run) -> Record | None:
-    """The record in a run's folder; ``None`` if the run has not finished.
+def read_record(folder: Path, run: StudyRun) -> Record | None:
+    """Read the record in a run's folder; `None` if the run has not finished.
 
     Raises:
-        ConfigError: as `parse_record`, with what to do.
+        ConfigError: as `parse_record`, with a remedy.
     """
     path = folder / RECORD
     if not path.exists():
@@ -136,7 +136,7 @@ def read_record(folder: Path, run: Run) -> Record | None:
     try:
         return parse_record(read_json(dict[str, Any], path), repr(str(path)), run)
     except ConfigError as error:
-        raise ConfigError(f"{error}; delete {str(folder)!r} to redo it") from error
+        raise ConfigError(f"{error}, or delete {str(folder)!r}") from error
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The missing runs of a study, in worker processes, with a table for whoever watches."""
+"""Missing runs of a study, in worker processes, with a display."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from localvit.data import disable_ghostscript, open_splits
 from localvit.errors import ConfigError, one_line
 from localvit.runtime import pick_device
-from localvit.studies.design import Facts, Run, Study, check_study
+from localvit.studies.design import Study, StudyRun, StudySummary, check_study
 from localvit.studies.execution import cluster as clusters
 from localvit.studies.execution.display import Display
 from localvit.studies.execution.folder import Outcome, StudyFolder
@@ -29,11 +29,11 @@ from localvit.studies.execution.records import Record, perform
 
 
 class StudyFailed(RuntimeError):
-    """A study cannot be completed; the message says which runs failed and why."""
+    """Failure of a study; the message has the failed runs and the reasons."""
 
 
-Failures = dict[Run, str]
-"""Runs that did not finish, each with the reason."""
+Failures = dict[StudyRun, str]
+"""Failed runs, each with the reason."""
 
 
 def run_missing(
@@ -47,36 +47,36 @@ def run_missing(
     command: str = "",
     console: Console | None = None,
 ) -> Failures:
-    """Do every run of the study that has no record yet, one seed of every arm first.
+    """Run every run of the study without a record, ordered by seed.
 
-    A run that was interrupted goes on from its last state; one that fails does not stop the others. On an
-    interrupt the workers end at once, finished runs stay, and a later call goes on.
+    An interrupted run resumes from its last state; a failed one does not stop the others. On an interrupt the
+    workers end at once, finished runs stay, and a later call resumes.
 
     Args:
-        folder: Of the study.
-        jobs: Worker processes. Each has one GPU, where there are any, in turns: with more jobs than GPUs
-            several runs share one. Not for a cluster.
-        threads: Of each worker; small models gain nothing from more than one.
-        cluster: Where the runs become jobs; ``None``: they run here. Jobs of an earlier call that are still
-            there are followed, an interrupt leaves them there.
-        retry: Start failed runs anew; otherwise they are left as they are and listed.
-        reuse: Folders of other studies, whose finished runs of the same configuration are taken over.
-        command: Kept beside the study.
-        console: Where progress is shown; ``None`` shows nothing.
+        folder: Folder of the study.
+        jobs: Worker processes. Each has one GPU, if there are any, in turns: with more jobs than GPUs several
+            runs share one. Not for a cluster.
+        threads: Threads of each worker; small models gain nothing from more than one.
+        cluster: Cluster for the runs; `None`: they run here. Jobs of an earlier call are followed, and an
+            interrupt leaves them running.
+        retry: Repeat failed runs; otherwise they are listed.
+        reuse: Folders of other studies, from which finished runs of the same configuration are copied.
+        command: Command that is saved with the study.
+        console: Console for progress; `None` shows nothing.
 
     Raises:
         ConfigError, DataError: if an arm cannot be trained, a record cannot be read, another process works
             in the folder or nothing can be submitted from here; nothing was written. Or if the cluster
-            refuses the jobs, or some are there and `cluster` is ``None``.
+            refuses the jobs, or jobs exist and `cluster` is `None`.
     """
     if cluster is not None:
         cluster.check(folder.study, threads)
-    facts = check_ready(folder.study, here=cluster is None)
-    folder.finished()  # finds records that cannot be used
-    with folder.claim(command, facts.classes):
+    summary = check_ready(folder.study, here=cluster is None)
+    folder.finished()  # refuses damaged records
+    with folder.claim(command, summary.classes):
         if cluster is None and (there := living(folder)):
             listed = ", ".join(job.id for job in there.values())
-            raise ConfigError(f"{len(there)} runs are queued or running on a cluster (jobs {listed})")
+            raise ConfigError(f"{len(there)} runs have jobs ({listed}); add --cluster or cancel them")
         outcomes = _outcomes(folder, retry, reuse)
         failures = {run: o.reason for run, o in outcomes.items() if o.state == "failed"}
         missing = deque(run for run, o in outcomes.items() if o.state in ("new", "begun"))
@@ -85,7 +85,7 @@ def run_missing(
             if missing:
                 if cluster is not None:
                     jobs = cluster.parallel or len(missing)
-                with Display(console, folder, facts, done, failures, jobs) as display:
+                with Display(console, folder, summary, done, failures, jobs) as display:
                     if cluster is None:
                         _work(missing, folder, min(jobs, len(missing)), threads, failures, display)
                     else:
@@ -95,12 +95,12 @@ def run_missing(
     return failures
 
 
-def check_ready(study: Study, here: bool = True) -> Facts:
-    """Build what each arm trains and open its data: what cannot work fails before anything is written.
+def check_ready(study: Study, here: bool = True) -> StudySummary:
+    """Build each arm's model and open its data, so that errors come before anything is written.
 
     Args:
         study: The study.
-        here: Whether it will run on this machine, which then needs its device.
+        here: Check the device of this machine too.
 
     Raises:
         ConfigError, DataError: as `training.train`, for an arm that cannot be trained.
@@ -114,14 +114,15 @@ def check_ready(study: Study, here: bool = True) -> Facts:
             images = len(open_splits(config.data, seed=config.seed).train)
             if images < config.batch_size:
                 raise ConfigError(
-                    f"arm {arm.name!r}: batch_size={config.batch_size} does not fit {images} training images"
+                    f"arm {arm.name!r}: batch_size={config.batch_size} exceeds the {images} training images; "
+                    "lower it"
                 )
             seen.append((config.data, config.batch_size))
     return check_study(study)
 
 
-def _outcomes(folder: StudyFolder, retry: bool, reuse: Sequence[Path]) -> dict[Run, Outcome]:
-    """How far each run is, with failed ones forgotten (`retry`) and finished ones of others taken over."""
+def _outcomes(folder: StudyFolder, retry: bool, reuse: Sequence[Path]) -> dict[StudyRun, Outcome]:
+    """Return the outcome of each run, after removing failed ones (`retry`) and copying reused ones."""
     found = {run: folder.outcome(run) for run in folder.study.runs()}
     for run, outcome in found.items():
         if outcome.state == "failed" and retry:
@@ -133,11 +134,16 @@ def _outcomes(folder: StudyFolder, retry: bool, reuse: Sequence[Path]) -> dict[R
 
 
 def _work(
-    missing: deque[Run], folder: StudyFolder, jobs: int, threads: int, failures: Failures, display: Display
+    missing: deque[StudyRun],
+    folder: StudyFolder,
+    jobs: int,
+    threads: int,
+    failures: Failures,
+    display: Display,
 ) -> None:
-    """Give each worker one run after the other; one that dies takes no other run with it."""
+    """Give each worker one run after the other; the death of a worker fails one run only."""
     with _workers(jobs, threads) as workers:
-        running: dict[Future[Record], tuple[int, Run]] = {}
+        running: dict[Future[Record], tuple[int, StudyRun]] = {}
         while missing or running:
             busy = {slot for slot, _ in running.values()}
             for slot in set(range(jobs)) - busy:
@@ -149,7 +155,7 @@ def _work(
                 slot, run = running.pop(future)
                 error = future.exception()
                 if isinstance(error, BrokenProcessPool):
-                    failures[run] = "its process died, perhaps for want of memory; it will go on next time"
+                    failures[run] = "its process died, perhaps without memory; the next call resumes it"
                     workers[slot] = _worker(slot, threads)
                 elif error is not None:
                     failures[run] = one_line(error)
@@ -163,7 +169,7 @@ def _work(
 
 @contextmanager
 def _workers(count: int, threads: int) -> Iterator[list[Executor]]:
-    """Processes that end with this one, however it ends."""
+    """Start worker processes that end with this one."""
     before = set(multiprocessing.active_children())
     workers = [_worker(slot, threads) for slot in range(count)]
     try:
@@ -178,7 +184,7 @@ def _workers(count: int, threads: int) -> Iterator[list[Executor]]:
 
 
 def _worker(slot: int, threads: int) -> Executor:
-    """One process: a pool of its own, so that its death breaks no other."""
+    """Start one process in a pool of its own, so that its death breaks no other."""
     # Spawned, because a fork of a process whose torch has started threads can hang.
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker, initargs=(slot, threads))
@@ -191,12 +197,12 @@ def _start_worker(slot: int, threads: int) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one handles it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot tell its workers; they would train on beside those of the next try."""
+    """End this worker when its parent dies; it would train beside the next call's workers."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])

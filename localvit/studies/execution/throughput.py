@@ -1,4 +1,4 @@
-"""Images per second of models that are compared with each other."""
+"""Inference throughput of models, measured in turns."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from localvit.bench import interleaved, timer_for, using_threads, without_gradients
 
 THREADS = 1
-"""On a CPU: as in training; several threads of small models wait for each other more than they work."""
-_SECONDS = 0.05  # Of one measurement: long enough for the clock, short enough to alternate often.
+"""CPU threads, as in training; with several threads, small models mostly wait."""
+_SECONDS = 0.05  # per measurement: long enough for the clock, short enough to alternate often
 
 
 def images_per_second(
@@ -24,17 +24,17 @@ def images_per_second(
     rounds: int = 15,
     device: torch.device,
 ) -> dict[str, float]:
-    """Inference throughput of each model, without loading.
+    """Measure the inference throughput of each model, without loading.
 
-    The models take turns, so that a machine that is slow for a while is slow for all of them; the median
-    of the rounds is reported.
+    The models are timed in turns, so that a machine that is slow for a while is slow for all; the median of
+    the rounds is returned.
 
     Args:
-        models: Name -> model; they are left on `device` in evaluation mode.
+        models: Name -> model; they stay on `device` in evaluation mode.
         input_sizes: Name -> (channels, height, width) of its images.
         batch_size: Images in a forward pass.
-        rounds: How often each has its turn.
-        device: Where to measure; on a CPU with `THREADS`.
+        rounds: Number of rounds.
+        device: Device; a CPU uses `THREADS`.
     """
     images = {name: torch.rand(batch_size, *input_sizes[name], device=device) for name in models}
     works = {

@@ -1,8 +1,8 @@
-"""The learning rate of every arm, found the same way: one grid, the same seeds, the validation split.
+"""Tuning of every arm's learning rate with one search grid, the same seeds, and the validation split.
 
-A tuning is itself a study, whose arms are the arms of the question at each learning rate. Its outcome is a
-small value that is kept as JSON: a user's in the folder of the study, those of the recipes that come with
-the package in `localvit/studies/execution/tuned/`.
+A tuning is a study whose arms are the arms of the question at each learning rate. Its result is saved as
+JSON: a user's in the folder of the study, those of the package's recipes in
+`localvit/studies/execution/tuned/`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from localvit.atomic import write_atomically
-from localvit.config import TrainConfig, comparable, differences, from_older, merge
+from localvit.config import TrainConfig, differences, from_older, identity_fields, merge
 from localvit.errors import ConfigError
 from localvit.runtime import versions
 from localvit.structure import build, read_json, to_json
@@ -26,28 +26,28 @@ from localvit.studies.execution.folder import StudyFolder
 from localvit.studies.execution.run import Failures, StudyFailed, run_missing
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""The first grid, as multiples of the base's learning rate; 2 apart, nearer ones differ less than seeds."""
+"""First search grid, as multiples of the base's learning rate; factors below 2 differ less than seeds."""
 MOST_EXTENSIONS = 4
-"""Times that the grid grows by a factor of 2 at a border where a best value lies."""
+"""Maximum number of extensions of the search grid by a factor of 2 at a border with a best value."""
 FIRST_SEED = 1000
-"""Of a tuning. The seeds that are reported count from 0, so nothing is tuned on their validation splits."""
+"""First seed of a tuning. Test seeds count from 0, so nothing is tuned on their validation splits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Learning rates that were tried, and those that were chosen.
+    """Learning rates that were tried, and the chosen ones.
 
     Attributes:
-        base: The configuration that was tuned, without its learning rate and seed.
-        changes: Arm -> what it changes in the base.
-        grid: Learning rates that every arm tried, ascending.
-        seeds: With each of which every arm tried each of them.
+        base: Tuned configuration, without learning rate and seed.
+        changes: Arm -> its changes of the base.
+        grid: Learning rates of every arm, ascending.
+        seeds: Seeds of every arm and learning rate.
         validation_top1: Arm -> for each rate of the grid, the best epoch's validation top-1 of each seed,
-            in per cent; a run that failed has ``None``.
-        chosen: Arm -> the rate with the highest mean; the lower one of equals. Rates with a failed run
-            are out.
+            in per cent; a run that failed has `None`.
+        chosen: Arm -> the rate with the highest mean, the lower one of equals. Rates with a failed run are
+            excluded.
         at_border: Arms whose chosen rate is the grid's first or last after all extensions.
-        command: That repeats it.
+        command: Command that repeats the tuning.
         versions: Package -> version.
     """
 
@@ -62,10 +62,10 @@ class Tuning:
     versions: dict[str, str]
 
     def departures(self, base: TrainConfig) -> dict[str, tuple[Any, ...]]:
-        """Fields of `base` that differ from what was tuned: path -> (tuned, here)."""
-        # Read as a configuration: a field that is newer than the tuning has its default there.
+        """Return the fields of `base` that differ from the tuned ones: path -> (tuned, here)."""
+        # Read as a configuration: a field newer than the tuning has its default.
         tuned = build(TrainConfig, merge(from_older(self.base), {"optim": {"lr": base.optim.lr}}))
-        return differences(_tuned_part(comparable(tuned)), _tuned_part(comparable(base)))
+        return differences(_tuned_part(identity_fields(tuned)), _tuned_part(identity_fields(base)))
 
 
 def tune(
@@ -79,17 +79,17 @@ def tune(
     command: str,
     console: Console | None = None,
 ) -> Tuning:
-    """Try the grid with every arm, extend it for all arms while a best value lies at its border.
+    """Try the search grid with every arm; extend it for all while a best value is at its border.
 
     Args:
-        base: Shared by the arms; its learning rate is the centre of the grid.
-        arms: What they change in it; none changes the learning rate.
-        folder: Keeps the runs; repeating a tuning does what is missing.
-        factors: The first grid as multiples of the base's learning rate.
-        seeds: How many; three average out most of the luck of one.
+        base: Configuration of all arms; its learning rate is the centre of the grid.
+        arms: Arms, of which none changes the learning rate.
+        folder: Folder of the runs; the same call resumes.
+        factors: First search grid, as multiples of the base's learning rate.
+        seeds: Number of seeds; three average out most of the luck of one.
         jobs: Worker processes.
-        command: Noted in the result.
-        console: Where progress is shown.
+        command: Command that is saved in the result.
+        console: Console for progress.
 
     Raises:
         ConfigError, DataError: as `run.run_missing`.
@@ -111,7 +111,7 @@ def tune(
             break
         rates = wider
     return Tuning(
-        base=_tuned_part(comparable(base)),
+        base=_tuned_part(identity_fields(base)),
         changes={arm.name: arm.changes for arm in arms},
         grid=rates,
         seeds=list(study.seeds),
@@ -132,16 +132,16 @@ def load_tuning(path: Path) -> Tuning:
     """Read a `tuning.json`.
 
     Raises:
-        ConfigError: if it is none.
+        ConfigError: if it is invalid.
     """
     try:
         return read_json(Tuning, path)
     except ConfigError as error:
-        raise ConfigError(f"no tuning: {error}") from error
+        raise ConfigError(f"{error}; restore the tuning") from error
 
 
 def shipped_tuning(recipe: str) -> Tuning | None:
-    """The tuning of a recipe that comes with the package, if there is one."""
+    """Return the package's tuning of a recipe, if it exists."""
     with resources.as_file(
         resources.files("localvit.studies.execution") / "tuned" / f"{recipe}.json"
     ) as path:
@@ -176,7 +176,7 @@ def _choose(
 
 
 def _best(rates: Sequence[float], by_rate: Sequence[Sequence[float | None]]) -> float | None:
-    """The rate with the highest mean, the lower one of equals; ``None`` if each has a failed run."""
+    """Return the rate with the highest mean, the lower one of equals; `None` if each has a failed run."""
     means = {
         rate: statistics.fmean(score for score in scores if score is not None)
         for rate, scores in zip(rates, by_rate, strict=True)
@@ -186,7 +186,7 @@ def _best(rates: Sequence[float], by_rate: Sequence[Sequence[float | None]]) -> 
 
 
 def _extended(rates: Sequence[float], chosen: Sequence[float]) -> list[float]:
-    """The grid, longer by a factor of 2 at each end where a chosen rate lies."""
+    """Return the search grid, extended by a factor of 2 at each end with a chosen rate."""
     below = [rates[0] / 2] if rates[0] in chosen else []
     above = [rates[-1] * 2] if rates[-1] in chosen else []
     return [*below, *rates, *above]

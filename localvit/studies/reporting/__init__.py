@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from localvit.studies.reporting.report import (
         SPEED as SPEED,
         TUNING as TUNING,
-        Report as Report,
         Speed as Speed,
+        StudyReport as StudyReport,
         read_report as read_report,
         read_speed as read_speed,
     )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from localvit.studies.design import Run, Study
+from localvit.studies.design import Study, StudyRun
 from localvit.studies.execution import Record
 from localvit.studies.reporting.statistics import (
     CONFIDENCE,
@@ -109,7 +109,7 @@ class Findings:
 
 
 def findings(
-    study: Study, records: Mapping[Run, Record], inference_speed: Mapping[str, float] | None = None
+    study: Study, records: Mapping[StudyRun, Record], inference_speed: Mapping[str, float] | None = None
 ) -> Findings:
     """Compare the arms of a study that have records.
 
@@ -189,7 +189,7 @@ def p_text(p_value: float | None) -> str:
 
 
 def _arm_result(
-    study: Study, name: str, records: Mapping[Run, Record], inference_speed: float | None
+    study: Study, name: str, records: Mapping[StudyRun, Record], inference_speed: float | None
 ) -> ArmResult:
     own = {run.seed: record for run, record in records.items() if run.arm == name}
     first = next(iter(own.values()))

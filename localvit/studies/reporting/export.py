@@ -7,9 +7,9 @@ import io
 from pathlib import Path
 from typing import Literal
 
-from localvit.config import comparable, differences
+from localvit.config import differences, identity_fields
 from localvit.studies.reporting.comparison import interval
-from localvit.studies.reporting.report import Report, read_report
+from localvit.studies.reporting.report import StudyReport, read_report
 from localvit.studies.reporting.statistics import unpaired_difference
 from localvit.studies.reporting.tables import Table, result_table
 
@@ -43,7 +43,7 @@ def compare_studies(first: Path, second: Path) -> str:
     one, two = read_report(first), read_report(second)
     lines = [f"A: {first}: {one.study.question}", f"B: {second}: {two.study.question}"]
     lines += [f"warning ({name}): {w}" for name, r in (("A", one), ("B", two)) for w in r.warnings]
-    differ = differences(comparable(one.study.base), comparable(two.study.base))
+    differ = differences(identity_fields(one.study.base), identity_fields(two.study.base))
     lines += [f"base: {path}: {a!r} in A, {b!r} in B" for path, (a, b) in differ.items() if path != "seed"]
     rows = []
     for arm in one.findings.arms:
@@ -57,7 +57,7 @@ def compare_studies(first: Path, second: Path) -> str:
     return "\n".join([*lines, "", table.markdown() if rows else "no arm has two seeds in both"])
 
 
-def _csv(report: Report) -> str:
+def _csv(report: StudyReport) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -18,7 +18,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from localvit.studies.execution import Record
 from localvit.studies.reporting.comparison import ArmResult, Findings
-from localvit.studies.reporting.report import SHOWN_KERNELS, Kernels, Report
+from localvit.studies.reporting.report import SHOWN_KERNELS, Kernels, StudyReport
 from localvit.studies.reporting.tables import METRICS
 
 COLOURS = (
@@ -59,7 +59,7 @@ class Figure:
     caption: str
 
 
-def figures(report: Report) -> list[Figure]:
+def figures(report: StudyReport) -> list[Figure]:
     """Draw all figures of a report."""
     found, metric = report.findings, METRICS[report.study.metric]
     if not found.arms:

@@ -1,4 +1,4 @@
-"""Forms of a report: a page that loads nothing, Markdown and JSON; rendering reads no study's files."""
+"""Rendering of a report to a self-contained page, Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from localvit.studies.execution import Record
 from localvit.studies.reporting import tables
 from localvit.studies.reporting.comparison import verdict
 from localvit.studies.reporting.figures import Figure, figures
-from localvit.studies.reporting.report import Report
+from localvit.studies.reporting.report import StudyReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +32,11 @@ class Rendered:
         return {"summary.json": self.summary, "report.md": self.markdown, "report.html": self.html}
 
 
-def write_report(report: Report) -> None:
+def write_report(report: StudyReport) -> None:
     """Write `summary.json`, `report.md` and `report.html` into the study's folder, once all are rendered.
 
     Raises:
-        WriteFailed: if a file cannot be written; the old one is as it was.
+        WriteFailed: if a file cannot be written; the old one stays.
     """
     for name, text in render(report).files.items():
         path = report.folder / name
@@ -44,7 +44,7 @@ def write_report(report: Report) -> None:
             write_atomically(path, text)
 
 
-def render(report: Report) -> Rendered:
+def render(report: StudyReport) -> Rendered:
     """Render a report in all its forms."""
     return Rendered(
         html=_render(report, "html", figures(report)),
@@ -53,12 +53,12 @@ def render(report: Report) -> Rendered:
     )
 
 
-def verdicts(report: Report) -> list[str]:
-    """Say for every comparison in a sentence or two what was shown."""
+def verdicts(report: StudyReport) -> list[str]:
+    """Describe the result of every comparison in a sentence or two."""
     return [verdict(contrast, report.findings) for contrast in report.findings.contrasts]
 
 
-def _render(report: Report, form: str, drawn: Sequence[Figure]) -> str:
+def _render(report: StudyReport, form: str, drawn: Sequence[Figure]) -> str:
     environment = _environment(form)
     values = plain(report.study.base)
     shared = to_yaml({k: v for k, v in values.items() if k not in ("seed", "output")})
@@ -98,7 +98,7 @@ def _unbroken(text: str) -> str:
 
 
 def _origin(records: Sequence[Record]) -> dict[str, str] | None:
-    """Say with what and on which machines the runs were made."""
+    """Describe the versions and machines of the runs."""
     if not records:
         return None
     return {
@@ -114,11 +114,11 @@ def _made_with(record: Record) -> str:
     return f"{versions}, commit {record.commit[:12]}" if record.commit else versions
 
 
-def _summary(report: Report) -> str:
+def _summary(report: StudyReport) -> str:
     values = {
         **report.findings.to_dict(),
         "study": report.study.to_dict(),
-        "confounders": {name: list(arm.confounders) for name, arm in report.facts.arms.items()},
+        "confounders": {name: list(arm.confounders) for name, arm in report.summary.arms.items()},
         "warnings": list(report.warnings),
         "command": report.command,
     }

@@ -12,7 +12,7 @@ import safetensors
 
 from localvit.errors import ConfigError
 from localvit.structure import read_json
-from localvit.studies.design import Facts, Run, Study, check_study, locality_sites
+from localvit.studies.design import Study, StudyRun, StudySummary, check_study, locality_sites
 from localvit.studies.execution import Record, StudyFolder, Tuning, load_tuning, read_besides, read_study
 from localvit.studies.reporting.comparison import Findings, findings
 
@@ -41,14 +41,14 @@ class Kernels:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class StudyReport:
     """Contents of a study's folder, read and compared.
 
     Attributes:
         folder: Folder of the study.
         study: Arms, seeds and question.
-        facts: Models of its arms.
-        records: Those of the runs that are done.
+        summary: Summary of its models.
+        records: Records of the finished runs.
         findings: Results and comparisons.
         warnings: Sentences on what makes the results doubtful, such as damaged or missing records.
         tuning: Search for the learning rates; `None` if they were not tuned.
@@ -59,8 +59,8 @@ class Report:
 
     folder: Path
     study: Study
-    facts: Facts
-    records: dict[Run, Record]
+    summary: StudySummary
+    records: dict[StudyRun, Record]
     findings: Findings
     warnings: tuple[str, ...]
     tuning: Tuning | None
@@ -69,28 +69,28 @@ class Report:
     kernels: tuple[Kernels, ...]
 
 
-def read_report(folder: Path) -> Report:
+def read_report(folder: Path) -> StudyReport:
     """Read the folder of a study, finished or not; a file that cannot be used becomes a warning.
 
     Raises:
-        ConfigError: if it holds no study.
+        ConfigError: if it has no study.
     """
     study = read_study(folder)
     command, classes = read_besides(folder)
     store = StudyFolder(folder, study)
     records, wrong = store.readable()
-    facts = check_study(study, classes)
+    summary = check_study(study, classes)
     speed: Speed = _or_warn(wrong, lambda: read_speed(folder), Speed())
-    return Report(
+    return StudyReport(
         folder=folder,
         study=study,
-        facts=facts,
+        summary=summary,
         records=records,
         findings=findings(study, records, speed.images_per_second),
         tuning=_or_warn(wrong, lambda: _tuning(folder), None),
         command=command,
         speed_machine=speed.machine,
-        kernels=_or_warn(wrong, lambda: read_kernels(store, records, facts.classes), ()),
+        kernels=_or_warn(wrong, lambda: read_kernels(store, records, summary.classes), ()),
         warnings=(*wrong, *_mixed(records), *_missing(study, records)),
     )
 
@@ -125,7 +125,7 @@ def read_speed(folder: Path) -> Speed:
         raise ConfigError(f"{error}; delete it to measure again") from error
 
 
-def read_kernels(store: StudyFolder, records: Mapping[Run, Record], classes: int) -> tuple[Kernels, ...]:
+def read_kernels(store: StudyFolder, records: Mapping[StudyRun, Record], classes: int) -> tuple[Kernels, ...]:
     """Read the depth-wise kernels of up to three feed-forward networks (first, middle, last).
 
     They are those of the first run with locality whose weights are available. Networks that no output depends
@@ -143,7 +143,7 @@ def read_kernels(store: StudyFolder, records: Mapping[Run, Record], classes: int
         try:
             found = _depthwise(path, [site for site, used in sites.items() if used])
         except (OSError, safetensors.SafetensorError) as error:
-            raise ConfigError(f"no kernels are drawn: {str(path)!r} cannot be read: {error}") from error
+            raise ConfigError(f"{str(path)!r} cannot be read: {error}; no kernels are drawn") from error
         unused = tuple(site for site, used in sites.items() if not used)
         return tuple(
             Kernels(site=site, arm=run.arm, seed=run.seed, weights=weights, left_out=unused)
@@ -179,8 +179,8 @@ def _or_warn(warnings: list[str], read: Callable[[], Any], otherwise: Any) -> An
         return otherwise
 
 
-def _mixed(records: Mapping[Run, Record]) -> list[str]:
-    """Warn of results that were made under different conditions."""
+def _mixed(records: Mapping[StudyRun, Record]) -> list[str]:
+    """Warn of results from different conditions."""
     values: list[tuple[str, Callable[[Record], str]]] = [
         (
             "versions",
@@ -198,7 +198,7 @@ def _mixed(records: Mapping[Run, Record]) -> list[str]:
     return found
 
 
-def _missing(study: Study, records: Mapping[Run, Record]) -> list[str]:
+def _missing(study: Study, records: Mapping[StudyRun, Record]) -> list[str]:
     """Warn of runs without a record, by arm."""
     missing: dict[str, list[str]] = {}
     for run in study.runs():

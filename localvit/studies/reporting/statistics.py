@@ -88,7 +88,7 @@ def paired_difference(treatment: Sequence[int], control: Sequence[int], images: 
         ValueError: if the lengths differ, or for fewer than two pairs.
     """
     if len(treatment) != len(control):
-        raise ValueError(f"{len(treatment)} values of the treatment, {len(control)} of the control: no pairs")
+        raise ValueError(f"{len(treatment)} and {len(control)} values are not pairs; use as many of each")
     counts = np.subtract(treatment, control)
     points = 100 * counts / images
     mean, vary = estimate(points.tolist()), bool(np.ptp(counts))
@@ -116,7 +116,7 @@ def sign_flip_p(differences: Sequence[int]) -> float:
         ValueError: for fewer than two values.
     """
     if len(differences) < 2:
-        raise ValueError(f"differences={list(differences)!r}: at least two are needed")
+        raise ValueError(f"differences={list(differences)!r} is not accepted; use at least two")
     counts = (np.asarray(differences, dtype=np.int64),)
     options = {"permutation_type": "samples", "n_resamples": _RESAMPLES, "rng": 0}
     return float(stats.permutation_test(counts, np.sum, **options).pvalue)
@@ -168,7 +168,7 @@ def seeds_needed(sd: float, difference: float) -> int | None:
         ValueError: for values outside these.
     """
     if not 0 < abs(difference) < np.inf:
-        raise ValueError(f"difference={difference!r} must be finite and not 0")
+        raise ValueError(f"difference={difference!r} is not accepted; use a finite number other than 0")
     numbers = range(2, MOST_SEEDS + 1)
     at = bisect.bisect_left(numbers, True, key=lambda n: smallest_detectable(sd, n) <= abs(difference))
     return numbers[at] if at < len(numbers) else None
@@ -185,7 +185,7 @@ def smallest_detectable(sd: float, n: int) -> float:
         ValueError: for values outside these.
     """
     if n < 2 or not 0 < sd < np.inf:
-        raise ValueError(f"sd={sd!r}, n={n!r}: needs sd > 0 and n >= 2")
+        raise ValueError(f"sd={sd!r}, n={n!r} is not accepted; use sd > 0 and n >= 2")
     critical = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
 
     def missing_power(shift: float) -> float:
@@ -202,5 +202,5 @@ def smallest_detectable(sd: float, n: int) -> float:
 def _checked(values: Sequence[float]) -> np.ndarray:
     x = np.asarray(values, dtype=float)
     if x.ndim != 1 or len(x) < 2 or not np.isfinite(x).all():
-        raise ValueError(f"values={list(values)!r}: at least two finite numbers are needed")
+        raise ValueError(f"values={list(values)!r} is not accepted; use at least two finite numbers")
     return x

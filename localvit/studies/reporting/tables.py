@@ -17,7 +17,7 @@ from localvit.locality import LocalityConfig
 from localvit.studies.design import Claim, Metric, Study
 from localvit.studies.execution import Tuning
 from localvit.studies.reporting.comparison import WORTH_SEEING, ArmResult, Contrast, interval, p_text
-from localvit.studies.reporting.report import Report
+from localvit.studies.reporting.report import StudyReport
 from localvit.studies.reporting.statistics import Estimate
 
 METRICS: dict[Metric, str] = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
@@ -48,7 +48,7 @@ class Table:
         return made
 
 
-def result_table(report: Report) -> Table:
+def result_table(report: StudyReport) -> Table:
     """Give each arm its score, and its difference from its control."""
     found = report.findings
     contrasts = {contrast.arm: contrast for contrast in found.contrasts}
@@ -64,44 +64,44 @@ def result_table(report: Report) -> Table:
     )
 
 
-def result_notes(report: Report) -> str:
+def result_notes(report: StudyReport) -> str:
     """Explain the columns of the main table."""
     number = len(report.findings.contrasts)
     corrected = f", corrected for {number} comparisons (Holm)" if number > 1 else ""
     return f"Difference: mean of the paired differences with its 95 % interval. p: paired t-test{corrected}."
 
 
-def cost_table(report: Report) -> Table:
+def cost_table(report: StudyReport) -> Table:
     """Give each arm the cost of its model."""
     results = {arm.name: arm for arm in report.findings.arms}
     rows = []
-    for name, facts in report.facts.arms.items():
+    for name, summary in report.summary.arms.items():
         result = results.get(name)
-        parameters, macs = (result or facts).parameters, (result or facts).macs
+        parameters, macs = (result or summary).parameters, (result or summary).macs
         memory = result.peak_memory if result else None
         speeds = (result.training_speed, result.inference_speed) if result else (None, None)
-        cells = [f"{parameters:,}", giga(macs), _or_dash(facts.tokens, "{:,}")]
+        cells = [f"{parameters:,}", giga(macs), _or_dash(summary.tokens, "{:,}")]
         cells += [_or_dash(speed, "{:,.0f}") for speed in speeds]
         rows.append([name, *cells, _or_dash(memory and memory / 1e6, "{:,.0f} MB")])
     head = ["arm", "parameters", "MACs per image", "tokens"]
     return Table([*head, "training, images/s", "inference, images/s", "peak memory"], rows)
 
 
-def differing_fields(report: Report) -> Table:
+def differing_fields(report: StudyReport) -> Table:
     """List the fields in which each arm's configuration differs from its control's."""
     rows = [
         [name, report.study.control_of(report.study.arm(name)), path, field_value(there), field_value(here)]
-        for name, facts in report.facts.arms.items()
-        for path, (there, here) in facts.differs.items()
+        for name, summary in report.summary.arms.items()
+        for path, (there, here) in summary.differs.items()
     ]
     return Table(["arm", "control", "field", "in the control", "in the arm"], rows, words=True)
 
 
-def confounders(report: Report) -> dict[str, list[str]]:
+def confounders(report: StudyReport) -> dict[str, list[str]]:
     """Group the sentences on other differences by the arms that they hold for: names of arms -> sentences."""
     arms: dict[str, list[str]] = {}
-    for name, facts in report.facts.arms.items():
-        for sentence in facts.confounders:
+    for name, summary in report.summary.arms.items():
+        for sentence in summary.confounders:
             arms.setdefault(sentence, []).append(name)
     groups: dict[str, list[str]] = {}
     for sentence, names in arms.items():
@@ -109,7 +109,7 @@ def confounders(report: Report) -> dict[str, list[str]]:
     return groups
 
 
-def claim_table(report: Report, claim: Claim) -> Table:
+def claim_table(report: StudyReport, claim: Claim) -> Table:
     """Compare the claim about each arm with its result."""
     contrasts = {contrast.arm: contrast for contrast in report.findings.contrasts}
     rows = []
@@ -126,7 +126,7 @@ def claim_table(report: Report, claim: Claim) -> Table:
     return Table(head, rows, words=True)
 
 
-def power_table(report: Report) -> Table:
+def power_table(report: StudyReport) -> Table:
     """Show how much the seeds of each comparison could have found."""
     rows = []
     for contrast in report.findings.contrasts:

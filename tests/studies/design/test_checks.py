@@ -24,18 +24,18 @@ def study(*arms, settings=TINY, **fields):
 
 
 def cost(made, name):
-    facts = check_study(made).arms[name]
-    return {"params": facts.parameters, "macs": facts.macs}
+    summary = check_study(made).arms[name]
+    return {"params": summary.parameters, "macs": summary.macs}
 
 
 def test_costs_by_hand():
-    facts = check_study(study(LOCAL)).arms
+    summary = check_study(study(LOCAL)).arms
     # Patch embedding 4*16+16, class token and 17 positions, 2 blocks, norm, head of 10 classes.
     block = 2 * 32 + (16 * 48 + 48) + (16 * 16 + 16) + (16 * 64 + 64) + (64 * 16 + 16)
-    assert facts["plain"].parameters == (4 * 16 + 16) + 16 + 17 * 16 + 2 * block + 32 + 10 * 17
-    assert facts["plain"].tokens == facts["local"].tokens == 17
-    assert (facts["plain"].differs, facts["plain"].confounders) == ({}, ())
-    assert facts["local"].differs == {"model.locality": (None, {})}
+    assert summary["plain"].parameters == (4 * 16 + 16) + 16 + 17 * 16 + 2 * block + 32 + 10 * 17
+    assert summary["plain"].tokens == summary["local"].tokens == 17
+    assert (summary["plain"].differs, summary["plain"].confounders) == ({}, ())
+    assert summary["local"].differs == {"model.locality": (None, {})}
 
 
 def sentences(arm, *others, settings=TINY):

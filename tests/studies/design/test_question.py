@@ -24,9 +24,9 @@ def test_every_question_can_be_asked_at_every_scale(name, scale):
     assert len(study.contrasts()) >= 2
     if name == "architectures" and scale == "paper":
         return  # the models of the publications: counted in tests/models
-    facts = check_study(study)
+    summary = check_study(study)
     for arm, control in study.contrasts():
-        differs = facts.arms[arm.name].differs
+        differs = summary.arms[arm.name].differs
         assert differs, f"{arm.name} against {control.name}"
         assert {path.split(".")[0] for path in differs} <= {"model", "data"}
 
@@ -87,15 +87,15 @@ CLAIM = "claim: {text: t, source: s, "
         ("{epochs: 60}", "{epoch: 60}", "arms.long.epoch: .*did you mean 'epochs'"),
         ("{epochs: 60}", "{}", "arms 'short' and 'long' are the same configuration"),
         ("{epochs: 60}", "60", "arms.long: 60 is not accepted; use a mapping"),
-        ("against: long", "against: logn", "control: there is no arm 'logn'"),
-        ("longer: {epochs: 90}", "longest: {epochs: 90}", "scales.mine.arms: there is no 'longest'"),
+        ("against: long", "against: logn", "control: the arm 'logn' does not exist"),
+        ("longer: {epochs: 90}", "longest: {epochs: 90}", "scales.mine.arms: 'longest' does not exist"),
         ("recipe: digits", "recipe: digit", "did you mean 'digits'"),
         ("recipe: digits, ", "", "scales.mine.recipe is missing"),
         ("match: none", "match: time", "match: 'time' is not accepted; use 'none', 'params' or 'macs'"),
         (
             "match: none",
             "claim: {text: t, source: s, expected: {lon: better}}",
-            "claim.expected: there is no 'lon'; did you mean 'long'",
+            "claim.expected: 'lon' does not exist; did you mean 'long'",
         ),
     ],
 )
@@ -110,7 +110,7 @@ def test_what_is_wrong_is_named(tmp_path, old, new, message):
         ("  long:", "  on:", "line 5: arms: the key on is not text in YAML; quote it: 'on'"),
         ("  long:", "  off:", "line 5: arms: the key off is not text in YAML; quote it: 'off'"),
         ("  long:", "  5:", "line 5: arms: the key 5 is not text in YAML; quote it: '5'"),
-        ("  longer: {", "  long: {", "line 6: arms: the key 'long' is there twice"),
+        ("  longer: {", "  long: {", "line 6: arms: duplicate key 'long'"),
         ("{epochs: 60}", "{epochs: 0x_}", "line 5: arms.long.epochs: 0x_ is an integer in YAML"),
         ("{epochs: 60}", "{epochs: [" + "[" * 1000, "nested more than 40 levels deep"),
         ("short", "[short]", "control: ['short'] is not accepted; use a string"),
@@ -135,15 +135,15 @@ def test_what_is_wrong_is_named(tmp_path, old, new, message):
         (
             "match: none",
             CLAIM + "reported: {lang: 75}}",
-            "claim.reported: there is no 'lang'; did you mean 'long'",
+            "claim.reported: 'lang' does not exist; did you mean 'long'",
         ),
-        ("match: none", CLAIM + "expceted: {}}", "claim.expceted: there is no such field; did you mean"),
+        ("match: none", CLAIM + "expceted: {}}", "claim.expceted: this field does not exist; did you mean"),
         (
             "{longer: {epochs: 90}}",
             "{longer: 3}",
             "scales.mine.arms.longer: 3 is not accepted; use a mapping",
         ),
-        ("recipe: digits", "recipes: digits", "scales.mine.recipes: there is no such field; did you mean"),
+        ("recipe: digits", "recipes: digits", "scales.mine.recipes: this field does not exist; did you mean"),
         ("recipe: digits", "recipe: 3", "scales.mine.recipe: 3 is not accepted; use a string"),
     ],
 )
@@ -170,7 +170,7 @@ def test_what_an_arm_asks_of_a_cluster_is_checked(tmp_path):
 def test_unknown_names_come_with_those_that_exist():
     with pytest.raises(ConfigError, match=r"did you mean 'placement'.*questions: architectures, "):
         load_question("plaecment")
-    with pytest.raises(ConfigError, match="there is no 'smal'; did you mean 'small'"):
+    with pytest.raises(ConfigError, match="'smal' does not exist; did you mean 'small'"):
         load_question("gate").study("smal", 2)
 
 

@@ -115,7 +115,7 @@ def test_an_interrupt_leaves_the_jobs_and_nothing_is_submitted_twice(folder, slu
         run_missing(folder)
     assert "running as job 100_2" in Cluster().describe(folder, folder.study.runs())[2]
     (slurm.folder / "down").touch()
-    with pytest.raises(ConfigError, match="squeue does not answer"):
+    with pytest.raises(ConfigError, match="squeue does not respond"):
         run_missing(folder, cluster=Cluster())
     (slurm.folder / "down").unlink()
     slurm.acts = [
@@ -134,7 +134,7 @@ def test_what_jobs_left_undone_is_said_and_done_by_the_next_call(folder, slurm):
     first, second, third, fourth = folder.study.runs()
     slurm.acts = [lambda: finish(folder, slurm, first, second, third), lambda: None]
     said = (
-        r"1 of 4 runs failed .locality seed 1: its job 100_3 ended before it did.*; the same command goes on"
+        r"1 of 4 runs failed .locality seed 1: its job 100_3 ended before it did.*; the same command resumes"
     )
     with pytest.raises(StudyFailed, match=said):
         run_study(folder.study, folder.path, cluster=Cluster(), retry=False)

@@ -108,7 +108,7 @@ def test_a_damaged_tuning_is_named(tmp_path):
     path = tmp_path / "tuning.json"
     for text in ("", "[]", json.dumps({"grid": []})):
         path.write_text(text)
-        with pytest.raises(ConfigError, match=r"no tuning: .*tuning\.json'"):
+        with pytest.raises(ConfigError, match=r"tuning\.json'.*; restore the tuning"):
             load_tuning(path)
 
 

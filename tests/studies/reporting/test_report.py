@@ -111,7 +111,7 @@ def test_page_markdown_and_terminal_hold_the_same_numbers(report):
     markdown = (report.folder / "report.md").read_text()
     for cell in [cell for row in result_table(report).rows for cell in row]:
         assert all(cell in text for text in (page_of(report), markdown, terminal.get())), cell
-    for sentence in (*verdicts(report), *report.facts.arms["locality"].confounders):
+    for sentence in (*verdicts(report), *report.summary.arms["locality"].confounders):
         assert sentence in markdown
 
 
@@ -260,7 +260,7 @@ def test_every_cell_names_its_column_for_narrow_screens(report):
 
 def test_a_sentence_that_holds_for_several_arms_is_written_once():
     arms = {"a": SimpleNamespace(confounders=("x", "y")), "b": SimpleNamespace(confounders=("x", "z"))}
-    grouped = confounders(SimpleNamespace(facts=SimpleNamespace(arms=arms)))
+    grouped = confounders(SimpleNamespace(summary=SimpleNamespace(arms=arms)))
     assert grouped == {"a, b": ["x"], "a": ["y"], "b": ["z"]}
 
 

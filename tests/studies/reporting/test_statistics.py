@@ -82,7 +82,7 @@ def test_smallest_detectable_of_two_pairs_is_finite():
 
 @pytest.mark.parametrize(("sd", "n"), [(0.0, 5), (-1.0, 5), (float("nan"), 5), (float("inf"), 5), (1.0, 1)])
 def test_smallest_detectable_refuses(sd, n):
-    with pytest.raises(ValueError, match="needs sd > 0 and n >= 2"):
+    with pytest.raises(ValueError, match="use sd > 0 and n >= 2"):
         smallest_detectable(sd, n)
 
 
