@@ -86,7 +86,8 @@ def test_several_deltas_with_their_classifiers_take_turns_on_one_base(tmp_path):
     trained[1].reset_classifier(7)
     for i, model in enumerate(trained):
         save_locality(model, tmp_path / f"{i}", head=True)
-    plain = base(**SMALL | {"num_classes": 0})
+    plain = base()
+    plain.reset_classifier(0)
     for i in (0, 1, 1, 0):
         load_locality(plain, tmp_path / f"{i}")
         assert torch.equal(logits(plain), logits(trained[i]))
@@ -100,16 +101,13 @@ def test_the_head_stays_where_the_file_has_none(tmp_path):
     assert (plain.head.weight == 1).all()
 
 
-@pytest.mark.parametrize(
-    ("name", "bytes_"), [("vit_small_patch16_224", 663_552), ("vit_base_patch16_224", 1_327_104)]
-)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_the_new_weights_are_in_the_file_in_the_models_dtype(name, bytes_, dtype, tmp_path):
-    model = timm.create_model(name).to(dtype)
+def test_only_the_new_weights_are_in_the_file_in_the_models_dtype(dtype, tmp_path):
+    model = base(**SMALL | {"embed_dim": 384, "depth": 2}).to(dtype)  # a sixth of ViT-S, which has 0.66 MB
     localvit.localize(model, PRESERVE, count_macs=False)
     save_locality(model, tmp_path / "delta")
     assert {value.dtype for value in load_file(tmp_path / "delta").values()} == {dtype}
-    assert 0 < (tmp_path / "delta").stat().st_size - bytes_ * dtype.itemsize / 4 < 3000
+    assert 0 < (tmp_path / "delta").stat().st_size - 2 * 4 * 384 * 9 * dtype.itemsize < 2000
 
 
 def test_the_file_says_what_it_is(tmp_path):
@@ -214,7 +212,7 @@ DAMAGE = {
     ),
     "group": (lambda file: rewritten(file, lambda d: d["recipe"].update(also={"inner": {}})), "also='inner'"),
     "classes": (lambda file: rewritten(file, lambda d: d.update(num_classes=10**9)), "is damaged"),
-    "no head": (lambda file: rewritten(file, lambda d: d.update(num_classes=24)), "head.bias is missing"),
+    "no head": (lambda file: rewritten(file, lambda d: d.update(num_classes=96)), "head.bias is missing"),
 }
 
 
@@ -224,7 +222,8 @@ def test_a_damaged_or_foreign_file_changes_nothing(spoil, message, num_classes, 
     file = tmp_path / "delta"
     save_locality(learnt(base()), file)
     spoil(file)
-    plain = base(**SMALL | {"num_classes": num_classes})
+    plain = base()
+    plain.reset_classifier(num_classes)
     before = copy.deepcopy(plain)
     with pytest.raises(ConfigError, match=message) as caught:
         load_locality(plain, file)
