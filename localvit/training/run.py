@@ -29,9 +29,10 @@ from localvit.data import (
 )
 from localvit.errors import ConfigError, TrainingFailed
 from localvit.evaluation import Metrics
-from localvit.models import build_model, check_forward, preprocessing_for
+from localvit.models import base_digest, build_model, check_forward, preprocessing_for
 from localvit.runs import State, random_states, set_random_states
 from localvit.runtime import World
+from localvit.surgery import locality_parameters
 from localvit.training.engine import Engine, place_model
 from localvit.training.optim import build_optimizer, build_scheduler, freeze
 from localvit.training.task import build_task
@@ -89,7 +90,10 @@ class TrainState:
 
 @dataclass(kw_only=True)
 class Run:
-    """Everything that a run works with, ready before anything is written."""
+    """Everything that a run works with, ready before anything is written.
+
+    `base` is the digest of the pretrained weights that locality was added to, if there are any.
+    """
 
     config: TrainConfig
     world: World
@@ -101,6 +105,7 @@ class Run:
     validation: DataLoader[Batch]
     test: DataLoader[Batch]
     state: TrainState
+    base: str | None
 
     def close(self) -> None:
         """End the data workers at once: a traceback may refer to them until the program ends."""
@@ -262,6 +267,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
         splits.train, config.augment, preprocessing, batch_size=config.batch_size, seed=config.seed, **loading
     )
     freeze(model, config.train_only)
+    base = base_digest(model) if config.model.pretrained and locality_parameters(model) else None
     model = place_model(model, config.engine, world)
     task = build_task(
         model, config.augment, config.distill, preprocessing, splits.class_names, device=world.device
@@ -295,6 +301,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
             steps_per_epoch=len(train),
             loss_sum=torch.zeros((), dtype=torch.float64, device=world.device),
         ),
+        base=base,
     )
 
 
