@@ -44,7 +44,9 @@ def freeze(model: nn.Module, train_only: TrainOnly) -> None:
     local = [] if train_only == "head" else locality_parameters(model)
     head = [] if train_only == "locality-alone" else head_parameters(model)
     if not local and train_only != "head":
-        raise ConfigError(f"train_only={train_only!r}: the model has no locality (model.locality=null)")
+        raise ConfigError(
+            f"train_only={train_only!r}: the model has no locality (model.locality=null); use 'head' or 'all'"
+        )
     trained = {id(parameter) for _, parameter in (*local, *head)}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
