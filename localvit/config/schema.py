@@ -171,7 +171,7 @@ class TrainConfig:
         distill: Distillation from a teacher, or `None`.
         train_only: `"all"` parameters; `"locality"`: the parameters that locality added, and the classifier,
             which is new if the classes are; `"head"`: the classifier; `"locality-alone"`: the parameters that
-            locality added. All others keep their initial values.
+            locality added, which needs a classifier that is not zero. All others keep their initial values.
         engine: Computation of a step.
         ema_decay: Decay per step of an exponential moving average of the weights and of batch norm's running
             statistics. If set, the averaged model is validated, saved and reported. `None`: off.

@@ -156,7 +156,7 @@ def load_locality(model: nn.Module, file: str | Path) -> None:
 
 def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return the names and parameters of a model's classifiers, in the model's order."""
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else ()
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
     heads = classifier if isinstance(classifier, tuple) else (classifier,)
     own = {id(parameter) for head in heads for parameter in head.parameters()}
     return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in own]
