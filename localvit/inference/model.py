@@ -21,7 +21,7 @@ from localvit.config import TrainConfig
 from localvit.data import DataConfig, Preprocessing
 from localvit.engines import ENGINE_NAMES, Engine, EngineKind, open_engine, pick_engine
 from localvit.errors import ConfigError, one_line, unknown
-from localvit.models import preprocessing_for, why_unreadable
+from localvit.models import add_to_digest, preprocessing_for, why_unreadable
 from localvit.runs import read_run
 from localvit.runtime import pick_device
 
@@ -82,9 +82,7 @@ class OpenModel:
     def fingerprint(self) -> str:
         """Return a short digest of weights, preprocessing and names of classes."""
         digest = hashlib.sha256(repr((self.preprocessing, self.descriptions)).encode(errors="replace"))
-        for name, value in self.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        add_to_digest(digest, self.model.state_dict())
         return digest.hexdigest()[:16]
 
 

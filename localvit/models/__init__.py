@@ -11,6 +11,13 @@ if TYPE_CHECKING:
         preprocessing_for as preprocessing_for,
     )
     from localvit.models.config import ModelConfig as ModelConfig
+    from localvit.models.delta import (
+        add_to_digest as add_to_digest,
+        base_digest as base_digest,
+        head_parameters as head_parameters,
+        load_locality as load_locality,
+        save_locality as save_locality,
+    )
     from localvit.models.listing import (
         ModelCard as ModelCard,
         ModelEntry as ModelEntry,

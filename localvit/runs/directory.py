@@ -6,6 +6,7 @@ status.json      state, epochs done, best epoch, reported metrics, versions, dat
 metrics.jsonl    one object per epoch
 manifest.json    images of each split, for later evaluations
 last/  best/     model.safetensors + config.json: timm.create_model("local-dir:FOLDER/best", pretrained=True)
+                 best/locality.safetensors: delta file of pretrained weights that were frozen
 state/           what a run that has not finished resumes from
 ```
 """
@@ -30,6 +31,7 @@ from localvit.atomic import move_into_place, sync, temporary_prefix, umask, writ
 from localvit.config import ConfigDiff, TrainConfig, differences, identity_fields, refuse_changes
 from localvit.data import Manifest, Preprocessing
 from localvit.errors import ConfigError, TrainingFailed
+from localvit.models import save_locality
 from localvit.runs.lock import has_lock_file, locked
 from localvit.runs.saved import MANIFEST, read_run
 from localvit.runs.state import SavedState, drop_damaged, newest_name, read_newest, read_state, write_state
@@ -291,6 +293,13 @@ class RunDirectory:
                 move_into_place(temporary, self.path / name)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+    def save_delta(self, model: nn.Module) -> Path:
+        """Save locality and classifier of the best model as a delta file (`localvit.save_locality`)."""
+        file = self.path / "best" / "locality.safetensors"
+        with self._writing():
+            save_locality(model, file, head=True, overwrite=True)
+        return file
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

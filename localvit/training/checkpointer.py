@@ -12,6 +12,7 @@ import torch
 
 from localvit.errors import TrainingFailed, TrainingInterrupted
 from localvit.evaluation import Metrics
+from localvit.models import base_digest
 from localvit.runs import BestEpoch, Decision, RunDirectory, numbers
 from localvit.training.run import TrainingRun
 
@@ -85,6 +86,22 @@ class Checkpointer:
             self._save_model("last")
             self.directory.add_epoch(self.run.state.history[-1])
         self.save()
+
+    def save_delta(self) -> str | None:
+        """Save the best locality and classifier as a delta of the pretrained weights, if they are that.
+
+        Returns:
+            A sentence on the file, or on why there is none; `None` where there is nothing to say.
+        """
+        model = self.run.engine.evaluated
+        if not self.directory or self.run.base is None:
+            return None
+        if base_digest(model) != self.run.base:
+            return (
+                "no delta file: the base was trained too; train_only=locality keeps it, and then "
+                "best/locality.safetensors has all that was learned"
+            )
+        return f"{self.directory.save_delta(model)} has locality and classifier only (localvit.load_locality)"
 
     def finish(self, test: Metrics) -> None:
         """Write the result."""

@@ -119,8 +119,11 @@ def _fit(
     assert at.best is not None
     run.load_best()
     test = _measure(run, run.test, checkpointer)
+    delta = checkpointer.save_delta()
     checkpointer.finish(test)
     progress.finish(at.best_epoch, test)
+    if delta:
+        progress.note(delta)
     result = _result(
         run.config.output, at.history, (at.best_epoch, at.best, test), run.notes, run.engine.evaluated
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.optim import (
@@ -17,8 +17,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from localvit.config import OptimConfig, ScheduleConfig
+from localvit.config import OptimConfig, ScheduleConfig, TrainOnly
 from localvit.errors import ConfigError, one_line, unknown
+from localvit.models import head_parameters
 from localvit.surgery import locality_parameters
 
 _BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, KeyError, IndexError)
@@ -33,22 +34,23 @@ _GROUPING = (
 )
 
 
-def freeze(model: nn.Module, train_only: Literal["all", "locality"]) -> None:
-    """Freeze all but what `train_only` names: `"locality"` is its parameters and the classifier.
+def freeze(model: nn.Module, train_only: TrainOnly) -> None:
+    """Freeze all parameters but those that `train_only` names (see `TrainConfig`).
 
     Raises:
-        ConfigError: if the model has no locality.
+        ConfigError: if the model has none of them.
     """
     if train_only == "all":
         return
-    kept = {id(parameter) for _, parameter in locality_parameters(model)}
-    if not kept:
-        raise ConfigError("train_only='locality': the model has none; set model.locality or use 'all'")
-    classifier = model.get_classifier()  # type: ignore[operator]
-    for head in classifier if isinstance(classifier, tuple) else (classifier,):
-        kept |= {id(parameter) for parameter in head.parameters()}
+    local = [] if train_only == "head" else locality_parameters(model)
+    head = [] if train_only == "locality-alone" else head_parameters(model)
+    if not local and train_only != "head":
+        raise ConfigError(
+            f"train_only={train_only!r}: the model has no locality (model.locality=null); use 'head' or 'all'"
+        )
+    trained = {id(parameter) for _, parameter in (*local, *head)}
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
 
 
 def build_optimizer(

@@ -29,9 +29,10 @@ from localvit.data import (
 )
 from localvit.errors import ConfigError, TrainingFailed
 from localvit.evaluation import Metrics, open_equal_splits
-from localvit.models import build_model, check_forward, preprocessing_for
+from localvit.models import base_digest, build_model, check_forward, preprocessing_for
 from localvit.runs import SavedState, random_states, set_random_states
 from localvit.runtime import World
+from localvit.surgery import locality_parameters
 from localvit.training.engine import TrainingEngine, place_model
 from localvit.training.optim import build_optimizer, build_scheduler, freeze
 from localvit.training.task import build_task
@@ -89,7 +90,10 @@ class TrainState:
 
 @dataclass(kw_only=True)
 class TrainingRun:
-    """Objects of a run, built before anything is written."""
+    """Objects of a run, built before anything is written.
+
+    `base` is the digest of the pretrained weights that locality was added to, if there are any.
+    """
 
     config: TrainConfig
     world: World
@@ -102,6 +106,7 @@ class TrainingRun:
     validation: DataLoader[Batch]
     test: DataLoader[Batch]
     state: TrainState
+    base: str | None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -291,6 +296,7 @@ def prepare(config: TrainConfig, world: World) -> TrainingRun:
         splits.train, config.augment, preprocessing, batch_size=config.batch_size, seed=config.seed, **loading
     )
     freeze(model, config.train_only)
+    base = base_digest(model) if config.model.pretrained and locality_parameters(model) else None
     model = place_model(model, config.engine, world)
     task = build_task(
         model, config.augment, config.distill, preprocessing, splits.class_names, device=world.device
@@ -325,6 +331,7 @@ def prepare(config: TrainConfig, world: World) -> TrainingRun:
             steps_per_epoch=len(train),
             loss_sum=torch.zeros((), dtype=torch.float64, device=world.device),
         ),
+        base=base,
     )
 
 

@@ -70,6 +70,7 @@ def test_finetuning_starts_from_a_model_of_ones_own(pictures, teacher, tmp_path)
     own = ["--model", f"local-dir:{teacher}/best", "--output", str(tmp_path / "run")]
     arguments = settings("finetune", pictures, "model.args={}")
     assert main(["train", "--recipe", "finetune", *arguments, *own]) == 0
+    assert (tmp_path / "run" / "best" / "locality.safetensors").is_file()
 
 
 def test_the_recipe_of_deit_by_hand():

@@ -151,7 +151,7 @@ def test_effective_values_of_data_that_is_there_and_of_data_that_is_not():
         (["model.name=deit_tny_patch16_224"], {}, None, "did you mean"),
         (["model.args.img_size=9"], {}, None, "9x9 is not divisible by the patch size"),
         (["distill.teacher=nowhere"], {}, None, "has no distillation token"),
-        (["train_only=locality"], {}, None, "the model has none"),
+        (["train_only=locality"], {}, None, "the model has no locality"),
     ],
 )
 def test_nonsense_is_refused(settings, machine, images, message):

@@ -95,19 +95,25 @@ def test_the_rate_that_is_told_is_the_full_one(tiny):
 
 
 @pytest.mark.parametrize("init", ["paper", "preserve"])
-def test_only_locality_and_the_classifier_learn(tiny, init):
+@pytest.mark.parametrize("train_only", ["locality", "head", "locality-alone"])
+def test_only_what_train_only_names_learns(tiny, init, train_only):
     config = tiny(
-        f"model.locality={{init: {init}}}", "train_only=locality", "epochs=1", "schedule.warmup_epochs=0"
+        f"model.locality={{init: {init}}}",
+        f"train_only={train_only}",
+        "epochs=1",
+        "schedule.warmup_epochs=0",
+        "model.args.weight_init=''",  # not a classifier of zeros, which passes no gradient
     )
     torch.manual_seed(config.seed)
     before = build_model(config.model, 10).state_dict()
     model = train(config).model
-    local = {name for name, _ in locality_parameters(model)}
-    assert local
+    local = {name for name, _ in locality_parameters(model)} if train_only != "head" else set()
+    head = {"head.weight", "head.bias"} if train_only != "locality-alone" else set()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     # The last block's are dead under "paper": no output depends on them, so only decay moves the matrices.
-    assert changed <= local | {"head.weight", "head.bias"}
-    assert {n for n in local if n.startswith("blocks.0.")} | {"head.weight", "head.bias"} <= changed
+    assert changed <= local | head
+    assert {n for n in local if n.startswith("blocks.0.")} | head <= changed
+    assert changed
 
 
 def test_both_heads_of_a_distilled_model_stay_trainable():
@@ -137,8 +143,9 @@ def test_options_that_contradict_each_other(config, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["train_only=locality"], r"train_only='locality': the model has none"),
-        (["train_only=localty"], r"train_only: 'localty' is not accepted; use 'all' or 'locality'"),
+        (["train_only=locality"], r"train_only='locality': the model has no locality"),
+        (["train_only=locality-alone"], r"train_only='locality-alone': the model has no locality"),
+        (["train_only=localty"], r"train_only: 'localty' is not accepted; use 'all', 'locality', 'head' or "),
         (["model.name=pit_ti_224", "model.args={}", "optim.layer_decay=0.7"], r"layer_decay=0\.7: Pooling"),
         (["model.args.img_size=9"], r"9x9 is not divisible by the patch size 2x2"),
         (["optim.name=adahessian"], r"optim\.name='adahessian' needs second derivatives"),
