@@ -203,7 +203,7 @@ def test_a_damaged_manifest_is_named(place, capsys, damage):
         paint("split/test", "a", 1, first=77)
     else:
         path.write_text(damage)
-    assert "run-split/manifest.json' is not as a run wrote it" in refused(capsys, "run-split")
+    assert "run-split/manifest.json' is damaged" in refused(capsys, "run-split")
 
 
 def test_a_manifest_is_small_and_has_the_names(place):

@@ -87,7 +87,7 @@ def test_replaced_networks_learn(name):
     assert total(model(case.images())).isfinite()
 
 
-@pytest.mark.filterwarnings("ignore:.*keep their plain form")
+@pytest.mark.filterwarnings("ignore:.*stay plain")
 @every_case
 def test_a_fused_model_computes_the_same(name):
     case = CASES[name]

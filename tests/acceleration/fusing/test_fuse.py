@@ -201,7 +201,7 @@ def test_batch_norm_that_has_no_statistics_stays_as_it_is():
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean = module.running_var = None
-    with pytest.warns(UserWarning, match=r"2 FFN\(s\) keep their plain form: BatchNorm2d.*blocks\.0\.mlp"):
+    with pytest.warns(UserWarning, match=r"2 FFN\(s\) stay plain: BatchNorm2d.*blocks\.0\.mlp"):
         fused = localvit.fuse(model)
     assert_same(fused(photos()), model(photos()))
 
@@ -222,7 +222,7 @@ def test_other_batch_norms_are_folded_too(frozen):
 @torch.no_grad()
 def test_group_norm_keeps_the_plain_form_with_one_warning():
     model = local(LocalityConfig(norm="group", norm_groups=4))
-    with pytest.warns(UserWarning, match=r"2 FFN\(s\) keep their plain form: GroupNorm") as seen:
+    with pytest.warns(UserWarning, match=r"2 FFN\(s\) stay plain: GroupNorm") as seen:
         fused = localvit.fuse(model)
     assert len(seen) == 1
     assert_same(fused(photos()), model(photos()))
@@ -303,7 +303,7 @@ def test_hooks_of_the_original_see_what_they_saw():
     model.blocks[0].mlp.act1.register_forward_hook(lambda _m, _i, out: seen.append(out.clone()))
     model.blocks[1].mlp.register_forward_hook(lambda _m, _i, out: seen.append(out.clone()))
     model(photos())
-    with pytest.warns(UserWarning, match=r"1 FFN\(s\) keep their plain form: hooks"):
+    with pytest.warns(UserWarning, match=r"1 FFN\(s\) stay plain: hooks"):
         fused = localvit.fuse(model)
     fused(photos())
     assert len(seen) == 4
@@ -398,7 +398,7 @@ def test_compiled():
 
 def test_training_is_refused():
     fused = localvit.fuse(local())
-    with pytest.raises(RuntimeError, match=r"FastVisionTransformer is for inference only: train the model"):
+    with pytest.raises(RuntimeError, match=r"FastVisionTransformer is for inference only; train the original model"):
         fused.train()
     assert fused.eval() is fused
     assert not any(module.training for module in fused.modules())
@@ -416,15 +416,15 @@ def test_a_fused_model_cannot_be_restored_or_localized():
 
 
 def test_models_that_cannot_be_fused_are_named():
-    with pytest.raises(ValueError, match=r"Sequential has nothing with a fast form \(which have: Locality"):
+    with pytest.raises(ValueError, match=r"Sequential has no fast form; use a model with Locality"):
         localvit.fuse(nn.Sequential(nn.Linear(2, 2), nn.GELU()))
-    with pytest.raises(ValueError, match="FastVisionTransformer has nothing with a fast form"):
+    with pytest.raises(ValueError, match="FastVisionTransformer has no fast form"):
         localvit.fuse(localvit.fuse(vit()))
     model = vit()
     model.blocks[1].mlp = model.blocks[0].mlp
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp and blocks\.0\.mlp are the same module"):
         localvit.fuse(model)
-    with pytest.raises(UnsupportedModelError, match="the model is wrapped in DataParallel; fuse it before"):
+    with pytest.raises(UnsupportedModelError, match="wrapped in DataParallel"):
         localvit.fuse(nn.DataParallel(vit()))
 
 

@@ -93,7 +93,7 @@ def test_too_few_or_no_numbers(values):
 
 
 def test_pairs_of_different_length():
-    with pytest.raises(ValueError, match="3 values of the treatment, 2 of the control"):
+    with pytest.raises(ValueError, match="3 and 2 values are not pairs"):
         paired_difference([1, 2, 3], [1, 2], 100)
 
 
