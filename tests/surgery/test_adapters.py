@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import localvit
 from localvit import ConfigError, LocalityConfig, UnsupportedModelError
 from localvit.locality import Grid, HiddenLocality
-from localvit.surgery.adapters import adapter_for, adapters
+from localvit.surgery.adapters import adapter_for, adapters, groups_of
 from localvit.surgery.ffns import class_name
 from localvit.surgery.orders import ChannelsFirst, ChannelsLast, Strided, Windows
 from tests.surgery.cases import CASES, Case
@@ -70,7 +70,7 @@ def test_kernels_learn_and_are_removed(name):
 def test_replaced_networks_learn(name):
     case = CASES[name]
     model = case.make().train()
-    if not adapter_for(model).groups["blocks"][0].ffn or "fused" in name:
+    if not groups_of(model, adapter_for(model))["blocks"][0].row.ffn:
         with pytest.raises(UnsupportedModelError, match="shares its layers"):
             localvit.localize(model, count_macs=False)
         return
