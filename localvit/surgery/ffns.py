@@ -80,7 +80,7 @@ FFNS: dict[str, Ffn] = {
 }
 
 # Packages whose layers in an FFN are known to be point-wise; others are tested.
-_KNOWN = ("torch.nn.modules.", "timm.", f"{HF}.", "transformers.activations.", "torchvision.", "open_clip.")
+_KNOWN = ("torch.nn.modules.", "timm.", f"{HF}.", "transformers.activations", "torchvision.", "open_clip.")
 _IN_SEQUENTIAL = tuple(f"torch.nn.modules.{n}" for n in ("linear", "normalization", "activation", "dropout"))
 
 
@@ -113,7 +113,7 @@ def ffn_of(module: nn.Module, path: str, sequential: Ffn | None = None) -> Ffn:
 
 def _in(module: nn.Module, structure: Ffn) -> Ffn | None:
     known = type(module) is nn.Sequential and all(
-        type(layer).__module__.startswith((*_IN_SEQUENTIAL, "transformers.activations.", "open_clip."))
+        type(layer).__module__.startswith((*_IN_SEQUENTIAL, "transformers.activations", "open_clip."))
         for layer in module
     )
     return structure if known else None

@@ -34,7 +34,7 @@ def _swin2(**kwargs: object) -> nn.Module:
 
 def _maxvit(**kwargs: object) -> nn.Module:
     return maxvit.MaxVit(
-        input_size=(64, 64),
+        input_size=(32, 32),
         stem_channels=8,
         partition_size=2,
         block_channels=[16, 24],
@@ -47,9 +47,9 @@ def _maxvit(**kwargs: object) -> nn.Module:
 
 CASES = {
     "vit": Case(_vit, {}, (32, 32)),
-    "swin": Case(_swin, {}, (64, 96)),
-    "swin v2": Case(_swin2, {}, (64, 96)),
-    "maxvit": Case(_maxvit, {}, (64, 64)),
+    "swin": Case(_swin, {}, (32, 48)),
+    "swin v2": Case(_swin2, {}, (32, 48)),
+    "maxvit": Case(_maxvit, {}, (32, 32)),
 }
 PROOFS = (
     proofs.test_it_is_exact_and_sees_the_grid,
