@@ -166,15 +166,19 @@ def adapters() -> Iterator[ModelAdapter]:
     yield from (*_registered, *_shipped())
 
 
+def accepted_classes() -> tuple[str, ...]:
+    """Return the full names of all classes of models with an adapter."""
+    return tuple(name for adapter in adapters() for name in adapter.classes)
+
+
 def register_adapter(adapter: ModelAdapter) -> None:
     """Let `localize` accept the classes of `adapter`; test it first with `localvit.check_adapter`.
 
     Raises:
         ConfigError: if one of the classes has an adapter.
     """
-    known = {name for other in adapters() for name in other.classes}
     for name in adapter.classes:
-        if name in known:
+        if name in accepted_classes():
             raise ConfigError(f"{name} has an adapter; pass adapter= to localize to use another")
     _check_row(adapter)
     _registered.append(adapter)

@@ -81,9 +81,7 @@ _VISION = (
     _family("deit", "DeiTModel", _row("deit", "DeiTLayer", prefix=2)),
     _around("deit", "deit", "DeiTForImageClassification DeiTForImageClassificationWithTeacher", dead=True),
     _family("beit", "BeitModel", _row("beit", "BeitLayer", layer_scale="lambda_2"), note=_SHARED),
-    _around(
-        "beit", "beit", "BeitForImageClassification", dead=lambda beit: not beit.config.use_mean_pooling
-    ),
+    _around("beit", "beit", "BeitForImageClassification", dead=lambda beit: not beit.config.use_mean_pooling),
     _around("beit", "beit", "BeitBackbone"),
     _family("dinov2", "Dinov2Model Dinov2Backbone", _dino("dinov2", "Dinov2Layer"), note=_SHARED),
     _around("dinov2", "dinov2", "Dinov2ForImageClassification"),
