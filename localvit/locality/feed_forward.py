@@ -117,10 +117,16 @@ class LocalityFeedForward(GridModule):
                 trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
-    def forward(self, tokens: Tensor, grid: Optional[Grid] = None) -> Tensor:  # noqa: UP045 (TorchScript)
+    def forward(
+        self,
+        tokens: Tensor,
+        grid: Optional[Grid] = None,  # noqa: UP045 (TorchScript)
+        columns: Optional[int] = None,  # noqa: UP045
+    ) -> Tensor:
         """Compute the branch: `(B, P + N, C) -> (B, P + N, C)`; `grid` beats the recorded grid."""
         if not torch.jit.is_scripting() and grid is not None and not isinstance(grid, Grid):
-            grid = Grid(*grid, self.num_prefix_tokens)  # PVTv2 passes rows and columns
+            # PVTv2 passes rows and columns as a pair, SegFormer as two arguments
+            grid = Grid(*(grid if columns is None else (grid, columns)), self.num_prefix_tokens)
         if not self.raster:
             return self.in_own_order(tokens, grid)
         return self.in_raster_order(tokens, self.current_grid() if grid is None else grid)

@@ -28,7 +28,7 @@ _BODY = {
     "initializer_range": 0.2,
 }
 _WINDOWS = {
-    "image_size": (32, 48),
+    "image_size": (16, 24),
     "patch_size": 4,
     "embed_dim": 16,
     "depths": [2, 2],
@@ -118,12 +118,14 @@ CASES = {
     "clip classifier": _tower("CLIPForImageClassification", "CLIP"),
     "siglip": _tower("SiglipVisionModel", "SiglipVision"),
     "siglip classifier": _tower("SiglipForImageClassification", "Siglip"),
-    "swin": _case("SwinModel", "Swin", _WINDOWS, **_DROP),
-    "swin classifier": _case("SwinForImageClassification", "Swin", _WINDOWS),
-    "swin backbone": _case("SwinBackbone", "Swin", _WINDOWS, out_features=["stage1", "stage2"]),
-    "swin v2": _case("Swinv2Model", "Swinv2", _WINDOWS, **_DROP),
-    "swin v2 classifier": _case("Swinv2ForImageClassification", "Swinv2", _WINDOWS),
-    "swin v2 backbone": _case("Swinv2Backbone", "Swinv2", _WINDOWS, out_features=["stage1", "stage2"]),
+    "swin": _case("SwinModel", "Swin", _WINDOWS, (16, 24), **_DROP),
+    "swin classifier": _case("SwinForImageClassification", "Swin", _WINDOWS, (16, 24)),
+    "swin backbone": _case("SwinBackbone", "Swin", _WINDOWS, (16, 24), out_features=["stage1", "stage2"]),
+    "swin v2": _case("Swinv2Model", "Swinv2", _WINDOWS, (16, 24), **_DROP),
+    "swin v2 classifier": _case("Swinv2ForImageClassification", "Swinv2", _WINDOWS, (16, 24)),
+    "swin v2 backbone": _case(
+        "Swinv2Backbone", "Swinv2", _WINDOWS, (16, 24), out_features=["stage1", "stage2"]
+    ),
     "segformer": _case("SegformerModel", "Segformer", _STAGES, **_DROP),
     "segformer classifier": _case("SegformerForImageClassification", "Segformer", _STAGES),
     "segformer segmentation": _case("SegformerForSemanticSegmentation", "Segformer", _STAGES),
@@ -178,7 +180,7 @@ def test_other_sizes_have_their_grid(name):
 
 def test_a_plan_leaves_the_windows_of_swin():
     model = _case("SwinModel", "Swin", {**_WINDOWS, "window_size": 4}).make().eval()
-    localvit.plan(model, PRESERVE)  # at 32 x 48 the second stage has 4 rows, so its windows lose their shift
+    localvit.plan(model, PRESERVE)  # a forward pass at 16 x 24 shrinks them
     assert [(b.window_size, b.shift_size) for b in model.encoder.layers[1].blocks] == [(4, 0), (4, 2)]
 
 
@@ -204,3 +206,78 @@ def test_features_of_timm_are_refused():
     config = {"architecture": "vit_tiny_patch16_224", "model_args": {"features_only": True, "img_size": 32}}
     with pytest.raises(UnsupportedModelError, match="FeatureGetterNet cannot be localized"):
         localvit.localize(_hf("TimmWrapperModel", "TimmWrapper", **config)(), PRESERVE)
+
+
+# --- open_clip -------------------------------------------------------------------------------------------
+
+
+def _open_clip(**given: Any) -> Callable[..., nn.Module]:
+    def make(num_classes: int = 5) -> nn.Module:
+        from open_clip.transformer import VisionTransformer
+
+        sizes = {
+            "image_size": (32, 48),
+            "patch_size": 8,
+            "width": 24,
+            "layers": 2,
+            "heads": 3,
+            "mlp_ratio": 2,
+        }
+        return VisionTransformer(**sizes, output_dim=num_classes, **given)
+
+    return make
+
+
+def _open_clip_timm(num_classes: int = 5) -> nn.Module:
+    from open_clip.timm_model import TimmModel
+
+    return TimmModel("vit_pe_core_tiny_patch16_384", num_classes, image_size=(32, 48), pool="")
+
+
+OPEN_CLIP = {
+    "class token": Case(_open_clip(), {}),
+    "mean, LayerScale": Case(_open_clip(pool_type="avg", ls_init_value=1.0), {}),
+    "custom blocks": Case(_open_clip(block_type="custom", scale_fc=True, output_tokens=True), {}),
+    "timm": Case(_open_clip_timm, {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*keep their plain form")
+@pytest.mark.parametrize("proof", PROOFS, ids=lambda proof: proof.__name__.removeprefix("test_"))
+@pytest.mark.parametrize("name", OPEN_CLIP)
+def test_open_clip(name, proof, monkeypatch):
+    pytest.importorskip("open_clip")
+    monkeypatch.setattr(proofs, "CASES", OPEN_CLIP)
+    proof(name)
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_open_clip_with_text(custom):
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"image_size": 32, "patch_size": 8, "width": 24, "layers": 2, "head_width": 8}
+    text = {"context_length": 5, "vocab_size": 99, "width": 24, "heads": 3, "layers": 1}
+    model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(16, vision, text).eval()
+    assert localvit.check_adapter(model, image_size=(32, 32)).ffns == 2
+    inputs = torch.randn(2, 3, 32, 32), torch.arange(10).view(2, 5)
+    before = model(*inputs)
+    localvit.localize(model, PRESERVE)
+    after = model(*inputs)
+    assert torch.equal(after[0], before[0])
+    assert (
+        next(iter(proofs.kernels(model))) == "visual.transformer.resblocks.0.mlp.c_proj.locality.conv.weight"
+    )
+
+
+def test_patch_dropout_of_open_clip_is_refused():
+    pytest.importorskip("open_clip")
+    with pytest.raises(UnsupportedModelError, match=r"patch_drop_rate=0\.5 removes tokens"):
+        localvit.localize(_open_clip(patch_dropout=0.5)(), PRESERVE)
+
+
+def test_other_sequentials_are_refused():
+    """The FFN of open_clip is a Sequential, so its layers are looked at."""
+    pytest.importorskip("open_clip")
+    model = _open_clip()()
+    model.transformer.resblocks[1].mlp.insert(1, nn.Conv1d(96, 96, 3))
+    with pytest.raises(UnsupportedModelError, match=r"resblocks\.1\.mlp is a Sequential"):
+        localvit.localize(model, PRESERVE)

@@ -47,8 +47,8 @@ def _maxvit(**kwargs: object) -> nn.Module:
 
 CASES = {
     "vit": Case(_vit, {}, (32, 32)),
-    "swin": Case(_swin, {}, (32, 48)),
-    "swin v2": Case(_swin2, {}, (32, 48)),
+    "swin": Case(_swin, {}, (16, 24)),
+    "swin v2": Case(_swin2, {}, (16, 24)),
     "maxvit": Case(_maxvit, {}, (32, 32)),
 }
 PROOFS = (
