@@ -54,7 +54,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ConfigError(f"{str(folder)!r} has files already; name a new folder")
     plan = report.plan
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], model.dtype
     recipe = Recipe(locality=plan.config.to_dict(), blocks=plan.blocks, also=plan.to_dict()["also"])
     setattr(config, _RECIPE, plain(recipe))

@@ -26,6 +26,7 @@ from localvit.locality.grid import (
     TokenOrder,
     after_prefix,
     check_grid,
+    given_grid,
     map_to_tokens,
     tokens_to_map,
     tokens_to_row,
@@ -124,9 +125,8 @@ class LocalityFeedForward(GridModule):
         columns: Optional[int] = None,  # noqa: UP045
     ) -> Tensor:
         """Compute the branch: `(B, P + N, C) -> (B, P + N, C)`; `grid` beats the recorded grid."""
-        if not torch.jit.is_scripting() and grid is not None and not isinstance(grid, Grid):
-            # PVTv2 passes rows and columns as a pair, SegFormer as two arguments
-            grid = Grid(*(grid if columns is None else (grid, columns)), self.num_prefix_tokens)
+        if not torch.jit.is_scripting():
+            grid = given_grid(grid, columns, self.num_prefix_tokens)
         if not self.raster:
             return self.in_own_order(tokens, grid)
         return self.in_raster_order(tokens, self.current_grid() if grid is None else grid)

@@ -12,7 +12,7 @@ from localvit import LocalityConfig, UnsupportedModelError
 from localvit.surgery.adapters import adapters
 from localvit.surgery.ffns import class_name
 from tests.surgery import test_adapters as proofs
-from tests.surgery.cases import Case
+from tests.surgery.cases import CASES as timm_cases, Case
 from tests.surgery.test_torchvision import PROOFS
 
 transformers = pytest.importorskip("transformers")
@@ -176,6 +176,15 @@ def test_other_sizes_have_their_grid(name):
     assert torch.equal(model(images, **sized).last_hidden_state, expected)
     record = next(m for m in model.modules() if hasattr(m, "grid_record")).grid_record
     assert tuple(record.size) == (5, 3)
+
+
+@pytest.mark.parametrize("case", [CASES["segformer"], timm_cases["pvt v2"]], ids=["segformer", "pvt v2"])
+def test_replaced_ffns_that_get_the_size_as_arguments_are_fused(case):
+    model = case.make().eval()
+    localvit.localize(model, LocalityConfig(), count_macs=False)
+    with torch.no_grad():
+        expected = proofs.total(model(case.images()))
+        torch.testing.assert_close(proofs.total(localvit.fuse(model)(case.images())), expected)
 
 
 def test_a_plan_leaves_the_windows_of_swin():
