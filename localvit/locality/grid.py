@@ -123,7 +123,7 @@ def check_grid(tokens: Tensor, grid: Grid) -> None:
 
 
 def given_grid(grid: Any, columns: int | None, num_prefix_tokens: int) -> Grid | None:
-    """Return the grid in the arguments of an FFN: PVTv2 passes rows and columns as a pair, SegFormer as two."""
+    """Return the grid in the arguments of an FFN: PVTv2 passes a pair, SegFormer rows and columns."""
     if grid is None or isinstance(grid, Grid):
         return grid
     return Grid(*(grid if columns is None else (grid, columns)), num_prefix_tokens)

@@ -28,7 +28,7 @@ _BODY = {
     "initializer_range": 0.2,
 }
 _WINDOWS = {
-    "image_size": (16, 24),
+    "image_size": (32, 48),
     "patch_size": 4,
     "embed_dim": 16,
     "depths": [2, 2],
@@ -118,14 +118,12 @@ CASES = {
     "clip classifier": _tower("CLIPForImageClassification", "CLIP"),
     "siglip": _tower("SiglipVisionModel", "SiglipVision"),
     "siglip classifier": _tower("SiglipForImageClassification", "Siglip"),
-    "swin": _case("SwinModel", "Swin", _WINDOWS, (16, 24), **_DROP),
-    "swin classifier": _case("SwinForImageClassification", "Swin", _WINDOWS, (16, 24)),
-    "swin backbone": _case("SwinBackbone", "Swin", _WINDOWS, (16, 24), out_features=["stage1", "stage2"]),
-    "swin v2": _case("Swinv2Model", "Swinv2", _WINDOWS, (16, 24), **_DROP),
-    "swin v2 classifier": _case("Swinv2ForImageClassification", "Swinv2", _WINDOWS, (16, 24)),
-    "swin v2 backbone": _case(
-        "Swinv2Backbone", "Swinv2", _WINDOWS, (16, 24), out_features=["stage1", "stage2"]
-    ),
+    "swin": _case("SwinModel", "Swin", _WINDOWS, **_DROP),
+    "swin classifier": _case("SwinForImageClassification", "Swin", _WINDOWS),
+    "swin backbone": _case("SwinBackbone", "Swin", _WINDOWS, out_features=["stage1", "stage2"]),
+    "swin v2": _case("Swinv2Model", "Swinv2", _WINDOWS, **_DROP),
+    "swin v2 classifier": _case("Swinv2ForImageClassification", "Swinv2", _WINDOWS),
+    "swin v2 backbone": _case("Swinv2Backbone", "Swinv2", _WINDOWS, out_features=["stage1", "stage2"]),
     "segformer": _case("SegformerModel", "Segformer", _STAGES, **_DROP),
     "segformer classifier": _case("SegformerForImageClassification", "Segformer", _STAGES),
     "segformer segmentation": _case("SegformerForSemanticSegmentation", "Segformer", _STAGES),
@@ -169,7 +167,7 @@ def test_the_vision_model_next_to_a_text_model_is_localized(name, config):
 
 @pytest.mark.parametrize("name", ["vit", "deit", "clip", "siglip"])
 def test_other_sizes_have_their_grid(name):
-    model = CASES[name].make().eval()
+    model = CASES[name].make(image_size=32).eval()
     images, sized = torch.randn(2, 3, 40, 24), {"interpolate_pos_encoding": True}
     expected = model(images, **sized).last_hidden_state
     localvit.localize(model, PRESERVE)
@@ -189,7 +187,7 @@ def test_replaced_ffns_that_get_the_size_as_arguments_are_fused(case):
 
 def test_a_plan_leaves_the_windows_of_swin():
     model = _case("SwinModel", "Swin", {**_WINDOWS, "window_size": 4}).make().eval()
-    localvit.plan(model, PRESERVE)  # a forward pass at 16 x 24 shrinks them
+    localvit.plan(model, PRESERVE)  # a forward pass at 32 x 48 takes the shift
     assert [(b.window_size, b.shift_size) for b in model.encoder.layers[1].blocks] == [(4, 0), (4, 2)]
 
 
@@ -240,7 +238,10 @@ def _open_clip(**given: Any) -> Callable[..., nn.Module]:
 def _open_clip_timm(num_classes: int = 5) -> nn.Module:
     from open_clip.timm_model import TimmModel
 
-    return TimmModel("vit_pe_core_tiny_patch16_384", num_classes, image_size=(32, 48), pool="")
+    model = TimmModel("vit_tiny_patch16_224", num_classes, pool="")
+    model.trunk.set_input_size((32, 48), patch_size=8)
+    model.trunk.blocks = model.trunk.blocks[:2]
+    return model
 
 
 OPEN_CLIP = {
@@ -287,6 +288,6 @@ def test_other_sequentials_are_refused():
     """The FFN of open_clip is a Sequential, so its layers are looked at."""
     pytest.importorskip("open_clip")
     model = _open_clip()()
-    model.transformer.resblocks[1].mlp.insert(1, nn.Conv1d(96, 96, 3))
+    model.transformer.resblocks[1].mlp.gelu = nn.Conv1d(48, 48, 3)
     with pytest.raises(UnsupportedModelError, match=r"resblocks\.1\.mlp is a Sequential"):
         localvit.localize(model, PRESERVE)
