@@ -126,7 +126,8 @@ def given_grid(grid: Any, columns: int | None, num_prefix_tokens: int) -> Grid |
     """Return the grid in the arguments of an FFN: PVTv2 passes a pair, SegFormer rows and columns."""
     if grid is None or isinstance(grid, Grid):
         return grid
-    return Grid(*(grid if columns is None else (grid, columns)), num_prefix_tokens)
+    height, width = grid if columns is None else (grid, columns)
+    return Grid(height, width, num_prefix_tokens)
 
 
 class TokenOrder(Protocol):

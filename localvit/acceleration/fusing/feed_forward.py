@@ -190,10 +190,10 @@ class _FastMlp(FastFeedForward):
     def on_prefix(self, x: Tensor) -> Tensor:
         return self.fc2(self.norm(self.hidden(x)))
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, columns: int | None = None) -> Tensor:
         """Compute the branch alone: `(B, T, C) -> (B, T, C')`."""
         local = isinstance(self.drop1, FoldedHiddenLocality)
-        return super().forward(x, grid) if local else self.on_prefix(x)
+        return super().forward(x, grid, columns) if local else self.on_prefix(x)
 
 
 class FastMlp(_FastMlp, Mlp):
