@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         GridRecord as GridRecord,
         TokenOrder as TokenOrder,
         check_grid as check_grid,
+        given_grid as given_grid,
         map_to_tokens as map_to_tokens,
         set_accelerator as set_accelerator,
         statistics_once as statistics_once,

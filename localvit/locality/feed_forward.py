@@ -27,6 +27,7 @@ from localvit.locality.grid import (
     TokenOrder,
     after_prefix,
     check_grid,
+    given_grid,
     map_to_tokens,
     tokens_to_map,
     tokens_to_row,
@@ -119,10 +120,15 @@ class LocalityFeedForward(GridModule):
                 trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
-    def forward(self, tokens: Tensor, grid: Optional[Grid] = None) -> Tensor:  # noqa: UP045 (TorchScript)
+    def forward(
+        self,
+        tokens: Tensor,
+        grid: Optional[Grid] = None,  # noqa: UP045 (TorchScript)
+        columns: Optional[int] = None,  # noqa: UP045
+    ) -> Tensor:
         """Compute the branch: `(B, P + N, C) -> (B, P + N, C)`; `grid` overrides the recorded grid."""
-        if not torch.jit.is_scripting() and grid is not None and not isinstance(grid, Grid):
-            grid = Grid(*grid, self.num_prefix_tokens)  # PVTv2 passes rows and columns
+        if not torch.jit.is_scripting():
+            grid = given_grid(grid, columns, self.num_prefix_tokens)
         if not self.raster:
             return self.in_own_order(tokens, grid)
         return self.in_raster_order(tokens, self.current_grid() if grid is None else grid)

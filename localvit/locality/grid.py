@@ -121,6 +121,14 @@ def check_grid(tokens: Tensor, grid: Grid) -> None:
     )
 
 
+def given_grid(grid: Any, columns: int | None, num_prefix_tokens: int) -> Grid | None:
+    """Return the grid in the arguments of an FFN: PVTv2 passes a pair, SegFormer rows and columns."""
+    if grid is None or isinstance(grid, Grid):
+        return grid
+    height, width = grid if columns is None else (grid, columns)
+    return Grid(height, width, num_prefix_tokens)
+
+
 class TokenOrder(Protocol):
     """Order of an FFN's tokens other than raster order: two inverse views (`localvit.surgery.orders`)."""
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from localvit.surgery.adapters import (
         Block as Block,
         ModelAdapter as ModelAdapter,
+        accepted_classes as accepted_classes,
         register_adapter as register_adapter,
     )
     from localvit.surgery.checking import check_adapter as check_adapter

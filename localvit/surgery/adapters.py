@@ -6,11 +6,10 @@ timm's rows are in `localvit.surgery.families`; `register_adapter` adds others.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
-from timm.layers import PatchDropout
 from timm.models._input import get_model_input_config
 from torch import nn
 
@@ -46,6 +45,8 @@ class Block:
         parallel: True if FFNs whose paths differ in the last number only have the same input.
         attention: Paths of the attention layers in the block, separated by spaces.
         attends: Tokens that its attention sees.
+        layers: Structure of an FFN that is an `nn.Sequential`, of linear layers, norms, activations and
+            dropouts.
 
     `order`, `prefix` and `grid` may also be functions of the model and the numbers in the path of the block.
     """
@@ -62,6 +63,7 @@ class Block:
     parallel: bool = False
     attention: str | None = "attn"
     attends: Attends = "all"
+    layers: Ffn | None = None
 
 
 @dataclass(frozen=True)
@@ -72,20 +74,25 @@ class ModelAdapter:
         classes: Full names of the model classes.
         groups: Name of a group -> rows of its blocks. The first group is `"blocks"`.
         others: Full names of the classes of blocks that stand at the same paths and have no FFN.
-        image_size: Path of the attribute with the configured (height, width).
-        dead: True if the head may read prefix tokens only (`global_pool="token"`), so that no later layer
-            reads the patch tokens of the last block.
+        image_size: Path of the attribute with the configured (height, width) or (channels, height, width).
+        dead: True if the head may read prefix tokens only (`global_pool="token"`, or no such attribute), so
+            that no later layer reads the patch tokens of the last block. `None`: as the inner model.
         note: Sentence for the plan.
+        inner: Path of the model that has the blocks, if this one is around it. The adapter of that one's
+            class is used; this one has no groups.
+        inner_runs: True if a forward pass on images alone is one of the inner model (CLIP also reads text).
 
-    `dead` and `note` may also be functions of the model.
+    `image_size`, `dead` and `note` may also be functions of the model.
     """
 
     classes: tuple[str, ...]
-    groups: Mapping[str, tuple[Block, ...]]
+    groups: Mapping[str, tuple[Block, ...]] = field(default_factory=lambda: {MAIN_GROUP: ()})
     others: tuple[str, ...] = ()
-    image_size: str = "patch_embed.img_size"
-    dead: bool | Callable[[Any], bool] = False
+    image_size: str | Callable[[Any], Any] = "patch_embed.img_size"
+    dead: bool | Callable[[Any], bool] | None = False
     note: str | Callable[[Any], str | None] | None = None
+    inner: str = ""
+    inner_runs: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,8 @@ class FeedForwardSite:
         """Names of norm, LayerScale and drop-path; `None` for those that this block lacks."""
         row, own = self.row, separable(self.block)
         norm, scale = (
-            n if n and getattr(self.block, n, None) is not None else None for n in (row.norm, row.layer_scale)
+            n if n and isinstance(getattr(self.block, n, None), (nn.Module, nn.Parameter)) else None
+            for n in (row.norm, row.layer_scale)
         )
         drop = row.drop_path if own or getattr(self.block, row.drop_path or "", None) is not None else None
         return norm, scale, drop
@@ -158,14 +166,19 @@ _registered: list[ModelAdapter] = []
 
 @cache
 def _shipped() -> tuple[ModelAdapter, ...]:
-    from localvit.surgery.families import ADAPTERS
+    from localvit.surgery import families, families_hf, families_torchvision
 
-    return ADAPTERS
+    return (*families.ADAPTERS, *families_torchvision.ADAPTERS, *families_hf.ADAPTERS)
 
 
 def adapters() -> Iterator[ModelAdapter]:
     """Iterate over all adapters, registered ones first."""
     yield from (*_registered, *_shipped())
+
+
+def accepted_classes() -> tuple[str, ...]:
+    """Return the full names of all classes of models with an adapter."""
+    return tuple(name for adapter in adapters() for name in adapter.classes)
 
 
 def register_adapter(adapter: ModelAdapter) -> None:
@@ -174,9 +187,8 @@ def register_adapter(adapter: ModelAdapter) -> None:
     Raises:
         ConfigError: if one of the classes has an adapter.
     """
-    known = {name for other in adapters() for name in other.classes}
     for name in adapter.classes:
-        if name in known:
+        if name in accepted_classes():
             raise ConfigError(f"{name} has an adapter; pass adapter= to localize to use another")
     _check_row(adapter)
     _registered.append(adapter)
@@ -209,7 +221,7 @@ def adapter_for(model: nn.Module, adapter: ModelAdapter | None = None) -> ModelA
         )
     rate = max(
         [getattr(model, "patch_drop_rate", 0) or 0]
-        + [m.prob for m in model.modules() if isinstance(m, PatchDropout)]
+        + [m.prob for m in model.modules() if type(m).__name__ == "PatchDropout"]
     )
     if rate > 0:
         raise UnsupportedModelError(
@@ -235,13 +247,20 @@ def groups_of(model: nn.Module, adapter: ModelAdapter) -> dict[str, list[FeedFor
     Raises:
         UnsupportedModelError: if a block or FFN is not of a class that the adapter knows.
     """
+    if adapter.inner:
+        inner, its = _inner(model, adapter)
+        its = its if adapter.dead is None else replace(its, dead=adapter.dead)
+        return {
+            name: [replace(site, name=f"{adapter.inner}.{site.name}") for site in sites]
+            for name, sites in groups_of(inner, its).items()
+        }
     modules = dict(model.named_modules(remove_duplicate=False))
     groups = {name: _sites(model, modules, adapter, rows) for name, rows in adapter.groups.items()}
     if not groups[MAIN_GROUP]:
         raise UnsupportedModelError(
             f"this {type(model).__name__} has no feed-forward network on a token grid"
         )
-    if _of(adapter.dead, model) and getattr(model, "global_pool", None) == "token":
+    if _of(adapter.dead, model) and getattr(model, "global_pool", "token") == "token":
         sites = groups[MAIN_GROUP]
         last = sites[-1].depth
         groups[MAIN_GROUP] = [replace(s, dead_patches=True) if s.depth == last else s for s in sites]
@@ -250,8 +269,18 @@ def groups_of(model: nn.Module, adapter: ModelAdapter) -> dict[str, list[FeedFor
 
 def note_of(model: nn.Module, adapter: ModelAdapter) -> str | None:
     """Return the note of the adapter on this model."""
-    note: str | None = _of(adapter.note, model)
-    return note
+    notes = [_of(adapter.note, model), note_of(*_inner(model, adapter)) if adapter.inner else None]
+    return "; ".join(note for note in notes if note) or None
+
+
+def _inner(model: nn.Module, adapter: ModelAdapter) -> tuple[nn.Module, ModelAdapter]:
+    inner = model.get_submodule(adapter.inner)
+    return inner, adapter_for(inner)
+
+
+def runner(model: nn.Module, adapter: ModelAdapter) -> nn.Module:
+    """Return the module that a forward pass on images alone runs."""
+    return model.get_submodule(adapter.inner) if adapter.inner_runs else model
 
 
 def _of(value: Any, *args: Any) -> Any:
@@ -303,7 +332,7 @@ def _site(
     ffn = modules.get(f"{path}.{row.ffn}") if row.ffn else block
     if ffn is None or isinstance(ffn, nn.Identity):
         return None  # a block without FFN (DaViT has the option)
-    structure = ffn_of(ffn, f"{path}.{row.ffn}")
+    structure = ffn_of(ffn, f"{path}.{row.ffn}", row.layers)
     order, prefix, grid = (_of(value, model, numbers) for value in (row.order, row.prefix, row.grid))
     if is_conv(ffn, structure) and (order is None or isinstance(order, ChannelsLast)):
         order = ChannelsFirst()
@@ -326,10 +355,16 @@ def _source(
 
 def image_size_of(model: nn.Module, adapter: ModelAdapter) -> tuple[int, int, int]:
     """Return the configured channels, height and width."""
+    if adapter.inner:
+        return image_size_of(*_inner(model, adapter))
     channels, height, width = get_model_input_config(model)["input_size"]
     value: Any = model
-    for name in adapter.image_size.split("."):
-        value = getattr(value, name, None) if not name.isdigit() else value[int(name)]
+    if callable(adapter.image_size):
+        value = adapter.image_size(model)
+    else:
+        for name in adapter.image_size.split("."):
+            value = getattr(value, name, None) if not name.isdigit() else value[int(name)]
     if value is not None:
-        height, width = (value, value) if isinstance(value, int) else value
+        *more, height, width = (value, value) if isinstance(value, int) else value
+        channels = more[0] if more else channels
     return int(channels), int(height), int(width)

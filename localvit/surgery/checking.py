@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from localvit.errors import UnsupportedModelError
 from localvit.locality import HiddenLocality, LocalityConfig
-from localvit.surgery.adapters import FeedForwardSite, ModelAdapter, adapter_for, groups_of, image_size_of
+from localvit.surgery.adapters import (
+    FeedForwardSite,
+    ModelAdapter,
+    adapter_for,
+    groups_of,
+    image_size_of,
+    runner,
+)
 from localvit.surgery.observation import observe
 from localvit.surgery.operation import localize
 
@@ -68,12 +75,12 @@ def check_adapter(
     adapter = adapter_for(model, adapter)
     size = image_size_of(model, adapter)
     size = (size[0], *(image_size or size[1:]))
-    also = dict.fromkeys(list(adapter.groups)[1:], _PRESERVE)
     groups = groups_of(model, adapter)
-    tokens = observe(model, size, groups["blocks"]).tokens
+    also = dict.fromkeys(list(groups)[1:], _PRESERVE)
+    tokens = observe(runner(model, adapter), size, groups["blocks"]).tokens
     local = copy.deepcopy(model)
     localize(local, _PRESERVE, also=also, adapter=adapter, count_macs=False)
-    _check_exact(model, local, size)
+    _check_exact(runner(model, adapter), runner(local, adapter), size)
     grids = {site.path: tokens[site.path].grid for site in groups["blocks"]}
     _check_order(model, adapter, groups["blocks"], grids, size)
     return AdapterReport(
@@ -125,7 +132,7 @@ def _check_order(
     images = torch.randn(_IMAGES, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     images = images.repeat(_TOKENS, 1, 1, 1).requires_grad_()
     with _recorded(local, sites) as states:
-        local(images)
+        runner(local, adapter)(images)
     ends: dict[Any, list[FeedForwardSite]] = {}
     for site in sites:
         ends.setdefault((site.row, site.order, grids[site.path]), []).append(site)

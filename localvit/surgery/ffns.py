@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from localvit.errors import UnsupportedModelError
 
-TIMM = "timm.models"
+TIMM, HF = "timm.models", "transformers.models"
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ _LOCAL = "its FFNs have a depth-wise convolution already"
 # Blocks whose FFN shares the first linear layer with attention; its hidden state has a dropout of its own.
 _PARALLEL = Ffn("mlp_drop", "in_proj", "in_proj", hidden=lambda block: block.in_split[0])
 
+_NUMBERED = Ffn("2", "0", "3")  # linear, activation, dropout, linear, dropout
+_TWO = Ffn("fc2")  # no dropout
+_GATED = Ffn("down_proj", "gate_proj", "down_proj")
+
 FFNS: dict[str, Ffn] = {
     "timm.layers.mlp.Mlp": Ffn(),
     "timm.layers.mlp.GluMlp": Ffn(),
@@ -57,7 +61,27 @@ FFNS: dict[str, Ffn] = {
     f"{TIMM}.vision_transformer.DiffParallelScalingBlock": _PARALLEL,
     f"{TIMM}.vision_transformer.ParallelScalingBlock": _PARALLEL,
     f"{TIMM}.vitamin.GeGluMlp": Ffn(first="w0", last="w2"),
+    "torchvision.models.vision_transformer.MLPBlock": _NUMBERED,
+    "torchvision.ops.misc.MLP": _NUMBERED,
+    f"{HF}.beit.modeling_beit.BeitMLP": _TWO,
+    f"{HF}.clip.modeling_clip.CLIPMLP": _TWO,
+    f"{HF}.deit.modeling_deit.DeiTMLP": _TWO,
+    f"{HF}.dinov2.modeling_dinov2.Dinov2MLP": _TWO,
+    f"{HF}.dinov2.modeling_dinov2.Dinov2SwiGLUFFN": _GATED,
+    f"{HF}.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersMLP": _TWO,
+    f"{HF}.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersSwiGLUFFN": _GATED,
+    f"{HF}.dinov3_vit.modeling_dinov3_vit.DINOv3ViTMLP": Ffn("down_proj", "up_proj", "down_proj"),
+    f"{HF}.dinov3_vit.modeling_dinov3_vit.DINOv3ViTGatedMLP": _GATED,
+    f"{HF}.segformer.modeling_segformer.SegformerMixMLP": Ffn("fc2", note=_LOCAL),
+    f"{HF}.siglip.modeling_siglip.SiglipMLP": _TWO,
+    f"{HF}.swin.modeling_swin.SwinMLP": _TWO,
+    f"{HF}.swinv2.modeling_swinv2.Swinv2Layer": Ffn("output.dense", "intermediate.dense", "output.dense"),
+    f"{HF}.vit.modeling_vit.ViTMLP": _TWO,
 }
+
+# Packages whose layers in an FFN are known to be point-wise; others are tested.
+_KNOWN = ("torch.nn.modules.", "timm.", f"{HF}.", "transformers.activations", "torchvision.", "open_clip.")
+_IN_SEQUENTIAL = tuple(f"torch.nn.modules.{n}" for n in ("linear", "normalization", "activation", "dropout"))
 
 
 def class_name(kind: type) -> str:
@@ -65,14 +89,14 @@ def class_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def ffn_of(module: nn.Module, path: str) -> Ffn:
-    """Return the structure of an FFN.
+def ffn_of(module: nn.Module, path: str, sequential: Ffn | None = None) -> Ffn:
+    """Return the structure of an FFN; `sequential` is that of an `nn.Sequential`.
 
     Raises:
         UnsupportedModelError: for a class without a row (a subclass may compute something else), for a
             replaced `forward`, and for layers of unknown classes that mix tokens.
     """
-    structure = FFNS.get(class_name(type(module)))
+    structure = FFNS.get(class_name(type(module))) if sequential is None else _in(module, sequential)
     if structure is None:
         known = ", ".join(sorted(name.rpartition(".")[2] for name in FFNS))
         raise UnsupportedModelError(f"{path} is a {type(module).__name__}; accepted: {known}")
@@ -81,10 +105,18 @@ def ffn_of(module: nn.Module, path: str) -> Ffn:
             f"{path}.forward was replaced; accepted: the one of {type(module).__name__}"
         )
     for name, layer in module.named_modules():
-        if not type(layer).__module__.startswith(("torch.nn.modules.", "timm.")):
+        if not type(layer).__module__.startswith(_KNOWN):
             _check_pointwise(module, structure, f"{path}.{name}", type(layer).__name__)
             break
     return structure
+
+
+def _in(module: nn.Module, structure: Ffn) -> Ffn | None:
+    known = type(module) is nn.Sequential and all(
+        type(layer).__module__.startswith((*_IN_SEQUENTIAL, "transformers.activations", "open_clip."))
+        for layer in module
+    )
+    return structure if known else None
 
 
 def weight_of(layer: nn.Module) -> Tensor:

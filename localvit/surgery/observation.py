@@ -67,15 +67,18 @@ def observe(model: nn.Module, image_size: tuple[int, int, int], sites: Sequence[
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode (a batch norm refuses to train on one image)."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Put the model in evaluation mode (a batch norm refuses to train on one image).
+
+    Attributes return, also those that a forward pass sets (Hugging Face's Swin shrinks its windows).
+    """
+    before = [(module, dict(vars(module))) for module in model.modules()]
     try:
-        for module, _ in modes:
+        for module, _ in before:
             module.training = False
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, attributes in before:
+            vars(module).update(attributes)
 
 
 @contextmanager

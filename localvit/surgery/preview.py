@@ -19,6 +19,7 @@ from localvit.surgery.adapters import (
     groups_of,
     image_size_of,
     note_of,
+    runner,
 )
 from localvit.surgery.observation import Observed, Tokens, observe
 from localvit.surgery.placement import BlockSpec, select_blocks
@@ -157,7 +158,8 @@ def plan_changes(
 
     observed: Observed | None = None
     if count:
-        observed = observe(model, image_size_of(model, adapter), [site for site, _ in changes])
+        runs, size = runner(model, adapter), image_size_of(model, adapter)
+        observed = observe(runs, size, [site for site, _ in changes])
     costs: dict[Any, _Cost] = {}
     sites = tuple(_plan_site(change, costs, observed) for change in changes)
     the_plan = Plan(
@@ -180,8 +182,8 @@ def _refuse_impossible(change: PlannedChange) -> None:
         return
     if not site.row.ffn:
         raise UnsupportedModelError(
-            f"the FFN of {site.name} shares its layers with attention, so it cannot be replaced; "
-            "use init='preserve'"
+            f"the FFN of {site.name} shares its layers with attention, or is no module of its own, so it "
+            "cannot be replaced; use init='preserve'"
         )
     width, _, out = site.dims
     if width != out:

@@ -32,6 +32,7 @@ from localvit.locality import (
     LocalityFeedForward,
     Pointwise,
     check_grid,
+    given_grid,
     map_to_tokens,
     tokens_to_map,
     tokens_to_row,
@@ -78,9 +79,9 @@ class FastFeedForward(InferenceOnly):
             residual[rows, prefix:].add_(self.on_patches(x[rows, prefix:].contiguous(), patches))
         return residual
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, columns: int | None = None) -> Tensor:
         """Compute the branch alone: `(B, P + N, C) -> (B, P + N, C)`."""
-        return self.add_to(torch.zeros_like(x), x, grid)
+        return self.add_to(torch.zeros_like(x), x, given_grid(grid, columns, 0))
 
     def _chunks(self, x: Tensor) -> Iterator[slice]:
         """Divide the images into chunks; a graph (export, compilation) has one, for any batch size."""
@@ -189,10 +190,10 @@ class _FastMlp(FastFeedForward):
     def on_prefix(self, x: Tensor) -> Tensor:
         return self.fc2(self.norm(self.hidden(x)))
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, columns: int | None = None) -> Tensor:
         """Compute the branch alone: `(B, T, C) -> (B, T, C')`."""
         local = isinstance(self.drop1, FoldedHiddenLocality)
-        return super().forward(x, grid) if local else self.on_prefix(x)
+        return super().forward(x, grid, columns) if local else self.on_prefix(x)
 
 
 class FastMlp(_FastMlp, Mlp):

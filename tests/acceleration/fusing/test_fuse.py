@@ -398,7 +398,9 @@ def test_compiled():
 
 def test_training_is_refused():
     fused = localvit.fuse(local())
-    with pytest.raises(RuntimeError, match=r"FastVisionTransformer is for inference only; train the original model"):
+    with pytest.raises(
+        RuntimeError, match=r"FastVisionTransformer is for inference only; train the original model"
+    ):
         fused.train()
     assert fused.eval() is fused
     assert not any(module.training for module in fused.modules())

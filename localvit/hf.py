@@ -1,0 +1,100 @@
+"""Localized models of Hugging Face's transformers in folders: weights, configuration and recipe, no code.
+
+A folder has `model.safetensors` and a `config.json` whose key `localvit` is the recipe. Nothing in it is
+executed: the class is one of transformers' own with an adapter, by name.
+"""
+
+import copy
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from localvit.atomic import move_into_place, temporary_prefix, writing
+from localvit.errors import ConfigError, suggestion
+from localvit.locality import LocalityConfig
+from localvit.structure import build, parse_json, plain
+from localvit.surgery import Report, accepted_classes, localize
+
+_RECIPE, _WEIGHTS = "localvit", "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What `localize` did to a saved model, as JSON values.
+
+    Attributes:
+        locality: Result of `LocalityConfig.to_dict`.
+        blocks: Indices of the chosen blocks.
+        also: Name of a further group -> the same of its FFNs.
+    """
+
+    locality: dict[str, Any]
+    blocks: tuple[int, ...]
+    also: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def save_pretrained(model: nn.Module, folder: str | Path) -> None:
+    """Save a localized model of transformers to a new folder, after `Trainer` too (`trainer.model`).
+
+    Raises:
+        ConfigError: if the model is not a localized one of transformers, or if `folder` has files.
+    """
+    from safetensors.torch import save_model
+
+    report = getattr(model, "localization", None)
+    if not isinstance(report, Report) or not hasattr(model, "config"):
+        raise ConfigError(
+            f"this {type(model).__name__} is not a localized model of transformers; localize it, "
+            "and save others by their own library"
+        )
+    place = Path(folder)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ConfigError(f"{str(folder)!r} has files already; name a new folder")
+    plan = report.plan
+    config: Any = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], model.dtype
+    recipe = Recipe(locality=plan.config.to_dict(), blocks=plan.blocks, also=plan.to_dict()["also"])
+    setattr(config, _RECIPE, plain(recipe))
+    with writing(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=temporary_prefix(place.name), dir=place.parent))
+        config.save_pretrained(new)
+        save_model(model, str(new / _WEIGHTS))
+        move_into_place(new, place)
+
+
+def from_pretrained(folder: str | Path) -> Any:
+    """Return the model that `save_pretrained` saved, in evaluation mode, on the CPU, in its dtype.
+
+    Raises:
+        ConfigError: if `folder` is not one, or its weights do not fit its configuration.
+    """
+    import transformers
+    from safetensors.torch import load_model
+
+    place = Path(folder)
+    try:
+        values = parse_json((place / "config.json").read_text(), str(place / "config.json"))
+    except OSError as error:
+        raise ConfigError(f"{str(folder)!r} has no config.json; use a folder of save_pretrained") from error
+    found, name = values.pop(_RECIPE, None), (values.get("architectures") or [""])[0]
+    if found is None:
+        raise ConfigError(f"{str(folder)!r} has no recipe; a plain model is opened by transformers itself")
+    recipe = build(Recipe, found, _RECIPE)
+    known = {n.rpartition(".")[2]: n for n in accepted_classes() if n.startswith("transformers.")}
+    if name not in known:
+        raise ConfigError(f"architectures={name!r} in {str(folder)!r}: {suggestion(name, known)}")
+    kind = getattr(transformers, name)
+    model = kind(kind.config_class.from_dict(values))
+    also = {group: LocalityConfig.from_dict(given) for group, given in recipe.also.items()}
+    locality = LocalityConfig.from_dict(recipe.locality)
+    localize(model, locality, recipe.blocks, also=also, keep_originals=False, count_macs=False)
+    model.to(model.config.dtype)
+    try:
+        load_model(model, str(place / _WEIGHTS))
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"the weights in {str(folder)!r} do not fit its config.json: {error}") from error
+    return model.eval()
