@@ -73,7 +73,7 @@ def one_line(capsys):
             "--output '' is not accepted; name a folder, or leave it out",
         ),
         (["demo", "--output", ""], "--output '' is not accepted"),
-        (["train", "--data", "digits", "--output", ""], "output='' cannot be written"),
+        (["train", "--data", "digits", "--output", ""], "output='': '.' is not a writable folder"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
