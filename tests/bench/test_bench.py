@@ -236,7 +236,7 @@ def test_engines_of_files(engine, short, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnet18"], "--against NAME is missing: localvit knows no baseline of 'resnet18'"),
+        (["resnet18"], "'resnet18' has no known baseline; add --against NAME"),
         ([NAME, "--batch", "0"], "batch_size=0 is not accepted; use at least 1"),
         ([NAME, "--rounds", "1"], "rounds=1 is not accepted; use at least 2"),
         ([NAME, "--threads", "0"], "threads=0 is not accepted; use at least 1"),

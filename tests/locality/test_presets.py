@@ -198,7 +198,7 @@ def test_a_preset_is_saved_as_plain_fields():
 def test_a_preset_stands_among_the_fields_of_a_file():
     values = {"preset": "mix_ffn", "kernel_size": 5}
     assert LocalityConfig.from_dict(values) == localvit.preset("mix_ffn", kernel_size=5)
-    with pytest.raises(ConfigError, match=r"no preset is called 3"):
+    with pytest.raises(ConfigError, match=r"the preset 3 does not exist"):
         LocalityConfig.from_dict({"preset": 3})
 
 

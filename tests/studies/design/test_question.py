@@ -85,7 +85,7 @@ CLAIM = "claim: {text: t, source: s, "
     [
         ("question:", "questoin:", "questoin"),
         ("{epochs: 60}", "{epoch: 60}", "arms.long.epoch: .*did you mean 'epochs'"),
-        ("{epochs: 60}", "{}", "arms 'short' and 'long' are the same configuration"),
+        ("{epochs: 60}", "{}", "arms 'short' and 'long' are equal"),
         ("{epochs: 60}", "60", "arms.long: 60 is not accepted; use a mapping"),
         ("against: long", "against: logn", "control: the arm 'logn' does not exist"),
         ("longer: {epochs: 90}", "longest: {epochs: 90}", "scales.mine.arms: 'longest' does not exist"),
