@@ -164,7 +164,7 @@ class LocalityConfig:
         for name in ("gate_reduction", "gate_width"):
             if getattr(self, name) is not None and resolved_gate != "se":
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r} needs gate='se', not {resolved_gate!r}; change one"
+                    f"{name}={getattr(self, name)!r} needs gate='se', not {resolved_gate!r}; fix one"
                 )
         if self.gate_reduction is not None and self.gate_width is not None:
             raise ConfigError(
