@@ -12,8 +12,8 @@ YAML = [*PACKAGE.glob("config/recipes/*.yaml"), *PACKAGE.glob("studies/design/**
 BANNED = re.compile(
     r"\b(pictures?|lattices?|lest|update \d|\d updates|updates? (of|per|done|number)|an update|goes on|go on"
     r"|going on|comes? twice|is there twice|no finite number|is no number|without a word|for want of"
-    r"|in the midst of|at hand|anew|in vain|(?<!there )(is|are) no (?!more|longer)|shares? of|beats?|somebody"
-    r"|nobody|stands? back|brings? along|of one's own|this very|says? so)\b|(?<!`)``(?!`)"
+    r"|in the midst of|at hand|anew|in vain|(?<!there )(is|are) no(?= (?!more|longer))|shares? of|beats?"
+    r"|somebody|nobody|stands? back|brings? along|of one's own|this very|says? so)\b|(?<!`)``(?!`)"
 )
 NOUN_CLAUSE = re.compile(r"(What|Whether|Whose|How|Where|Why|Which|When|Who|Of|Those|That)\b")
 ERRORS = ("ConfigError", "DataError", "UsageError", "Failure", "TrainingFailed", "ExportFailed")

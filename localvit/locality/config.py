@@ -163,7 +163,9 @@ class LocalityConfig:
         resolved_gate = self.gate if self.gate is not None else _DECIDED[self.init]["gate"]
         for name in ("gate_reduction", "gate_width"):
             if getattr(self, name) is not None and resolved_gate != "se":
-                raise ConfigError(f"{name}={getattr(self, name)!r} needs gate='se'; change one of them")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} needs gate='se', not {resolved_gate!r}; fix one"
+                )
         if self.gate_reduction is not None and self.gate_width is not None:
             raise ConfigError(
                 f"gate_reduction={self.gate_reduction!r} and gate_width={self.gate_width!r} both set the "

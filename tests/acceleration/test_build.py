@@ -258,7 +258,7 @@ def spoil_folder_by_file(folder, library):
         (spoil_library_for_others, r"file .* can be changed by other users \(mode 702\)"),
         (spoil_folder_by_link, "folder .* is a link"),
         (spoil_library_by_link, "file .* is a link"),
-        (spoil_folder_by_file, "folder .* is no folder"),
+        (spoil_folder_by_file, "folder .* is not a folder"),
     ],
 )
 def test_what_others_can_change_is_not_loaded(fake_compiler, tmp_path, spoil, reason):

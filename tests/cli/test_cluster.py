@@ -42,8 +42,8 @@ def words(tmp_path, monkeypatch):
         (("--cluster", "local", "--cpus", "0"), "cpus=0 is not accepted; use at least 1"),
         (("--cluster", "local", "--gpus", "2"), "use 0 or 1"),
         (("--cluster", "local", "--memory", "0"), "memory=0.0 is not accepted"),
-        (("--cluster", "local", "--threads", "2"), "arm 'plain': threads=2 do not fit cpus=1"),
-        (("--cluster", "local", "--jobs", "3"), "at most 3 jobs at a time: local jobs all start at once"),
+        (("--cluster", "local", "--threads", "2"), "arm 'plain': threads=2 exceed cpus=1"),
+        (("--cluster", "local", "--jobs", "3"), "parallel=3 is not accepted for local jobs"),
         (("--partition", "gpu"), "--partition has no effect without --cluster"),
     ],
 )
@@ -60,7 +60,7 @@ def test_wrong_use_is_one_line_and_writes_nothing(arguments, message, words, tmp
     ("own", "message"),
     [
         ("{minuts: 3}", r"arms\.local\.resources\.minuts: .*did you mean"),
-        ("{gpus: -1}", r"arms\.local\.resources: gpus=-1: at least 0"),
+        ("{gpus: -1}", r"arms\.local\.resources: gpus=-1 is not accepted; use at least 0"),
         ("{minutes: long}", r"arms\.local\.resources\.minutes: 'long' is not"),
         ("3", r"arms\.local\.resources: 3 is not accepted; use a mapping"),
     ],
@@ -77,9 +77,7 @@ def test_wrong_resources_of_an_arm_are_named(own, message, words, tmp_path, caps
 def test_without_submitit_the_extra_is_named(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert main([*words, "--cluster", "local"]) == 2
-    assert capsys.readouterr().err == (
-        "localvit: running on a cluster needs submitit: pip install 'localvit[cluster]'\n"
-    )
+    assert capsys.readouterr().err == ("localvit: submitit is missing; run pip install 'localvit[cluster]'\n")
     assert not (tmp_path / "out").exists()
 
 

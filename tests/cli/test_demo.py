@@ -63,7 +63,7 @@ def test_own_tuning_is_used(pictures, tmp_path, capsys, monkeypatch):
         (("--seeds", "1"), "--seeds 1 is not accepted; use at least 2"),
         (("--jobs", "0"), "--jobs 0 is not accepted; use at least 1"),
         (("--tune", "--tune-seeds", "0"), "--tune-seeds 0 is not accepted; use at least 1"),
-        (("--tune", "--tune-factors", "0"), "--tune-factors (0.0,): one or more positive"),
+        (("--tune", "--tune-factors", "0"), "--tune-factors (0.0,) is not accepted"),
         (("--data", "nowhere"), "no data source 'nowhere'"),
         (("--recipe", "digit"), "did you mean 'digits'"),
         (("--set", "epochz=3"), "did you mean"),
@@ -88,7 +88,7 @@ def test_missing_extra_is_one_line_with_the_command(tmp_path, monkeypatch, capsy
         importlib.util, "find_spec", lambda name, *a: None if name in ("scipy", "sklearn") else real(name, *a)
     )
     assert main(["demo"]) == 2
-    expected = "localvit: localvit demo needs scipy, scikit-learn: pip install 'localvit[study]'\n"
+    expected = "localvit: localvit demo needs scipy, scikit-learn; run pip install 'localvit[study]'\n"
     assert capsys.readouterr().err == expected
     assert list(tmp_path.iterdir()) == []
 

@@ -65,9 +65,9 @@ def test_it_writes_json_csv_and_a_picture(exported, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output", "old.json"], "--output old.json: the file exists already"),
-        (["--output", "result.txt"], "must end in .json or .csv"),
-        (["--confusion", "result.jpg"], "must end in .png"),
+        (["--output", "old.json"], "--output old.json: the file exists"),
+        (["--output", "result.txt"], "use a name in .json or .csv"),
+        (["--confusion", "result.jpg"], "use a name in .png"),
         (["--confusion", "nowhere/result.png"], "nowhere is not a writable folder"),
         (["--class-map", "none.txt"], "class_map='none.txt' is not accepted; use a .txt file"),
         (["--real-labels", "default"], "ILSVRC-2012's 1000 classes"),

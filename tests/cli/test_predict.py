@@ -143,11 +143,11 @@ def test_processes_and_shards_write_the_same_files(job, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output", "old.csv"], "'old.csv' is finished already"),
-        (["--output", "found.txt"], "must end in .csv, .jsonl, .parquet"),
-        (["--output", "found.csv", "--format", "json"], "--format json is for the console"),
+        (["--output", "old.csv"], "'old.csv' is already finished"),
+        (["--output", "found.txt"], "a name that ends in .csv, .jsonl, .parquet"),
+        (["--output", "found.csv", "--format", "json"], "--format json is not accepted for found.csv"),
         (["--shard", "2/2"], "shard 2/2 is not accepted; use 0/2 to 1/2"),
-        (["--shard", "second"], "--shard second: two whole numbers"),
+        (["--shard", "second"], "--shard second is not accepted"),
         (["--top-k", "0"], "top_k=0 is not accepted; use at least 1"),
     ],
 )

@@ -116,7 +116,7 @@ def test_it_trains_and_the_result_is_an_ordinary_model(config, teacher, tmp_path
             (DISTILLED, "distill.teacher=localvit_tiny_relu6_x6_patch16_224"),
             r"distill\.teacher='localvit_tiny_relu6.*cannot be loaded",
         ),
-        ((DISTILLED, "model.args.num_classes=12"), r"it has 10 classes, but the student has 12"),
+        ((DISTILLED, "model.args.num_classes=12"), r"it has 10 classes and the student 12"),
         ((DISTILLED, "model.args.img_size=16"), r"fails on an image of size \(1, 16, 16\)"),
         (
             (DISTILLED, "model.args.in_chans=3", "data.mean=null", "data.std=null"),
@@ -135,5 +135,5 @@ def test_a_teacher_of_other_classes_in_equal_number_is_refused(config):
     run = config(DISTILLED)
     model = build_model(run.model, 10)
     names = [*NAMES[:4], "four", *NAMES[5:]]
-    with pytest.raises(ConfigError, match="it has class '4' where the data has 'four'"):
+    with pytest.raises(ConfigError, match="its class '4' is 'four' in the data"):
         build_task(model, run.augment, run.distill, preprocessing_for(model, run.data), names, device=CPU)

@@ -184,7 +184,7 @@ def _check_owner(path: Path, kind: str) -> None:
     if stat.S_ISLNK(mode):
         raise Untrusted(f"{kind} {str(path)!r} is a link; replace it by a {kind}")
     if not (stat.S_ISDIR(mode) if kind == "folder" else stat.S_ISREG(mode)):
-        raise Untrusted(f"{kind} {str(path)!r} is no {kind}; remove it")
+        raise Untrusted(f"{kind} {str(path)!r} is not a {kind}; remove it")
     if status.st_uid != user:
         raise Untrusted(f"{kind} {str(path)!r} belongs to user {status.st_uid}, not {user}; remove it")
     if os.name == "posix" and mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -85,7 +85,7 @@ CLAIM = "claim: {text: t, source: s, "
     [
         ("question:", "questoin:", "questoin"),
         ("{epochs: 60}", "{epoch: 60}", "arms.long.epoch: .*did you mean 'epochs'"),
-        ("{epochs: 60}", "{}", "arms 'short' and 'long' are the same configuration"),
+        ("{epochs: 60}", "{}", "arms 'short' and 'long' are equal"),
         ("{epochs: 60}", "60", "arms.long: 60 is not accepted; use a mapping"),
         ("against: long", "against: logn", "control: the arm 'logn' does not exist"),
         ("longer: {epochs: 90}", "longest: {epochs: 90}", "scales.mine.arms: 'longest' does not exist"),
@@ -112,7 +112,7 @@ def test_what_is_wrong_is_named(tmp_path, old, new, message):
         ("  long:", "  5:", "line 5: arms: the key 5 is not text in YAML; quote it: '5'"),
         ("  longer: {", "  long: {", "line 6: arms: duplicate key 'long'"),
         ("{epochs: 60}", "{epochs: 0x_}", "line 5: arms.long.epochs: 0x_ is an integer in YAML"),
-        ("{epochs: 60}", "{epochs: [" + "[" * 1000, "nested more than 40 levels deep"),
+        ("{epochs: 60}", "{epochs: [" + "[" * 1000, "use at most 40 levels"),
         ("short", "[short]", "control: ['short'] is not accepted; use a string"),
         ("match: none", "claim: 3", "claim: 3 is not accepted; use a mapping"),
         ("match: none", "claim: {text: t}", "claim.source is missing"),
@@ -168,7 +168,7 @@ def test_what_an_arm_asks_of_a_cluster_is_checked(tmp_path):
 
 
 def test_unknown_names_come_with_those_that_exist():
-    with pytest.raises(ConfigError, match=r"did you mean 'placement'.*questions: architectures, "):
+    with pytest.raises(ConfigError, match=r"did you mean 'placement'.*accepted: architectures, "):
         load_question("plaecment")
     with pytest.raises(ConfigError, match="'smal' does not exist; did you mean 'small'"):
         load_question("gate").study("smal", 2)
