@@ -23,7 +23,7 @@ _RECIPE, _WEIGHTS = "localvit", "model.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What `localize` did to a saved model, as JSON values.
+    """Recipe of a saved model, as JSON values.
 
     Attributes:
         locality: Result of `LocalityConfig.to_dict`.
@@ -86,7 +86,7 @@ def from_pretrained(folder: str | Path) -> Any:
     recipe = build(Recipe, found, _RECIPE)
     known = {n.rpartition(".")[2]: n for n in accepted_classes() if n.startswith("transformers.")}
     if name not in known:
-        raise ConfigError(f"architectures={name!r} in {str(folder)!r}: {suggestion(name, known)}")
+        raise ConfigError(f"{str(folder)!r}: architectures={name!r} is unknown; {suggestion(name, known)}")
     kind = getattr(transformers, name)
     model = kind(kind.config_class.from_dict(values))
     also = {group: LocalityConfig.from_dict(given) for group, given in recipe.also.items()}

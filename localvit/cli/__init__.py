@@ -93,7 +93,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _reader_ended() -> bool:
-    """Return whether nobody reads the standard output any more."""
+    """Return whether the reader of the standard output has ended."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

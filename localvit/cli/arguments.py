@@ -35,7 +35,7 @@ _REMEDIES = {
         (errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n), or use fewer workers"
     ),
 }
-"""What to do about an error of the system."""
+"""Remedy for each error of the system."""
 
 
 class UsageError(Exception):

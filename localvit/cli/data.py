@@ -21,6 +21,8 @@ class Options:
 
     Exit code 0 if nothing is wrong; 1 if files of two splits have equal contents; 2 if a run would be
     refused. Nothing is written.
+
+    Example: localvit data check photos/train --val-data photos/test
     """
 
     action: Annotated[Literal["check"], tyro.conf.Positional]

@@ -14,6 +14,8 @@ class Options:
     """Print versions, processor, compiler, native kernels, cache folder, GPU and extras, for a bug report.
 
     Native kernels that are not in use are printed with the reason. Missing ones are compiled.
+
+    Example: localvit doctor --json
     """
 
     json: tyro.conf.FlagCreatePairsOff[bool] = False

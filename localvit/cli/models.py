@@ -39,7 +39,7 @@ def run(options: Options) -> int:
     if options.supported:
         return _supported(options)
     if options.check:
-        raise UsageError("--check is accepted with --supported only")
+        raise UsageError("--check is not accepted here; use it with --supported")
     from localvit.models import model_card, names, registry
 
     if options.name is not None:

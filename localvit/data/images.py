@@ -118,7 +118,7 @@ def decode(file: BinaryIO | str, name: str) -> Image.Image:
     """
     with _naming(name):
         if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
-            raise ValueError("it is no regular file")  # opening a pipe would wait
+            raise ValueError("it is not a regular file")  # opening a pipe would wait
         with _open(file) as image:
             image.load()
             return plain(image)
@@ -274,7 +274,7 @@ class ReaderImages:
         name = self.reader.filename(index, absolute=True) or f"number {index}"
         with _naming(name):
             if os.path.exists(name) and not os.path.isfile(name):
-                raise ValueError("it is no regular file")  # opening a pipe would wait
+                raise ValueError("it is not a regular file")  # opening a pipe would wait
             return self.reader[index][0], name
 
 

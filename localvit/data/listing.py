@@ -145,7 +145,7 @@ def check_regular(path: str, mode: int) -> None:
         DataError: naming it.
     """
     if not stat.S_ISREG(mode):
-        raise DataError(f"{path!r} is no regular file; remove it or name a file")
+        raise DataError(f"{path!r} is not a regular file; remove it or name a file")
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
@@ -159,7 +159,7 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
 class FileReader(Reader):
     """Reader in timm's form of image files, in any process. It has columns, because there may be millions.
 
-    timm's readers keep one file open, which forked data workers share. Here each read opens the file anew
+    timm's readers keep one file open, which forked data workers share. Here each read opens the file again
     (about 20 microseconds).
 
     Args:

@@ -20,7 +20,7 @@ from localvit.data.splits import Splits
 _MOST_NAMES = 200_000
 """Images above which a manifest has no names, which are then 2 MB."""
 _MOST_BYTES = 1 << 28
-"""Bytes of names above which a file is no manifest."""
+"""Bytes of names above which a file is not a manifest."""
 _SHOWN = 3
 
 

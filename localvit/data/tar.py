@@ -26,7 +26,7 @@ _MOST_LINKS = 40
 """Symbolic links in a row, as on Linux."""
 MOST_SHARDS = 100_000
 _DAMAGED = (tarfile.TarError, ValueError, ArithmeticError, LookupError, EOFError, RecursionError)
-"""What `tarfile` raises for damaged headers."""
+"""Errors of `tarfile` for damaged headers."""
 
 
 def read_tar(path: str) -> Tree:
@@ -35,8 +35,8 @@ def read_tar(path: str) -> Tree:
     Folders around all content are left out of the names: `data/cats/1.jpg` is `cats/1.jpg`.
 
     Raises:
-        DataError: if it is no uncompressed tar, is damaged, cut off, or has an image that is not stored as
-            plain bytes in it.
+        DataError: if it is not an uncompressed tar, is damaged or cut off, or has an image that is not
+            stored as plain bytes in it.
     """
     return _unwrapped(_content(path)[0])
 
@@ -56,7 +56,7 @@ def _content(path: str) -> tuple[Tree, dict[str, tarfile.TarInfo]]:
             place = status.st_dev, status.st_ino, found.offset_data
             tree.add(Item(name, path, place, found.size))
         elif is_image(name):
-            kind = "is stored sparse" if found.issparse() else "is no regular file"
+            kind = "is stored sparse" if found.issparse() else "is not a regular file"
             raise DataError(f"{path!r}: {name!r} {kind} in it; repack it from plain files")
     return tree, members
 
@@ -114,7 +114,7 @@ def _members(path: str) -> Iterator[tarfile.TarInfo]:
     try:
         with open(path, "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise DataError(f"{path!r} is no regular file")
+                raise DataError(f"{path!r} is not a regular file")
             start: int | None = 0
             while start is not None:
                 file.seek(start)

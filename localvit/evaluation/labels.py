@@ -30,7 +30,7 @@ def read_class_map(path: str, outputs: int) -> tuple[str, ...]:
         outputs: Outputs of the model; the file may name fewer.
 
     Raises:
-        ConfigError: if it is no such file, is not UTF-8, repeats a name, leaves a line empty or has too many
+        ConfigError: if it is not such a file or not UTF-8, or has a duplicate, an empty line or too many
             lines.
     """
     what = f"class_map={path!r}"
@@ -42,7 +42,7 @@ def read_class_map(path: str, outputs: int) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{what}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
     except OSError as error:
-        raise ConfigError(f"{what} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{what} cannot be read: {error.strerror}; name a text file") from error
     if not 0 < len(names) <= outputs:
         raise ConfigError(f"{what} names {len(names)} classes; the model has {outputs} outputs")
     for number, name in enumerate(names, 1):

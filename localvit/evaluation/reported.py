@@ -94,7 +94,7 @@ def reported_images(
         reader = file_reader(images.images)
         found = Reported(source=data, images=images, notes=(*(reader.notes if reader else ()), *notes))
     elif saved is None or model.run is None:
-        raise ConfigError(f"data=None: {model.source!r} is not a run's folder, so name a data source")
+        raise ConfigError(f"data=None: {model.source!r} is not a run's folder; name a data source")
     elif class_map is not None:
         raise ConfigError(f"class_map={class_map!r} is for data of another source; name it")
     else:

@@ -121,7 +121,8 @@ def open_model(
     try:
         model = timm.create_model(name, pretrained=not random_weights, **(args or {})).eval().to(place)
     except _UNUSABLE as error:
-        raise ConfigError(f"model {source!r} cannot be loaded: {why_unreadable(name, error)}") from error
+        reason = why_unreadable(name, error)
+        raise ConfigError(f"model {source!r} cannot be loaded: {reason}; check its files") from error
     labels, descriptions = (None, None) if random_weights else _class_names(model)
     opened = OpenModel(
         source=source,

@@ -199,7 +199,7 @@ def find_files(paths: Sequence[str]) -> list[str]:
 
     Raises:
         ConfigError: if a path does not exist or nothing was found.
-        DataError: if a path is no regular file, or as `list_files`.
+        DataError: if a path is not a regular file, or as `list_files`.
     """
     found: dict[str, None] = {}
     for path in paths:

@@ -116,7 +116,7 @@ _VISION = (
         _SWIN2,
         "Swinv2Model Swinv2Backbone",
         _windows(_SWIN2, "Swinv2Layer", ffn="", norm=None),
-        note="its FFNs are no modules of their own, so init='preserve' only is accepted",
+        note="its FFNs are not modules of their own, so init='preserve' only is accepted",
     ),
     _around("swinv2", _SWIN2, "Swinv2ForImageClassification"),
     _family(

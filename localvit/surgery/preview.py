@@ -182,7 +182,7 @@ def _refuse_impossible(change: PlannedChange) -> None:
         return
     if not site.row.ffn:
         raise UnsupportedModelError(
-            f"the FFN of {site.name} shares its layers with attention, or is no module of its own, so it "
+            f"the FFN of {site.name} shares its layers with attention, or is not a module of its own, so it "
             "cannot be replaced; use init='preserve'"
         )
     width, _, out = site.dims

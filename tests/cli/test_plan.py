@@ -48,7 +48,7 @@ def test_pictures_that_are_not_there_can_be_told(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus", "8xx8"], "--gpus '8xx8' is neither a number nor NODESxGPUS"),
+        (["--gpus", "8xx8"], "--gpus '8xx8' is not accepted; use a number or NODESxGPUS"),
         (["--gpus", "0x8"], "nodes=0 is not accepted; use 1 or more"),
         (["--gpus", "5"], "batch_size=32 cannot be split into 5 equal microbatches"),
         (["--images-per-second", "0"], "images_per_second=0.0 is not accepted; use a positive number"),

@@ -362,7 +362,7 @@ def test_what_is_no_regular_file_is_not_opened(make_folder, monkeypatch, make):
     path.unlink()
     make(path)
     for read in (lambda: decode(str(path), str(path)), lambda: found[1], lambda: found.read_pixels(1, "RGB")):
-        with pytest.raises(UnreadableImage, match=r"1\.png: it is no regular file"):
+        with pytest.raises(UnreadableImage, match=r"1\.png: it is not a regular file"):
             read()
 
 

@@ -158,7 +158,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(make_folder):
         lambda _: find_files([str(folder)]),
         lambda _: find_files([str(folder / "a" / "x.png")]),
     ):
-        with pytest.raises(DataError, match=r"x\.png' is no regular file"):
+        with pytest.raises(DataError, match=r"x\.png' is not a regular file"):
             use(folder)
     with pytest.raises(DataError, match="no regular file"):
         find_files(["/dev/zero"])
@@ -362,8 +362,8 @@ def test_links_in_an_archive_are_images(tmp_path):
         (("c", b"", tarfile.SYMTYPE, "a"), r"'c' is a link to a folder \('a'\); repack it with tar --deref"),
         (("a/x.png", b"", tarfile.SYMTYPE, "x.png"), r"'a/x\.png' is a link to nothing"),
         (("a/x.png", b"", tarfile.LNKTYPE, "a/gone.png"), r"'a/x\.png' is a link to nothing"),
-        (("a/x.png", b"", tarfile.FIFOTYPE, ""), r"'a/x\.png' is no regular file"),
-        (("a/x.png", b"", tarfile.CHRTYPE, ""), r"'a/x\.png' is no regular file"),
+        (("a/x.png", b"", tarfile.FIFOTYPE, ""), r"'a/x\.png' is not a regular file"),
+        (("a/x.png", b"", tarfile.CHRTYPE, ""), r"'a/x\.png' is not a regular file"),
     ],
 )  # fmt: skip
 def test_members_that_are_no_plain_files_are_named(tmp_path, member, message):

