@@ -174,18 +174,28 @@ def deterministic(config: EngineConfig) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before[1]
 
 
+def check_device(config: EngineConfig, world: World) -> None:
+    """Refuse options that the device does not support, before data are opened.
+
+    Raises:
+        ConfigError: if there is one.
+    """
+    if world.device.type == "cuda":
+        return
+    if config.precision == "fp16":
+        raise ConfigError("engine.precision='fp16' is not accepted on a CPU; use 'bf16'")
+    if config.batch_norm == "sync" and world.size > 1:
+        raise ConfigError("engine.batch_norm='sync' is not accepted on CPUs; use 'average' or 'frozen'")
+
+
 def place_model(model: nn.Module, config: EngineConfig, world: World) -> nn.Module:
     """Put the model on its device, as the options ask.
 
     Raises:
         ConfigError: if the options do not fit the model, the device or each other.
     """
-    on_gpu = world.device.type == "cuda"
-    if config.precision == "fp16" and not on_gpu:
-        raise ConfigError("engine.precision='fp16' is not accepted on a CPU; use 'bf16'")
+    check_device(config, world)
     if config.batch_norm == "sync" and world.size > 1:
-        if not on_gpu:
-            raise ConfigError("engine.batch_norm='sync' is not accepted on CPUs; use 'average' or 'frozen'")
         model = convert_sync_batchnorm(model)
     if config.grad_checkpointing:
         try:

@@ -33,7 +33,7 @@ from localvit.models import base_digest, build_model, check_forward, preprocessi
 from localvit.runs import SavedState, random_states, set_random_states
 from localvit.runtime import World
 from localvit.surgery import locality_parameters
-from localvit.training.engine import TrainingEngine, place_model
+from localvit.training.engine import TrainingEngine, check_device, place_model
 from localvit.training.optim import build_optimizer, build_scheduler, freeze
 from localvit.training.task import build_task
 
@@ -281,6 +281,7 @@ def prepare(config: TrainConfig, world: World) -> TrainingRun:
         ConfigError, DataError: as `train`.
     """
     _check_shares(config.batch_size, config.engine.grad_accum, config.augment.mixes, world.size)
+    check_device(config.engine, world)
     splits, manifest = open_equal_splits(config.data, config.seed, world)
     torch.manual_seed(config.seed)
     model = build_model(config.model, splits.num_classes)

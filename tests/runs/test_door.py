@@ -156,7 +156,7 @@ def test_an_epoch_without_its_numbers_is_refused(finished, copy, name, value):
     if value == "missing":
         del lines[1][name]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(ConfigError, match=rf"metrics\.jsonl' is not as a run wrote it: .*{name}"):
+    with pytest.raises(ConfigError, match=rf"metrics\.jsonl' is damaged: .*{name}"):
         train(config)
 
 

@@ -165,9 +165,9 @@ def test_all_shares_of_an_epoch_are_the_epoch():
 @pytest.mark.parametrize(
     ("settings", "size", "message"),
     [
-        (["batch_size=9"], 2, "batch_size=9 .* divisible by 2 processes x engine.grad_accum=1"),
-        (["batch_size=8", "engine.grad_accum=3"], 1, "batch_size=8 .* by 1 process x engine.grad_accum=3"),
-        (["batch_size=8", "engine.grad_accum=2"], 8, "divisible by 8 processes x engine.grad_accum=2"),
+        (["batch_size=9"], 2, "batch_size=9 .* multiple of 2 processes x engine.grad_accum=1"),
+        (["batch_size=8", "engine.grad_accum=3"], 1, "multiple of 1 process x engine.grad_accum=3"),
+        (["batch_size=8", "engine.grad_accum=2"], 8, "multiple of 8 processes x engine.grad_accum=2"),
         (["batch_size=6", "augment.mixup=1"], 2, "use an even number for each of 2 processes"),
         (["batch_size=8", "engine.batch_norm=sync"], 2, "engine.batch_norm='sync' is not accepted on CPUs"),
     ],
