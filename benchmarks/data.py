@@ -35,7 +35,7 @@ from localvit.bench.measure import Quartiles, Work, cpu_time, interleaved, ratio
 from localvit.data.config import AugmentConfig, DataConfig
 from localvit.data.images import Part
 from localvit.data.loading import train_loader
-from localvit.data.splits import open_reported
+from localvit.data.splits import open_test_split
 
 MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 BATCH = 32
@@ -88,7 +88,7 @@ def plain(folder: Path, chosen: np.ndarray, interpolation: str) -> Work:
 
 def ours(folder: Path, chosen: np.ndarray, interpolation: str) -> Work:
     """The loader that `localvit train` uses, with the same changes to the pictures."""
-    images = open_reported(str(folder), DataConfig())
+    images = open_test_split(str(folder), DataConfig())
     part = Part(images.images, chosen, images.class_names)
     augment = AugmentConfig(color_jitter=None)
     seen = {"input_size": (3, 224, 224), "mean": MEAN, "std": STD, "interpolation": interpolation}

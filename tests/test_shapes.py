@@ -14,7 +14,7 @@ import torch
 
 from localvit.data.config import AugmentConfig, DataConfig
 from localvit.data.loading import eval_loader, train_loader
-from localvit.data.splits import open_reported, open_splits
+from localvit.data.splits import open_splits, open_test_split
 from localvit.evaluation import calibration, evaluate
 from localvit.evaluation.files import confusion_matrix
 from localvit.evaluation.metrics import Tally
@@ -73,7 +73,7 @@ def test_shapes_hold_from_the_file_to_the_report(checked, tmp_path):
     augment = AugmentConfig(auto_augment="rand-m5-inc1", erase=0.5)
     train = open_splits(DataConfig(train=data, holdout=0.2, fraction=0.7)).train
     next(iter(train_loader(train, augment, PREPROCESSING, batch_size=2, seed=0)))
-    next(iter(eval_loader(open_reported(data, DataConfig()), PREPROCESSING, batch_size=2)))
+    next(iter(eval_loader(open_test_split(data, DataConfig()), PREPROCESSING, batch_size=2)))
     assert checked >= {
         "evaluation.top_k.add",
         "evaluation.top_k.confusion_counts",

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from localvit.data.sources import find_splits as find_splits
     from localvit.data.splits import (
         Splits as Splits,
-        open_reported as open_reported,
         open_splits as open_splits,
+        open_test_split as open_test_split,
     )
 else:
     __getattr__, __dir__, __all__ = door(__name__)

@@ -39,7 +39,7 @@ class Preprocessing:
             "crop_pct": not 0 < self.crop_pct <= 2,
         }
         for name in (name for name, is_wrong in wrong.items() if is_wrong):
-            raise ConfigError(f"{name}={getattr(self, name)!r} does not fit the other values")
+            raise ConfigError(f"{name}={getattr(self, name)!r} is not accepted here; change it or the others")
 
 
 class DataError(ValueError):

@@ -153,7 +153,7 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             yield from (entry for entry in entries if not is_hidden(entry.name))
     except OSError as error:
-        raise DataError(f"folder {folder!r} cannot be read: {error.strerror}") from error
+        raise DataError(f"folder {folder!r} cannot be read: {error.strerror}; check it") from error
 
 
 class FileReader(Reader):

@@ -100,7 +100,7 @@ def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
     )
 
 
-def open_reported(source: str, config: DataConfig) -> Part:
+def open_test_split(source: str, config: DataConfig) -> Part:
     """Open the test split of a source: `test`, else `validation`, else all images of a source without splits.
 
     Args:

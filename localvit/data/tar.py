@@ -114,7 +114,7 @@ def _members(path: str) -> Iterator[tarfile.TarInfo]:
     try:
         with open(path, "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise DataError(f"{path!r} is not a regular file")
+                raise DataError(f"{path!r} is not a regular file; name an archive")
             start: int | None = 0
             while start is not None:
                 file.seek(start)
@@ -131,7 +131,7 @@ def _members(path: str) -> Iterator[tarfile.TarInfo]:
                     ) from error
                 start = _next_archive(file, end, path)
     except OSError as error:
-        raise DataError(f"{path!r} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{path!r} cannot be read: {error.strerror or error}; check the file") from error
 
 
 def _one_by_one(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -226,7 +226,7 @@ def _from_info(root: str, split: str) -> list[str]:
             try:
                 if split in splits:
                     return list(map(str, splits[split]["filenames"]))
-                raise DataError(f"{path!r} has the splits {', '.join(splits)}, not {split!r}")
+                raise DataError(f"{path!r} has no split {split!r}; use one of {', '.join(splits)}")
             except (TypeError, KeyError) as error:
                 raise DataError(
                     f"{path!r}: splits has no list of filenames for each split; name shards instead"

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from localvit.engines.open import (
         ENGINE_NAMES as ENGINE_NAMES,
         READS as READS,
-        Engine as Engine,
         EngineKind as EngineKind,
+        ExportedModel as ExportedModel,
         check_packages as check_packages,
         open_engine as open_engine,
         pick_engine as pick_engine,

@@ -39,7 +39,7 @@ Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
-class Engine:
+class ExportedModel:
     """Exported model on the CPU, in single precision.
 
     Attributes:
@@ -80,7 +80,7 @@ def pick_engine(file: str) -> EngineKind | None:
     return _DEFAULTS.get(suffix)
 
 
-def open_engine(kind: EngineKind, file: str | Path, threads: int | None = None) -> Engine:
+def open_engine(kind: EngineKind, file: str | Path, threads: int | None = None) -> ExportedModel:
     """Open an exported file.
 
     Args:
@@ -133,7 +133,7 @@ def check_packages(what: str, *modules: str) -> None:
         raise ConfigError(f"{what} needs {', '.join(missing)}; run pip install 'localvit[export]'")
 
 
-def _open_torch(file: str, threads: int | None) -> Engine:
+def _open_torch(file: str, threads: int | None) -> ExportedModel:
     extra = {KEY: ""}
     program = torch.export.load(file, extra_files=extra)
     info = ExportInfo.from_json(extra[KEY], file)
@@ -148,10 +148,10 @@ def _open_torch(file: str, threads: int | None) -> Engine:
         with torch.no_grad():
             return module(images)
 
-    return Engine("torch", info, str(entry), str(result), taken, given, compute)
+    return ExportedModel("torch", info, str(entry), str(result), taken, given, compute)
 
 
-def _open_onnxruntime(file: str, threads: int | None) -> Engine:
+def _open_onnxruntime(file: str, threads: int | None) -> ExportedModel:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -165,10 +165,10 @@ def _open_onnxruntime(file: str, threads: int | None) -> Engine:
         return torch.from_numpy(session.run([result.name], {entry.name: images.numpy()})[0])
 
     taken, given = _numbers(entry.shape), _numbers(result.shape)
-    return Engine("onnxruntime", info, entry.name, result.name, taken, given, compute)
+    return ExportedModel("onnxruntime", info, entry.name, result.name, taken, given, compute)
 
 
-def _open_openvino(file: str, threads: int | None) -> Engine:
+def _open_openvino(file: str, threads: int | None) -> ExportedModel:
     import openvino
 
     # On processors with bfloat16, OpenVINO would use it by default.
@@ -190,7 +190,7 @@ def _open_openvino(file: str, threads: int | None) -> Engine:
         tuple(side.get_length() if side.is_static else None for side in port.partial_shape)
         for port in (entry, result)
     )
-    return Engine("openvino", info, entry.any_name, result.any_name, taken, given, compute)
+    return ExportedModel("openvino", info, entry.any_name, result.any_name, taken, given, compute)
 
 
 def _numbers(shape: Any) -> Shape:

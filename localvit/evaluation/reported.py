@@ -17,8 +17,8 @@ from localvit.data import (
     file_reader,
     image_name,
     make_manifest,
-    open_reported,
     open_splits,
+    open_test_split,
     shared,
     split_record,
 )
@@ -89,7 +89,7 @@ def reported_images(
     """
     saved = _saved_run(model)
     if data is not None:
-        images = label_by_outputs(open_reported(data, config), data, model, class_map)
+        images = label_by_outputs(open_test_split(data, config), data, model, class_map)
         notes = _compare_with_training(images, data, model, saved, config, world) if saved else []
         reader = file_reader(images.images)
         found = Reported(source=data, images=images, notes=(*(reader.notes if reader else ()), *notes))

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from localvit.data import DataConfig, DataError, Preprocessing, eval_loader, open_reported, readable
+from localvit.data import DataConfig, DataError, Preprocessing, eval_loader, open_test_split, readable
 from localvit.engines import ExportInfo, Size
 from localvit.export.parity import BATCHES, TOLERANCE, Parity
 from localvit.export.write import FormatName, check_export, export_model
@@ -72,7 +72,7 @@ def export_checkpoint(
 def first_images(source: str, config: DataConfig, preprocessing: Preprocessing) -> Callable[[Size], Tensor]:
     """Return a function that loads the first images of a source, prepared for a size."""
     try:
-        images = open_reported(source, config)
+        images = open_test_split(source, config)
     except DataError as error:
         hint = "; --data SRC takes other images for the comparison" if source == "digits" else ""
         raise DataError(f"{error}{hint}") from error

@@ -120,7 +120,7 @@ def check_parity(
 
     Args:
         model: Model in evaluation mode.
-        engine: Function from a batch to logits, such as an `Engine`.
+        engine: Function from a batch to logits, such as an `ExportedModel`.
         inputs: At least one.
         tolerance: See `TOLERANCE`.
     """

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from localvit.acceleration import fuse as fuse_module
 from localvit.config import TrainConfig
 from localvit.data import DataConfig, Preprocessing
-from localvit.engines import ENGINE_NAMES, Engine, EngineKind, open_engine, pick_engine
+from localvit.engines import ENGINE_NAMES, EngineKind, ExportedModel, open_engine, pick_engine
 from localvit.errors import ConfigError, one_line, unknown
 from localvit.models import add_to_digest, preprocessing_for, why_unreadable
 from localvit.runs import read_run
@@ -162,7 +162,7 @@ class EngineModel(nn.Module):
 
     digest: Tensor
 
-    def __init__(self, engine: Engine, file: Path) -> None:
+    def __init__(self, engine: ExportedModel, file: Path) -> None:
         super().__init__()
         self.engine, self.num_classes = engine, engine.info.num_classes
         # As in timm's models: evaluation overrides preprocessing relative to it.

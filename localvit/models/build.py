@@ -69,7 +69,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     except (OSError, RuntimeError, EOFError, SafetensorError) as error:
         what = "model.name: cannot open" if ":" in name else "model"
         what = "model.pretrained: no weights for" if config.pretrained else what
-        raise ConfigError(f"{what} {name!r}: {why_unreadable(name, error)}") from error
+        raise ConfigError(f"{what} {name!r}: {why_unreadable(name, error)}; check its files") from error
 
 
 def _check_args(args: Mapping[str, Any], num_classes: int) -> None:
@@ -84,7 +84,7 @@ def _check_args(args: Mapping[str, Any], num_classes: int) -> None:
         if name.endswith("_rate") and not all(0 <= number <= 1 for number in numbers):
             raise ConfigError(f"{given}; use a number from 0 to 1")
         if name == "checkpoint_path" and value and not Path(value).is_file():
-            raise ConfigError(f"{given}: there is no such file")
+            raise ConfigError(f"{given} is not accepted; use an existing file")
     outputs = args["num_classes"]
     if type(outputs) is not int or outputs < num_classes:
         raise ConfigError(

@@ -134,7 +134,7 @@ def load_locality(model: nn.Module, file: str | Path) -> None:
     delta, weights = _read(file)
     present, headless = _recipe(model), delta.num_classes is not None and not head_parameters(model)
     if headless and not hasattr(model, "reset_classifier"):
-        raise ConfigError(f"{str(file)!r} has a classifier, and {type(model).__name__} takes none")
+        raise ConfigError(f"{str(file)!r} has a classifier; {type(model).__name__} has no reset_classifier")
     if present is None:
         _localize(model, delta, weights, file)
     elif present != delta.recipe:
@@ -226,7 +226,7 @@ def _read(file: str | Path) -> tuple[Delta, State]:
     delta = build(Delta, parse_json(metadata[_METADATA], where), where)
     sizes = [value.shape[0] for value in weights.values() if value.ndim]
     if _digest(weights) != delta.weights or delta.num_classes not in (None, *sizes):
-        raise ConfigError(f"{where} is damaged: its weights are not those that were saved")
+        raise ConfigError(f"{where} is damaged: its weights differ from those saved; save it again")
     return delta, weights
 
 
@@ -258,7 +258,7 @@ def _check(model: nn.Module, delta: Delta, weights: State, file: str | Path) -> 
     given = {name: (value.dtype, value.shape) for name, value in weights.items()}
     if wrong := sorted(name for name in expected | given if expected.get(name) != given.get(name)):
         raise ConfigError(
-            f"{where} does not fit the model: {wrong[0]} is missing, unknown or of another shape"
+            f"{where} does not fit the model: {wrong[0]} is missing, unknown or reshaped; save it again"
         )
 
 

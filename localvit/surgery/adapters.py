@@ -196,12 +196,10 @@ def register_adapter(adapter: ModelAdapter) -> None:
 
 def _check_row(adapter: ModelAdapter) -> None:
     if next(iter(adapter.groups), None) != MAIN_GROUP:
-        raise ConfigError(f"groups={list(adapter.groups)}: the first group must be {MAIN_GROUP!r}")
+        raise ConfigError(f"groups={list(adapter.groups)} is not accepted; use {MAIN_GROUP!r} first")
     for row in (row for rows in adapter.groups.values() for row in rows):
         if row.grid is None and row.order is None:
-            raise ConfigError(
-                f"{row.kind}: grid=None is accepted only with an order that reads the grid from shapes"
-            )
+            raise ConfigError(f"{row.kind}: grid=None is not accepted; use a grid, or an order that reads it")
 
 
 def adapter_for(model: nn.Module, adapter: ModelAdapter | None = None) -> ModelAdapter:

@@ -26,7 +26,7 @@ from localvit.runtime import World, open_world, stop_requested
 from localvit.training.callbacks import Callback
 from localvit.training.checkpointer import Checkpointer
 from localvit.training.engine import LossWatch, deterministic
-from localvit.training.progress import Progress
+from localvit.training.progress import TrainingProgress
 from localvit.training.result import RunResult
 from localvit.training.run import TrainingRun, TrainState, prepare
 
@@ -80,7 +80,7 @@ def train(
         run = prepare(config, world)
         stack.callback(run.close)
         checkpointer = Checkpointer(run, directory)
-        progress = Progress(console if world.is_main_process else None, run)
+        progress = TrainingProgress(console if world.is_main_process else None, run)
         try:
             with progress:
                 checkpointer.start(decision)
@@ -96,7 +96,7 @@ def train(
 
 
 def _fit(
-    run: TrainingRun, checkpointer: Checkpointer, progress: Progress, callbacks: Sequence[Callback]
+    run: TrainingRun, checkpointer: Checkpointer, progress: TrainingProgress, callbacks: Sequence[Callback]
 ) -> RunResult:
     at, directory = run.state, checkpointer.directory
     for callback in callbacks:
@@ -132,7 +132,7 @@ def _fit(
     return result
 
 
-def train_epoch(run: TrainingRun, checkpointer: Checkpointer, progress: Progress) -> dict[str, float]:
+def train_epoch(run: TrainingRun, checkpointer: Checkpointer, progress: TrainingProgress) -> dict[str, float]:
     """Train one epoch, or the rest of one.
 
     Returns:
@@ -217,7 +217,7 @@ def _refuse(
     )
 
 
-def _note_unreadable(run: TrainingRun, batch: Batch, progress: Progress) -> None:
+def _note_unreadable(run: TrainingRun, batch: Batch, progress: TrainingProgress) -> None:
     """Count images that could not be read.
 
     Raises:

@@ -39,7 +39,7 @@ def slow_data(metrics: dict[str, Any], workers: int, gpu: bool) -> str | None:
     )
 
 
-class Progress:
+class TrainingProgress:
     """Progress bar (images/s, waiting for data, remaining time) and one line per epoch.
 
     Args:

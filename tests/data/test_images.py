@@ -18,7 +18,7 @@ from localvit.data.config import DataConfig, DataError, Preprocessing
 from localvit.data.images import MAX_ASPECT, Part, UnreadableImage, decode, decode_pixels, plain
 from localvit.data.loading import eval_loader
 from localvit.data.sources import find_splits
-from localvit.data.splits import open_reported, open_splits
+from localvit.data.splits import open_splits, open_test_split
 from tests.data.conftest import picture
 
 
@@ -29,7 +29,7 @@ def gray(sample):
 
 def test_tar_is_right_in_forked_workers_after_a_peek_in_the_parent(make_tar):
     path = make_tar("pictures.tar", {"a": 100, "b": 100})
-    images = open_reported(str(path), DataConfig())
+    images = open_test_split(str(path), DataConfig())
     assert gray(images[0]) == (0, 0)  # the peek that breaks a reader with a shared file position
     loader = DataLoader(images, batch_size=None, num_workers=2, multiprocessing_context="fork")
     assert [gray(sample) for sample in loader] == [(i, i // 100) for i in range(200)]
@@ -37,8 +37,8 @@ def test_tar_is_right_in_forked_workers_after_a_peek_in_the_parent(make_tar):
 
 def test_folder_and_tar_agree(make_folder, make_tar):
     classes = {"class10": 3, "class9": 2}
-    folder = open_reported(str(make_folder("pictures", classes)), DataConfig())
-    tar = open_reported(str(make_tar("pictures.tar", classes)), DataConfig())
+    folder = open_test_split(str(make_folder("pictures", classes)), DataConfig())
+    tar = open_test_split(str(make_tar("pictures.tar", classes)), DataConfig())
     assert folder.class_names == tar.class_names == ("class9", "class10")  # natural order
     assert [gray(s) for s in folder] == [gray(s) for s in tar] == [(3, 0), (4, 0), (0, 1), (1, 1), (2, 1)]
 
@@ -47,7 +47,7 @@ def test_unreadable_image_is_named(make_folder):
     folder = make_folder("pictures", {"a": 2, "b": 2})
     bad = folder / "a" / "1.png"
     bad.write_bytes(bad.read_bytes()[:40])
-    images = open_reported(str(folder), DataConfig())
+    images = open_test_split(str(folder), DataConfig())
     with pytest.raises(UnreadableImage, match=str(bad)):
         images[1]
 
@@ -59,14 +59,14 @@ def test_unreadable_image_survives_pickling():
 
 def test_tar_without_pictures_or_compressed_is_refused(tmp_path, make_tar):
     with pytest.raises(DataError, match="0 images in it"):
-        open_reported(str(make_tar("empty.tar", {})), DataConfig())
+        open_test_split(str(make_tar("empty.tar", {})), DataConfig())
     (tmp_path / "not.tar").write_bytes(b"no tar at all")
     with pytest.raises(DataError, match="not an uncompressed tar"):
-        open_reported(str(tmp_path / "not.tar"), DataConfig())
+        open_test_split(str(tmp_path / "not.tar"), DataConfig())
 
 
 def test_labels_follow_the_given_classes(make_folder):
-    images = open_reported(str(make_folder("pictures", {"b": 1, "c": 2})), DataConfig())
+    images = open_test_split(str(make_folder("pictures", {"b": 1, "c": 2})), DataConfig())
     part = Part(images.images, np.array([2, 0]), ("a", "b", "c"))
     assert [label for _, label in part] == part.labels.tolist() == [2, 1]
     with pytest.raises(DataError, match="class 'c' is not among"):
@@ -131,7 +131,7 @@ def test_webdataset_splits_by_name(shards):
     (shards / "_info.json").write_text(json.dumps(info))
     splits = open_splits(DataConfig(train="wds/pictures", root=str(shards)))
     assert (len(splits.train) + len(splits.validation), len(splits.test)) == (5, 4)
-    with pytest.raises(DataError, match="has the splits train, validation, not 'dev'"):
+    with pytest.raises(DataError, match="has no split 'dev'; use one of train, validation"):
         open_splits(DataConfig(train="wds/pictures", root=str(shards), test_split="dev"))
 
 
@@ -270,7 +270,7 @@ def test_odd_pictures_go_through_a_loader(tmp_path, channels):
         crop_pct=0.9,
         crop_mode="center",
     )
-    images = open_reported(str(tmp_path), DataConfig())
+    images = open_test_split(str(tmp_path), DataConfig())
     (batch,) = eval_loader(images, preprocessing, batch_size=4)
     assert batch.images.shape == (2, channels, 8, 8)
 
@@ -332,7 +332,7 @@ def test_a_file_that_is_too_large_is_not_read(make_folder, monkeypatch):
     with pytest.raises(
         UnreadableImage, match=r"1\.png: the file is larger than 256 MiB; save it as a smaller"
     ):
-        open_reported(str(folder), DataConfig()).read_pixels(1, "RGB")
+        open_test_split(str(folder), DataConfig()).read_pixels(1, "RGB")
 
 
 def make_pipe(path):
@@ -357,7 +357,7 @@ def make_socket(path):
 def test_what_is_no_regular_file_is_not_opened(make_folder, monkeypatch, make):
     monkeypatch.chdir(".")
     folder = make_folder("images", {"a": 2})
-    found = open_reported(str(folder), DataConfig())
+    found = open_test_split(str(folder), DataConfig())
     path = folder / "a" / "1.png"
     path.unlink()
     make(path)

@@ -12,7 +12,7 @@ from localvit.data.config import DataConfig, DataError
 from localvit.data.identity import image_name
 from localvit.data.images import UnreadableImage
 from localvit.data.split_names import split_of
-from localvit.data.splits import open_reported, open_splits
+from localvit.data.splits import open_splits, open_test_split
 from localvit.errors import ConfigError
 from localvit.inference.prediction import find_files
 from tests.data.conftest import picture
@@ -94,7 +94,7 @@ def test_images_without_a_class_and_classes_without_images_are_refused(make_fold
 def test_a_folder_of_images_without_classes_is_refused(tmp_path):
     (tmp_path / "0.png").write_bytes(png())
     with pytest.raises(DataError, match="has 1 images and no class folders"):
-        open_reported(str(tmp_path), DataConfig())
+        open_test_split(str(tmp_path), DataConfig())
 
 
 @both
@@ -114,7 +114,7 @@ def test_other_files_are_counted_in_a_note(make_folder, kind):
 def test_formats_that_predict_reads_are_read_from_folders_and_archives(make_folder, kind, suffix, form):
     folder = make_folder("d", {"a": 1})
     (folder / "a" / f"1.{suffix}").write_bytes(png(200, form))
-    part = open_reported(as_kind(folder, kind), DataConfig())
+    part = open_test_split(as_kind(folder, kind), DataConfig())
     assert len(part) == 2
     assert abs(part[1][0].convert("L").getpixel((8, 8)) - 200) < 5
 
@@ -250,7 +250,7 @@ def test_splits_inside_a_source(make_folder, tmp_path, kind, wrapped):
     splits, names = all_of(source)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (16, 4, 6)
     assert len(set(names)) == 26
-    assert len(open_reported(str(source), DataConfig())) == 6
+    assert len(open_test_split(str(source), DataConfig())) == 6
 
 
 @both
@@ -327,7 +327,7 @@ def members(*classes, count=6, first=0):
 
 def test_of_two_members_with_one_name_the_last_one_counts(tmp_path):
     path = write(tmp_path / "d.tar", *members("a", "b"), ("./a/0.png", png(99)))
-    part = open_reported(str(path), DataConfig())
+    part = open_test_split(str(path), DataConfig())
     assert len(part) == 12
     assert part[0][0].getpixel((0, 0)) == (99, 99, 99)
 
@@ -340,7 +340,7 @@ def test_links_in_an_archive_are_images(tmp_path):
         *((f"keep/{i}.dat", png(i)) for i in range(6)),
     )
     with pytest.raises(DataError, match="no images in the class folder 'keep'"):
-        open_reported(str(path), DataConfig())
+        open_test_split(str(path), DataConfig())
     path = write(
         tmp_path / "d.tar",
         *members("a", "b"),
@@ -369,7 +369,7 @@ def test_links_in_an_archive_are_images(tmp_path):
 def test_members_that_are_no_plain_files_are_named(tmp_path, member, message):
     path = write(tmp_path / "d.tar", *members("a", "b"), member)
     with pytest.raises(DataError, match=message):
-        open_reported(str(path), DataConfig())
+        open_test_split(str(path), DataConfig())
 
 
 def test_a_sparse_member_is_named(tmp_path):
@@ -378,14 +378,14 @@ def test_a_sparse_member_is_named(tmp_path):
     with tarfile.open(tmp_path / "d.tar", "w") as tar:
         tar.addfile(member)
     with pytest.raises(DataError, match=r"'a/x\.png' is stored sparse in it; repack it"):
-        open_reported(str(tmp_path / "d.tar"), DataConfig())
+        open_test_split(str(tmp_path / "d.tar"), DataConfig())
 
 
 def test_archives_one_after_the_other_are_all_read(tmp_path):
     one = write(tmp_path / "1.tar", *members("a", "b")).read_bytes()
     two = write(tmp_path / "2.tar", *members("c", first=1)).read_bytes()
     (tmp_path / "d.tar").write_bytes(one + two + one)
-    part = open_reported(str(tmp_path / "d.tar"), DataConfig())
+    part = open_test_split(str(tmp_path / "d.tar"), DataConfig())
     assert part.class_names == ("a", "b", "c")
     assert len(part) == 18
     assert [part[i][0].getpixel((0, 0))[0] for i in (0, 12, 13)] == [0, 1, 11]
@@ -396,10 +396,10 @@ def test_an_archive_that_is_cut_off_is_refused_wherever_it_ends(tmp_path):
     for size in range(1, len(whole) + 1, 256):
         (tmp_path / "d.tar").write_bytes(whole[:size])
         with pytest.raises(DataError, match=r"d\.tar"):
-            open_reported(str(tmp_path / "d.tar"), DataConfig())
+            open_test_split(str(tmp_path / "d.tar"), DataConfig())
     (tmp_path / "d.tar").write_bytes(whole)
     with pytest.raises(DataError, match="no end mark at byte"):
-        open_reported(str(tmp_path / "d.tar"), DataConfig())
+        open_test_split(str(tmp_path / "d.tar"), DataConfig())
 
 
 def test_one_flipped_byte_never_loses_an_image(tmp_path):
@@ -411,7 +411,7 @@ def test_one_flipped_byte_never_loses_an_image(tmp_path):
         damaged[position] ^= 0xFF
         path.write_bytes(damaged)
         try:
-            part = open_reported(str(path), DataConfig())
+            part = open_test_split(str(path), DataConfig())
         except DataError:
             refused += 1
             continue
@@ -432,7 +432,7 @@ def test_impossible_sizes_are_refused_at_once(tmp_path, size):
     header[148:156] = b"%06o\0 " % sum(header[:512])
     path.write_bytes(header)
     with pytest.raises(DataError, match=r"d\.tar"):
-        open_reported(str(path), DataConfig())
+        open_test_split(str(path), DataConfig())
 
 
 def test_too_many_shards_are_refused_by_their_count(tmp_path):

@@ -12,7 +12,7 @@ from timm.utils.misc import natural_key
 from localvit.data.config import DataConfig
 from localvit.data.identity import image_name
 from localvit.data.order import name_order
-from localvit.data.splits import open_reported, open_splits
+from localvit.data.splits import open_splits, open_test_split
 from localvit.inference.prediction import find_files
 
 ROOT = Path(__file__).parents[2]
@@ -20,8 +20,8 @@ NAMES = ("b", "A", "a", "B", "01", "1", "10", "2", "①", "x²", "٣")
 IN_ORDER = ["01", "1", "2", "٣", "10", "A", "a", "B", "b", "x²", "①"]
 SHOW = """
 import json, sys
-from localvit.data import DataConfig, open_reported
-part = open_reported(sys.argv[1], DataConfig())
+from localvit.data import DataConfig, open_test_split
+part = open_test_split(sys.argv[1], DataConfig())
 print(json.dumps([part.class_names, [part.images.reader.filename(i) for i in range(len(part))]]))
 """
 
@@ -56,7 +56,7 @@ def test_a_name_with_an_odd_digit_is_a_class_and_a_file(make_folder, make_tar):
     classes = {"①": 10, "x²": 10}
     folder = make_folder("d", classes)
     assert open_splits(DataConfig(train=str(folder))).class_names == ("x²", "①")
-    assert open_reported(str(make_tar("d.tar", classes)), DataConfig()).class_names == ("x²", "①")
+    assert open_test_split(str(make_tar("d.tar", classes)), DataConfig()).class_names == ("x²", "①")
     assert len(find_files([str(folder)])) == 20
 
 
@@ -67,7 +67,7 @@ def test_folders_are_read_as_timm_reads_them(make_folder, tmp_path):
     make_folder("elsewhere", {"linked": 2})
     (tmp_path / "set" / "train" / "link").symlink_to(tmp_path / "elsewhere" / "linked")
     (tmp_path / "set" / "train" / "b" / "notes.txt").write_text("no image")
-    part = open_reported(str(tmp_path / "set" / "train"), DataConfig())
+    part = open_test_split(str(tmp_path / "set" / "train"), DataConfig())
     timms = ReaderImageFolder(str(tmp_path / "set" / "train"))
     assert [(image_name(part, i), label) for i, label in enumerate(part.labels)] == timms.samples
     assert part.class_names == tuple(timms.class_to_idx) == ("a9", "a10", "b", "c", "link")

@@ -11,7 +11,7 @@ from localvit.cli import main
 from localvit.data.config import DataConfig, DataError
 from localvit.data.identity import image_name
 from localvit.data.overlap import equal_contents
-from localvit.data.splits import open_reported, open_splits
+from localvit.data.splits import open_splits, open_test_split
 
 CLASSES = {"a": 10, "b": 10}
 TINY = [
@@ -143,7 +143,7 @@ def test_the_split_that_is_reported_does_not_choose(split, test):
     assert_disjoint(splits)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (18, 2, 20)
     assert "held out of 's'" in splits.notes[0]
-    assert names(splits.test) == names(open_reported("s/val", DataConfig()))
+    assert names(splits.test) == names(open_test_split("s/val", DataConfig()))
 
 
 def test_folders_beside_the_training_folder_are_accepted(split):
@@ -202,7 +202,7 @@ def test_split_folders_are_found_in_any_case(make_folder, tmp_path, case):
     splits = open_splits(DataConfig(train=str(tmp_path / "s")))
     assert_disjoint(splits)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (20, 20, 20)
-    assert names(open_reported(str(tmp_path / "s"), DataConfig())) == names(splits.test)
+    assert names(open_test_split(str(tmp_path / "s"), DataConfig())) == names(splits.test)
 
 
 @pytest.mark.parametrize("pair", [("Train", "train"), ("VAL", "val")])

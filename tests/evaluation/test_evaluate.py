@@ -261,9 +261,9 @@ def test_reassessed_labels(tmp_path):
     loaded = open_model(checkpoint, CPU)
     rank = []  # outputs of each picture, likeliest first
     from localvit.data.loading import eval_loader
-    from localvit.data.splits import open_reported
+    from localvit.data.splits import open_test_split
 
-    for batch in eval_loader(open_reported(str(data), DataConfig()), loaded.preprocessing, batch_size=1):
+    for batch in eval_loader(open_test_split(str(data), DataConfig()), loaded.preprocessing, batch_size=1):
         with torch.inference_mode():
             rank.append(loaded.model(batch.images)[0].argsort(descending=True).tolist())
     right = [

@@ -12,7 +12,7 @@ from localvit.runs.state import read_newest
 from localvit.runtime.distributed import World
 from localvit.training import loop
 from localvit.training.loop import train
-from localvit.training.progress import Progress, slow_data
+from localvit.training.progress import TrainingProgress, slow_data
 from localvit.training.run import prepare
 from tests.training.runs import stop_after
 
@@ -79,7 +79,7 @@ def test_a_run_is_warned_once_and_the_bar_shows_the_share(tiny, monkeypatch):
     config = tiny("workers=1")
     console = Console(file=io.StringIO(), width=300, force_terminal=True)
     ticks = itertools.count()
-    progress = Progress(console, prepare(config, World(device=torch.device("cpu"))))
+    progress = TrainingProgress(console, prepare(config, World(device=torch.device("cpu"))))
     progress.gpu = True
     progress.bar.get_time = lambda: float(next(ticks))  # a speed needs time to pass
     metrics = {"epoch": 1, "train_loss": 1.0, "validation_loss": 1.0, "validation_top1": 50.0}
