@@ -16,7 +16,7 @@ from timm.data.readers import img_extensions
 from timm.data.readers.reader import Reader
 
 from localvit.data.config import DataError
-from localvit.data.images import image_suffixes
+from localvit.data.images import MAX_BYTES, image_suffixes
 from localvit.data.order import name_order
 
 _IGNORED = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"}
@@ -188,7 +188,8 @@ class FileReader(Reader):
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, None]:
-        return io.BytesIO(self.read(index)), None
+        # One byte more than is accepted, so that the reader can refuse it.
+        return io.BytesIO(self.read(index, length=min(int(self.sizes[index]), MAX_BYTES + 1))), None
 
     def read(self, index: int, start: int = 0, length: int | None = None) -> bytes:
         """Read the content of a file, or a piece of it."""
