@@ -160,7 +160,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(make_folder):
     ):
         with pytest.raises(DataError, match=r"x\.png' is not a regular file"):
             use(folder)
-    with pytest.raises(DataError, match="no regular file"):
+    with pytest.raises(DataError, match="not a regular file"):
         find_files(["/dev/zero"])
 
 
