@@ -77,7 +77,7 @@ def test_refused(tiny, arms, seeds, message):
 
 
 def test_names_of_arms_can_stand_in_files():
-    with pytest.raises(ConfigError, match="lower-case"):
+    with pytest.raises(ConfigError, match="use lower case"):
         Arm(name="a/b")
 
 

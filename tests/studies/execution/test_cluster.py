@@ -111,7 +111,7 @@ def test_an_interrupt_leaves_the_jobs_and_nothing_is_submitted_twice(folder, slu
     slurm.acts = [interrupt]
     with pytest.raises(KeyboardInterrupt):
         run_missing(folder, cluster=Cluster())
-    with pytest.raises(ConfigError, match=r"4 runs are queued or running on a cluster .jobs 100_0, 100_1"):
+    with pytest.raises(ConfigError, match=r"4 runs have jobs .100_0, 100_1"):
         run_missing(folder)
     assert "running as job 100_2" in Cluster().describe(folder, folder.study.runs())[2]
     (slurm.folder / "down").touch()
