@@ -24,6 +24,7 @@ from localvit.errors import ConfigError, one_line, unknown
 from localvit.models import add_to_digest, preprocessing_for, why_unreadable
 from localvit.runs import read_run
 from localvit.runtime import pick_device
+from localvit.structure import build
 
 PLAIN = "PyTorch"
 FUSED = "PyTorch, fused"
@@ -223,6 +224,7 @@ def _class_names(model: nn.Module) -> tuple[tuple[str, ...] | None, tuple[str, .
     config: Any = model.pretrained_cfg
     outputs = int(model.num_classes)  # type: ignore[arg-type]
     if names := config.get("label_names"):
+        names = build(tuple[str, ...], names, "config.json: label_names")
         if outputs != config["num_classes"] or len(names) > outputs:
             return None, None  # a new head
         names = (*names, *(f"output {number}" for number in range(len(names), outputs)))

@@ -157,4 +157,8 @@ def test_an_unreadable_image_comes_back_by_name_from_any_process(make_folder, wo
 def test_only_gray_and_rgb():
     splits = open_splits(DataConfig())
     with pytest.raises(DataError, match="in_chans=2"):
-        eval_loader(splits.test, replace(PREPROCESSING, input_size=(2, 8, 8)), batch_size=4)
+        eval_loader(
+            splits.test,
+            replace(PREPROCESSING, input_size=(2, 8, 8), mean=(0.3,) * 2, std=(0.3,) * 2),
+            batch_size=4,
+        )

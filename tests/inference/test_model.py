@@ -1,5 +1,8 @@
 """`open_model`: one door for every kind of model."""
 
+import json
+import shutil
+
 import pytest
 import timm
 import torch
@@ -43,6 +46,14 @@ def test_outputs_beyond_the_names_of_a_model_have_numbers_and_no_names_of_imagen
 def test_a_new_head_has_no_names(folder, outputs):
     found = open_model(folder, "cpu", args={"num_classes": outputs})
     assert (found.num_classes, found.labels, found.descriptions) == (outputs, None, None)
+
+
+def test_class_names_that_are_not_a_list_are_one_line(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    file = copy / "best" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"label_names": 5}))
+    with pytest.raises(ConfigError, match=r"config.json: label_names: 5 is not accepted"):
+        open_model(str(copy), "cpu")
 
 
 def test_random_weights_are_asked_for(folder):

@@ -140,7 +140,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.*keep their plain form")
+@pytest.mark.filterwarnings("ignore:.*stay plain")
 @pytest.mark.parametrize(("name", "proof"), PAIRS)
 def test_hf(name, proof, monkeypatch):
     monkeypatch.setattr(proofs, "CASES", CASES)
@@ -252,7 +252,7 @@ OPEN_CLIP = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*keep their plain form")
+@pytest.mark.filterwarnings("ignore:.*stay plain")
 @pytest.mark.parametrize("proof", PROOFS, ids=lambda proof: proof.__name__.removeprefix("test_"))
 @pytest.mark.parametrize("name", OPEN_CLIP)
 def test_open_clip(name, proof, monkeypatch):

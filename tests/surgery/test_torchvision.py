@@ -59,7 +59,7 @@ PROOFS = (
 )
 
 
-@pytest.mark.filterwarnings("ignore:.*keep their plain form")
+@pytest.mark.filterwarnings("ignore:.*stay plain")
 @pytest.mark.parametrize("proof", PROOFS, ids=lambda proof: proof.__name__.removeprefix("test_"))
 @pytest.mark.parametrize("name", CASES)
 def test_torchvision(name, proof, monkeypatch):

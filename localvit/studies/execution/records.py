@@ -136,7 +136,7 @@ def read_record(folder: Path, run: StudyRun) -> Record | None:
     try:
         return parse_record(read_json(dict[str, Any], path), repr(str(path)), run)
     except ConfigError as error:
-        raise ConfigError(f"{error}, or delete {str(folder)!r}") from error
+        raise ConfigError(f"{error}; delete {str(folder)!r} to redo it") from error
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -132,7 +132,7 @@ def test_a_record_of_another_configuration_is_not_mixed_in(folder):
     first, _, third, _ = folder.study.runs()
     text = (folder.of(first) / "record.json").read_text()
     (folder.of(third) / "record.json").write_text(text)
-    with pytest.raises(ConfigError, match="does not hold the configuration"):
+    with pytest.raises(ConfigError, match="is not of baseline seed"):
         folder.finished()
 
 
@@ -140,7 +140,7 @@ def test_a_record_changed_by_hand_is_refused(folder):
     run_missing(folder)
     path = folder.of(folder.study.runs()[0]) / "record.json"
     path.write_text(path.read_text().replace('"epochs": 1,', '"epochs": 2,'))
-    with pytest.raises(ConfigError, match="does not hold the configuration"):
+    with pytest.raises(ConfigError, match="is not of baseline seed"):
         folder.finished()
 
 
