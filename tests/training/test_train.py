@@ -189,7 +189,7 @@ def test_interruption_is_recorded(tiny, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.Progress, "epoch", stop)
+    monkeypatch.setattr(loop.TrainingProgress, "epoch", stop)
     with pytest.raises(KeyboardInterrupt):
         train(tiny(f"output={tmp_path / 'run'}"))
     status = json.loads((tmp_path / "run" / "status.json").read_text())
