@@ -303,7 +303,7 @@ def test_files_that_are_not_ours(tmp_path):
         open_engine("torch", tmp_path / "other.pt2")
     with pytest.raises(ConfigError, match=r"bad\.onnx' is not accepted for engine='torch'; use \.pt2"):
         open_engine("torch", tmp_path / "bad.onnx")
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match="does not exist"):
         open_engine("torch", tmp_path / "none.pt2")
     for kind in ("onnxruntime", "openvino"):
         with pytest.raises(ConfigError, match=rf"bad\.onnx' cannot be opened with {kind}") as error:
