@@ -84,7 +84,7 @@ def _check_args(args: Mapping[str, Any], num_classes: int) -> None:
         if name.endswith("_rate") and not all(0 <= number <= 1 for number in numbers):
             raise ConfigError(f"{given}; use a number from 0 to 1")
         if name == "checkpoint_path" and value and not Path(value).is_file():
-            raise ConfigError(f"{given} is not accepted; use an existing file")
+            raise ConfigError(f"{given}; use an existing file")
     outputs = args["num_classes"]
     if type(outputs) is not int or outputs < num_classes:
         raise ConfigError(
@@ -102,27 +102,26 @@ def _create(config: ModelConfig, args: dict[str, Any], weights: Path | None) -> 
     saved: Any = model._model_args
     if ":" in str(saved.get("base", "")):  # version 0.3 saved references
         saved["base"] = model.base_name
-    loaded = weights is None
-    if weights and config.locality is not None:
-        with suppress(CheckpointError):
-            loaded = _load(model, weights)
     if config.locality is not None:
+        if weights:
+            with suppress(CheckpointError):  # then they are those of the localized model
+                _load(model, weights)
+                weights = None
         localize(model, config.locality, blocks, also=groups, keep_originals=False, count_macs=False)
-    if weights and not loaded:
+    if weights:
         _load(model, weights)
     return model
 
 
-def _load(model: nn.Module, path: Path) -> bool:
-    """Load a file if the model has memory; return True."""
+def _load(model: nn.Module, path: Path) -> None:
+    """Load a file, unless the model is on the meta device."""
     like = next(model.parameters())
     if like.is_meta:
-        return True
+        return
     if path.suffix in (".npz", ".npy"):
         load_checkpoint(model, str(path))  # the model's own reader
     else:
         load_official(path, model).train().to(like.dtype)
-    return True
 
 
 def preprocessing_for(model: nn.Module, config: DataConfig) -> Preprocessing:
