@@ -6,7 +6,6 @@ executed: the class is one of transformers' own with an adapter, by name.
 
 import copy
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +13,10 @@ from torch import nn
 
 from localvit.atomic import move_into_place, temporary_prefix, writing
 from localvit.errors import ConfigError, suggestion
-from localvit.locality import LocalityConfig
 from localvit.structure import build, parse_json, plain
-from localvit.surgery import Report, accepted_classes, localize
+from localvit.surgery import Recipe, accepted_classes, localize
 
 _RECIPE, _WEIGHTS = "localvit", "model.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Recipe of a saved model, as JSON values.
-
-    Attributes:
-        locality: Result of `LocalityConfig.to_dict`.
-        blocks: Indices of the chosen blocks.
-        also: Name of a further group -> the same of its FFNs.
-    """
-
-    locality: dict[str, Any]
-    blocks: tuple[int, ...]
-    also: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> None:
@@ -44,8 +27,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     """
     from safetensors.torch import save_model
 
-    report = getattr(model, "localization", None)
-    if not isinstance(report, Report) or not hasattr(model, "config"):
+    recipe = Recipe.of(model)
+    if recipe is None or not hasattr(model, "config"):
         raise ConfigError(
             f"this {type(model).__name__} is not a localized model of transformers; localize it, "
             "and save others by their own library"
@@ -53,10 +36,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     place = Path(folder)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ConfigError(f"{str(folder)!r} has files already; name a new folder")
-    plan = report.plan
     config: Any = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], model.dtype
-    recipe = Recipe(locality=plan.config.to_dict(), blocks=plan.blocks, also=plan.to_dict()["also"])
     setattr(config, _RECIPE, plain(recipe))
     with writing(place):
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -89,9 +70,7 @@ def from_pretrained(folder: str | Path) -> Any:
         raise ConfigError(f"{str(folder)!r}: architectures={name!r} is unknown; {suggestion(name, known)}")
     kind = getattr(transformers, name)
     model = kind(kind.config_class.from_dict(values))
-    also = {group: LocalityConfig.from_dict(given) for group, given in recipe.also.items()}
-    locality = LocalityConfig.from_dict(recipe.locality)
-    localize(model, locality, recipe.blocks, also=also, keep_originals=False, count_macs=False)
+    localize(model, recipe.locality, recipe.blocks, also=recipe.also, keep_originals=False, count_macs=False)
     model.to(model.config.dtype)
     try:
         load_model(model, str(place / _WEIGHTS))

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -14,14 +14,13 @@ import numpy as np
 from localvit.data.config import DataConfig
 from localvit.data.identity import file_reader
 from localvit.data.images import Part
-from localvit.data.listing import label_text
+from localvit.data.listing import label_text, some
 from localvit.data.splits import Splits
 
 _MOST_NAMES = 200_000
 """Images above which a manifest has no names, which are then 2 MB."""
 _MOST_BYTES = 1 << 28
 """Bytes of names above which a file is not a manifest."""
-_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,17 +115,17 @@ class Manifest:
         """Return sentences about the differences of the test split; no sentence if it is the same."""
         before, after = self.splits["test"], now.splits["test"]
         gone, new = before.classes.keys() - after.classes.keys(), after.classes.keys() - before.classes.keys()
-        notes = [f"classes {_some(gone)} are gone"] if gone else []
-        notes += [f"classes {_some(new)} are new"] if new else []
+        notes = [f"classes {some(sorted(gone))} are gone"] if gone else []
+        notes += [f"classes {some(sorted(new))} are new"] if new else []
         both = before.classes.keys() & after.classes.keys()
         if changed := {label for label in both if before.classes[label] != after.classes[label]}:
-            notes.append(f"classes {_some(changed)} changed")
+            notes.append(f"classes {some(sorted(changed))} changed")
         if before.count != after.count:
             notes.append(f"{before.count} images are now {after.count}")
         old, now_there = before.entries(), after.entries()
         if notes and old is not None and now_there is not None:
             differ = old ^ now_there
-            notes.append(f"{len(differ)} images changed, such as {_some(map(_name, differ))}")
+            notes.append(f"{len(differ)} images changed, such as {some(sorted(map(_name, differ)))}")
         return notes
 
     def trained(self, now: Manifest) -> list[str]:
@@ -186,9 +185,3 @@ def _entries(part: Part) -> Iterator[str]:
 
 def _name(entry: str) -> str:
     return entry.rpartition("/")[0]
-
-
-def _some(names: Iterable[str]) -> str:
-    known = sorted(names)
-    shown = ", ".join(map(repr, known[:_SHOWN]))
-    return f"{shown} and {len(known) - _SHOWN} more" if len(known) > _SHOWN else shown

@@ -20,11 +20,9 @@ from torch import Tensor, nn
 
 from localvit.atomic import write_atomically
 from localvit.errors import ConfigError, one_line
-from localvit.locality import LocalityConfig
 from localvit.structure import build, parse_json, to_json
 from localvit.surgery import (
-    Plan,
-    Report,
+    Recipe,
     locality_parameters,
     localize,
     plan_changes,
@@ -36,27 +34,6 @@ from localvit.version import __version__
 State = dict[str, Tensor]
 
 _METADATA = "localvit"  # key in the file
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Surgery that makes the localized model from its base.
-
-    Attributes:
-        locality: Configuration of the chosen blocks.
-        blocks: Their indices.
-        also: Configurations of further groups (see `localize`).
-    """
-
-    locality: LocalityConfig
-    blocks: tuple[int, ...]
-    also: dict[str, LocalityConfig]
-
-    @classmethod
-    def of(cls, plan: Plan) -> Recipe:
-        """Return the recipe of an applied plan."""
-        also = {group: config.resolve() for group, config in plan.also.items()}
-        return cls(locality=plan.config.resolve(), blocks=plan.blocks, also=also)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +73,7 @@ def save_locality(model: nn.Module, file: str | Path, *, head: bool = False, ove
         OSError: if the file cannot be written.
     """
     model, file = _unwrapped(model, "save"), Path(file)
-    if (recipe := _recipe(model)) is None:
+    if (recipe := Recipe.of(model)) is None:
         raise ConfigError("the model is not localized; localvit.localize does that")
     if file.exists() and not overwrite:
         raise ConfigError(f"{str(file)!r} exists; name another file, or use overwrite=True")
@@ -132,7 +109,7 @@ def load_locality(model: nn.Module, file: str | Path) -> None:
     """
     model = _unwrapped(model, "load into")
     delta, weights = _read(file)
-    present, headless = _recipe(model), delta.num_classes is not None and not head_parameters(model)
+    present, headless = Recipe.of(model), delta.num_classes is not None and not head_parameters(model)
     if headless and not hasattr(model, "reset_classifier"):
         raise ConfigError(f"{str(file)!r} has a classifier; {type(model).__name__} has no reset_classifier")
     if present is None:
@@ -190,9 +167,8 @@ def _parts(model: nn.Module) -> tuple[State, State, State]:
     for name, value in model.state_dict().items():
         owner = name.rpartition(".")[0]
         part = 0 if owner in local else 1 if owner in heads else 2
-        for path in (
-            wrapped if part == 2 else ()
-        ):  # by LoRA: a linear layer under another name, and new weights
+        # LoRA wraps a linear layer: its weights have another name, and those of LoRA are not the base's.
+        for path in wrapped if part == 2 else ():
             if name.startswith(f"{path}."):
                 own, _, rest = name.removeprefix(f"{path}.").partition(".")
                 name = f"{path}.{rest}" if own == "base_layer" else ""
@@ -206,11 +182,6 @@ def _unwrapped(model: nn.Module, action: str) -> nn.Module:
         model = model.get_base_model()  # type: ignore[operator]
     refuse_wrapped(model, action)
     return model
-
-
-def _recipe(model: nn.Module) -> Recipe | None:
-    report = getattr(model, "localization", None)
-    return Recipe.of(report.plan) if isinstance(report, Report) else None
 
 
 def _read(file: str | Path) -> tuple[Delta, State]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         plan_changes as plan_changes,
         refuse_wrapped as refuse_wrapped,
     )
+    from localvit.surgery.recipe import Recipe as Recipe
     from localvit.surgery.supported import (
         SupportEntry as SupportEntry,
         scan_supported as scan_supported,
