@@ -31,15 +31,22 @@ class Preprocessing:
     crop_mode: Literal["center", "squash", "border"]
 
     def __post_init__(self) -> None:
-        channels, height, width = self.input_size
-        wrong = {
-            "input_size": not all(0 < side < 2**16 for side in (channels, height, width)),
-            "mean": len(self.mean) != channels or any(abs(value) > 1e6 for value in self.mean),
-            "std": len(self.std) != channels or any(not 1e-6 <= value <= 1e6 for value in self.std),
-            "crop_pct": not 0 < self.crop_pct <= 2,
+        channels = self.input_size[0]
+        accepted = {
+            "input_size": (all(0 < side < 2**16 for side in self.input_size), "sides from 1 to 65535"),
+            "mean": (
+                len(self.mean) == channels and all(abs(value) <= 1e6 for value in self.mean),
+                f"{channels} values from -1e6 to 1e6",
+            ),
+            "std": (
+                len(self.std) == channels and all(1e-6 <= value <= 1e6 for value in self.std),
+                f"{channels} values from 1e-6 to 1e6",
+            ),
+            "crop_pct": (0 < self.crop_pct <= 2, "a value above 0, up to 2"),
         }
-        for name in (name for name, is_wrong in wrong.items() if is_wrong):
-            raise ConfigError(f"{name}={getattr(self, name)!r} is not accepted here; change it or the others")
+        for name, (is_accepted, remedy) in accepted.items():
+            if not is_accepted:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not accepted; use {remedy}")
 
 
 class DataError(ValueError):

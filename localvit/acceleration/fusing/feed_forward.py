@@ -49,6 +49,7 @@ class FastFeedForward(InferenceOnly):
     """Branch of an FFN, computed separately for patch and prefix tokens by subclasses."""
 
     hidden_features: int
+    out_features: int
 
     @property
     def ends_in_projection(self) -> bool:
@@ -80,8 +81,9 @@ class FastFeedForward(InferenceOnly):
         return residual
 
     def forward(self, x: Tensor, grid: Grid | None = None, columns: int | None = None) -> Tensor:
-        """Compute the branch alone: `(B, P + N, C) -> (B, P + N, C)`."""
-        return self.add_to(torch.zeros_like(x), x, given_grid(grid, columns, 0))
+        """Compute the branch alone: `(B, P + N, C) -> (B, P + N, C')`."""
+        zeros = x.new_zeros(*x.shape[:-1], self.out_features)
+        return self.add_to(zeros, x, given_grid(grid, columns, 0))
 
     def _chunks(self, x: Tensor) -> Iterator[slice]:
         """Divide the images into chunks; a graph (export, compilation) has one, for any batch size."""
@@ -272,7 +274,7 @@ def fuse_locality(ffn: Any) -> str | None:
             setattr(ffn, name, nn.Identity())
     ffn.fc1, ffn.fc2 = (_linear(layer) for layer in (ffn.fc1, ffn.fc2))
     _in_place_activations(ffn, "act1", "act2", "act_glu")
-    ffn.hidden_features = ffn.fc1.out_features
+    ffn.hidden_features, ffn.out_features = ffn.fc1.out_features, ffn.fc2.out_features
     folded = ffn.conv_mid and type(ffn.norm1) is nn.Identity and type(ffn.norm2) is nn.Identity
     ffn.native = folded and ffn.glu == "none" and _natively(ffn.conv)
     ffn.__class__ = FastLocalityFeedForward
@@ -306,7 +308,7 @@ def fuse_mlp(mlp: Any) -> str | None:
     elif type(mlp.drop1) is not nn.Identity:  # dropout was removed before
         return f"{type(mlp.drop1).__name__} on the hidden state"
     _in_place_activations(mlp, "act")
-    mlp.hidden_features = mlp.fc2.in_features
+    mlp.hidden_features, mlp.out_features = mlp.fc2.in_features, mlp.fc2.out_features
     mlp.__class__ = _FAST_MLPS[type(mlp)]
     return None
 
