@@ -1,21 +1,25 @@
 """Dispatch of a feed-forward network's branch to native kernels, checkpointing or plain modules."""
 
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from localvit.acceleration.kernels import plain_kernels
 from localvit.acceleration.memory import can_checkpoint, checkpointed
 from localvit.acceleration.native.form import NativeForm, is_dense, native_form
 from localvit.acceleration.native.mix import BATCH, mixed, norm_now, not_saved
-from localvit.locality import Grid, LocalityFeedForward
+from localvit.locality import Grid, LocalityFeedForward, map_to_tokens, tokens_to_row
 
 FEW_TOKENS = 256
 """Patch tokens of an image up to which calls take longer than arithmetic in a small feed-forward network."""
 
-# The stages that the native kernels stand in for.
-_STAGES = {name: getattr(LocalityFeedForward, name) for name in ("transform", "mix", "_convolve")}
+# The methods that the native kernels stand in for.
+_STAGES = ("transform", "expand", "mix", "_convolve", "project")
+_stages = attrgetter(*_STAGES)
+_ours = _stages(LocalityFeedForward)
 
 
 def accelerated(ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
@@ -23,12 +27,7 @@ def accelerated(ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
     if not isinstance(ffn, LocalityFeedForward):
         return None
     form = training_form(ffn, x)
-    # Without gradients, models of real size stay plain: their published numbers are those of plain modules, a
-    # traced graph has equal bits, and users who need speed fuse them. In small models with few tokens most of
-    # the time is spent calling plain modules.
-    small = getattr(ffn.fc1, "small", False) and grid.height * grid.width <= FEW_TOKENS
-    worth = torch.is_grad_enabled() or small
-    if form is not None and worth and grid.num_prefix_tokens == 0 and _computable(form, x):
+    if form is not None and grid.num_prefix_tokens == 0 and _computable(form, x) and _is_worth(form, grid):
         return _natively(form, ffn, x, grid)
     return checkpointed(ffn, x, grid) if ffn.selective_checkpointing and can_checkpoint(x) else None
 
@@ -43,13 +42,7 @@ def training_form(ffn: LocalityFeedForward, x: Tensor) -> NativeForm | None:
 
 def _are_ours(ffn: LocalityFeedForward) -> bool:
     """Return whether no subclass or patch overrides the stages."""
-    kind = type(ffn)
-    return (
-        kind.mix is _STAGES["mix"]
-        and kind.transform is _STAGES["transform"]
-        and kind._convolve is _STAGES["_convolve"]
-        and ffn.__dict__.keys().isdisjoint(_STAGES)
-    )
+    return _stages(type(ffn)) == _ours and ffn.__dict__.keys().isdisjoint(_STAGES)
 
 
 def _computable(form: NativeForm, x: Tensor) -> bool:
@@ -60,8 +53,19 @@ def _computable(form: NativeForm, x: Tensor) -> bool:
     return tokens > 1 or (tokens == 1 and not any(norm_now(norm).mode >= BATCH for norm in form.norms))
 
 
+def _is_worth(form: NativeForm, grid: Grid) -> bool:
+    """Return whether the kernels are used: always for gradients, otherwise in small models with few tokens,
+    where most of the time is spent calling plain modules.
+
+    Other models stay plain without gradients: their published numbers are those of plain modules, a traced
+    graph has equal bits, and users who need speed fuse them.
+    """
+    return torch.is_grad_enabled() or (form.small and grid.height * grid.width <= FEW_TOKENS)
+
+
 def _natively(form: NativeForm, ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:
-    hidden = ffn.expand(x)
+    direct = form.direct()
+    hidden = _linear(ffn.fc1, x) if direct else ffn.expand(x)
     if not is_dense(hidden):
         hidden = hidden.contiguous()
     expected = is_dense(hidden) and hidden.shape == (len(x), grid.height * grid.width, form.channels)
@@ -70,6 +74,18 @@ def _natively(form: NativeForm, ffn: LocalityFeedForward, x: Tensor, grid: Grid)
         return ffn.project(ffn.mix(hidden, grid))
     hooks: Any = torch._C._autograd
     if y.grad_fn is None or not hooks._saved_tensors_hooks_is_enabled():
-        return ffn.project(y)
+        return _project(ffn, y, direct)
     with not_saved(y):
+        return _project(ffn, y, direct)
+
+
+def _project(ffn: LocalityFeedForward, y: Tensor, direct: bool) -> Tensor:
+    if not direct:
         return ffn.project(y)
+    y = _linear(ffn.fc2, y)
+    return y if type(ffn.norm3) is nn.Identity else map_to_tokens(ffn.norm3(tokens_to_row(y)))
+
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    """Compute a small point-wise layer without the views and the call of its module."""
+    return F.linear(x, layer.weight.flatten(1), layer.bias)

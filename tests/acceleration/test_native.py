@@ -183,6 +183,8 @@ def changes() -> dict[str, Callable[[LocalityFeedForward], object]]:
         "a patched mix": doubled("mix"),
         "a patched transform": doubled("transform"),
         "a patched convolution": doubled("_convolve"),
+        "a patched expansion": doubled("expand"),
+        "a patched projection": doubled("project"),
         "another class": lambda ffn: setattr(ffn, "__class__", Doubled),
         "a transposed kernel in the same memory": other_data(lambda t: t.transpose(2, 3)),
         "a gate of other shapes": narrower_gate,
@@ -248,6 +250,9 @@ def test_it_stands_back_after_a_change(monkeypatch, change):
         lambda ffn: setattr(ffn, "conv", nn.Conv2d(64, 64, 5, padding=2, groups=64)),
         lambda ffn: setattr(ffn, "fc1", nn.Sequential(nn.Conv2d(16, 64, 1), nn.Tanh())),
         lambda ffn: ffn.fc2.register_forward_hook(lambda _m, _i, out: 2 * out),
+        lambda ffn: ffn.fc1.register_forward_pre_hook(lambda _m, inputs: (2 * inputs[0],)),
+        lambda ffn: setattr(ffn.fc1, "forward", lambda x: torch.cat(4 * [x], 1)),
+        lambda ffn: nn.utils.parametrize.register_parametrization(ffn.fc2, "weight", _Twice()),
         lambda ffn: setattr(ffn, "norm3", nn.BatchNorm2d(16, affine=False)),
     ],
 )

@@ -13,7 +13,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from localvit.acceleration.native.build import library
-from localvit.locality import HardSigmoid, HiddenLocality
+from localvit.locality import HardSigmoid, HiddenLocality, Pointwise
 
 KERNEL_SIZES = (3, 5, 7)
 # Channels per vector.
@@ -50,6 +50,8 @@ class NativeForm:
             for missing ones.
         names: Their names in the module's state dict.
         buffers: Mean, variance and number of batches of both norms, likewise.
+        small: True if the point-wise layers around the stage are small (see `Pointwise`), so that views and
+            calls of modules take longer than their arithmetic.
         leaves: True if no tensor has a history, so that the form may be cached.
     """
 
@@ -59,9 +61,10 @@ class NativeForm:
         self.inner: dict[str, Any] = {} if gate is None else gate._modules
         self.layers = [*module._modules.values(), *self.inner.values()]
         self.kinds = [*map(type, self.layers)]
+        ends = [layer for name, layer in module._modules.items() if name in ("fc1", "fc2")]
+        self.small = all(type(layer) is Pointwise and layer.small for layer in ends)
         own = [layer for layer in (*stage.values(), *self.inner.values()) if layer is not None]
-        self.hooks = [getattr(layer, hooks) for layer in own for hooks in _HOOKS]
-        self.attributes = [layer.__dict__ for layer in own]
+        self.stage, self.ends = _calls_of(own), _calls_of(ends)
         self.conv: nn.Conv2d = module.conv
         self.settings = _settings(self.conv.__dict__)
         self.channels = self.conv.out_channels
@@ -98,13 +101,12 @@ class NativeForm:
         )
 
     def patched(self) -> bool:
-        """Return whether a layer has a hook or a patched `forward`."""
-        if any(self.hooks):
-            return True
-        for attributes in self.attributes:  # noqa: SIM110 (a generator takes three times as long)
-            if "forward" in attributes:
-                return True
-        return False
+        """Return whether a layer of the stage has a hook or a patched `forward`."""
+        return _patched(*self.stage)
+
+    def direct(self) -> bool:
+        """Return whether small point-wise layers may be computed without calls of their modules."""
+        return self.small and not _patched(*self.ends)
 
     def addresses(self) -> list[int] | None:
         """Return the addresses of parameters and buffers, 0 for none; `None` if the kernels cannot read them.
@@ -133,6 +135,21 @@ class NativeForm:
             t is None or (is_dense(t, kind) and t.shape == shape)
             for t, kind, shape in zip(tensors, kinds, shapes, strict=True)
         )
+
+
+def _calls_of(layers: list[nn.Module]) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Return hooks and attributes of layers, which show what changes their calls."""
+    hooks = [getattr(layer, hooks) for layer in layers for hooks in _HOOKS]
+    return hooks, [layer.__dict__ for layer in layers]
+
+
+def _patched(hooks: list[Any], attributes: list[dict[str, Any]]) -> bool:
+    if any(hooks):
+        return True
+    for attribute in attributes:  # noqa: SIM110 (a generator takes three times as long)
+        if "forward" in attribute:
+            return True
+    return False
 
 
 def form_of(module: Any) -> NativeForm | None:
