@@ -28,7 +28,7 @@ def test_facts_of_this_machine(capsys, monkeypatch, tmp_path):
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["native kernels"]["native kernels"] == f"in use, {next((tmp_path / 'localvit').iterdir())}"
     assert facts["native kernels"]["cache folder"].endswith("mode 700")
-    assert set(facts["extras"]) == {"study", "export", "parquet", "cluster", "tracking"}
+    assert set(facts["extras"]) == {"study", "export", "parquet", "cluster", "tracking", "hf"}
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name, value in ((n, v) for section in facts.values() for n, v in section.items()):
