@@ -1,6 +1,7 @@
 """Cost of a module: parameters and multiply-accumulates. It imports torch only, so every room may use it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,10 +36,16 @@ def macs_of(module: nn.Module, *inputs: Any) -> int:
         for name, tensor in (*part._parameters.items(), *part._buffers.items())
         if tensor is not None
     }
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), counted_macs() as macs:
         torch.func.functional_call(module, on_meta, inputs, tie_weights=False)
-    return counter.get_total_flops() // 2
+    return macs()
+
+
+@contextmanager
+def counted_macs() -> Iterator[Callable[[], int]]:
+    """Count the multiply-accumulates in a context, which yields a function that returns their number."""
+    with FlopCounterMode(display=False) as counter:
+        yield lambda: counter.get_total_flops() // 2
 
 
 def _as_meta(tensor: Tensor) -> Tensor:

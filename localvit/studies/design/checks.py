@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from localvit.config import differences
-from localvit.cost import count_macs, count_parameters, on_meta
+from localvit.cost import count_parameters, counted_macs, on_meta
 from localvit.errors import ConfigError
 from localvit.locality import LocalityConfig
 from localvit.models import ModelConfig, build_model, check_forward, heads, preprocessing_for
@@ -70,24 +70,22 @@ def check_study(study: Study, classes: int | None = None) -> StudySummary:
     """
     images, counted = _count_data(study)
     number = classes or int(counted.value or 1)
-    models = {arm.name: _checked_model(study, arm, number) for arm in study.arms}
-    sizes = {name: _size(model, size) for name, (model, size) in models.items()}
+    built = {arm.name: _built(study, arm, number) for arm in study.arms}
     arms: dict[str, ArmSummary] = {}
     for arm in study.arms:
         control = study.arm(study.control_of(arm))
         configs = [study.config(each, study.seeds[0]) for each in (control, arm)]
-        parameters, macs = sizes[arm.name]
-        built = models[control.name][0], models[arm.name][0]
+        theirs, own = built[control.name], built[arm.name]
+        models, costs = (theirs.model, own.model), (theirs[1:], own[1:])
         pair = configs[0].model, configs[1].model
-        costs = sizes[control.name], sizes[arm.name]
         same = configs[0] == configs[1]
         arms[arm.name] = ArmSummary(
             arm=arm.name,
-            parameters=parameters,
-            macs=macs,
-            tokens=_tokens(built[1]),
+            parameters=own.params,
+            macs=own.macs,
+            tokens=_tokens(own.model),
             differs=_differing(study, control, arm),
-            confounders=() if same else _confounders(arm, pair, built, costs, number),
+            confounders=() if same else _confounders(arm, pair, models, costs, number),
             matched=_matched_text(study, arm, *costs),
         )
     return StudySummary(arms=arms, images=images, classes=number)
@@ -108,7 +106,7 @@ def matched(study: Study) -> Study:
     for arm, control in study.contrasts():
         changed = arm
         if study.match != "none":
-            target = _cost(study, control, number)[study.match]
+            target = getattr(_built(study, control, number), study.match)
             changed = _match_width(study, arm, target, number)
         if study.budget == "compute":
             changed = _match_epochs(study, changed, control, number)
@@ -124,13 +122,22 @@ def locality_sites(config: ModelConfig, classes: int) -> dict[str, bool]:
     return {site.name: not site.dead_parameters for site in the_plan.sites}
 
 
-def _checked_model(study: Study, arm: Arm, classes: int) -> tuple[nn.Module, tuple[int, int, int]]:
+class _Built(NamedTuple):
+    """Model of an arm on the meta device, and its cost."""
+
+    model: nn.Module
+    params: int
+    macs: int
+
+
+def _built(study: Study, arm: Arm, classes: int) -> _Built:
+    """Build an arm's model and optimizer, and run the model once."""
     config = study.config(arm, study.seeds[0])
     model = _build(config.model, classes)
-    size = preprocessing_for(model, config.data).input_size
-    check_forward(model, config.model.name, size)
+    with counted_macs() as macs:
+        check_forward(model, config.model.name, preprocessing_for(model, config.data).input_size)
     build_optimizer(model, config.optim, config.batch_size)
-    return model, size
+    return _Built(model, count_parameters(model), macs())
 
 
 def _count_data(study: Study) -> tuple[Figure, Figure]:
@@ -138,7 +145,7 @@ def _count_data(study: Study) -> tuple[Figure, Figure]:
 
 
 def _build(config: ModelConfig, classes: int) -> nn.Module:
-    return on_meta(partial(build_model, dataclasses.replace(config, pretrained=False), classes))
+    return on_meta(functools.partial(build_model, dataclasses.replace(config, pretrained=False), classes))
 
 
 def _plan_of(config: ModelConfig, classes: int) -> Plan:
@@ -149,19 +156,11 @@ def _plan_of(config: ModelConfig, classes: int) -> Plan:
     return plan_changes(base, config.locality, blocks, None, count=False)[0]
 
 
-def _size(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int]:
-    # In evaluation mode: batch norm refuses to train on one image of one token.
-    return count_parameters(model), count_macs(model.eval(), input_size)
-
-
-def _cost(study: Study, arm: Arm, classes: int) -> dict[str, int]:
-    model, size = _checked_model(study, arm, classes)
-    return dict(zip(("params", "macs"), _size(model, size), strict=True))
-
-
 def _match_width(study: Study, arm: Arm, target: int, classes: int) -> Arm:
     """Return the arm with the width whose cost is nearest to `target`, unless it is within `TOLERANCE`."""
-    if abs(_cost(study, arm, classes)[study.match] / target - 1) <= TOLERANCE:
+
+    first = getattr(_built(study, arm, classes), study.match)
+    if abs(first / target - 1) <= TOLERANCE:
         return arm
     config = study.config(arm, study.seeds[0]).model
     path, value = _knob(arm, config, _build(config, classes))
@@ -170,15 +169,17 @@ def _match_width(study: Study, arm: Arm, target: int, classes: int) -> Arm:
         changes = arm.changes | {path: value(step)}
         return dataclasses.replace(arm, changes=changes, adjusted=(*arm.adjusted, path))
 
-    nearest = _nearest(lambda step: _cost(study, with_step(step), classes)[study.match], target)
-    found = with_step(nearest)
-    cost = _cost(study, found, classes)[study.match]
-    if abs(cost / target - 1) > TOLERANCE:
+    @functools.cache
+    def cost(step: int) -> int:
+        return int(getattr(_built(study, with_step(step), classes), study.match))
+
+    nearest = _nearest(cost, target)
+    if abs(cost(nearest) / target - 1) > TOLERANCE:
         raise ConfigError(
             f"arm {arm.name!r} cannot match the {study.match} of its control ({target:,}) within "
-            f"{TOLERANCE:.0%}: the nearest is {cost:,} at {path}={found.changes[path]:g}; use match: none"
+            f"{TOLERANCE:.0%}: the nearest is {cost(nearest):,} at {path}={value(nearest):g}; use match: none"
         )
-    return found
+    return with_step(nearest)
 
 
 def _knob(arm: Arm, config: ModelConfig, model: nn.Module) -> tuple[str, Callable[[int], float]]:
@@ -206,7 +207,7 @@ def _nearest(cost: Callable[[int], int], target: int) -> int:
 
 def _match_epochs(study: Study, arm: Arm, control: Arm, classes: int) -> Arm:
     """Return the arm with the number of epochs that costs as much as its control's training."""
-    own, theirs = (_cost(study, each, classes)["macs"] for each in (arm, control))
+    own, theirs = (_built(study, each, classes).macs for each in (arm, control))
     epochs = max(1, round(study.config(control, study.seeds[0]).epochs * theirs / own))
     if epochs == study.config(arm, study.seeds[0]).epochs:
         return arm
