@@ -12,6 +12,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from localvit.cost import on_meta
 from localvit.errors import first_line, one_line
 from localvit.locality import HiddenLocality, LocalityConfig, LocalityFeedForward
 from localvit.models.families import family_of, family_of_file
@@ -283,8 +285,7 @@ def _recognise(weights: Mapping[str, Tensor]) -> str:
     names = [name for name, variant in VARIANTS.items() if variant.base in bases] if is_local else bases
     reports = {}
     for name in names:
-        with torch.device("meta"):
-            model = timm.create_model(name, **_class_count(weights))
+        model = on_meta(partial(timm.create_model, name, **_class_count(weights)))
         _, reports[name] = _fit(name, weights, model, {})
         if not reports[name].missing and not reports[name].unexpected:
             return name
