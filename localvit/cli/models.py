@@ -24,9 +24,9 @@ class Options:
     name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None
     """model whose card is shown; with --supported, a pattern such as 'swin*'"""
     supported: bool = False
-    """list the architectures of timm that localvit.localize accepts, and why it refuses others"""
+    """list the timm architectures that localvit.localize accepts, and why it refuses the others"""
     check: bool = False
-    """with --supported: compute the entries again, and compare them with the shipped table"""
+    """with --supported: compute the table again, and compare it with the one that comes with localvit"""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """print JSON"""
 

@@ -88,10 +88,10 @@ def export_model(
     tolerance: float = TOLERANCE,
     threads: int | None = None,
 ) -> Parity:
-    """Write a model for another engine, in single precision, for any batch.
+    """Write a model for another engine, in float32, for any batch size.
 
-    It is written beside `file`, opened by the engine of its format, compared with the model in evaluation
-    mode, and only then moved to its name. The model is copied and unchanged.
+    The file is written under a temporary name, opened by the engine of its format, compared with the model in
+    evaluation mode, and only then renamed to `file`. The model is copied and does not change.
 
     Args:
         model: Model from images (B, C, H, W) to logits (B, classes).

@@ -5,7 +5,7 @@ study.json         the study (without results), its command, the number of class
 jobs/              jobs of a cluster (`cluster`)
 runs/KEY/          run of that configuration, as `training.train` writes it; its record.json is written last
 results.jsonl      one line per finished run of the study, for programs; a report needs no other results
-speed.json         inference throughput of the arms, measured in turns
+speed.json         inference throughput of the arms, measured alternately
 report.html, report.md, summary.json
 ```
 """

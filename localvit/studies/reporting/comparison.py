@@ -42,7 +42,7 @@ class ArmResult:
         parameters: Number of parameters of its model.
         macs: Multiply-accumulates for one image.
         training_speed: Images per second: the median over the runs.
-        inference_speed: Images per second, measured in turns with the other arms; `None` if it was not.
+        inference_speed: Images per second, measured alternately with the other arms; `None` if it was not.
         peak_memory: Largest of the runs, in bytes; `None` where it is not known.
     """
 
