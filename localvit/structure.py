@@ -271,7 +271,9 @@ class _Loader(yaml.SafeLoader):
                 pass  # `0x_`, or an integer of too many digits
         words = {"timestamp": "a date", "int": "an integer", "float": "a number"}.get(kind, node.tag)
         shown = node.value[:80] if isinstance(node, yaml.ScalarNode) else "this"
-        raise _problem(node, path, f"{shown} is {words} in YAML and not accepted; quote it for text")
+        raise _problem(
+            node, path, f"{shown} is {words} in YAML, which is not accepted; quote it if it is text"
+        )
 
 
 def _problem(node: Any, path: str, text: str) -> yaml.MarkedYAMLError:

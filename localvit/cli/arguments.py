@@ -29,7 +29,7 @@ _STUDY = {"scipy": "scipy", "sklearn": "scikit-learn", "matplotlib": "matplotlib
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and try again"),
     **dict.fromkeys(
-        (errno.EROFS, errno.EACCES, errno.EPERM), "get the right to use it, or name another place"
+        (errno.EROFS, errno.EACCES, errno.EPERM), "get permission to use it, or choose another place"
     ),
     **dict.fromkeys(
         (errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n), or use fewer workers"
@@ -143,7 +143,7 @@ def one_line_errors() -> Iterator[None]:
 def disk_message(error: OSError) -> str:
     """Return what the system refused, for which file, and what to do."""
     file = repr(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else "the output"
-    remedy = _REMEDIES.get(error.errno or 0, "check that it is there and may be used")
+    remedy = _REMEDIES.get(error.errno or 0, "check that it exists and that you may use it")
     return f"{file}: {error.strerror or first_line(error)}; {remedy}"
 
 

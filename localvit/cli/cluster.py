@@ -61,5 +61,5 @@ def cluster_of(options: OnCluster, parallel: int | None) -> Cluster | None:
         return Cluster(kind=options.cluster, resources=resources, parallel=parallel)
     if resources != Resources():
         flag = next(name for name, value in asked.items() if value != getattr(Resources(), name))
-        raise UsageError(f"--{flag} has no effect without --cluster; add it")
+        raise UsageError(f"--{flag} has no effect without --cluster; add --cluster")
     return None

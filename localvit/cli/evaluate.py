@@ -138,7 +138,7 @@ def _print(result: Evaluation) -> None:
     for note in result.notes:
         print(printable(note))
     if result.restricted:
-        print(f"guesses restricted to the {len(result.classes)} classes that have images")
+        print(f"predictions restricted to the {len(result.classes)} classes that have images")
     if result.real is not None:
         real = result.real
         print(f"reassessed labels: top-1 {real.top1:.2f} %, top-5 {real.top5:.2f} % ({real.images} images)")
@@ -153,7 +153,7 @@ def _print_classes(result: Evaluation) -> None:
 
     weakest = sorted(result.classes, key=lambda row: row.top1)[:_WEAKEST]
     shown = "classes" if len(weakest) == len(result.classes) else f"weakest of {len(result.classes)} classes"
-    table = Table(shown, "images", "top-1, %", "most often taken for")
+    table = Table(shown, "images", "top-1, %", "most often confused with")
     for row in weakest:
         confused = f"{row.confused_with} ({row.confused})" if row.confused_with is not None else "-"
         name = row.label if row.description == row.label else f"{row.label} {row.description}"

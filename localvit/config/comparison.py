@@ -64,9 +64,9 @@ def refuse_changes(
         listed = "; ".join(f"{path}: {old!r} -> {new!r}" for path, (old, new) in wrong.items())
         flags = " ".join(f"--allow-change {path}" for path in wrong)
         what = "already holds a finished run" if finished else "already holds a run"
-        way = "" if finished else f", or {flags} to resume what is there"
+        way = "" if finished else f", or add {flags} to resume that run"
         raise ConfigError(
-            f"output={folder!r} {what}, and this is another one ({listed}); choose another folder{way}"
+            f"output={folder!r} {what}, which differs from this one ({listed}); choose another folder{way}"
         )
 
 

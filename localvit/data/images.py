@@ -154,7 +154,9 @@ def _open(file: BinaryIO | str) -> Image.Image:
     most = MAX_PIXELS if image.mode in ("1", "L", "P", "RGB") else MAX_PIXELS // 2
     if width * height > most:
         image.close()
-        raise ValueError(f"{width} x {height} pixels are not accepted; save it with at most {most:,} pixels")
+        raise ValueError(
+            f"{width} x {height} pixels are not accepted; save the image with at most {most:,} pixels"
+        )
     return image
 
 

@@ -72,7 +72,7 @@ class SplitRecord:
         except zlib.error as error:
             raise ValueError(f"names: {error}") from error
         if not inflate.eof:
-            raise ValueError(f"names: cut off, or more than {_MOST_BYTES >> 20} MB")
+            raise ValueError(f"names: truncated, or more than {_MOST_BYTES >> 20} MB")
         return set(text.decode(errors="surrogateescape").split("\0")) - {""}
 
 

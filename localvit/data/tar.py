@@ -56,8 +56,8 @@ def _content(path: str) -> tuple[Tree, dict[str, tarfile.TarInfo]]:
             place = status.st_dev, status.st_ino, found.offset_data
             tree.add(Item(name, path, place, found.size))
         elif is_image(name):
-            kind = "is stored sparse" if found.issparse() else "is not a regular file"
-            raise DataError(f"{path!r}: {name!r} {kind} in it; repack it from plain files")
+            kind = "a sparse file" if found.issparse() else "not a regular file"
+            raise DataError(f"{path!r}: {name!r} is {kind}; repack the archive from regular files")
     return tree, members
 
 
@@ -185,7 +185,7 @@ def open_shards(root: str, split: str, origin: str) -> ReaderImages:
                 images.append(item._replace(name=f"{shard}:{item.name}"))
     if not images:
         raise DataError(
-            f"split {split!r} in {root!r}: 0 images in its shards; accepted files: {accepted_names()}"
+            f"split {split!r} in {root!r}: its shards contain 0 images; accepted files: {accepted_names()}"
         )
     reader = FileReader(os.path.join(root, ""), images)
     return ReaderImages(reader, [str(i) for i in range(max(labels) + 1)], labels, origin)

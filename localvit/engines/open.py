@@ -117,7 +117,7 @@ def open_engine(kind: EngineKind, file: str | Path, threads: int | None = None) 
     ):
         if len(said) != len(taken) or any(b not in (None, a) for a, b in zip(said, taken, strict=True)):
             raise ConfigError(
-                f"{file!r}: {what} is {said} in its metadata, {taken} in its model; export it again"
+                f"{file!r}: {what} is {said} in its metadata but {taken} in its model; export it again"
             )
     return engine
 

@@ -93,7 +93,7 @@ class TopKPredictions:
                 distributed.all_reduce(values)
         wrong = int((self._predicted != 1).sum())
         if wrong:
-            raise RuntimeError(f"{wrong} images were not predicted once; give each to one process")
+            raise RuntimeError(f"{wrong} images were not predicted exactly once; give each to one process")
 
     @property
     def guesses(self) -> Int[np.ndarray, "N 5"]:

@@ -33,7 +33,7 @@ def size_step(model: nn.Module) -> int:
         return int(features[-1]["reduction"])  # type: ignore[index]
     except (TypeError, KeyError, IndexError) as error:
         raise ConfigError(
-            f"--dynamic-size: {type(model).__name__} does not report its reduction; leave it out"
+            f"--dynamic-size: {type(model).__name__} does not report its reduction; leave the option out"
         ) from error
 
 

@@ -154,7 +154,7 @@ def fused(opened: OpenModel) -> OpenModel:
 
 
 class EngineModel(nn.Module):
-    """Exported file in the place of a model. Its state is the digest of its files, which identifies it.
+    """Exported file in place of a model. Its state is the digest of its files, which identifies it.
 
     Args:
         engine: Opened engine.

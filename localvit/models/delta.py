@@ -115,7 +115,7 @@ def load_locality(model: nn.Module, file: str | Path) -> None:
     if present is None:
         _localize(model, delta, weights, file)
     elif present != delta.recipe:
-        raise ConfigError(f"{str(file)!r} has another recipe than the model; use localvit.restore first")
+        raise ConfigError(f"{str(file)!r} does not have the recipe of the model; use localvit.restore first")
     try:
         if headless:
             _set_classes(model, delta.num_classes)
@@ -207,7 +207,7 @@ def _localize(model: nn.Module, delta: Delta, weights: State, file: str | Path) 
         plan, _ = plan_changes(model, recipe.locality, recipe.blocks, recipe.also, count=False)
         before, after = plan.parameters
         if after - before > sum(value.numel() for value in weights.values()):
-            raise ValueError("its recipe makes more weights than it has")  # a huge kernel, say
+            raise ValueError("its recipe needs more weights than it contains")  # a huge kernel, say
         localize(model, recipe.locality, recipe.blocks, also=recipe.also, seed=0, count_macs=False)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{str(file)!r} does not fit the model: {one_line(error)}") from error

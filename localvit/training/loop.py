@@ -230,7 +230,7 @@ def _note_unreadable(run: TrainingRun, batch: Batch, progress: TrainingProgress)
             raise error
         if index not in known:
             known[index] = error.name
-            progress.note(f"another image in its place: {error}")
+            progress.note(f"replaced by another image: {error}")
         if len(known) > limit:
             raise TrainingFailed(f"more than max_bad_images={limit} training images are unreadable; {error}")
 
@@ -289,7 +289,7 @@ def _finished(directory: RunDirectory | None, console: Console | None) -> RunRes
     result = _result(directory.config.output, saved.history, best, status.notes, model)
     if console:
         console.print(
-            f"{result.output} holds this run already, finished: best epoch {result.best_epoch}, test top-1 "
+            f"{result.output} already holds this run, finished: best epoch {result.best_epoch}, test top-1 "
             f"{result.test.top1:.2f} %",
             markup=False,
             highlight=False,

@@ -365,7 +365,7 @@ def test_positions_of_a_checkpoint_are_resampled():
         torch.testing.assert_close(model(images(*size)), resized(images(*size)))
         same = load(small(img_size=size), resized.state_dict())  # our own: unchanged
         assert torch.equal(same.pos_embed, resized.pos_embed)
-    with pytest.raises(ValueError, match="pos_embed of 15 image positions is not of a square image"):
+    with pytest.raises(ValueError, match="pos_embed has 15 image positions, which form no square"):
         checkpoint_filter_fn(small(img_size=(48, 80)).state_dict(), source)
 
 

@@ -58,7 +58,7 @@ def one_line(capsys):
         (["train", "--recipe", "digits", "--locality", "{kernel: 3}", "--output", "X"], "kernel_size"),
         (["train", "--recipe", "digits", "--locality", "{", "--output", "X"], "not YAML"),
         (["train", "--recipe", "digits", "--blocks", "[0]", "--output", "X"], "without model.locality"),
-        (["train", "--data", "nowhere", "--output", "X"], "no data source 'nowhere'"),
+        (["train", "--data", "nowhere", "--output", "X"], "data source 'nowhere' does not exist"),
         (["evaluate"], "--checkpoint"),
         (
             ["evaluate", "--checkpoint", "nowhere/at/all", "--data", "digits"],
@@ -163,16 +163,16 @@ def test_locality_flag_replaces_that_of_the_recipe(capsys, flag, expected):
 def test_train_never_overwrites(run, capsys):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert main(["train", *TINY, "--output", str(run)]) == 0
-    assert "holds this run already, finished: best epoch 1" in capsys.readouterr().out
+    assert "already holds this run, finished: best epoch 1" in capsys.readouterr().out
     assert main(["train", *TINY, "--seed", "1", "--output", str(run)]) == 2
-    assert "already holds a finished run, and this is another one (seed: 0 -> 1)" in one_line(capsys)
+    assert "already holds a finished run, which differs from this one (seed: 0 -> 1)" in one_line(capsys)
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
 def test_train_says_what_was_held_out(tmp_path, capsys):
     assert main(["train", *TINY, "--locality", "default", "--output", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    assert "held out of 'digits'" in out
+    assert "held out from 'digits'" in out
     assert "+ locality" in out
     assert "best epoch 1 (by validation); test on 500 images: top-1" in out
 
@@ -283,11 +283,11 @@ def test_a_crash_keeps_its_traceback(monkeypatch, tmp_path):
     [
         ("ENOSPC", "No space left on device; make room and try again"),
         ("EDQUOT", "Disk quota exceeded; make room and try again"),
-        ("EROFS", "Read-only file system; get the right to use it, or name another place"),
-        ("EACCES", "Permission denied; get the right to use it, or name another place"),
-        ("ENOENT", "No such file or directory; check that it is there and may be used"),
+        ("EROFS", "Read-only file system; get permission to use it, or choose another place"),
+        ("EACCES", "Permission denied; get permission to use it, or choose another place"),
+        ("ENOENT", "No such file or directory; check that it exists and that you may use it"),
         ("EMFILE", r"Too many open files; raise the limit of open files \(ulimit -n\), or use fewer workers"),
-        ("EIO", "Input/output error; check that it is there and may be used"),
+        ("EIO", "Input/output error; check that it exists and that you may use it"),
     ],
 )
 def test_what_the_system_refuses_is_one_line_with_file_and_remedy(number, message):

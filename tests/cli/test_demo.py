@@ -64,7 +64,7 @@ def test_own_tuning_is_used(pictures, tmp_path, capsys, monkeypatch):
         (("--jobs", "0"), "--jobs 0 is not accepted; use at least 1"),
         (("--tune", "--tune-seeds", "0"), "--tune-seeds 0 is not accepted; use at least 1"),
         (("--tune", "--tune-factors", "0"), "--tune-factors (0.0,) is not accepted"),
-        (("--data", "nowhere"), "no data source 'nowhere'"),
+        (("--data", "nowhere"), "data source 'nowhere' does not exist"),
         (("--recipe", "digit"), "did you mean 'digits'"),
         (("--set", "epochz=3"), "did you mean"),
         (("--set", "model.args.patch_size=3"), "not divisible by the patch size"),

@@ -80,5 +80,5 @@ def test_printed_configuration_has_its_effect_below_and_stays_yaml(capsys):
 def test_printed_configuration_says_what_data_is_missing(capsys):
     assert main(["train", "--recipe", "finetune", "--data", "nowhere", *SMALL, "--print-config"]) == 0
     out = capsys.readouterr().out
-    assert "#   training images: unknown (assumed: no data source 'nowhere'" in out
+    assert "#   training images: unknown (assumed: data source 'nowhere' does not exist" in out
     assert "#   steps: unknown" in out

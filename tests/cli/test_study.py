@@ -109,12 +109,12 @@ def other(question, pictures, tmp_path, out, capsys):
     wider = QUESTION.replace("arms:", "arms:\n  eca: {model.locality: {gate: eca}}")
     question.write_text(wider)
     assert study(question, pictures, "--seeds", 2, "--output", second, "--reuse", out) == 0
-    assert "4 of 6 runs are there already" in capsys.readouterr().out
+    assert "4 of 6 runs already exist" in capsys.readouterr().out
     assert main(["study", "compare", str(out), str(second)]) == 0
     assert "| local | " in capsys.readouterr().out
     # The arm is new in the first folder too, and its other runs stay.
     assert study(question, pictures, "--seeds", 3, "--output", out) == 0
-    assert "6 of 9 runs are there already" in capsys.readouterr().out
+    assert "6 of 9 runs already exist" in capsys.readouterr().out
 
 
 def test_a_failed_run_is_listed_and_left_until_asked(question, pictures, tmp_path, capsys, here, monkeypatch):
@@ -183,8 +183,8 @@ def standing_still(path):
         (("run", "gate", "--output", "out", "--scale", "huge"), "'huge' does not exist"),
         (("run", "gate", "--output", "out", "--set", "epochz=3"), "did you mean"),
         (("run", "gate", "--output", "out", "--scale", "small"), "add --data SRC"),
-        (("run", "gate", "--output", "out", "--scale", "paper"), "no data source 'imagenet'"),
-        (("run", "gate", "--output", "out", "--data", "nowhere"), "no data source 'nowhere'"),
+        (("run", "gate", "--output", "out", "--scale", "paper"), "data source 'imagenet' does not exist"),
+        (("run", "gate", "--output", "out", "--data", "nowhere"), "data source 'nowhere' does not exist"),
         (("run", "gate", "--output", "out", "--set", "batch_size=5000"), "exceeds the"),
         (("run", "gate", "--output", "out", "--match", "time"), "--match"),
         (("report", "nowhere"), "choose the folder of a study"),

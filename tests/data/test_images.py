@@ -58,7 +58,7 @@ def test_unreadable_image_survives_pickling():
 
 
 def test_tar_without_pictures_or_compressed_is_refused(tmp_path, make_tar):
-    with pytest.raises(DataError, match="0 images in it"):
+    with pytest.raises(DataError, match="contains 0 images"):
         open_test_split(str(make_tar("empty.tar", {})), DataConfig())
     (tmp_path / "not.tar").write_bytes(b"no tar at all")
     with pytest.raises(DataError, match="not an uncompressed tar"):
@@ -302,7 +302,11 @@ def test_what_is_no_picture_is_named(kind):
     ("magic", "size", "reason"),
     [
         (b"P5", (20000, 20000), r"Image size \(400000000 pixels\) exceeds limit"),
-        (b"P6", (9460, 9460), "9460 x 9460 pixels are not accepted; save it with at most 89,478,485 pixels"),
+        (
+            b"P6",
+            (9460, 9460),
+            "9460 x 9460 pixels are not accepted; save the image with at most 89,478,485 pixels",
+        ),
         (b"P6", (60000, 1492), "60000 x 1492 pixels are not accepted"),
     ],
 )

@@ -44,7 +44,7 @@ def test_digits_splits_are_disjoint_and_the_test_is_the_same_for_every_seed():
     # train and test come from different arrays: compare them by content
     train = {p.tobytes() for p in one.train.images.pixels}
     assert not train & {p.tobytes() for p in one.test.images.pixels}
-    assert one.notes == ("validation: 130 images held out of 'digits' (chosen by seed 1)",)
+    assert one.notes == ("validation: 130 images held out from 'digits' (chosen by seed 1)",)
 
 
 def test_one_source_gives_three_splits(make_folder):

@@ -349,7 +349,7 @@ def test_classes_and_confusions_by_hand():
 def test_a_prediction_for_each_image_and_no_more():
     predictions = TopKPredictions(3, CPU)
     predictions.add([0, 2], torch.tensor([[1.0, 3.0], [2.0, 0.0]]))
-    with pytest.raises(RuntimeError, match="1 images were not predicted once"):
+    with pytest.raises(RuntimeError, match="1 images were not predicted exactly once"):
         predictions.merge()
     predictions.add([1], torch.tensor([[0.0, 0.0]]))
     predictions.merge()

@@ -163,7 +163,10 @@ SMALL = {
         (["nowhere/at/all", "--output", "x.pt2", "--format", "torch"], "does not exist"),
         (["deit_tny_patch16_224", "--output", "x.pt2", "--format", "torch"], "did you mean"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--random-weights"], "use a timm name"),
-        (["MODEL", "--output", "x.pt2", "--format", "torch", "--data", "none"], "no data source 'none'"),
+        (
+            ["MODEL", "--output", "x.pt2", "--format", "torch", "--data", "none"],
+            "data source 'none' does not exist",
+        ),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--set", "depths=1"], "depths"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--set", "depth"], "key=value"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--tolerance", "0"], "use a positive number"),

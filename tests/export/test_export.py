@@ -299,7 +299,7 @@ def test_files_that_are_not_ours(tmp_path):
     torch.export.save(
         torch.export.export(torch.nn.Linear(2, 3), (torch.zeros(1, 2),)), tmp_path / "other.pt2"
     )
-    with pytest.raises(ConfigError, match=r"other\.pt2' is not of localvit export"):
+    with pytest.raises(ConfigError, match=r"other\.pt2' was not written by localvit export"):
         open_engine("torch", tmp_path / "other.pt2")
     with pytest.raises(ConfigError, match=r"bad\.onnx' is not accepted for engine='torch'; use \.pt2"):
         open_engine("torch", tmp_path / "bad.onnx")
@@ -369,7 +369,7 @@ def test_what_is_known_of_a_model_survives(tmp_path):
 def test_values_that_cannot_be_are_refused(change):
     values = json.loads(info_of(small(), SIZE).to_json()) | change
     for text in (json.dumps(values), "", "[]", "{}"):
-        with pytest.raises(ConfigError, match="'file' is not of localvit export, or damaged"):
+        with pytest.raises(ConfigError, match="'file' was not written by localvit export, or is damaged"):
             ExportInfo.from_json(text, "file")
 
 

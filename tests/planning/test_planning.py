@@ -116,7 +116,7 @@ def test_effective_values_of_data_that_is_there_and_of_data_that_is_not():
     figures = effective(resolve("small_images", ["train_only=locality", "model.locality={init: preserve}"]))
     missing = values(figures)
     assert missing["steps"] is missing["training images"] is None
-    assert "no data source 'DATA'" in str(named(figures, "training images"))
+    assert "data source 'DATA' does not exist" in str(named(figures, "training images"))
     assert missing["trainable parameters"] == 6 * 512 * 9 + 128 * 1000 + 1000
 
 
@@ -147,7 +147,7 @@ def test_effective_values_of_data_that_is_there_and_of_data_that_is_not():
         ),
         ([], {}, 20, "batch_size=32 does not fit 20 training images"),
         (["batch_size=2000"], {}, None, "batch_size=2000 does not fit 1038 training images"),
-        (["data.train=nowhere"], {}, None, "no data source 'nowhere'.*--images N"),
+        (["data.train=nowhere"], {}, None, "data source 'nowhere' does not exist.*--images N"),
         (["model.name=deit_tny_patch16_224"], {}, None, "did you mean"),
         (["model.args.img_size=9"], {}, None, "9x9 is not divisible by the patch size"),
         (["distill.teacher=nowhere"], {}, None, "has no distillation token"),

@@ -170,7 +170,7 @@ def test_what_the_model_or_the_machine_lacks_is_refused(tiny, monkeypatch):
     with pytest.raises(ConfigError, match=r"engine\.precision='fp16' is not accepted on a CPU"):
         prepare(tiny("engine.precision=fp16"), ALONE)
     plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    with pytest.raises(ConfigError, match="the model lacks it"):
+    with pytest.raises(ConfigError, match="the model does not support it"):
         place_model(plain, EngineConfig(grad_checkpointing=True), ALONE)
     with pytest.raises(ConfigError, match="the model has no locality"):
         place_model(plain, EngineConfig(selective_checkpointing=True), ALONE)

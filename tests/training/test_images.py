@@ -117,7 +117,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tiny, tmp_path):
     while updates_saved(folder) < 2:
         assert process.is_alive()
         time.sleep(0.002)
-    with pytest.raises(ConfigError, match="another process works there"):
+    with pytest.raises(ConfigError, match="another process is working there"):
         train(config)
     workers = children(process.pid)
     try:

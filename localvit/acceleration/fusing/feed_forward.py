@@ -260,7 +260,7 @@ def fuse_locality(ffn: Any) -> str | None:
     for layer, name in stages:
         norm = getattr(ffn, name)
         if type(layer) not in (nn.Conv2d, Pointwise):
-            return f"{type(layer).__name__} in the place of a convolution"
+            return f"{type(layer).__name__} in place of a convolution"
         if not (has_statistics(norm) or type(norm) in (nn.Identity, LayerNorm2d)):
             return f"{type(norm).__name__}, whose statistics are over more than one token"
 
@@ -295,7 +295,7 @@ def fuse_mlp(mlp: Any) -> str | None:
     if any(hooked(module) for module in mlp.modules() if module is not mlp):
         return "hooks on its layers"
     if type(last := mlp.fc2) is not nn.Linear:
-        return f"{type(last).__module__}.{type(last).__name__} in the place of a linear layer"
+        return f"{type(last).__module__}.{type(last).__name__} in place of a linear layer"
     if type(mlp.drop1) is HiddenLocality:
         hidden: Any = mlp.drop1
         if not hidden.raster:

@@ -182,7 +182,7 @@ def _check_owner(path: Path, kind: str) -> None:
     mode = status.st_mode
     user = os.geteuid() if hasattr(os, "geteuid") else status.st_uid  # Windows has no user ids
     if stat.S_ISLNK(mode):
-        raise Untrusted(f"{kind} {str(path)!r} is a link; replace it by a {kind}")
+        raise Untrusted(f"{kind} {str(path)!r} is a link; replace it with a {kind}")
     if not (stat.S_ISDIR(mode) if kind == "folder" else stat.S_ISREG(mode)):
         raise Untrusted(f"{kind} {str(path)!r} is not a {kind}; remove it")
     if status.st_uid != user:
@@ -210,7 +210,7 @@ def _identity(compiler: list[str]) -> bytes:
         macros = _run([*compiler, *arch, "-dM", "-E", "-x", "c++", os.devnull])
         if macros.returncode == 0:
             return repr((compiler, version, macros.stdout)).encode()
-    raise Unavailable(f"{compiler[0]} does not take {_VARIANTS[0][0][0]}")
+    raise Unavailable(f"{compiler[0]} does not accept {_VARIANTS[0][0][0]}")
 
 
 def _compile(compiler: list[str], path: Path) -> None:

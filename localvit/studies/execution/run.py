@@ -155,7 +155,7 @@ def _work(
                 slot, run = running.pop(future)
                 error = future.exception()
                 if isinstance(error, BrokenProcessPool):
-                    failures[run] = "its process died, perhaps without memory; the next call resumes it"
+                    failures[run] = "its process died, perhaps for lack of memory; the next call resumes it"
                     workers[slot] = _worker(slot, threads)
                 elif error is not None:
                     failures[run] = one_line(error)

@@ -622,7 +622,7 @@ def test_hidden_locality_is_folded():
     assert all(isinstance(block.mlp.drop1, HiddenLocality) for block in fused.blocks)
 
 
-@pytest.mark.filterwarnings("ignore:.*(deprecated|torchao|quantized.*Linear in the place of a linear layer)")
+@pytest.mark.filterwarnings("ignore:.*(deprecated|torchao|quantized.*Linear in place of a linear layer)")
 @pytest.mark.parametrize("order", ["fuse, then quantize", "quantize, then fuse"])
 @pytest.mark.parametrize(
     "key",
