@@ -109,7 +109,7 @@ def kept_bytes(model: Any, batch: int = 16) -> int:
 
 
 def kept_for_backward(designs: bool) -> dict[str, float]:
-    """Return what a training step keeps as a share of DeiT-T's, by default and with selective
+    """Return what a training step keeps as a fraction of DeiT-T's, by default and with selective
     checkpointing."""
     import localvit
 

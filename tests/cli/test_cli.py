@@ -203,7 +203,7 @@ def test_evaluate_agrees_with_the_report_of_the_run(run, tmp_path, capsys):
     assert "top-1" in capsys.readouterr().out
 
 
-def test_evaluate_refuses_the_pictures_that_were_learned_from(tmp_path, capsys):
+def test_evaluate_refuses_the_images_that_were_learned_from(tmp_path, capsys):
     for label in "ab":
         (tmp_path / "data" / label).mkdir(parents=True)
         for i in range(20):
@@ -226,32 +226,32 @@ def test_evaluate_does_not_overwrite(run, tmp_path, capsys):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Four pictures in a folder, the third of them broken."""
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    """Four images in a folder, the third of them broken."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(4):
         Image.new("RGB", (20, 12), (50 * i, 0, 0)).save(folder / f"{i}.png")
     (folder / "2.png").write_bytes(b"broken")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
-def test_predict_names_a_broken_file_and_does_the_others(run, pictures, capsys):
-    assert main(["predict", "--checkpoint", str(run / "best"), str(pictures), "--format", "json"]) == 0
+def test_predict_names_a_broken_file_and_does_the_others(run, images, capsys):
+    assert main(["predict", "--checkpoint", str(run / "best"), str(images), "--format", "json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
-    assert [p["path"] for p in found] == [str(pictures / f"{i}.png") for i in range(4)]
+    assert [p["path"] for p in found] == [str(images / f"{i}.png") for i in range(4)]
     assert [len(p["guesses"]) for p in found] == [5, 5, 0, 5]
     assert sum(g["probability"] for g in found[0]["guesses"]) <= 1.0001
     assert found[0]["guesses"][0]["label"] in "0123456789"
-    assert str(pictures / "2.png") in err
+    assert str(images / "2.png") in err
     assert "1 of 4 files have no prediction" in err
 
 
-def test_predict_as_csv_and_table(run, pictures, tmp_path, capsys):
+def test_predict_as_csv_and_table(run, images, tmp_path, capsys):
     output = tmp_path / "found.csv"
-    files = [str(pictures / "0.png"), str(pictures / "2.png")]
+    files = [str(images / "0.png"), str(images / "2.png")]
     arguments = ["--format", "csv", "--top-k", "2", "--output", str(output)]
     assert main(["predict", "--checkpoint", str(run), *arguments, *files]) == 0
     rows = list(csv.DictReader(io.StringIO(output.read_text())))
@@ -262,8 +262,8 @@ def test_predict_as_csv_and_table(run, pictures, tmp_path, capsys):
     assert "probability" in capsys.readouterr().out
 
 
-def test_predict_fails_if_nothing_could_be_read(run, pictures, capsys):
-    assert main(["predict", "--checkpoint", str(run), str(pictures / "2.png"), "--format", "json"]) == 1
+def test_predict_fails_if_nothing_could_be_read(run, images, capsys):
+    assert main(["predict", "--checkpoint", str(run), str(images / "2.png"), "--format", "json"]) == 1
     assert "1 of 1 files have no prediction" in capsys.readouterr().err
 
 

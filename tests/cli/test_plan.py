@@ -38,7 +38,7 @@ def test_json_has_the_same_lines(capsys):
     }
 
 
-def test_pictures_that_are_not_there_can_be_told(capsys):
+def test_images_that_are_not_there_can_be_told(capsys):
     assert main(["plan", "--recipe", "small_images", "--images", "5000", "--json"]) == 0
     figures = {figure["name"]: figure for figure in json.loads(capsys.readouterr().out)}
     assert figures["steps per epoch"]["value"] == 5000 // 128

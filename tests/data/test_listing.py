@@ -15,14 +15,14 @@ from localvit.data.split_names import split_of
 from localvit.data.splits import open_splits, open_test_split
 from localvit.errors import ConfigError
 from localvit.inference.prediction import find_files
-from tests.data.conftest import picture
+from tests.data.conftest import plain_image
 
 CLASSES = {"a": 6, "b": 6}
 
 
 def png(value=7, form="PNG"):
     data = io.BytesIO()
-    picture(value, side=16).save(data, form)
+    plain_image(value, side=16).save(data, form)
     return data.getvalue()
 
 

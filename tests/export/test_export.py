@@ -53,7 +53,7 @@ def info_of(model, size, **changes):
     return dataclasses.replace(info, **changes)
 
 
-def pictures(size):
+def photos(size):
     return torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(7))
 
 
@@ -70,7 +70,7 @@ def small(**args):
 
 
 def export(model, file, format="torch", **options):
-    return export_model(model, file, format, info_of(model, SIZE), pictures, **options)
+    return export_model(model, file, format, info_of(model, SIZE), photos, **options)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_what_has_no_fast_form_is_exported_as_it_is(tmp_path):
         crop_pct=1.0,
         crop_mode="center",
     )
-    assert export_model(model, tmp_path / "a.pt2", "torch", info, pictures).passed
+    assert export_model(model, tmp_path / "a.pt2", "torch", info, photos).passed
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -131,7 +131,7 @@ def test_every_family(family, tmp_path, traced_once):
     images = torch.randn(5, 3, 32, 32)
     for format in ("torch", "onnx"):
         file = tmp_path / f"model{FORMATS[format].suffixes[0]}"
-        parity = export_model(model, file, format, info_of(model, 32), pictures)
+        parity = export_model(model, file, format, info_of(model, 32), photos)
         checked = [(case.inputs, case.batch) for case in parity.cases]
         assert checked == [("random", 1), ("random", 3), ("real", 1), ("real", 3)]
         assert all(case.difference < 1e-5 * case.scale for case in parity.cases)
@@ -180,7 +180,7 @@ def test_any_size_of_swin_is_refused_before_it_is_traced(tmp_path):
     name, args = FAMILIES["swin"]
     model = timm.create_model(name, num_classes=5, dynamic_img_size=True, **args)
     with pytest.raises(ConfigError, match=r"--dynamic-size: SwinTransformer does not.*img_size=\["):
-        export_model(model, tmp_path / "model.pt2", "torch", info_of(model, 32), pictures, dynamic_size=True)
+        export_model(model, tmp_path / "model.pt2", "torch", info_of(model, 32), photos, dynamic_size=True)
     assert not list(tmp_path.iterdir())
 
 

@@ -58,7 +58,7 @@ def check_statistics():
 
 
 def check_counting():
-    """Every picture counts once, also if there are fewer than processes."""
+    """Every image counts once, also if there are fewer than processes."""
     with open_world("cpu") as world:
         run = prepare(resolve("digits", CASES["none"]), world)
     part = run.splits.test

@@ -321,9 +321,9 @@ def test_images_in_parts(monkeypatch):
     sizes = []
     on_patches = fast.FastLocalityFeedForward.on_patches
 
-    def noted(self, x, lattice):
+    def noted(self, x, noted_grid):
         sizes.append(len(x))
-        return on_patches(self, x, lattice)
+        return on_patches(self, x, noted_grid)
 
     monkeypatch.setattr(fast.FastLocalityFeedForward, "on_patches", noted)
     hidden_map = 17 * 128 * 4
