@@ -175,7 +175,7 @@ def deterministic(config: EngineConfig) -> Iterator[None]:
 
 
 def check_device(config: EngineConfig, world: World) -> None:
-    """Refuse options that the device does not support, before data are opened.
+    """Refuse options that the device does not support, before data is opened.
 
     Raises:
         ConfigError: if there is one.
