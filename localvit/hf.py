@@ -51,7 +51,7 @@ def from_pretrained(folder: str | Path) -> Any:
     """Return the model that `save_pretrained` saved, in evaluation mode, on the CPU, in its dtype.
 
     Raises:
-        ConfigError: if `folder` is not one, or its weights do not fit its configuration.
+        ConfigError: if `folder` does not hold such a model, or its weights do not fit its configuration.
     """
     import transformers
     from safetensors.torch import load_model

@@ -12,7 +12,7 @@ from localvit.acceleration.native.mix import BATCH, mixed, norm_now, not_saved
 from localvit.locality import Grid, LocalityFeedForward
 
 FEW_TOKENS = 256
-"""Patch tokens of an image up to which calls take longer than arithmetic in a small feed-forward network."""
+"""Number of patch tokens up to which calls take longer than arithmetic in a small feed-forward network."""
 
 # The stages that the native kernels stand in for.
 _STAGES = {name: getattr(LocalityFeedForward, name) for name in ("transform", "mix", "_convolve")}

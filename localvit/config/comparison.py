@@ -73,7 +73,7 @@ def refuse_changes(
 def differences(first: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     """Return the fields in which nested mappings differ: dotted path -> value in each, or `None`.
 
-    `model.locality` stands as a whole, because its defaults are left out of it.
+    `model.locality` is compared as a whole, because its defaults are left out of it.
     """
     flat = [_flatten(mapping) for mapping in (first, *others)]
     paths = dict.fromkeys(path for one in flat for path in one)

@@ -57,9 +57,9 @@ class DataError(ValueError):
 class DataConfig:
     """Sources of the images, and their preprocessing.
 
-    A *source* is `"digits"` (embedded, no download), an image folder with one folder per class
-    (optionally below `train/`, `val/`, `test/`), a `.tar` of such a folder, or any name that
-    `timm.data.create_dataset` knows (`torch/cifar10`, `hfds/NAME`, `wds/NAME`, ...).
+    A *source* is `"digits"` (built in, no download), an image folder with one folder per class (optionally
+    below `train/`, `val/`, `test/`), a `.tar` of such a folder, or any name that `timm.data.create_dataset`
+    knows (`torch/cifar10`, `hfds/NAME`, `wds/NAME`, ...).
 
     It gives three splits: the model trains on `train`; choices (best epoch, learning rate) are made on
     `validation`; results are reported on `test`, which no choice uses. Missing splits are held out from

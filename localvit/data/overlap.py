@@ -20,7 +20,7 @@ _PROBE = 4096
 
 
 def places(part: Part) -> np.ndarray:
-    """Return the place of each image, (N,): equal for two images that are one.
+    """Return the place of each image, (N,): equal if two images are the same.
 
     It is device, inode and offset of a file; for images without files, the set and the number in it.
     """
@@ -115,7 +115,7 @@ def equal_contents(splits: Mapping[str, Part], most: int | None = _MOST_DIGESTS)
 
 
 def _equal_pairs(part: Part, other: Part, most: int | None) -> list[tuple[int, int]] | None:
-    """Return positions of each image of `part` and of one in `other` with equal content, links left out."""
+    """Return pairs of positions, in `part` and in `other`, of images with equal content, links left out."""
     sizes = [file_reader(p.images).sizes[p.indices] for p in (part, other)]  # type: ignore[union-attr]
     mine, theirs = (np.flatnonzero(np.isin(a, b)).tolist() for a, b in (sizes, sizes[::-1]))
     links = set(shared(part, other).tolist())

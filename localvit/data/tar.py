@@ -23,19 +23,19 @@ from localvit.structure import read_json
 
 _BLOCK = tarfile.BLOCKSIZE
 _MOST_LINKS = 40
-"""Symbolic links in a row, as on Linux."""
+"""Maximum number of symbolic links to follow in a row, as on Linux."""
 MOST_SHARDS = 100_000
 _DAMAGED = (tarfile.TarError, ValueError, ArithmeticError, LookupError, EOFError, RecursionError)
 """Errors of `tarfile` for damaged headers."""
 
 
 def read_tar(path: str) -> Tree:
-    """List an uncompressed tar. Of members with one name, the last one counts, as for `tar` itself.
+    """List an uncompressed tar. The last of several members with one name counts, as for `tar` itself.
 
     Folders around all content are left out of the names: `data/cats/1.jpg` is `cats/1.jpg`.
 
     Raises:
-        DataError: if it is not an uncompressed tar, is damaged or cut off, or has an image that is not
+        DataError: if it is not an uncompressed tar, is damaged or truncated, or has an image that is not
             stored as plain bytes in it.
     """
     return _unwrapped(_content(path)[0])

@@ -38,7 +38,7 @@ class Bin:
         high: Upper end (inclusive).
         images: Number of images; 0 leaves the other fields `None`.
         confidence: Mean probability of the top-1 prediction, in per cent.
-        accuracy: Per cent of top-1 predictions that were right.
+        accuracy: Per cent of top-1 predictions that were correct.
     """
 
     low: float

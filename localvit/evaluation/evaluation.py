@@ -102,7 +102,7 @@ class Evaluation:
         calibration_error: Expected calibration error of the top-1 prediction, in points.
         calibration: Bins of the calibration error.
         classes: One row for each class that has images.
-        confusions: Every wrong top-1 prediction, the most frequent first; with `classes`, the confusion matrix.
+        confusions: Wrong top-1 predictions, the most frequent first; with `classes`, the confusion matrix.
         real: Accuracy on reassessed labels, if they were asked for.
         restricted: Only classes that have images could be predicted.
         preprocessing: Preparation of the images.

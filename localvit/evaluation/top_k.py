@@ -26,8 +26,8 @@ class ClassResult:
         images: Number of its images; classes without any are left out.
         right: Number of correct top-1 predictions.
         top1: Correct top-1 predictions in per cent.
-        confused_with: The most frequent wrong top-1 prediction (a label), or `None` if there is none; of equally
-            frequent ones the first in the order of the model's outputs.
+        confused_with: Label of the most frequent wrong top-1 prediction, or `None` if there is none; of
+            equally frequent ones, the first in the order of the model's outputs.
         confused: Number of these predictions.
     """
 

@@ -77,7 +77,7 @@ class Parity:
 
 
 class ParityError(RuntimeError):
-    """Error of a file that computes something else than the model; the file was deleted.
+    """Error of a file that computes something other than the model; the file was deleted.
 
     Attributes:
         parity: The comparisons.

@@ -57,7 +57,7 @@ def check_export(file: str | Path, format: FormatName, *, overwrite: bool = Fals
     """Refuse a file that cannot be written, before any work.
 
     Raises:
-        ConfigError: for an unknown format, missing packages, another suffix than the format's, a file that
+        ConfigError: for an unknown format, missing packages, a suffix other than the format's, a file that
             exists (unless `overwrite`), or a folder that cannot be written.
     """
     if format not in FORMATS:

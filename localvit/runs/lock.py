@@ -14,7 +14,7 @@ _held: dict[Path, list[int]] = {}  # a process is never refused its own POSIX lo
 
 
 class FolderInUse(ConfigError):
-    """Error for a folder in which another process works."""
+    """Error for a folder in which another process is working."""
 
 
 @contextmanager

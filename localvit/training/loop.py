@@ -38,11 +38,11 @@ def train(
     allow_change: Collection[str] = (),
     callbacks: Sequence[Callback] = (),
 ) -> RunResult:
-    """Train a model; choose the epoch on the validation split; report it on the test split.
+    """Train a model, choose the best epoch on the validation split, and measure it on the test split.
 
     The same configuration gives the same weights and metrics (bit for bit on the same CPU with the same
-    number of threads). An interrupted run that is called again resumes from its last state and gives them
-    too. A finished run is returned. Under `torchrun` all processes train one model. torch's global random
+    number of threads). An interrupted run resumes from its last state when it is called again, with the same
+    results. A finished run is returned. Under `torchrun` all processes train one model. torch's global random
     state is seeded.
 
     Args:

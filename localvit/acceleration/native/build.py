@@ -3,7 +3,7 @@
 A C++ compiler takes some three seconds, once: the library stays in the user's cache folder, under a name made
 from the source, the compiler and the kind of processor. Loading a library runs it, so a library that another
 user could have written is not loaded: this process then compiles its own. A library ends with a digest of its
-name and content, so that one that was cut off or changed is compiled again.
+name and content, so that one that was truncated or changed is compiled again.
 """
 
 import atexit
@@ -57,7 +57,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def native_status() -> dict[str, str]:
-    """Return compiler, library and cache folder of the native kernels, each perhaps with its problem."""
+    """Return compiler, library and cache folder of the native kernels, each with its problem, if any."""
     facts: dict[str, str] = {}
     try:
         compiler = _compiler()
@@ -156,9 +156,9 @@ def _seal(name: str, library: bytes) -> bytes:
 
 
 def _check_parents(path: Path) -> None:
-    """Refuse a folder above `path` that other users than root own or can change, also behind links.
+    """Refuse a folder above `path` that users other than root own or can change, also behind links.
 
-    A folder with the sticky bit (`/tmp`) is accepted: only the owner of what is in it can rename that.
+    A folder with the sticky bit (`/tmp`) is accepted: only the owner of a file in it can rename that file.
     """
     for parent in reversed(path.parents):
         status = os.lstat(parent)

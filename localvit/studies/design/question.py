@@ -149,7 +149,7 @@ def list_questions() -> list[str]:
 
 
 def write_question(name: str) -> Path:
-    """Write a commented example question, which runs, to edit.
+    """Write a commented example question, which runs as it is, to edit.
 
     Args:
         name: Name of the file, with or without `.yaml`.
@@ -158,7 +158,7 @@ def write_question(name: str) -> Path:
         The file.
 
     Raises:
-        ConfigError: if the file exists; it stays.
+        ConfigError: if the file exists; it does not change.
         WriteFailed: if it cannot be written.
     """
     path = Path(name if name.endswith(_FILES) else f"{name}.yaml")

@@ -88,7 +88,7 @@ class Cluster:
         return found
 
     def submit(self, folder: StudyFolder, runs: Iterable[StudyRun], threads: int) -> dict[StudyRun, Job]:
-        """Submit runs to the cluster and write down the job of each.
+        """Submit runs to the cluster and record the job of each.
 
         Raises:
             ConfigError: if the cluster refuses; the message has the reason.

@@ -201,7 +201,7 @@ def _canvas(width: float, height: float) -> tuple[Canvas, Axes]:
 
 
 def _svg(canvas: Canvas, name: str) -> str:
-    """Write a figure as SVG; equal figures of one name are equal text, figures of other names share no id."""
+    """Write a figure as SVG: equal text for equal figures of one name, no common id for different names."""
     file = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):
         canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
