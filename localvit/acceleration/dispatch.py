@@ -14,7 +14,7 @@ from localvit.locality import Grid, LocalityFeedForward
 FEW_TOKENS = 256
 """Number of patch tokens up to which calls take longer than arithmetic in a small feed-forward network."""
 
-# The stages that the native kernels stand in for.
+# The stages that the native kernels replace.
 _STAGES = {name: getattr(LocalityFeedForward, name) for name in ("transform", "mix", "_convolve")}
 
 

@@ -96,7 +96,7 @@ def learning_curves(records: Mapping[str, Sequence[Record]]) -> str:
         for (name, runs), colour in zip(records.items(), itertools.cycle(COLOURS), strict=False):
             curves = np.array([[epoch["validation_top1"] for epoch in run.history] for run in runs])
             epochs = np.arange(1, curves.shape[1] + 1)
-            mark = "o" if len(epochs) == 1 else None  # one epoch makes no line
+            mark = "o" if len(epochs) == 1 else None  # a single epoch gives no line
             axes.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
             axes.plot(epochs, curves.mean(0), color=colour, label=name, marker=mark)
         axes.set(xlabel="epoch", ylabel="top-1 accuracy on the\nvalidation split (%)")
