@@ -60,7 +60,7 @@ class Decision:
 
 
 class RunDirectory:
-    """Directory of one run. Get one by `open`.
+    """Directory of one run; `open` creates the object.
 
     Attributes:
         path: Its path.
