@@ -89,7 +89,7 @@ def model_arguments(settings: Sequence[str]) -> dict[str, Any]:
     """Parse constructor arguments of a model from `KEY=VALUE` words, with values as in YAML.
 
     Raises:
-        ConfigError: for another word.
+        ConfigError: for a word that is not of this form.
     """
     from localvit.config import merge, parse_setting
 
@@ -111,7 +111,7 @@ def check_extra(verb: str) -> None:
 
 
 def check_output(output: str | None) -> None:
-    """Refuse an empty name, as an unset variable of a shell gives, where no name means a default.
+    """Refuse an empty name, such as an unset shell variable gives; no name at all means a default.
 
     Raises:
         UsageError: if it is empty.

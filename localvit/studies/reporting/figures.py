@@ -25,8 +25,8 @@ COLOURS = (
     *("#5b6b7f", "#c8551b", "#2a6f4e", "#b08900", "#6a3d9a"),
     *("#1f78b4", "#8c2d04", "#444444", "#c994c7", "#00838f"),
 )
-"""Colours of the arms in their order; the first two differ in lightness too, for readers who do not see hue.
-In a page they are its variables `--arm-0` and so on, which differ in dark mode."""
+"""Colours of the arms in their order; the first two differ in lightness too, for readers who cannot tell hues
+apart. In a page they are its variables `--arm-0` and so on, which differ in dark mode."""
 MARKS = "DosP^v<X*p"
 """Marks of the arms in their order, for the same readers."""
 
