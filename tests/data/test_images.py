@@ -96,7 +96,7 @@ def test_torch_source_needs_a_root_and_says_how_to_download(tmp_path):
 
 
 def test_unknown_source_names_what_is_accepted():
-    with pytest.raises(DataError, match=r"'nowhere'; accepted: 'digits', an image folder"):
+    with pytest.raises(DataError, match=r"'nowhere' does not exist; accepted: 'digits', an image folder"):
         find_splits("nowhere", DataConfig())
 
 

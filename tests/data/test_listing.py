@@ -352,7 +352,7 @@ def test_links_in_an_archive_are_images(tmp_path):
     )
     splits, names = all_of(path)
     assert len(names) == 12
-    assert "4 names are links" in " ".join(splits.notes)
+    assert "links to other images of their class: 4" in " ".join(splits.notes)
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_other_data_are_compared_with_the_training_images(place, capsys, monkeyp
     )
     assert main(["evaluate", "--checkpoint", "run-split", "--data", "split/test", "--device", "cpu"]) == 0
     os.symlink("split/train", "elsewhere")
-    assert "what 'run-split' was trained on" in refused(capsys, "run-split", "--data", "elsewhere")
+    assert "'run-split' was trained on" in refused(capsys, "run-split", "--data", "elsewhere")
     output = ["--output", "e.json", "--allow-overlap"]
     assert (
         main(["evaluate", "--checkpoint", "run-split", "--data", "elsewhere", "--device", "cpu", *output])

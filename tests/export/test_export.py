@@ -323,12 +323,12 @@ def onnx_file(tmp_path_factory):
     [
         (
             {"input_size": [3, 16, 32]},
-            r"input_size is \(3, 16, 32\) in its metadata, \(3, \d+, \d+\) in",
+            r"input_size is \(3, 16, 32\) in its metadata but \(3, \d+, \d+\) in",
         ),
         ({"input_size": [1, SIZE, SIZE], "mean": [0.5], "std": [0.5]}, r"input_size is \(1, .* in its model"),
         (
             {"num_classes": 7, "labels": None, "descriptions": None},
-            r"num_classes is \(7,\) in its .*, \(5,\)",
+            r"num_classes is \(7,\) in its .* but \(5,\)",
         ),
     ],
 )

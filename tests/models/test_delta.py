@@ -208,7 +208,7 @@ DAMAGE = {
     ),
     "huge": (
         lambda file: rewritten(file, lambda d: d["recipe"]["locality"].update(kernel_size=10**8 + 1)),
-        "its recipe makes more weights",
+        "its recipe needs more weights",
     ),
     "group": (lambda file: rewritten(file, lambda d: d["recipe"].update(also={"inner": {}})), "also='inner'"),
     "classes": (lambda file: rewritten(file, lambda d: d.update(num_classes=10**9)), "is damaged"),
