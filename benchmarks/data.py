@@ -1,10 +1,10 @@
-"""How fast one core prepares training pictures, against torchvision's ImageFolder on the same JPEGs.
+"""How fast one core prepares training images, against torchvision's ImageFolder on the same JPEGs.
 
     python benchmarks/data.py                                  # JPEGs of its own
-    python benchmarks/data.py --data FOLDER_OR_TAR ...         # class_name/picture.jpg
+    python benchmarks/data.py --data FOLDER_OR_TAR ...         # class_name/image.jpg
     python benchmarks/data.py --note "other programs ran beside it"
 
-Both sides read, decode, crop at random (RandomResizedCrop's defaults), flip and normalise the same pictures
+Both sides read, decode, crop at random (RandomResizedCrop's defaults), flip and normalise the same images
 in one process with one thread, in turn. Seconds are those of the processor, so that other programs on the
 machine count as little as they can; files are in memory after the first round. A ratio above 1 means that
 localvit is faster. Results: benchmarks/results/data_<machine>_<date>.{md,json}.
@@ -62,7 +62,7 @@ def synthetic(folder: Path, width: int, height: int, count: int = 128) -> Path:
 
 @contextmanager
 def unpacked(source: Path) -> Iterator[Path]:
-    """A folder of the pictures."""
+    """A folder of the images."""
     if source.is_dir():
         yield source
         return
@@ -87,7 +87,7 @@ def plain(folder: Path, chosen: np.ndarray, interpolation: str) -> Work:
 
 
 def ours(folder: Path, chosen: np.ndarray, interpolation: str) -> Work:
-    """The loader that `localvit train` uses, with the same changes to the pictures."""
+    """The loader that `localvit train` uses, with the same changes to the images."""
     images = open_test_split(str(folder), DataConfig())
     part = Part(images.images, chosen, images.class_names)
     augment = AugmentConfig(color_jitter=None)
@@ -115,7 +115,7 @@ def measure(name: str, folder: Path, images: int, rounds: int) -> list[dict[str,
         seconds = interleaved(dict(zip(("plain", "localvit"), sides, strict=True)), rounds, timer=cpu_time)
         found = ratio(seconds["plain"], seconds["localvit"])
         speeds = {side: count / Quartiles.of(taken).median for side, taken in seconds.items()}
-        about = {"pictures": name, "median_size": sizes.tolist(), "interpolation": interpolation}
+        about = {"images": name, "median_size": sizes.tolist(), "interpolation": interpolation}
         rows.append({**about, "images": count, **speeds, **asdict(found)})
     return rows
 
@@ -146,13 +146,13 @@ def main() -> None:
     versions = f"PyTorch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}"
     setting = f"{hardware}, {versions}, timm {timm.__version__}; localvit {localvit.__version__}."
     about = (
-        f"# Training pictures per core\n\n{setting}{' ' + args.note if args.note else ''}\n\n"
+        f"# Training images per core\n\n{setting}{' ' + args.note if args.note else ''}\n\n"
         "Random resized crop to 224, flip, normalisation; one process, one thread; images per second of "
         "processor time; medians of runs in turn, with quartiles of their ratio.\n"
     )
     cells = [
         (
-            str(row["pictures"]),
+            str(row["images"]),
             "x".join(map(str, row["median_size"])),
             str(row["interpolation"]),
             *("{plain:.0f}|{localvit:.0f}|{median:.2f} [{low:.2f}, {high:.2f}]".format(**row).split("|")),
@@ -160,7 +160,7 @@ def main() -> None:
         for row in rows
     ]
     header = (
-        "pictures",
+        "images",
         "median size",
         "interpolation",
         "ImageFolder + PIL",

@@ -1,4 +1,4 @@
-"""Every family of the paper, with and without locality: a few epochs on small pictures, does it train?
+"""Every family of the paper, with and without locality: a few epochs on small images, does it train?
 
 Not a comparison: one seed, few epochs, learning rates not tuned. It shows that all ten models train, without
 a loss that is not finite, through the same code.
@@ -13,7 +13,7 @@ from localvit.config import TrainConfig, load_recipe, merge
 from localvit.structure import build
 from localvit.training.loop import train
 
-# Made small, for pictures of 64 x 64: name -> (plain, with locality, arguments).
+# Made small, for images of 64 x 64: name -> (plain, with locality, arguments).
 PAIRS = {
     "DeiT": (
         "deit_tiny_patch16_224",

@@ -109,7 +109,7 @@ def kept_bytes(model: Any, batch: int = 16) -> int:
 
 
 def kept_for_backward(designs: bool) -> dict[str, float]:
-    """Return what a training step keeps as a share of DeiT-T's, by default and with selective
+    """Return what a training step keeps as a fraction of DeiT-T's, by default and with selective
     checkpointing."""
     import localvit
 
@@ -264,8 +264,8 @@ def save(folder: Path, rows: list[dict[str, str]], kept: dict[str, dict[str, flo
     for line in memory:
         line["old"] = f"{kept['old'][line['design']]:.3f}" if line["design"] in kept["old"] else ""
     about = (
-        f"# Old and new in turns\n\n{setting}.\n\nTimes, one thread, medians of ratios [quartiles]. Table of "
-        "designs: what the forward pass of a training step keeps, by DeiT-T's, batch 16.\n"
+        f"# Old and new, timed alternately\n\n{setting}.\n\nTimes, one thread, medians [quartiles] of ratios."
+        " Table of designs: what the forward pass of a training step keeps, by DeiT-T's, batch 16.\n"
     )
     if memory:
         about += "\n" + table(memory) + "\n"

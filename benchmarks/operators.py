@@ -97,7 +97,7 @@ def pyramid(batch: int, rounds: int) -> list[dict[str, object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, action="append", help="pictures in a call (1, 8 and 32)")
+    parser.add_argument("--batch", type=int, action="append", help="images in a call (1, 8 and 32)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -117,7 +117,7 @@ def main() -> None:
     about = (
         f"# Operators of LocalViT-T and DeiT-T\n\n{setting}.\n\n224 px, float32; milliseconds of an operator "
         "itself in one call, medians of turns. Training steps are of models as built. An FFN is that of "
-        "LocalViT-T at a pyramid's lattice, fused, beside the authors' modules on NCHW maps.\n"
+        "LocalViT-T at a pyramid's grid, fused, beside the authors' modules on NCHW maps.\n"
     )
     hardware = setting.machine
     path = write(args.output, "operators", hardware, about, ("what", "operator", *COLUMNS), cells, rows)

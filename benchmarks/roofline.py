@@ -24,7 +24,7 @@ class Traffic(TorchDispatchMode):
 
 
 def roofline(works: dict[str, tuple[Work, float]], rounds: int) -> dict[str, object]:
-    """What the picture needs, on the CPU with the present number of threads.
+    """Measure what the chart needs, on the CPU with the present number of threads.
 
     Args:
         works: Name -> what to run in PyTorch, and its floating-point operations.

@@ -3,11 +3,11 @@
     make bench                                        # some minutes
     python benchmarks/speed.py --quick --output /tmp  # does it run? two rounds of the smallest batch
 
-Written are benchmarks/results/speed_<machine>_<date>.{md,json}; benchmarks/picture.py draws them.
+Written are benchmarks/results/speed_<machine>_<date>.{md,json}; benchmarks/chart.py draws them.
 
 What is in one row took turns within one process, so both sides met the same machine. Ratios are times of the
 first by times of the second: below 1, the first is faster. What this machine cannot run is named with the
-reason. Training pictures have a benchmark of their own, `benchmarks/data.py`.
+reason. Training images have a benchmark of their own, `benchmarks/data.py`.
 """
 
 import argparse
@@ -56,16 +56,16 @@ from localvit.planning.memory import measure_step
 OURS, BASE = "localvit_tiny_patch16_224", "deit_tiny_patch16_224"
 CPU = torch.device("cpu")
 WARM_UP = 4  # training steps
-PYRAMID = ((56, 96), (28, 192))  # side of the lattice and width of its first stages
+PYRAMID = ((56, 96), (28, 192))  # side of the grid and width of its first stages
 Row = dict[str, object]
 
 # Title -> (most or least, bound at batch 1, bound of larger ones). On another processor the first and the
-# share of the peak depend on how fast its BLAS is beside oneDNN.
+# fraction of peak depend on how fast its BLAS is beside oneDNN.
 GOALS: dict[str, tuple[str, float, float]] = {
     "fused / DeiT-T eager": ("<=", 1.00, 0.95),
     "fused / DeiT-T fused": ("<=", 1.03, 1.03),
-    "share of peak, fused": (">=", 0.75, 0.80),
-    "share of peak, OpenVINO": (">=", 0.73, 0.73),
+    "fraction of peak, fused": (">=", 0.75, 0.80),
+    "fraction of peak, OpenVINO": (">=", 0.73, 0.73),
     "training step / DeiT-T": ("<=", 1.08, 1.08),
     "training step, native / plain modules": ("<=", 1.0, 1.0),
     "kept for the backward pass / DeiT-T": ("<=", 1.0, 1.0),
@@ -103,7 +103,7 @@ QUOTIENTS = {
     "compiled / DeiT-T compiled": ("ours compiled", "base compiled"),
     "fused / DeiT-T fused": ("ours fused", "base fused"),
 }
-SHARES = {"share of peak, fused": "ours fused", "share of peak, OpenVINO": "ours openvino"}
+SHARES = {"fraction of peak, fused": "ours fused", "fraction of peak, OpenVINO": "ours openvino"}
 
 
 def opened(name: str, engine: EngineName, images: Tensor) -> Work:
@@ -174,7 +174,7 @@ def as_nchw(dim: int, side: int, batch: int) -> Work:
 
 
 def pyramid(batch: int, rounds: int) -> Iterator[Row]:
-    """The feed-forward network at the lattices of a pyramid's first stages."""
+    """The feed-forward network at the grids of a pyramid's first stages."""
     for side, dim in PYRAMID:
         works = {"ours": fused_ffn(dim, side, batch), "plain": as_nchw(dim, side, batch)}
         seconds = interleaved(works, rounds, at_least=SHORTEST)
@@ -183,7 +183,7 @@ def pyramid(batch: int, rounds: int) -> Iterator[Row]:
 
 
 def growth(rounds: int, largest: int) -> Iterator[Row]:
-    """Does the time of a token stay the same on larger pictures and in larger batches?"""
+    """Does the time of a token stay the same on larger images and in larger batches?"""
     works = {side: fused_ffn(192, side, 1) for side in (14, 28, 56)}
     named = {str(side): work for side, work in works.items()} | {"batch": fused_ffn(192, 14, largest)}
     seconds = interleaved(named, rounds, at_least=SHORTEST)
@@ -397,7 +397,7 @@ def main() -> None:
             setting = Setting.here(CPU)
     about = (
         f"# LocalViT-T beside DeiT-T\n\n{setting}.{' ' + args.note if args.note else ''}\n\n"
-        "224 px, float32; T threads, B pictures in a call; medians of turns [quartiles]. Times of the first "
+        "224 px, float32; T threads, B images in a call; medians of turns [quartiles]. Times of the first "
         f"by those of the second: below 1, the first is faster. Peak of one thread: "
         f"{under['peak_gflops']:.4g} GFLOP/s ({under['peak_matmul']}). {under['linear']}\n"
     )

@@ -43,7 +43,7 @@ else:
 
 
 def _accelerate() -> None:
-    """Let every feed-forward network with locality use the faster forms, in a plain PyTorch loop too."""
+    """Let every feed-forward network with locality use the faster forms, even in a plain PyTorch loop."""
     from localvit.acceleration import accelerated
     from localvit.locality import set_accelerator
 

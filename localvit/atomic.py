@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class WriteFailed(RuntimeError):
-    """Result that could not be written, such as for a full disk."""
+    """Result that could not be written, for example because the disk is full."""
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def macs_of(module: nn.Module, *inputs: Any) -> int:
 
     Nothing is computed, and the module does not change, on any device.
     """
-    # A module that stands in two places is swapped once: the second time would keep the meta tensors.
+    # A module that is used in two places is swapped once: the second time would keep the meta tensors.
     on_meta = {
         f"{path}.{name}".lstrip("."): _as_meta(tensor)
         for path, part in module.named_modules()

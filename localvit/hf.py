@@ -30,12 +30,12 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     recipe = Recipe.of(model)
     if recipe is None or not hasattr(model, "config"):
         raise ConfigError(
-            f"this {type(model).__name__} is not a localized model of transformers; localize it, "
-            "and save others by their own library"
+            f"this {type(model).__name__} is not a localized model of transformers; localize it, or save it "
+            "with its own library"
         )
     place = Path(folder)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ConfigError(f"{str(folder)!r} has files already; name a new folder")
+        raise ConfigError(f"{str(folder)!r} already has files; name a new folder")
     config: Any = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], model.dtype
     setattr(config, _RECIPE, plain(recipe))
@@ -51,7 +51,7 @@ def from_pretrained(folder: str | Path) -> Any:
     """Return the model that `save_pretrained` saved, in evaluation mode, on the CPU, in its dtype.
 
     Raises:
-        ConfigError: if `folder` is not one, or its weights do not fit its configuration.
+        ConfigError: if `folder` does not hold such a model, or its weights do not fit its configuration.
     """
     import transformers
     from safetensors.torch import load_model
@@ -60,10 +60,12 @@ def from_pretrained(folder: str | Path) -> Any:
     try:
         values = parse_json((place / "config.json").read_text(), str(place / "config.json"))
     except OSError as error:
-        raise ConfigError(f"{str(folder)!r} has no config.json; use a folder of save_pretrained") from error
+        raise ConfigError(
+            f"{str(folder)!r} has no config.json; use a folder that save_pretrained wrote"
+        ) from error
     found, name = values.pop(_RECIPE, None), (values.get("architectures") or [""])[0]
     if found is None:
-        raise ConfigError(f"{str(folder)!r} has no recipe; a plain model is opened by transformers itself")
+        raise ConfigError(f"{str(folder)!r} has no recipe; open a plain model with transformers itself")
     recipe = build(Recipe, found, _RECIPE)
     known = {n.rpartition(".")[2]: n for n in accepted_classes() if n.startswith("transformers.")}
     if name not in known:

@@ -57,7 +57,7 @@ def once_imported(module: str, action: Callable[[], object]) -> None:
 
 
 def do_what_waits() -> None:
-    """Do what waited for the end of an import; where no door is used, nothing else does."""
+    """Call the actions that waited for the end of an import; without a door, nothing else calls them."""
     while _waiting and not _half_imported():
         _waiting.pop(0)()
 

@@ -119,7 +119,7 @@ def to_yaml(value: Any) -> str:
 
 
 def parse_json(text: str, name: str = "the text") -> Any:
-    """Return what a JSON text holds.
+    """Parse a JSON text.
 
     Raises:
         ConfigError: if it is not JSON, has a duplicate key, or has NaN or infinity.
@@ -144,7 +144,7 @@ def read_json(kind: type[T], path: str | Path) -> T:
 
 
 def parse_yaml(text: str, name: str = "the text") -> Any:
-    """Return what a YAML text holds.
+    """Parse a YAML text.
 
     Raises:
         ConfigError: with line and field, if it is not YAML, has a duplicate key or one that is not text, is
@@ -271,7 +271,9 @@ class _Loader(yaml.SafeLoader):
                 pass  # `0x_`, or an integer of too many digits
         words = {"timestamp": "a date", "int": "an integer", "float": "a number"}.get(kind, node.tag)
         shown = node.value[:80] if isinstance(node, yaml.ScalarNode) else "this"
-        raise _problem(node, path, f"{shown} is {words} in YAML and not accepted; quote it for text")
+        raise _problem(
+            node, path, f"{shown} is {words} in YAML, which is not accepted; quote it if it is text"
+        )
 
 
 def _problem(node: Any, path: str, text: str) -> yaml.MarkedYAMLError:
@@ -373,7 +375,7 @@ def _at(kind: Any, place: Sequence[str | int]) -> Any:
 
 
 def _suggestion(kind: Any, place: Sequence[Any], name: str) -> str:
-    """Return the field that was meant, else those that are there."""
+    """Suggest the field that was probably meant, or else list the existing ones."""
     where, paths = functools.reduce(join, place[:-1], ""), _paths(_at(kind, place[:-1]))
     fields = [path for path in paths if "." not in path]
     tails = {path.rpartition(".")[2]: path for path in sorted(paths, key=lambda path: -path.count("."))}

@@ -1,4 +1,4 @@
-"""A tiny model in an exported folder, and folders of odd-sized pictures."""
+"""A tiny model in an exported folder, and folders of odd-sized images."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ SIZE = 16
 
 
 def export_model(folder: Path, classes: int, names: list[str] | None = None, **data_config) -> str:
-    """Save a model with random weights as `save_model` does; `data_config` overrides how it sees pictures."""
+    """Save a model with random weights as `save_model` does; `data_config` overrides how it sees images."""
     args = {
         "img_size": SIZE,
         "patch_size": 8,

@@ -307,7 +307,7 @@ ALIASES = "\n".join(
         ("~: 1", "line 1: the key ~ is not text in YAML; quote it: '~'"),
         ("? [a]\n: 1", "line 1: the key ... is not text in YAML"),
         ("2026-01-01: 1", "line 1: the key 2026-01-01 is not text in YAML; quote it"),
-        ("optim: {lr: 0x_}", "line 1: optim.lr: 0x_ is an integer in YAML and not accepted; quote it"),
+        ("optim: {lr: 0x_}", "line 1: optim.lr: 0x_ is an integer in YAML, which is not accepted; quote it"),
         ("a: [1, 2026-13-45]", "line 1: a[1]: 2026-13-45 is a date in YAML"),
         ("a: 2026-01-01", "line 1: a: 2026-01-01 is a date in YAML"),
         ("a: " + "9" * 5000, "line 1: a: 9999"),
@@ -317,7 +317,7 @@ ALIASES = "\n".join(
         ("a: !!set {x}", "line 1: a: this is tag:yaml.org,2002:set in YAML"),
         (
             "a: !!python/object/apply:os.system [ls]",
-            "python/object/apply:os.system in YAML and not accepted",
+            "python/object/apply:os.system in YAML, which is not accepted",
         ),
         ("a: " + "[" * 100_000, f"line 1: too deeply nested; use at most {MOST_DEPTH} levels"),
         ("a: " + "{b: " * 1000, f"line 1: too deeply nested; use at most {MOST_DEPTH} levels"),

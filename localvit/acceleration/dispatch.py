@@ -14,9 +14,9 @@ from localvit.acceleration.native.mix import BATCH, mixed, norm_now, not_saved
 from localvit.locality import Grid, LocalityFeedForward, map_to_tokens, tokens_to_row
 
 FEW_TOKENS = 256
-"""Patch tokens of an image up to which calls take longer than arithmetic in a small feed-forward network."""
+"""Number of patch tokens up to which calls take longer than arithmetic in a small feed-forward network."""
 
-# The methods that the native kernels stand in for.
+# The methods that the native kernels replace.
 _STAGES = ("transform", "expand", "mix", "_convolve", "project")
 _stages = attrgetter(*_STAGES)
 _ours = _stages(LocalityFeedForward)

@@ -22,10 +22,9 @@ def set_selective_checkpointing(model: nn.Module, enable: bool = True) -> int:
     """Save only the outputs of linear layers and convolutions of each `LocalityFeedForward` for the backward
     pass.
 
-    It changes no number. It costs the time of the other layers once more. It applies where the native
-    kernels,
-    which save as little, do not: other designs, CUDA, no C++ compiler. It is off by default, because it costs
-    time and memory is not always short (`docs/performance.md`). PyTorch computes no second derivatives
+    It changes no result, and computes the other layers twice. It applies where the native kernels, which save
+    as little, do not: other designs, CUDA, no C++ compiler. It is off by default, because it costs time, and
+    memory is not always scarce (`docs/performance.md`). PyTorch computes no second derivatives
     (`create_graph=True`) with it, and `torch.func` turns it off.
 
     Args:

@@ -153,7 +153,7 @@ def _resample_positions(table: Tensor, model: T2TViT) -> Tensor:
     side = math.isqrt(count)
     if side**2 != count:
         raise ValueError(
-            f"pos_embed of {count} image positions is not of a square image and cannot be resampled"
+            f"pos_embed has {count} image positions, which form no square grid, so it cannot be resampled"
         )
     return resample_abs_pos_embed(table, model.patch_embed.grid_size, (side, side), prefix)
 

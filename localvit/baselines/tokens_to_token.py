@@ -137,7 +137,7 @@ class TokenPerformer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the random directions (timm calls this to initialise a whole model again)."""
-        directions = torch.empty_like(self.w, dtype=torch.float32)  # no QR decomposition in half precision
+        directions = torch.empty_like(self.w, dtype=torch.float32)  # float16 has no QR decomposition
         nn.init.orthogonal_(directions, gain=math.sqrt(self.w.shape[0]))
         self.w.copy_(directions)
 

@@ -1,4 +1,4 @@
-"""Benchmark of two models and of the fastest matrix product, in turns."""
+"""Benchmark of two models and of the fastest matrix product, timed alternately."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class BenchConfig:
 
 
 def compare(config: BenchConfig, progress: Callable[[range], Iterable[int]] = iter) -> Comparison:
-    """Time two models and the fastest matrix product in turns.
+    """Time two models and the fastest matrix product alternately.
 
     Args:
         config: The benchmark.

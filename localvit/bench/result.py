@@ -91,7 +91,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two models timed in turns. Every field is a JSON value (`to_dict`).
+    """Two models timed alternately. Every field is a JSON value (`to_dict`).
 
     Attributes:
         ratio: Time of `model` by time of `against` in each round; below 1, `model` is faster.

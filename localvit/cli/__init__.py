@@ -24,7 +24,7 @@ from localvit.cli.arguments import Failure, UsageError, disk_message, parse, pri
 VERBS = {
     "demo": ("localvit.cli.demo", "compare a small model with and without locality, and write a report"),
     "study": ("localvit.cli.study", "run controlled experiments: list, show, run, report, compare, export"),
-    "models": ("localvit.cli.models", "list models with locality: cost, published accuracy"),
+    "models": ("localvit.cli.models", "list models with locality, their cost and published accuracy"),
     "train": ("localvit.cli.train", "train a model on images and test it"),
     "plan": ("localvit.cli.plan", "estimate a training run: steps, hours, memory, data rate"),
     "data": ("localvit.cli.data", "check data: splits, classes, overlap, duplicates"),

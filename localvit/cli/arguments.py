@@ -29,7 +29,7 @@ _STUDY = {"scipy": "scipy", "sklearn": "scikit-learn", "matplotlib": "matplotlib
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and try again"),
     **dict.fromkeys(
-        (errno.EROFS, errno.EACCES, errno.EPERM), "get the right to use it, or name another place"
+        (errno.EROFS, errno.EACCES, errno.EPERM), "get permission to use it, or choose another place"
     ),
     **dict.fromkeys(
         (errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n), or use fewer workers"
@@ -89,7 +89,7 @@ def model_arguments(settings: Sequence[str]) -> dict[str, Any]:
     """Parse constructor arguments of a model from `KEY=VALUE` words, with values as in YAML.
 
     Raises:
-        ConfigError: for another word.
+        ConfigError: for a word that is not of this form.
     """
     from localvit.config import merge, parse_setting
 
@@ -111,7 +111,7 @@ def check_extra(verb: str) -> None:
 
 
 def check_output(output: str | None) -> None:
-    """Refuse an empty name, as an unset variable of a shell gives, where no name means a default.
+    """Refuse an empty name, such as an unset shell variable gives; no name at all means a default.
 
     Raises:
         UsageError: if it is empty.
@@ -143,7 +143,7 @@ def one_line_errors() -> Iterator[None]:
 def disk_message(error: OSError) -> str:
     """Return what the system refused, for which file, and what to do."""
     file = repr(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else "the output"
-    remedy = _REMEDIES.get(error.errno or 0, "check that it is there and may be used")
+    remedy = _REMEDIES.get(error.errno or 0, "check that it exists and that you may use it")
     return f"{file}: {error.strerror or first_line(error)}; {remedy}"
 
 

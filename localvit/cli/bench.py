@@ -1,4 +1,4 @@
-"""`localvit bench`: speed of a model here, against another."""
+"""`localvit bench`: speed of a model on this machine, against another."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ EngineName = Literal["eager", "fused", "compile", "onnxruntime", "openvino"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Time two models in turns, and print their ratio, times, memory and fraction of this machine's peak.
+    """Time two models alternately, and print their ratio, times, memory and fraction of this machine's peak.
 
-    Numbers are medians with quartiles of the rounds. The peak is that of the fastest matrix product, timed in
-    the same rounds. Ratios transfer to other machines better than times.
+    Numbers are medians and quartiles over the rounds. The peak is the speed of the fastest matrix product,
+    timed in the same rounds. Ratios transfer to other machines better than times.
 
     Example: localvit bench localvit_tiny_patch16_224 --batch 1 --threads 1
     """
@@ -30,12 +30,12 @@ class Options:
     against: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """other model; default: the baseline of a localvit model"""
     engine: EngineName | None = None
-    """engine of MODEL; default: fused (localvit.fuse) if possible, eager in training; compile (minutes) also
-    fuses, except in training; the last two need pip install 'localvit[export]'"""
+    """engine of MODEL; default: fused (localvit.fuse) if possible, eager in training; compile (takes minutes)
+    also fuses, except in training; the last two need pip install 'localvit[export]'"""
     against_engine: EngineName | None = None
     """(rare) engine of the other model; default: as for MODEL"""
     fuse: tyro.conf.FlagCreatePairsOff[bool] = True
-    """(rare) default to eager, not fused"""
+    """(rare) make eager the default engine"""
     batch: Annotated[int, tyro.conf.arg(metavar="N")] = 8
     """images in a batch"""
     size: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None

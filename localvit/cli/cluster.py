@@ -19,10 +19,10 @@ class OnCluster:
     """Cluster of a study, and the resources of each job (`studies.design.Resources`)."""
 
     cluster: Literal["slurm", "local"] | None = None
-    """(rare) submit the runs as jobs: slurm (an array of jobs) or local (on this machine, to try); every
+    """(rare) submit the runs as jobs: slurm (a job array) or local (on this machine, to try it out); every
     machine must see DIR and the images; jobs survive an interrupt"""
     minutes: Annotated[int, tyro.conf.arg(metavar="N")] = 60
-    """(rare) time limit of a job; a longer run is queued again with its state saved"""
+    """(rare) time limit of a job; a longer run saves its state and is queued again"""
     gpus: Annotated[int, tyro.conf.arg(metavar="0|1")] = 0
     """(rare) GPUs of a job"""
     cpus: Annotated[int, tyro.conf.arg(metavar="N")] = 1
@@ -61,5 +61,5 @@ def cluster_of(options: OnCluster, parallel: int | None) -> Cluster | None:
         return Cluster(kind=options.cluster, resources=resources, parallel=parallel)
     if resources != Resources():
         flag = next(name for name, value in asked.items() if value != getattr(Resources(), name))
-        raise UsageError(f"--{flag} has no effect without --cluster; add it")
+        raise UsageError(f"--{flag} has no effect without --cluster; add --cluster")
     return None

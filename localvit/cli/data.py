@@ -1,4 +1,4 @@
-"""`localvit data check`: what a run would see of its data, and what is wrong with them."""
+"""`localvit data check`: the data as a run would use it, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Options:
     val_data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
     """test images (as for train)"""
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """where timm's named data sets keep their files"""
+    """folder of timm's named data sets"""
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """of the run, which decides the validation split"""
+    """seed of the run, which decides the validation split"""
     allow_overlap: tyro.conf.FlagCreatePairsOff[bool] = False
     """count images that are in two splits or two classes instead of refusing them"""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class Options:
     """Train a small DeiT with and without locality, and report the difference.
 
-    Without options it uses scikit-learn's handwritten digits and takes a few minutes on two cores. The same
-    command resumes and writes the report again.
+    Without options it uses scikit-learn's handwritten digits and takes a few minutes on two cores. Run the
+    same command again to resume, or to write the report again.
 
     Example: localvit demo --data path/to/folder --seeds 3
     """
@@ -38,7 +38,7 @@ class Options:
     data: Annotated[str, tyro.conf.arg(metavar="SRC")] = "digits"
     """training images: digits, an image folder, a .tar, or a name for timm.data.create_dataset"""
     val_data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """test images; default: the data's own test split, or images held out of the data"""
+    """test images; default: the data's own test split, or images held out from the data"""
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
     """recipe of both arms; default: digits for digits, otherwise small_images_quick (32x32 pixels)"""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
@@ -50,11 +50,11 @@ class Options:
     jobs: Annotated[int, tyro.conf.arg(metavar="N")] = 2
     """runs at a time, one thread each"""
     tune: tyro.conf.FlagCreatePairsOff[bool] = False
-    """(rare) find the learning rate of each arm on the validation split instead, into FOLDER/tuning"""
+    """(rare) instead of comparing, find each arm's learning rate on the validation split, in FOLDER/tuning"""
     tune_seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 3
     """(rare) seeds of --tune"""
     tune_factors: Annotated[tuple[float, ...], tyro.conf.arg(metavar="X X ...")] = (0.25, 0.5, 1.0, 2.0, 4.0)
-    """(rare) learning rates of --tune as multiples of the recipe's; the grid grows if an end is best"""
+    """(rare) learning rates of --tune as multiples of the recipe's; extended if the first or last is best"""
 
 
 def run(options: Options) -> int:

@@ -28,7 +28,7 @@ class Options:
     checkpoint: Annotated[str, tyro.conf.arg(metavar="X")]
     """a run's folder, an exported folder, a timm name with published weights, or a file of localvit export"""
     engine: Literal["onnxruntime", "openvino", "torch"] | None = None
-    """(rare) engine of an exported file; required for .pt2, which may run code of its author"""
+    """(rare) engine of an exported file; required for .pt2, because it may run code of its author"""
     fuse: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """(rare) compute with the fused model (localvit.fuse): faster, equal up to rounding"""
     data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
@@ -36,9 +36,9 @@ class Options:
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """(rare) folder of timm's named data sets"""
     split: Annotated[str, tyro.conf.arg(metavar="NAME")] = "validation"
-    """(rare) split of a hfds/ or wds/ set, e.g. 'val-{0000..0049}.tar'"""
+    """(rare) split of an hfds/ or wds/ data set, e.g. 'val-{0000..0049}.tar'"""
     crop_pct: Annotated[float | None, tyro.conf.arg(metavar="RATIO")] = None
-    """(rare) proportion of the resized image that is used; default: the model's own"""
+    """(rare) side of the centre crop as a fraction of the resized image; default: the model's own"""
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
     """(rare) interpolation of resized images; default: the model's own"""
     class_map: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
@@ -46,11 +46,11 @@ class Options:
     restrict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """(rare) predict only classes that have images"""
     real_labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """(rare) also use reassessed ImageNet labels: default, or their JSON file"""
+    """(rare) also measure on reassessed ImageNet labels: default, or a JSON file of them"""
     allow_overlap: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """(rare) accept images that the model was trained on; the result says how many"""
     allow_change: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="data")] = ()
-    """(rare) data: accept a test split that changed since the training; the result says how"""
+    """(rare) data: accept a test split that has changed since training; the result says how"""
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 128
     """images in a batch"""
     workers: Annotated[int, tyro.conf.arg(metavar="N")] = 0
@@ -58,9 +58,9 @@ class Options:
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     output: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """new file: .json for everything, .csv for a line per class"""
+    """new file: .json for all results, .csv for one line per class"""
     confusion: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """new .png with the confusion matrix"""
+    """new .png file for the confusion matrix"""
 
 
 def run(options: Options) -> int:
@@ -138,7 +138,7 @@ def _print(result: Evaluation) -> None:
     for note in result.notes:
         print(printable(note))
     if result.restricted:
-        print(f"guesses restricted to the {len(result.classes)} classes that have images")
+        print(f"predictions restricted to the {len(result.classes)} classes that have images")
     if result.real is not None:
         real = result.real
         print(f"reassessed labels: top-1 {real.top1:.2f} %, top-5 {real.top5:.2f} % ({real.images} images)")
@@ -153,7 +153,7 @@ def _print_classes(result: Evaluation) -> None:
 
     weakest = sorted(result.classes, key=lambda row: row.top1)[:_WEAKEST]
     shown = "classes" if len(weakest) == len(result.classes) else f"weakest of {len(result.classes)} classes"
-    table = Table(shown, "images", "top-1, %", "most often taken for")
+    table = Table(shown, "images", "top-1, %", "most often confused with")
     for row in weakest:
         confused = f"{row.confused_with} ({row.confused})" if row.confused_with is not None else "-"
         name = row.label if row.description == row.label else f"{row.label} {row.description}"

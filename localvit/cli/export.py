@@ -17,11 +17,11 @@ _TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write a model for ONNX Runtime, OpenVINO or torch.export, for any batch, in single precision.
+    """Write a model for ONNX Runtime, OpenVINO or torch.export, in float32, for any batch size.
 
-    The file is compared with the model on random and real images before it gets its name. If they differ,
-    there is no file, and the exit code is 1. The file has preprocessing and class names, so that localvit
-    predict --checkpoint FILE works. Needs pip install 'localvit[export]'.
+    The file is compared with the model on random and real images before it is renamed to FILE. If they
+    differ, there is no FILE, and the exit code is 1. The file contains preprocessing and class names, so that
+    localvit predict --checkpoint FILE works. Needs pip install 'localvit[export]'.
 
     Example: localvit export runs/digits --output digits.onnx
     """
@@ -29,17 +29,17 @@ class Options:
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """a run's folder, a local-dir:FOLDER, or a timm name with published weights"""
     format: Literal["onnx", "openvino", "torch"] = "onnx"
-    """onnx: one .onnx; openvino: .xml and .bin; torch: a .pt2 of torch.export"""
+    """onnx: one .onnx file; openvino: .xml and .bin; torch: a .pt2 file of torch.export"""
     output: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """new file, with the suffix of the format"""
     dynamic_size: tyro.conf.FlagCreatePairsOff[bool] = False
-    """(rare) accept other image sizes, if the model does (--set dynamic_img_size=true)"""
+    """(rare) make the file accept other image sizes, if the model does (--set dynamic_img_size=true)"""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """(rare) constructor argument of the model, e.g. dynamic_img_size=true"""
     random_weights: tyro.conf.FlagCreatePairsOff[bool] = False
-    """(rare) take the timm name MODEL without its weights, to measure speed"""
+    """(rare) export a timm name with random weights, e.g. to measure speed"""
     data: Annotated[str, tyro.conf.arg(metavar="SRC")] = "digits"
-    """(rare) real images for the comparison (as for train); three are used"""
+    """(rare) real images for the comparison (as for train), of which three are used"""
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """(rare) folder of timm's named data sets"""
     tolerance: Annotated[float, tyro.conf.arg(metavar="RATIO")] = _TOLERANCE

@@ -24,9 +24,9 @@ class Options:
     name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None
     """model whose card is shown; with --supported, a pattern such as 'swin*'"""
     supported: bool = False
-    """list the architectures of timm that localvit.localize accepts, and why it refuses others"""
+    """list the timm architectures that localvit.localize accepts, and why it refuses the others"""
     check: bool = False
-    """with --supported: compute the entries again, and compare them with the shipped table"""
+    """with --supported: compute the table again, and compare it with the one that comes with localvit"""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """print JSON"""
 
@@ -67,13 +67,14 @@ def _supported(options: Options) -> int:
     pattern = options.name or "*"
     entries = supported_models(pattern)
     if not entries:
-        raise UsageError(f"no architecture of timm matches {pattern!r}; use a pattern such as 'swin*'")
+        raise UsageError(f"no timm architecture matches {pattern!r}; use a pattern such as 'swin*'")
     if options.check:
         chosen = {entry.architecture for entry in entries}
         again = scan_supported(n for n in timm_architectures() if n in chosen or options.name is None)
         changed = sorted({e.architecture for e in set(entries) ^ set(again)})
         print(
-            "\n".join(f"{name}: the shipped table has another entry" for name in changed) or "no difference"
+            "\n".join(f"{name}: the table that comes with localvit differs" for name in changed)
+            or "no difference"
         )
         return 1 if changed else 0
     if options.json:
@@ -145,7 +146,7 @@ def _card(card: ModelCard) -> Iterator[str]:
     yield "baseline"
     yield f"  {card.base.name}"
     yield from _lines(card.base)
-    yield "other differences than the depth-wise convolution"
+    yield "differences other than the depth-wise convolution"
     yield from (f"  - {sentence}" for sentence in card.confounders)
     yield from (f"note: {note}" for note in card.notes)
 

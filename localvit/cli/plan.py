@@ -15,7 +15,7 @@ from localvit.cli.train import ConfigOptions, configuration
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ConfigOptions):
-    """Estimate a training run: steps, hours, memory, data rate, sizes of files.
+    """Estimate a training run: steps, hours, memory, data rate, file sizes.
 
     Every line is marked as measured, computed or assumed. Nothing is written.
 
@@ -29,7 +29,7 @@ class Options(ConfigOptions):
     memory_gb: Annotated[float | None, tyro.conf.arg(metavar="GB")] = None
     """memory of one GPU, in units of 1e9 bytes"""
     images: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """number of training images, if the data is elsewhere"""
+    """number of training images, if the data is not on this machine"""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """print JSON"""
 

@@ -1,4 +1,4 @@
-"""`localvit predict`: classes of images by a trained model."""
+"""`localvit predict`: classes of images, predicted by a trained model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Options:
     checkpoint: Annotated[str, tyro.conf.arg(metavar="X")]
     """a run's folder, an exported folder, a timm name with published weights, or a file of localvit export"""
     engine: Literal["onnxruntime", "openvino", "torch"] | None = None
-    """(rare) engine of an exported file; required for .pt2, which may run code of its author"""
+    """(rare) engine of an exported file; required for .pt2, because it may run code of its author"""
     fuse: tyro.conf.FlagCreatePairsOff[bool] = True
     """(rare) compute with the plain model, not the fused one (localvit.fuse)"""
     paths: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PATHS")] = ()
@@ -37,7 +37,7 @@ class Options:
     top_k: Annotated[int, tyro.conf.arg(metavar="N")] = 5
     """number of classes per image"""
     format: Literal["table", "json", "jsonl", "csv"] = "table"
-    """format on the console; that of a file follows from its name"""
+    """format on the console; the suffix of --output decides the format of that file"""
     output: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """new .csv, .jsonl or .parquet; until it is finished, results are in FILE.part.jsonl"""
     shard: Annotated[str | None, tyro.conf.arg(metavar="I/N")] = None

@@ -55,19 +55,19 @@ class Asked:
     """Question at a scale."""
 
     name: Name
-    """question of localvit (see list), or a YAML file"""
+    """a question that comes with localvit (see list), or a YAML file"""
     scale: Annotated[str, tyro.conf.arg(metavar="NAME")] = "digits"
-    """digits (minutes on a CPU), small (CIFAR-10 and its like), paper (ImageNet), or one of the file's"""
+    """digits (minutes on a CPU), small (such as CIFAR-10), paper (ImageNet), or one that the file defines"""
     data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
     """training images (as for train)"""
     val_data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """(rare) test images; default: the data's own test split, or images held out of the data"""
+    """(rare) test images; default: the data's own test split, or images held out from the data"""
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """(rare) folder of timm's named data sets"""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """field of all arms, e.g. epochs=5 or model.args.depth=4"""
     match: Literal["none", "params", "macs"] | None = None
-    """(rare) cost that is made equal in all arms, by the width of their feed-forward networks"""
+    """(rare) cost to make equal in all arms, by changing the width of their feed-forward networks"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class RunOptions(OnCluster, Asked):
     seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 5
     """number of seeds, at least 2"""
     jobs: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """runs at a time, spread over the GPUs; default: 2, on a cluster all"""
+    """runs at a time, spread over the GPUs; default: 2, or all on a cluster"""
     threads: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """threads of each run"""
     retry: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -105,7 +105,7 @@ class RunOptions(OnCluster, Asked):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Write report.html and report.md again; results.jsonl is enough."""
+    """Write report.html and report.md again; this needs only results.jsonl."""
 
     folder: Folder
     """folder of a study"""
@@ -123,7 +123,7 @@ class Compare:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Print the results of a study: csv by run, latex and markdown by arm."""
+    """Print the results of a study: csv has a row per run, latex and markdown have one per arm."""
 
     folder: Folder
     """folder of a study"""

@@ -1,4 +1,4 @@
-"""`localvit train`: a configuration from a recipe, settings and flags, and its training."""
+"""`localvit train`: make a configuration from a recipe, settings and flags, and train with it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _TOP = ("output", "epochs", "batch_size", "seed", "workers", "device")
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigOptions:
-    """Flags of a configuration: a recipe, --set over it, and the other flags over both."""
+    """Flags of a configuration: a recipe, --set, which overrides it, and the others, which override both."""
 
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
-    """recipe of localvit, or a YAML file such as the config.yaml of another run"""
+    """a recipe that comes with localvit, or a YAML file such as the config.yaml of another run"""
     model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """any name for timm.create_model"""
     data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
     """training images: digits, an image folder, a .tar, or a name for timm.data.create_dataset"""
     val_data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
-    """test images; default: the data's own test split, or images held out of the data"""
+    """test images; default: the data's own test split, or images held out from the data"""
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """(rare) folder of timm's named data sets"""
     allow_overlap: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -34,7 +34,7 @@ class ConfigOptions:
     output: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """folder for the results: a new one, or that of the same run to resume it"""
     locality: Annotated[str | None, tyro.conf.arg(metavar="default|none|YAML")] = None
-    """locality of the model: default, none, '{preset: mix_ffn}', or fields as '{init: preserve}'"""
+    """locality of the model: default, none, '{preset: mix_ffn}', or fields such as '{init: preserve}'"""
     blocks: Annotated[str | None, tyro.conf.arg(metavar="YAML")] = None
     """(rare) blocks to localize: all, lower-half, [0, 1], [[0, 4]], ..."""
     pretrained: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -57,7 +57,7 @@ class ConfigOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ConfigOptions):
-    """Train a model, choose its best epoch on a validation split, report it on a test split.
+    """Train a model, choose its best epoch on a validation split, and measure it on a test split.
 
     A recipe gives values, --set changes them, and the other flags override both. The same command resumes an
     interrupted run. On several GPUs or machines: torchrun --nproc-per-node N -m localvit train ...
@@ -66,15 +66,15 @@ class Options(ConfigOptions):
     """
 
     allow_change: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FIELD")] = ()
-    """(rare) resume although this has changed: a field, a section, data, versions, world_size"""
+    """(rare) resume although FIELD has changed: a field, a section, data, versions or world_size"""
     tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
     """(rare) write curves for TensorBoard into the output folder"""
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
-    """print the resolved configuration and its effective values, and stop"""
+    """print the resolved configuration and the values that follow from it, and stop"""
 
 
 def run(options: Options) -> int:
-    """Train; return 0, also if a signal interrupted it and the state is saved."""
+    """Train; return 0, also if a signal interrupted the run after it saved its state."""
     from rich.console import Console
 
     from localvit.errors import TrainingInterrupted

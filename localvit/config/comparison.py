@@ -64,16 +64,16 @@ def refuse_changes(
         listed = "; ".join(f"{path}: {old!r} -> {new!r}" for path, (old, new) in wrong.items())
         flags = " ".join(f"--allow-change {path}" for path in wrong)
         what = "already holds a finished run" if finished else "already holds a run"
-        way = "" if finished else f", or {flags} to resume what is there"
+        way = "" if finished else f", or add {flags} to resume that run"
         raise ConfigError(
-            f"output={folder!r} {what}, and this is another one ({listed}); choose another folder{way}"
+            f"output={folder!r} {what}, which differs from this one ({listed}); choose another folder{way}"
         )
 
 
 def differences(first: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     """Return the fields in which nested mappings differ: dotted path -> value in each, or `None`.
 
-    `model.locality` stands as a whole, because its defaults are left out of it.
+    `model.locality` is compared as a whole, because its defaults are left out of it.
     """
     flat = [_flatten(mapping) for mapping in (first, *others)]
     paths = dict.fromkeys(path for one in flat for path in one)

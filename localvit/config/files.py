@@ -48,7 +48,9 @@ def load_recipe(recipe: str) -> dict[str, Any]:
     following: str | None = str(Path(recipe).resolve()) if recipe.endswith(_FILES) else recipe
     while following is not None:
         if following in chain:
-            raise ConfigError(f"recipe {recipe!r}: {' -> '.join([*chain, following])} is a cycle; cut it")
+            raise ConfigError(
+                f"recipe {recipe!r}: {' -> '.join([*chain, following])} is a cycle; remove one extends"
+            )
         chain.append(following)
         layers.append(_read_recipe(following))
         following = _extended(layers[-1].pop("extends", None), following)

@@ -1,4 +1,4 @@
-"""Values of fields that version 0.3 wrote in other words: one table, read in both directions."""
+"""Values of fields that version 0.3 wrote differently: one table, read in both directions."""
 
 from __future__ import annotations
 

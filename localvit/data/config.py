@@ -57,19 +57,20 @@ class DataError(ValueError):
 class DataConfig:
     """Sources of the images, and their preprocessing.
 
-    A *source* is `"digits"` (embedded, no download), an image folder with one folder per class
-    (optionally below `train/`, `val/`, `test/`), a `.tar` of such a folder, or any name that
-    `timm.data.create_dataset` knows (`torch/cifar10`, `hfds/NAME`, `wds/NAME`, ...).
+    A *source* is `"digits"` (built in, no download), an image folder with one folder per class (optionally
+    below `train/`, `val/`, `test/`), a `.tar` of such a folder, or any name that `timm.data.create_dataset`
+    knows (`torch/cifar10`, `hfds/NAME`, `wds/NAME`, ...).
 
     It gives three splits: the model trains on `train`; choices (best epoch, learning rate) are made on
-    `validation`; results are reported on `test`, which no choice uses. Missing ones are held out of `train`.
+    `validation`; results are reported on `test`, which no choice uses. Missing splits are held out from
+    `train`.
 
     Attributes:
         train: Source of the training images.
         test: Source of the test images. `None`: the test (or else validation) split of `train`; if it has
-            neither, images held out of `train`, the same for every seed.
+            neither, images held out from `train`, the same for every seed.
         validation: Source of the validation images. `None`: the validation split of `train`, unless it
-            serves as `test`; if there is none, images held out of `train`, which depend on the seed.
+            serves as `test`; if there is none, images held out from `train`, which depend on the seed.
         root: Folder with the files of timm's named data sets.
         download: Let a `torch/` data set download missing files to `root`.
         train_split: Name of the training split of a `hfds/` or `wds/` set.

@@ -72,7 +72,7 @@ class UnreadableImage(RuntimeError):
 class Images(Protocol):
     """Labelled images by index; `labels[i]` indexes `class_names` and needs no decoding.
 
-    `origin` names the set, the same whenever it is opened, as far as files do not.
+    `origin` identifies the set, as far as its files do not, and is the same whenever the set is opened.
     `read_pixels` returns `self[index][0].convert(mode)` as (C, H, W) uint8: the same bits, perhaps faster.
     """
 
@@ -154,7 +154,9 @@ def _open(file: BinaryIO | str) -> Image.Image:
     most = MAX_PIXELS if image.mode in ("1", "L", "P", "RGB") else MAX_PIXELS // 2
     if width * height > most:
         image.close()
-        raise ValueError(f"{width} x {height} pixels are not accepted; save it with at most {most:,} pixels")
+        raise ValueError(
+            f"{width} x {height} pixels are not accepted; save the image with at most {most:,} pixels"
+        )
     return image
 
 

@@ -20,17 +20,17 @@ from localvit.data.images import MAX_BYTES, image_suffixes
 from localvit.data.order import name_order
 
 _IGNORED = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"}
-"""Folders that operating systems and disk stations make."""
+"""Folders that operating systems and network storage create."""
 
 
 class Item(NamedTuple):
     """One image file of a source.
 
     Attributes:
-        name: Its path below the source, with `/`.
-        path: The file that holds it: itself, or an archive.
+        name: Path below the source, with `/` as separator.
+        path: Path of the file that contains its bytes: the image file itself, or an archive.
         place: Device, inode and offset of its bytes: the same under every name, link and working directory.
-        size: Bytes.
+        size: Size in bytes.
     """
 
     name: str
@@ -45,10 +45,10 @@ class Tree:
 
     Attributes:
         source: Its path, for messages.
-        base: Text before each name that tells where an image is: `FOLDER/` or `ARCHIVE:FOLDER/`.
+        base: Prefix that makes the name of an image a full path: `FOLDER/` or `ARCHIVE:FOLDER/`.
         items: Its images.
-        folders: Paths of the folders in it, empty ones too.
-        others: Suffix -> number of the other files.
+        folders: Paths of the folders in it, including empty ones.
+        others: Suffix -> number of files that are not images.
     """
 
     source: str
@@ -58,7 +58,7 @@ class Tree:
     others: Counter[str] = field(default_factory=Counter)
 
     def add(self, item: Item) -> None:
-        """Add a file: an image, if its suffix is that of one."""
+        """Add a file to the images or, if its suffix is not that of an image, to the count of other files."""
         if is_image(item.name):
             self.items.append(item)
         else:
@@ -109,7 +109,7 @@ def walk(folder: str) -> Tree:
     """List a folder to any depth. Symbolic links are followed, but not to a folder above themselves.
 
     Raises:
-        DataError: if a folder cannot be read, a link leads nowhere, or an image is not a regular file.
+        DataError: if a folder cannot be read, a link is broken, or an image is not a regular file.
     """
     tree = Tree(source=folder, base=os.path.join(folder, ""))
     top = os.stat(folder)
@@ -121,7 +121,7 @@ def walk(folder: str) -> Tree:
             try:
                 status = entry.stat()
             except OSError as error:
-                raise DataError(f"{entry.path!r} leads nowhere ({error.strerror}); remove it") from error
+                raise DataError(f"{entry.path!r} is a broken link ({error.strerror}); remove it") from error
             inode = status.st_dev, status.st_ino
             if not stat.S_ISDIR(status.st_mode):
                 if not stat.S_ISREG(status.st_mode) and is_image(name):
@@ -157,19 +157,19 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
 
 
 class FileReader(Reader):
-    """Reader in timm's form of image files, in any process. It has columns, because there may be millions.
+    """Reader of image files with timm's interface, for any process.
 
-    timm's readers keep one file open, which forked data workers share. Here each read opens the file again
-    (about 20 microseconds).
+    It stores arrays, not one object per file, because there may be millions of files. timm's readers keep one
+    file open, which forked data workers share. Here each read opens the file again (about 20 microseconds).
 
     Args:
         base: As in `Tree`.
         items: The images, in order.
 
     Attributes:
-        names: Name of each.
-        places: (N, 3) uint64: device, inode, offset of each.
-        sizes: (N,) bytes of each.
+        names: Names of the images.
+        places: (N, 3) uint64: device, inode and offset of each image.
+        sizes: (N,) sizes in bytes.
         notes: Sentences about files that are left out.
     """
 
@@ -188,11 +188,11 @@ class FileReader(Reader):
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, None]:
-        # One byte more than is accepted, so that the reader can refuse it.
+        # At most one byte more than is accepted, so that whoever decodes it can refuse it.
         return io.BytesIO(self.read(index, length=min(int(self.sizes[index]), MAX_BYTES + 1))), None
 
     def read(self, index: int, start: int = 0, length: int | None = None) -> bytes:
-        """Read the content of a file, or a piece of it."""
+        """Read the content of a file, or a part of it."""
         number, size = self._archive[index], int(self.sizes[index])
         with open(self._paths[number] if number >= 0 else self.filename(index), "rb") as file:
             file.seek((int(self.places[index, 2]) if number >= 0 else 0) + start)
@@ -203,7 +203,7 @@ class FileReader(Reader):
         return os.path.basename(name) if basename else self.base + name if absolute else name
 
     def filename(self, index: int, basename: bool = False, absolute: bool = True) -> str:
-        """Return the name of a file, with the place of its source unless `absolute=False`."""
+        """Return the name of a file, with the path of its source unless `absolute=False`."""
         return self._filename(index, basename, absolute)
 
 
@@ -214,12 +214,12 @@ def class_images(tree: Tree, *, allow_links: bool = False) -> tuple[FileReader, 
     names in one class is one image.
 
     Args:
-        tree: The content.
+        tree: The content of the source.
         allow_links: Accept a file in two classes, as two images.
 
     Raises:
-        DataError: if there are no images, an image is not in a class folder or deeper, a class folder has
-            none, or a file is in two classes.
+        DataError: if there are no images, an image is not directly in a class folder, a class folder has no
+            images, or a file is in two classes.
     """
     _check_depth(tree)
     items = sorted(tree.items, key=lambda item: name_order(item.name))
@@ -243,12 +243,12 @@ def label_text(folder: str) -> str:
 def _check_depth(tree: Tree) -> None:
     classes = {name.partition("/")[0] for name in tree.folders}
     if not tree.items:
-        raise DataError(f"{tree.source!r}: 0 images in it; accepted files: {accepted_names()}")
+        raise DataError(f"{tree.source!r} contains 0 images; accepted files: {accepted_names()}")
     beside = [item.name for item in tree.items if "/" not in item.name]
     if beside:
-        where = "beside its class folders" if classes else "and no class folders"
+        where = "outside its class folders" if classes else "but no class folders"
         raise DataError(
-            f"{tree.source!r} has {len(beside)} images {where}, such as {beside[0]!r}; "
+            f"{tree.source!r} has images {where} ({len(beside)}), such as {beside[0]!r}; "
             "move each image into the folder of its class"
         )
     deep = sorted({item.name.rpartition("/")[0] for item in tree.items if item.name.count("/") > 1})
@@ -256,13 +256,13 @@ def _check_depth(tree: Tree) -> None:
         raise DataError(_deep_message(tree, deep))
     if empty := sorted(classes - {item.name.partition("/")[0] for item in tree.items}, key=name_order):
         raise DataError(
-            f"{tree.source!r}: no images in the class folder{'s' * (len(empty) > 1)} {some(empty)}; remove "
-            f"it or add images; accepted files: {accepted_names()}"
+            f"{tree.source!r}: no images in the class folder{'s' * (len(empty) > 1)} {some(empty)}; add "
+            f"images, or remove what is empty; accepted files: {accepted_names()}"
         )
 
 
 def _deep_message(tree: Tree, deep: Sequence[str]) -> str:
-    """Return the message for images below class folders: perhaps these are splits, or a folder too high."""
+    """Return the message for images below class folders: perhaps splits, or classes one folder deeper."""
     inside: dict[str, set[str]] = defaultdict(set)
     for folder in deep:
         top, _, rest = folder.partition("/")
@@ -297,8 +297,8 @@ def _once(source: str, items: Iterable[Item]) -> Iterator[Item]:
     if twice:
         one, other = twice[0]
         raise DataError(
-            f"{source!r}: {len(twice)} images are in two classes: {one!r} and {other!r} are one file (a "
-            "link); remove one of the names, or allow it by --allow-overlap (data.allow_overlap)"
+            f"{source!r} has images in two classes ({len(twice)}): {one!r} and {other!r} are the same file "
+            "(a link); remove one of the names, or allow it with --allow-overlap (data.allow_overlap)"
         )
 
 
@@ -307,9 +307,9 @@ def _notes(tree: Tree, links: int) -> Iterator[str]:
         kinds = ", ".join(
             f"{count} {suffix or 'without suffix'}" for suffix, count in tree.others.most_common(5)
         )
-        yield f"{tree.source!r}: {tree.others.total()} files are not images by their names ({kinds})"
+        yield f"{tree.source!r}: left out because their suffix is not that of an image: {kinds}"
     if links:
-        yield f"{tree.source!r}: {links} names are links to other images of their class, which count once"
+        yield f"{tree.source!r}: left out because they are links to other images of their class: {links}"
 
 
 def some(names: Collection[str]) -> str:

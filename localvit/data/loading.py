@@ -93,20 +93,20 @@ def seed_all(seed: int) -> None:
 class EpochBatchSampler(Sampler[list[SampleSpec]]):
     """Sampler of batches: a new permutation for every epoch, full batches only.
 
-    The remainder of an epoch is dropped, because BatchNorm needs more than one image. Each epoch drops other
-    images.
+    The remainder of an epoch is dropped, because BatchNorm needs more than one image. Each epoch drops
+    different images.
 
     With `repeats`, every image of the permutation occurs that many times in a row, and the epoch has the same
     length, as in DeiT (samplers.py). There, too, the copies of an image are in one step (each in another
     process), unless a step ends between them. DeiT also cuts an epoch to a multiple of 256 images; this
-    makes no difference with full batches if 256 is a multiple of the batch size or the reverse.
+    makes no difference with full batches if 256 is a multiple of the batch size or vice versa.
 
     Args:
         length: Number of images.
         batch_size: Images in a batch, over all processes.
         seed: The run's seed.
         repeats: Number of times that an image occurs in a row.
-        rank: Index of this process, for its part of every batch (see `share`).
+        rank: Index of this process, for its shard of every batch (see `share`).
         world_size: Number of processes; it divides `batch_size`.
 
     Raises:
@@ -160,11 +160,11 @@ class EpochBatchSampler(Sampler[list[SampleSpec]]):
 
 
 def share(batch: list[SampleSpec], part: int, parts: int) -> list[SampleSpec]:
-    """Return one of `parts` equal parts of a batch.
+    """Return one of `parts` equal shards of a batch.
 
-    Mixup and cutmix mix image i with the i-th image from the end. So each part has half of its images from
-    the front and half from the back, mirrored: both images of a pair are in one part, and parts mixed with
-    one seed equal the mixed batch. (A part of odd size cannot be mixed and is a plain slice.)
+    Mixup and cutmix mix image i with the i-th image from the end. So each shard has half of its images from
+    the front and half from the back, mirrored: both images of a pair are in one shard, and shards that are
+    mixed with the same seed make up the mixed batch. (A shard of odd size cannot be mixed; it is a slice.)
     """
     size = len(batch) // parts
     if size % 2:
@@ -265,7 +265,7 @@ def train_loader(
         seed: Seed of order and augmentation.
         workers: Number of data workers; the batches do not depend on it.
         pin_memory: Copy batches to pinned memory, for a GPU.
-        rank: Index of this process; it gets its part of each batch (see `share`).
+        rank: Index of this process, for its shard of every batch (see `share`).
         world_size: Number of training processes.
     """
     read = partial(images.read_pixels, mode=_mode(preprocessing))

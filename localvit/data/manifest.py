@@ -18,9 +18,9 @@ from localvit.data.listing import label_text, some
 from localvit.data.splits import Splits
 
 _MOST_NAMES = 200_000
-"""Images above which a manifest has no names, which are then 2 MB."""
+"""Number of images above which a manifest has no names; the names of so many take 2 MB."""
 _MOST_BYTES = 1 << 28
-"""Bytes of names above which a file is not a manifest."""
+"""Maximum size of a manifest's names, in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class SplitRecord:
         return hashlib.sha256(repr(classes).encode()).hexdigest()[:16]
 
     def entries(self) -> set[str] | None:
-        """Return name and size of each image, in one text each; `None` if they are not known.
+        """Return name and size of each image, as one text per image; `None` if they are not known.
 
         Raises:
             ValueError: if the names are damaged.
@@ -72,7 +72,7 @@ class SplitRecord:
         except zlib.error as error:
             raise ValueError(f"names: {error}") from error
         if not inflate.eof:
-            raise ValueError(f"names: cut off, or more than {_MOST_BYTES >> 20} MB")
+            raise ValueError(f"names: truncated, or more than {_MOST_BYTES >> 20} MB")
         return set(text.decode(errors="surrogateescape").split("\0")) - {""}
 
 

@@ -20,7 +20,7 @@ _PROBE = 4096
 
 
 def places(part: Part) -> np.ndarray:
-    """Return the place of each image, (N,): equal for two images that are one.
+    """Return the place of each image, (N,): equal if two images are the same.
 
     It is device, inode and offset of a file; for images without files, the set and the number in it.
     """
@@ -61,7 +61,7 @@ def check_disjoint(config: DataConfig, splits: Mapping[str, Part]) -> list[str]:
     notes = []
     for other, name in combinations(splits, 2):
         one, two = splits[name], splits[other]
-        if one.images is two.images:  # held out of the other one
+        if one.images is two.images:  # held out from the other one
             two = Part(two.images, np.setdiff1d(two.indices, one.indices), two.class_names)
         common = shared(one, two)
         if not len(common):
@@ -72,10 +72,10 @@ def check_disjoint(config: DataConfig, splits: Mapping[str, Part]) -> list[str]:
             f"common, such as {image_name(one, int(common[0]))!r}"
         )
         if not config.allow_overlap:
-            remedy = "name sources that do not contain each other"
+            remedy = "name sources that do not overlap"
             if getattr(config, name) is not None:
                 remedy += f", or leave data.{name}{_FLAGS[name]} out"
-            raise DataError(f"{what}; {remedy}, or allow it by --allow-overlap (data.allow_overlap)")
+            raise DataError(f"{what}; {remedy}, or allow it with --allow-overlap (data.allow_overlap)")
         notes.append(f"overlap allowed: {what}")
     return notes
 
@@ -100,8 +100,8 @@ def equal_contents(splits: Mapping[str, Part], most: int | None = _MOST_DIGESTS)
         pairs = _equal_pairs(parts[name], parts[other], most)
         if pairs is None:
             notes.append(
-                f"{name} and {other}: more than {most:,} files have a size of the other split, so contents "
-                "were not compared; localvit data check does"
+                f"{name} and {other}: more than {most:,} files have the size of a file in the other split, "
+                "so contents were not compared; localvit data check compares them"
             )
         elif pairs:
             mine, theirs = (
@@ -115,7 +115,7 @@ def equal_contents(splits: Mapping[str, Part], most: int | None = _MOST_DIGESTS)
 
 
 def _equal_pairs(part: Part, other: Part, most: int | None) -> list[tuple[int, int]] | None:
-    """Return positions of each image of `part` and of one in `other` with equal content, links left out."""
+    """Return pairs of positions, in `part` and in `other`, of images with equal content, links left out."""
     sizes = [file_reader(p.images).sizes[p.indices] for p in (part, other)]  # type: ignore[union-attr]
     mine, theirs = (np.flatnonzero(np.isin(a, b)).tolist() for a, b in (sizes, sizes[::-1]))
     links = set(shared(part, other).tolist())

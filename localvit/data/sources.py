@@ -68,7 +68,7 @@ def find_splits(source: str, config: DataConfig) -> dict[str, Opener]:
         }
         opener = _open_hub if prefix == "hfds" else _open_shards
         return {key: partial(opener, source, split, config) for key, split in splits.items() if split}
-    raise DataError(f"no data source {source!r}; accepted: {ACCEPTED}")
+    raise DataError(f"data source {source!r} does not exist; accepted: {ACCEPTED}")
 
 
 def open_digits(split: str) -> ArrayImages:
@@ -165,7 +165,7 @@ def _folder_splits(folder: str, config: DataConfig) -> dict[str, Opener]:
         return {"all": partial(_open_tree, partial(walk, folder), config)}
     beside = sum(is_image(entry.name) for entry in os.scandir(folder) if not is_hidden(entry.name))
     if beside:
-        notes.append(f"{folder!r}: {beside} images beside the splits: left out")
+        notes.append(f"{folder!r}: images outside its splits are left out ({beside})")
     return {
         split: partial(_open_tree, partial(walk, os.path.join(folder, name)), config, notes)
         for split, name in found.items()
@@ -182,7 +182,7 @@ def _tar_splits(path: str, config: DataConfig) -> dict[str, Opener]:
     if not found:
         return {"all": partial(_open_tree, lambda: tree, config)}
     if beside := sum("/" not in item.name for item in tree.items):
-        notes.append(f"{path!r}: {beside} images beside the splits: left out")
+        notes.append(f"{path!r}: images outside its splits are left out ({beside})")
     return {
         split: partial(_open_tree, partial(tree.below, name), config, notes) for split, name in found.items()
     }

@@ -58,4 +58,4 @@ def split_folders(source: str, folders: Mapping[str, Collection[str]]) -> tuple[
                 f"{source!r}: {name!r} repeats the class {min(common)!r} of {some(found.values())}, so it "
                 "looks like a split; name it train, val or test, or move it elsewhere"
             )
-    return found, [f"{source!r}: {some(rest)} beside the splits: left out"] if rest else []
+    return found, [f"{source!r}: folders that are not splits are left out ({some(rest)})"] if rest else []

@@ -154,7 +154,7 @@ def _all_of(images: Images, source: str, names: Sequence[str]) -> Part:
 def _hold_out(
     images: Images, candidates: np.ndarray, names: Sequence[str], fraction: float, seed: int
 ) -> tuple[np.ndarray, Part]:
-    """Return the candidates that are left, and the split held out of them."""
+    """Return the candidates that are left, and the split held out from them."""
     labels = np.asarray(images.labels)[candidates]
     remaining, held_out = stratified_holdout(labels, max(1, round(fraction * len(labels))), seed)
     if len(held_out) == 0:
@@ -165,4 +165,4 @@ def _hold_out(
 
 
 def _note(split: str, part: Part, source: str, how: str) -> str:
-    return f"{split}: {len(part)} images held out of {source!r} ({how})"
+    return f"{split}: {len(part)} images held out from {source!r} ({how})"

@@ -23,19 +23,19 @@ from localvit.structure import read_json
 
 _BLOCK = tarfile.BLOCKSIZE
 _MOST_LINKS = 40
-"""Symbolic links in a row, as on Linux."""
+"""Maximum number of symbolic links to follow in a row, as on Linux."""
 MOST_SHARDS = 100_000
 _DAMAGED = (tarfile.TarError, ValueError, ArithmeticError, LookupError, EOFError, RecursionError)
 """Errors of `tarfile` for damaged headers."""
 
 
 def read_tar(path: str) -> Tree:
-    """List an uncompressed tar. Of members with one name, the last one counts, as for `tar` itself.
+    """List an uncompressed tar. The last of several members with one name counts, as for `tar` itself.
 
     Folders around all content are left out of the names: `data/cats/1.jpg` is `cats/1.jpg`.
 
     Raises:
-        DataError: if it is not an uncompressed tar, is damaged or cut off, or has an image that is not
+        DataError: if it is not an uncompressed tar, is damaged or truncated, or has an image that is not
             stored as plain bytes in it.
     """
     return _unwrapped(_content(path)[0])
@@ -56,8 +56,8 @@ def _content(path: str) -> tuple[Tree, dict[str, tarfile.TarInfo]]:
             place = status.st_dev, status.st_ino, found.offset_data
             tree.add(Item(name, path, place, found.size))
         elif is_image(name):
-            kind = "is stored sparse" if found.issparse() else "is not a regular file"
-            raise DataError(f"{path!r}: {name!r} {kind} in it; repack it from plain files")
+            kind = "a sparse file" if found.issparse() else "not a regular file"
+            raise DataError(f"{path!r}: {name!r} is {kind}; repack the archive from regular files")
     return tree, members
 
 
@@ -185,7 +185,7 @@ def open_shards(root: str, split: str, origin: str) -> ReaderImages:
                 images.append(item._replace(name=f"{shard}:{item.name}"))
     if not images:
         raise DataError(
-            f"split {split!r} in {root!r}: 0 images in its shards; accepted files: {accepted_names()}"
+            f"split {split!r} in {root!r}: its shards contain 0 images; accepted files: {accepted_names()}"
         )
     reader = FileReader(os.path.join(root, ""), images)
     return ReaderImages(reader, [str(i) for i in range(max(labels) + 1)], labels, origin)

@@ -98,5 +98,5 @@ class ExportInfo(Preprocessing):
             return build(cls, known)
         except ConfigError as error:
             raise ConfigError(
-                f"{file!r} is not of localvit export, or damaged: {error}; export again"
+                f"{file!r} was not written by localvit export, or is damaged: {error}; export again"
             ) from error

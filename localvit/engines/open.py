@@ -40,7 +40,7 @@ Shape = tuple[int | None, ...]
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """Exported model on the CPU, in single precision.
+    """Exported model on the CPU, in float32.
 
     Attributes:
         kind: The engine that runs it.
@@ -90,7 +90,7 @@ def open_engine(kind: EngineKind, file: str | Path, threads: int | None = None) 
 
     Raises:
         ConfigError: if the engine is not installed or does not read such files, or the file does not exist,
-            is damaged or not of `localvit export`.
+            is damaged or was not written by `localvit export`.
     """
     if kind not in READS:
         raise ConfigError(f"engine={kind!r} is not accepted; use {', '.join(get_args(EngineKind))}")
@@ -117,7 +117,7 @@ def open_engine(kind: EngineKind, file: str | Path, threads: int | None = None) 
     ):
         if len(said) != len(taken) or any(b not in (None, a) for a, b in zip(said, taken, strict=True)):
             raise ConfigError(
-                f"{file!r}: {what} is {said} in its metadata, {taken} in its model; export it again"
+                f"{file!r}: {what} is {said} in its metadata but {taken} in its model; export it again"
             )
     return engine
 

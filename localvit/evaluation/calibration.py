@@ -37,8 +37,8 @@ class Bin:
         low: Lower end of the confidence (exclusive), in per cent.
         high: Upper end (inclusive).
         images: Number of images; 0 leaves the other fields `None`.
-        confidence: Mean probability of the first guess, in per cent.
-        accuracy: Per cent of first guesses that were right.
+        confidence: Mean probability of the top-1 prediction, in per cent.
+        accuracy: Per cent of top-1 predictions that were correct.
     """
 
     low: float
@@ -56,7 +56,7 @@ def wilson_interval(right: int, images: int) -> Interval:
     the ends.
 
     Args:
-        right: Images whose first guess is right.
+        right: Images whose top-1 prediction is correct.
         images: All of them; with 0 the proportion is unknown.
     """
     if images == 0:
@@ -72,13 +72,13 @@ def wilson_interval(right: int, images: int) -> Interval:
 
 
 def calibration(confidences: Float[np.ndarray, " N"], right: Bool[np.ndarray, " N"]) -> tuple[Bin, ...]:
-    """Sort images into 15 bins of equal width by the probability of the first guess.
+    """Sort images into 15 bins of equal width by the probability of the top-1 prediction.
 
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (arXiv 1706.04599), section 2: bin m
     holds confidences above (m - 1) / 15 up to m / 15.
 
     Args:
-        confidences: (N,) probability of the first guess, 0 to 1.
+        confidences: (N,) probability of the top-1 prediction, 0 to 1.
         right: (N,) whether it was right.
     """
     edges = np.linspace(0.0, 1.0, BINS + 1)

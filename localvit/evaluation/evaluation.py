@@ -77,7 +77,7 @@ class RealLabels:
     """Accuracy on reassessed labels (see `read_real_labels`).
 
     Attributes:
-        top1: Per cent of images whose first guess is one of the right classes.
+        top1: Per cent of images whose top-1 prediction is one of the right classes.
         top5: Per cent with a right class among the first five.
         images: Images that have a right class.
     """
@@ -99,12 +99,12 @@ class Evaluation:
         top1: 95 % interval of top-1 (see `wilson_interval`). It covers the chance of drawing images, not of
             training.
         top5: 95 % interval of top-5.
-        calibration_error: Expected calibration error of the first guess, in points.
+        calibration_error: Expected calibration error of the top-1 prediction, in points.
         calibration: Bins of the calibration error.
         classes: One row for each class that has images.
-        confusions: Every wrong first guess, the most frequent first; with `classes`, the confusion matrix.
+        confusions: Wrong top-1 predictions, the most frequent first; with `classes`, the confusion matrix.
         real: Accuracy on reassessed labels, if they were asked for.
-        restricted: Only classes that have images could be guessed.
+        restricted: Only classes that have images could be predicted.
         preprocessing: Preparation of the images.
         notes: Sentences about the images: what was allowed, what could not be compared.
     """
@@ -148,24 +148,24 @@ def evaluate(
         checkpoint: As `open_model`.
         data: A source (see `DataConfig`): its test split, else its validation split, else all of it.
             `None` takes the test split of the run that trained the checkpoint.
-        config: `root`, split names and `allow_overlap` for `data`, and departures from the model's own
+        config: `root`, split names and `allow_overlap` for `data`, and values that replace the model's own
             `mean`, `std`, `interpolation` and `crop_pct`.
         batch_size: Images at a time, in each process.
         workers: Data workers of each process that computes.
         device: As in `TrainConfig`.
         class_map: File with the name of the class of each output (see `read_class_map`), where the names
             that the checkpoint knows are not those of the source.
-        restrict: Let the model guess only classes that have images, for sets with some of its classes.
-            Loss and calibration are those of the remaining outputs too.
+        restrict: Predict only classes that have images, for data sets with only some of the model's classes.
+            Loss and calibration are computed over these outputs too.
         real_labels: Also count against reassessed ImageNet labels: `"default"`, or a file (see
             `read_real_labels`).
         engine: As `open_model`.
         fuse: As `open_model`. Off by default: published numbers are those of the plain model.
-        allow_change: `["data"]` accepts a test split that is not that of the training any more.
+        allow_change: `["data"]` accepts a test split that has changed since training.
 
     Raises:
         ConfigError: if the checkpoint or a file cannot be used, a number is not positive, or `data` is
-            missing, changed since the training, or has images that the checkpoint was trained on.
+            missing, has changed since training, or has images that the checkpoint was trained on.
         DataError: if the source cannot be used or its classes are not the model's.
         UnreadableImage: if an image cannot be decoded.
     """
@@ -231,7 +231,7 @@ def _conclusions(
 def _count(
     model: nn.Module, loader: Iterable[Batch], world: World, images: int, allowed: np.ndarray | None
 ) -> tuple[Metrics, TopKPredictions]:
-    """Count and predict in all processes; outputs that are not `allowed` cannot be guessed."""
+    """Count and predict in all processes; outputs that are not `allowed` cannot be predicted."""
     tally, predictions = Tally(world.device), TopKPredictions(images, world.device)
     for batch, logits in run_batches(model, loader, world.device):
         if allowed is not None:
@@ -246,7 +246,7 @@ def _count(
 
 
 def _count_real(guesses: np.ndarray, right: np.ndarray) -> RealLabels:
-    """Compare guesses (N, 5) with the right classes (N, most), both filled up with -1."""
+    """Compare predictions (N, 5) with the correct classes (N, most), both padded with -1."""
     hits = ((guesses[:, :, None] == right[:, None, :]) & (right >= 0)[:, None, :]).any(-1)[right[:, 0] >= 0]
     images = max(len(hits), 1)
     return RealLabels(

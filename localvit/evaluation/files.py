@@ -84,7 +84,7 @@ def draw_confusion(evaluation: Evaluation) -> bytes:
     _name_classes(axes, labels, others=matrix.shape[1] > len(labels))
     drawn, all_classes = len(labels), len(evaluation.classes)
     part = f", first {drawn:,} of {all_classes:,} classes" if drawn < all_classes else ""
-    axes.set(xlabel="first guess", ylabel="class")
+    axes.set(xlabel="top-1 prediction", ylabel="class")
     axes.set_title(f"top-1 {evaluation.metrics.top1:.2f} %, {evaluation.metrics.images:,} images{part}")
     data = io.BytesIO()
     figure.savefig(data, format="png")

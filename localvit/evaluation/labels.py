@@ -53,7 +53,7 @@ def read_class_map(path: str, outputs: int) -> tuple[str, ...]:
 
 
 def label_by_outputs(images: Part, source: str, model: OpenModel, class_map: str | None) -> Part:
-    """Return the same images, their labels counted as the model's outputs.
+    """Return the same images, with labels that index the model's outputs.
 
     The source's classes are looked up in the class map, if there is one; else in the model's labels, then in
     its descriptions (see `OpenModel`). All of them must be found, and the model may have more. A

@@ -20,7 +20,7 @@ class Metrics:
 
     Attributes:
         loss: Mean cross-entropy in nats.
-        top1: Per cent of images whose first guess is right.
+        top1: Per cent of images whose top-1 prediction is correct.
         top5: Per cent with the right class among the first five.
         images: Number of images.
         images_per_second: Throughput, loading included.

@@ -48,7 +48,7 @@ def open_equal_splits(config: DataConfig, seed: int, world: World) -> tuple[Spli
     """Open the splits of a run in each of its processes.
 
     Raises:
-        DataError: as `open_splits`; if the processes have other images.
+        DataError: as `open_splits`; if the processes have different images.
     """
     splits = open_splits(config, seed=seed)
     manifest = make_manifest(splits, config)
@@ -63,7 +63,8 @@ def _check_equal(fingerprint: str, world: World) -> None:
     found = world.distinct(fingerprint)
     if len(found) > 1:
         raise DataError(
-            f"the processes have other images: {found[0]!r} and {found[1]!r}; give all machines the same data"
+            f"the processes have different images: {found[0]!r} and {found[1]!r}; "
+            "give all machines the same data"
         )
 
 
@@ -76,7 +77,7 @@ def reported_images(
     world: World,
     allow_change: Collection[str] = (),
 ) -> Reported:
-    """Return the images that are reported on.
+    """Return the images to report a result on.
 
     Args:
         model, data, class_map, allow_change: As `evaluate`.
@@ -84,7 +85,7 @@ def reported_images(
         world: The processes, which must have the same images.
 
     Raises:
-        ConfigError: if there are no such images, the run was trained on some, or they changed.
+        ConfigError: if there are no such images, the run was trained on some of them, or they have changed.
         DataError: if the source cannot be used or its classes are not the model's.
     """
     saved = _saved_run(model)
@@ -96,7 +97,7 @@ def reported_images(
     elif saved is None or model.run is None:
         raise ConfigError(f"data=None: {model.source!r} is not a run's folder; name a data source")
     elif class_map is not None:
-        raise ConfigError(f"class_map={class_map!r} is for data of another source; name it")
+        raise ConfigError(f"class_map={class_map!r} needs data of another source; name a data source")
     else:
         found = _own_test_split(model, saved, config, "data" in allow_change)
     if world.size > 1:
@@ -126,16 +127,16 @@ def _own_test_split(model: OpenModel, saved: SavedRun, config: DataConfig, chang
     if before is None:
         notes += _count_changes(saved, now)
     else:
-        remedy = "restore the data, or name images by --data"
+        remedy = "restore the data, or choose other images with --data"
         if changed := before.changes(now):
-            text = f"the test split of {model.source!r} is not that of its training: {'; '.join(changed)}"
+            text = f"the test split of {model.source!r} has changed since training: {'; '.join(changed)}"
             if not changes:
-                raise ConfigError(f"{text}; {remedy}, or allow it by --allow-change data")
+                raise ConfigError(f"{text}; {remedy}, or allow it with --allow-change data")
             notes.append(f"change allowed: {text}")
         if trained := before.trained(now):
             text = f"{len(trained)} of {len(splits.test)} test images were trained on, such as {trained[0]!r}"
             if not sources.allow_overlap:
-                raise ConfigError(f"{model.source!r}: {text}; {remedy}, or allow it by --allow-overlap")
+                raise ConfigError(f"{model.source!r}: {text}; {remedy}, or allow it with --allow-overlap")
             notes.append(f"overlap allowed: {text}")
     names = before.class_names if before else model.model.pretrained_cfg.get("label_names")  # type: ignore[union-attr, operator]
     source = run.data.test or run.data.train
@@ -147,18 +148,18 @@ def _own_test_split(model: OpenModel, saved: SavedRun, config: DataConfig, chang
 
 
 def _count_changes(saved: SavedRun, now: Manifest) -> list[str]:
-    """Compare the numbers of images of a run without a manifest, of version 0.3."""
+    """Compare the numbers of images, for a run of version 0.3, which has no manifest."""
     then = saved.status.data if saved.status else None
     known, found = ((text or "").rpartition(", ")[0] for text in (then, now.fingerprint()))
     if not known or known == found:
         return []
-    return [f"warning: the data changed since the training: {known}, now {found} (train+validation+test)"]
+    return [f"warning: the data has changed since training: {known}, now {found} (train+validation+test)"]
 
 
 def _compare_with_training(
     images: Part, data: str, model: OpenModel, saved: SavedRun, config: DataConfig, world: World
 ) -> list[str]:
-    """Refuse images that the model was trained on; return notes about what is allowed or not known."""
+    """Refuse images that the model was trained on; return notes on what was allowed or not compared."""
     sources = _sources(saved)
     if _has_no_files(data) != _has_no_files(sources.train):
         return []
@@ -167,17 +168,18 @@ def _compare_with_training(
     except DataError as error:
         return [f"warning: not compared with the training images of {model.source!r}: {error}"]
     notes = []
-    for part, what in ((splits.train, "was trained on"), (splits.validation, "chose its best epoch by")):
+    for part, what in ((splits.train, "was trained on"), (splits.validation, "chose its best epoch with")):
         common = shared(images, part)
         if not len(common):
             continue
         text = (
-            f"data={data!r}: {len(common)} of {len(images)} images are what {model.source!r} {what}, such as "
+            f"data={data!r}: {model.source!r} {what} {len(common)} of these {len(images)} images, such as "
             f"{image_name(images, int(common[0]))!r}"
         )
         if part is splits.train and not config.allow_overlap:
             raise ConfigError(
-                f"{text}; leave --data out to use the test split of that run, or allow it by --allow-overlap"
+                f"{text}; leave --data out to use the test split of that run, or allow it with "
+                "--allow-overlap"
             )
         notes.append(f"overlap allowed: {text}" if part is splits.train else f"warning: {text}")
     if world.is_main_process:

@@ -24,11 +24,11 @@ class ClassResult:
         label: The class.
         description: Its readable name.
         images: Number of its images; classes without any are left out.
-        right: Number of right first guesses.
-        top1: Right first guesses in per cent.
-        confused_with: The most frequent wrong first guess (a label), or `None` if there is none; of equally
-            frequent ones the first in the order of the model's outputs.
-        confused: Number of these guesses.
+        right: Number of correct top-1 predictions.
+        top1: Correct top-1 predictions in per cent.
+        confused_with: Label of the most frequent wrong top-1 prediction, or `None` if there is none; of
+            equally frequent ones, the first in the order of the model's outputs.
+        confused: Number of these predictions.
     """
 
     label: str
@@ -42,11 +42,11 @@ class ClassResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Confusion:
-    """Images of one class that were taken for another one.
+    """Images of one class that were predicted as another class.
 
     Attributes:
         label: Their class.
-        guess: Class that they were taken for.
+        guess: Class that was predicted.
         images: Number of images.
     """
 
@@ -93,7 +93,7 @@ class TopKPredictions:
                 distributed.all_reduce(values)
         wrong = int((self._predicted != 1).sum())
         if wrong:
-            raise RuntimeError(f"{wrong} images were not predicted once; give each to one process")
+            raise RuntimeError(f"{wrong} images were not predicted exactly once; give each to one process")
 
     @property
     def guesses(self) -> Int[np.ndarray, "N 5"]:
@@ -102,18 +102,18 @@ class TopKPredictions:
 
     @property
     def confidences(self) -> Float[np.ndarray, " N"]:
-        """(N,) float64: probability of the first guess."""
+        """(N,) float64: probability of the top-1 prediction."""
         return self._confidences.cpu().numpy().astype(np.float64)
 
 
 def confusion_counts(
     targets: Int[np.ndarray, " N"], guesses: Int[np.ndarray, " N"]
 ) -> dict[tuple[int, int], int]:
-    """Count each pair (class, first guess): the confusion matrix without its zeros, in order.
+    """Count each pair (class, top-1 prediction): the confusion matrix without its zeros, in order.
 
     Args:
         targets: (N,) class of each image.
-        guesses: (N,) first guess.
+        guesses: (N,) top-1 prediction.
     """
     pairs, counts = np.unique(np.stack([targets, guesses], axis=1), axis=0, return_counts=True)
     return {(int(i), int(j)): int(n) for (i, j), n in zip(pairs, counts, strict=True)}

@@ -38,7 +38,7 @@ def export_checkpoint(
         file: As `export_model`, and so are `dynamic_size`, `overwrite`, `tolerance` and `threads`.
         format: `"onnx"`, `"openvino"` or `"torch"`.
         args: Constructor arguments that override those of the model, e.g. `{"img_size": 192}`.
-        random_weights: Take the timm name `source` without its weights, to measure speed.
+        random_weights: Use random weights for the timm name `source`, e.g. to measure speed.
         data: Source of the real images for the comparison; the first three are used.
         config: `root` and names of splits.
 

@@ -14,7 +14,7 @@ from localvit.export.onnx import write_onnx
 def write_openvino(program: ExportedProgram, path: Path, info: ExportInfo) -> None:
     """Write the two files; the names of input and output are those of the ONNX file.
 
-    Weights stay in single precision: OpenVINO's default is half precision, which fails the parity check.
+    Weights stay float32: OpenVINO's default is float16, which fails the parity check.
     `openvino.convert_model` is not used: it reports its use over the network, and lacks the name and size of
     the input of a torch graph.
     """

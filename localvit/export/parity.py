@@ -14,9 +14,9 @@ from localvit.engines import Size
 TOLERANCE = 1e-4
 """Accepted difference, relative to the largest logit.
 
-Kernels add in different orders, which changes logits by a few millionths in single precision, measured on all
-five families (`benchmarks/results/`). Half precision changes them by some thousandths, so an engine that
-silently uses it is detected, as is a wrong weight.
+Kernels add in different orders, which changes logits by a few millionths in float32, measured on all five
+families (`benchmarks/results/`). float16 changes them by some thousandths, so an engine that silently uses it
+is detected, as is a wrong weight.
 """
 BATCHES = (1, 3)
 """Checked batch sizes; the model is traced with two images."""
@@ -77,7 +77,7 @@ class Parity:
 
 
 class ParityError(RuntimeError):
-    """Error of a file that computes something else than the model; the file was deleted.
+    """Error of a file that computes something other than the model; the file was deleted.
 
     Attributes:
         parity: The comparisons.
@@ -116,7 +116,7 @@ def check_parity(
     inputs: Sequence[Inputs],
     tolerance: float = TOLERANCE,
 ) -> Parity:
-    """Compare an engine with a model, on the CPU, in single precision.
+    """Compare an engine with a model, on the CPU, in float32.
 
     Args:
         model: Model in evaluation mode.

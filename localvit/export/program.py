@@ -33,7 +33,7 @@ def size_step(model: nn.Module) -> int:
         return int(features[-1]["reduction"])  # type: ignore[index]
     except (TypeError, KeyError, IndexError) as error:
         raise ConfigError(
-            f"--dynamic-size: {type(model).__name__} does not report its reduction; leave it out"
+            f"--dynamic-size: {type(model).__name__} does not report its reduction; leave the option out"
         ) from error
 
 
@@ -61,7 +61,7 @@ def check_sizes(model: nn.Module, info: ExportInfo) -> None:
 
 
 def export_program(model: nn.Module, info: ExportInfo) -> ExportedProgram:
-    """Return the graph of `model` for any batch and, with `info.size_step`, any multiple of that size.
+    """Return the graph of `model` for any batch size and, with `info.size_step`, any multiple of that size.
 
     It is the graph of the fused form (`localvit.fuse`), if there is one: its point-wise convolutions are
     linear layers on tokens, so engines do not convert layouts.

@@ -57,7 +57,7 @@ def check_export(file: str | Path, format: FormatName, *, overwrite: bool = Fals
     """Refuse a file that cannot be written, before any work.
 
     Raises:
-        ConfigError: for an unknown format, missing packages, another suffix than the format's, a file that
+        ConfigError: for an unknown format, missing packages, a suffix other than the format's, a file that
             exists (unless `overwrite`), or a folder that cannot be written.
     """
     if format not in FORMATS:
@@ -88,10 +88,10 @@ def export_model(
     tolerance: float = TOLERANCE,
     threads: int | None = None,
 ) -> Parity:
-    """Write a model for another engine, in single precision, for any batch.
+    """Write a model for another engine, in float32, for any batch size.
 
-    It is written beside `file`, opened by the engine of its format, compared with the model in evaluation
-    mode, and only then moved to its name. The model is copied and unchanged.
+    The file is written under a temporary name, opened by the engine of its format, compared with the model in
+    evaluation mode, and only then renamed to `file`. The model is copied and does not change.
 
     Args:
         model: Model from images (B, C, H, W) to logits (B, classes).

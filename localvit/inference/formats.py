@@ -99,4 +99,4 @@ FORMATS: dict[str, Callable[[Iterator[Prediction], Path], None] | None] = {
     ".jsonl": None,
     ".parquet": write_parquet,
 }
-"""Suffix -> function that writes the format; `None` for JSON Lines, in which results grow."""
+"""Suffix -> function that writes the format; `None` for JSON Lines, in which results are collected."""

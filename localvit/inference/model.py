@@ -106,7 +106,7 @@ def open_model(
             needs `"torch"`, because reading one may run code of its author.
         fuse: Replace the model by its fused form, where it has one (see `fused`).
         args: Constructor arguments that override the saved ones.
-        random_weights: Take the timm name `source` without its published weights.
+        random_weights: Use random weights for the timm name `source`.
 
     Raises:
         ConfigError: if the model does not exist or cannot be opened.
@@ -154,7 +154,7 @@ def fused(opened: OpenModel) -> OpenModel:
 
 
 class EngineModel(nn.Module):
-    """Exported file in the place of a model. Its state is the digest of its files, which identifies it.
+    """Exported file in place of a model. Its state is the digest of its files, which identifies it.
 
     Args:
         engine: Opened engine.

@@ -35,10 +35,10 @@ class PredictionProgress:
 
     Attributes:
         form: Form that computes (see `OpenModel`).
-        total: Images of the finished file.
-        resumed: Images that were in it when it was resumed.
-        written: Images that have been written since.
-        unreadable: Images of these without a prediction.
+        total: Number of images in the finished file.
+        resumed: Number of images that were in it when it was resumed.
+        written: Number of images written since then.
+        unreadable: Number of these images without a prediction.
     """
 
     form: str
@@ -106,7 +106,7 @@ def write_predictions(
 
 
 def check_output(output: str) -> Path:
-    """Refuse a file that cannot take predictions. Writes nothing.
+    """Refuse a file that predictions cannot be written to. Writes nothing.
 
     Raises:
         ConfigError: if it exists, cannot be created, or has an unknown suffix.
@@ -133,8 +133,8 @@ class PredictionWriter:
         files: Images of the finished file, in order.
 
     Attributes:
-        images: Images that were in the file when it was opened.
-        unreadable: Images of these without a prediction.
+        images: Number of images that were in the file when it was opened.
+        unreadable: Number of these images without a prediction.
 
     Raises:
         ConfigError: if the file is damaged.

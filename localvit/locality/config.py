@@ -20,8 +20,8 @@ Norm = Literal["none", "batch", "layer", "group"]
 NormOrder = Literal["norm-act", "act-norm"]
 Prefix = Literal["skip", "pointwise", "identity"]
 
-# Values of fields left at None. "base" is not a value of any field: the FFN in place decides, so the field
-# stays None. (Under init="preserve" an explicit value then contradicts `init`.)
+# Values of fields left at None. "base" is not a value of any field: the existing FFN decides, so the field
+# stays None. (With init="preserve" an explicit value then contradicts `init`.)
 _BASE = "base"
 _DECIDED: dict[Init, dict[str, Any]] = {
     "paper": {
@@ -57,7 +57,7 @@ OLDER_VALUES: Mapping[str, Mapping[str, str]] = {
 # Squeeze units of the SE gate when neither `gate_width` nor `gate_reduction` is given: what the paper's
 # LocalViT-T and -S have (hidden 768 // 192 and 1536 // 384).
 DEFAULT_GATE_WIDTH = 4
-# Hidden width over `dim` where there is no FFN to take it from: DeiT's and the paper's.
+# Ratio of hidden width to `dim` if there is no existing FFN: DeiT's and the paper's.
 DEFAULT_EXPANSION = 4.0
 
 
@@ -88,9 +88,9 @@ class LocalityConfig:
         gate_reduction: SE squeeze width as `hidden // gate_reduction` (the paper's "reduction").
             `"dim"` stands for the token width, as in the paper's PVT and TNT.
         gate_width: SE squeeze width in units. With neither given it is 4, as in LocalViT-T and -S.
-        expansion: Hidden width as a multiple of `dim`. Default: that of the FFN which is there (4 in
-            DeiT, Swin and TNT, 8 and 4 in PVT, 2 in T2T-ViT-7), which is the paper's choice; with `glu`
-            two thirds of that, so that the point-wise layers keep their number of parameters.
+        expansion: Hidden width as a multiple of `dim`. Default: that of the existing FFN (4 in DeiT, Swin
+            and TNT, 8 and 4 in PVT, 2 in T2T-ViT-7), which is the paper's choice; with `glu`, two thirds
+            of that, so that the point-wise layers keep their number of parameters.
         norm: One value, or a triple (after the expansion, the depth-wise convolution, the projection).
             Paper: `"batch"`.
         norm_groups: Number of groups where `norm` is `"group"`; it must divide the channels. 32 is
@@ -102,12 +102,12 @@ class LocalityConfig:
         drop_path: Keep stochastic depth on the FFN branch. Paper: no.
         layer_scale: Keep LayerScale on the FFN branch where the base has it. Paper: no.
         prefix: Path of class, distillation and register tokens. `"skip"` (paper): they skip the FFN.
-            `"pointwise"`: they take the point-wise path without the depth-wise stage and gate. If that stage
-            has the only activation, they take it, so that the path is not linear.
+            `"pointwise"`: they take the point-wise path without the depth-wise stage and gate. If the only
+            activation is in that stage, it is applied to them too, so that their path is not linear.
             `"identity"`: the FFN returns them unchanged, so the block's residual adds them.
 
     Raises:
-        ConfigError: for a value outside these, and for an explicit value that contradicts `init`.
+        ConfigError: for a value that is not listed, and for an explicit value that contradicts `init`.
     """
 
     init: Init = "paper"
@@ -164,7 +164,7 @@ class LocalityConfig:
         for name in ("gate_reduction", "gate_width"):
             if getattr(self, name) is not None and resolved_gate != "se":
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r} needs gate='se', not {resolved_gate!r}; fix one"
+                    f"{name}={getattr(self, name)!r} needs gate='se', not {resolved_gate!r}; change one"
                 )
         if self.gate_reduction is not None and self.gate_width is not None:
             raise ConfigError(
@@ -212,11 +212,13 @@ class LocalityConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, older: bool = False) -> Self:
-        """Make a configuration from a mapping of `to_dict`; the other fields change those of `preset`.
+        """Make a configuration from a mapping as `to_dict` returns it.
+
+        With the key `"preset"`, the other keys override the fields of that preset.
 
         Args:
             values: Field -> value.
-            older: Accept the words of version 0.3, in files.
+            older: Accept the values of version 0.3, for files.
 
         Raises:
             ConfigError: if `values` is not a mapping, has an unknown key or a bad value.
@@ -224,7 +226,7 @@ class LocalityConfig:
         if not isinstance(values, Mapping):
             raise ConfigError(f"locality={values!r} is not accepted; use a mapping of field to value")
         if "preset" in values:
-            from localvit.locality.presets import find_preset  # made of configurations
+            from localvit.locality.presets import find_preset  # which imports this module
 
             given = {name: value for name, value in values.items() if name != "preset"}
             values = find_preset(values["preset"]).to_dict() | given

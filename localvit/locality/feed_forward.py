@@ -7,7 +7,7 @@ Two forms, both built on the two views in `localvit.locality.grid`:
   (`init="preserve"`).
 
 Shapes: B batch, P prefix tokens, N patch tokens on a grid of H rows and W columns, C = `dim`,
-D = hidden width. A "row" is a map (B, C, 1, T): point-wise layers run on it over all T tokens at once.
+D = hidden width. A "row" is a map (B, C, 1, T) of all T = P + N tokens, on which the point-wise layers run.
 """
 
 import threading
@@ -40,13 +40,13 @@ class LocalityFeedForward(GridModule):
 
     Three stages: `expand`, a point-wise layer; `mix`, the depth-wise k x k convolution over the
     grid with norms, activations and channel gate; `project`, a point-wise layer. This is the *branch*:
-    the residual belongs to the transformer block, as with timm's MLPs. (The authors' module adds its input
-    and their block does not; the sum is the same.)
+    the residual belongs to the transformer block, as with timm's MLPs. (In the authors' code the module adds
+    the residual and the block does not, which gives the same sum.)
 
-    Other published designs are `localvit.PRESETS`.
+    Other published designs are in `localvit.PRESETS`.
 
-    It equals timm's `InvertedResidual` with a squeeze-and-excitation gate, and adds tokens in and out, prefix
-    tokens and the rest of the design space.
+    With a squeeze-and-excitation gate the branch equals timm's `InvertedResidual`. Its input and output are
+    tokens, and it adds prefix tokens and the rest of the design space.
 
     Args:
         dim: Token width C.
@@ -61,7 +61,7 @@ class LocalityFeedForward(GridModule):
         ConfigError: if a width that follows from `dim` is impossible, or `init` is `"preserve"`.
     """
 
-    # TorchScript leaves out the branch whose layers are missing.
+    # With these as constants, TorchScript does not compile the `if` statements whose layers are missing.
     __constants__ = (*GridModule.__constants__, "conv_first", "conv_mid")
 
     def __init__(
@@ -104,7 +104,7 @@ class LocalityFeedForward(GridModule):
             self.conv = depthwise(channels, cfg.kernel_size, bias2)
             self.norm2 = norm(norms[1], channels, cfg)
             self.act2 = ACTIVATIONS[act2]()
-            # Prefix tokens skip this stage, and their path would be linear otherwise.
+            # Prefix tokens skip this stage; without this activation their path would be linear.
             self.act_prefix = ACTIVATIONS[act2 if self.conv_mid and act1 == "none" else "none"]()
         self.act_glu = ACTIVATIONS["none" if cfg.glu == "none" else str(cfg.activation)]()
         self.gate = channel_gate(dim, hidden, cfg)
@@ -112,8 +112,8 @@ class LocalityFeedForward(GridModule):
         self.norm3 = norm(norms[2], dim, cfg)
 
     def init_weights(self) -> None:
-        """Initialize as the reference: PyTorch's defaults for convolutions; normal weights with standard
-        deviation 0.02 and zero biases in the linear layers of the squeeze-and-excitation gate.
+        """Initialize as the authors' code does: PyTorch's defaults for convolutions; truncated normal weights
+        with standard deviation 0.02 and zero biases in the layers of the squeeze-and-excitation gate.
         """
         if isinstance(self.gate, SqueezeExcite):
             for layer in (self.gate.fc1, self.gate.fc2):
@@ -141,16 +141,16 @@ class LocalityFeedForward(GridModule):
         x = self.run(tokens[:, prefix:], Grid(grid.height, grid.width, 0))
         if self.prefix == "identity":
             return torch.cat([tokens[:, :prefix], x], dim=1)
-        return F.pad(x, (0, 0, prefix, 0))  # the branch is zero of a token that skips it
+        return F.pad(x, (0, 0, prefix, 0))  # for a token that skips the branch, its output is zero
 
     def transform(self, x: Tensor, grid: Grid) -> Tensor:
-        """Compute the branch, of the prefix tokens in `grid` too: `(B, P + N, C) -> (B, P + N, C)`."""
+        """Compute the branch, prefix tokens of `grid` included: `(B, P + N, C) -> (B, P + N, C)`."""
         if self.conv_first:
             x = self._convolve(x, grid)
         return self.project(self.mix(self.expand(x), grid))
 
     def expand(self, x: Tensor) -> Tensor:
-        """Expand the tokens, to two maps with a gated linear unit: `(B, T, C) -> (B, T, D or 2 D)`."""
+        """Expand the tokens (with a gated linear unit, to 2 D): `(B, T, C) -> (B, T, D or 2 D)`."""
         return map_to_tokens(self.fc1(tokens_to_row(x)))
 
     def mix(self, x: Tensor, grid: Grid) -> Tensor:
@@ -186,15 +186,15 @@ class LocalityFeedForward(GridModule):
         return y if prefix == 0 else torch.cat([self.act_prefix(x[:, :prefix]), y], dim=1)
 
 
-_load = threading.local()  # the load under way: its list of missing keys, kernels filled in so far
+_load = threading.local()  # of the current load: its list of missing keys, and the kernels filled in so far
 
 
 class HiddenLocality(GridModule):
     """Depth-wise convolution added to the hidden state of an existing FFN: `h + conv(h)` on the patch tokens,
     then the next layer.
 
-    The kernel starts at zero, so the outputs of the FFN stay bit for bit; the gradient of a zero kernel is
-    not zero, so it learns from the first step. Prefix tokens pass unchanged.
+    The kernel starts at zero, so the outputs of the FFN stay the same bit for bit. The gradient of a zero
+    kernel is not zero, so it learns from the first step. Prefix tokens pass unchanged.
 
     Args:
         hidden_dim: Width D of the hidden state.
@@ -243,15 +243,15 @@ class HiddenLocality(GridModule):
         return x + self.order.from_tokens(change, grid)  # in the memory layout of `x`
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take a kernel of zeros from a plain checkpoint, which has no kernel anywhere.
+        """Load a kernel of zeros if the checkpoint is plain, that is, has no kernel for any block.
 
-        PyTorch shows a module its own entries only; the list of missing keys is the same for the whole load,
-        and so tells which load this is.
+        PyTorch shows a module only its own entries. The list of missing keys is one object during the whole
+        load, so it identifies the load.
         """
         key, missing = f"{prefix}conv.weight", args[2]
         if getattr(_load, "missing", None) is not missing:
             _load.missing, _load.filled = missing, []
-        if key in state_dict:  # not plain, so those before it are missing
+        if key in state_dict:  # not a plain checkpoint, so the kernels filled in before are missing
             missing += _load.filled or []
             _load.filled = None
         elif _load.filled is not None:
@@ -268,7 +268,7 @@ class HiddenLocality(GridModule):
 
 
 def _hidden_width(dim: int, of_base: int | None, config: LocalityConfig) -> int:
-    """Return the hidden width D of `config`, else that of the existing FFN."""
+    """Return the hidden width D that `config` sets, or else that of the existing FFN."""
     if config.expansion is not None:
         hidden = int(dim * config.expansion)
     else:

@@ -64,7 +64,7 @@ class GridRecord:
 
     @property
     def static_size(self) -> tuple[int, int]:
-        """Rows and columns for the configured input size, (0, 0) where there is none."""
+        """Rows and columns for the configured input size, or (0, 0) if there is none."""
         size = getattr(self.source, self.attribute, None) if self.attribute else None
         divide = self.rule.divide if self.rule is not None else 1
         return (int(size[0]) // divide, int(size[1]) // divide) if size is not None else (0, 0)
@@ -148,7 +148,7 @@ _accelerator: Accelerator | None = None
 
 
 def set_accelerator(accelerator: Accelerator | None) -> None:
-    """Set the accelerator of all branches; `None` for plain modules."""
+    """Set the accelerator of all modules with a grid; `None` computes with the plain modules."""
     global _accelerator
     _accelerator = accelerator
 
@@ -254,7 +254,7 @@ def recomputing() -> bool:
 
 
 def statistics_once(module: nn.Module) -> AbstractContextManager[None]:
-    """Return a context in which running statistics change, but not in a repeated forward pass."""
+    """Return a context that freezes running statistics if the forward pass is a repeated one."""
     return _frozen_statistics(module) if recomputing() else nullcontext()
 
 

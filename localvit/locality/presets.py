@@ -1,4 +1,4 @@
-"""Published designs of a feed-forward network (FFN) with locality, as configurations of the one block.
+"""Published designs of a feed-forward network (FFN) with locality, as configurations of the same block.
 
 A preset is the design of the FFN alone. The hidden width stays that of the existing FFN (`expansion`), and
 initial values are the block's own. `docs/decisions/locality.md` lists differences from the published code.

@@ -55,7 +55,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         ConfigError: for an unknown name, arguments that the model refuses, a locality that does not fit the
             model, weights that cannot be read or do not fit, or fewer outputs than `num_classes`.
     """
-    do_what_waits()  # a worker process may have come here past every door
+    do_what_waits()  # a worker process may come here without importing a door
     name = config.name
     if ":" not in name and not timm.is_model(name):
         raise unknown("model.name", name, timm.list_models())

@@ -1,8 +1,8 @@
 """Delta files: the weights that locality adds to a model, without the model.
 
 A delta is a safetensors file. Its metadata has the recipe of the surgery and a digest of the base's weights,
-because the new weights are of use with exactly that base. Several deltas share one base: loading another one
-into the localized model switches them.
+because the new weights are useful only with that base. Several deltas can share one base: loading another one
+into the localized model switches between them.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Delta:
         recipe: Surgery that the weights belong to.
         num_classes: Outputs of the classifier in the file; `None` if it has none.
         base: Digest of the base's weights.
-        weights: Digest of the weights in the file, which shows damage.
-        versions: Package -> version that wrote the file, for its reader.
+        weights: Digest of the weights in the file, to detect damage.
+        versions: Package -> version that wrote the file, for information only.
     """
 
     recipe: Recipe
@@ -93,18 +93,18 @@ def save_locality(model: nn.Module, file: str | Path, *, head: bool = False, ove
 
 
 def load_locality(model: nn.Module, file: str | Path) -> None:
-    """Load the weights of `save_locality` into their base, in place.
+    """Load weights that `save_locality` wrote into their base, in place.
 
-    A plain model is localized first; `localvit.restore` undoes that. In a model that is localized by the same
-    recipe, the weights of the file replace those there. A classifier in the file replaces the model's.
+    A plain model is localized first; `localvit.restore` undoes that. In a model localized with the same
+    recipe, the weights in the file replace the current ones. A classifier in the file replaces the model's.
 
     Args:
         model: The base, plain or localized, or a `PeftModel` of it.
         file: The file; nothing in it is executed.
 
     Raises:
-        ConfigError: if the file is damaged or no delta file, if it belongs to another base or recipe, or if
-            the model cannot be localized.
+        ConfigError: if the file is damaged or not a delta file, if it belongs to another base or recipe, or
+            if the model cannot be localized.
         UnsupportedModelError: if the model is wrapped or compiled. In both cases the model does not change.
     """
     model = _unwrapped(model, "load into")
@@ -115,7 +115,7 @@ def load_locality(model: nn.Module, file: str | Path) -> None:
     if present is None:
         _localize(model, delta, weights, file)
     elif present != delta.recipe:
-        raise ConfigError(f"{str(file)!r} has another recipe than the model; use localvit.restore first")
+        raise ConfigError(f"{str(file)!r} does not have the recipe of the model; use localvit.restore first")
     try:
         if headless:
             _set_classes(model, delta.num_classes)
@@ -167,7 +167,7 @@ def _parts(model: nn.Module) -> tuple[State, State, State]:
     for name, value in model.state_dict().items():
         owner = name.rpartition(".")[0]
         part = 0 if owner in local else 1 if owner in heads else 2
-        # LoRA wraps a linear layer: its weights have another name, and those of LoRA are not the base's.
+        # LoRA wraps linear layers: this renames the base's weights, and adds some that are not the base's.
         for path in wrapped if part == 2 else ():
             if name.startswith(f"{path}."):
                 own, _, rest = name.removeprefix(f"{path}.").partition(".")
@@ -207,7 +207,7 @@ def _localize(model: nn.Module, delta: Delta, weights: State, file: str | Path) 
         plan, _ = plan_changes(model, recipe.locality, recipe.blocks, recipe.also, count=False)
         before, after = plan.parameters
         if after - before > sum(value.numel() for value in weights.values()):
-            raise ValueError("its recipe makes more weights than it has")  # a huge kernel, say
+            raise ValueError("its recipe needs more weights than it contains")  # a huge kernel, say
         localize(model, recipe.locality, recipe.blocks, also=recipe.also, seed=0, count_macs=False)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{str(file)!r} does not fit the model: {one_line(error)}") from error

@@ -149,7 +149,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 
 
 def foreign(path: Path) -> str | None:
-    """Return what stands in the place of weights, and what to do; `None` if it may be weights."""
+    """Describe what the file holds instead of weights, and what to do; `None` if it may be weights."""
     with open(path, "rb") as file:
         start = file.read(100).lstrip()
     if not start:

@@ -52,7 +52,7 @@ def plan_run(config: TrainConfig, machine: Machine, images: int | None = None) -
         config: The run.
         machine: The machine.
         images: Number of training images, if the data is not available. `None`: they are counted; without a
-            recipe's folder `imagenet`, it is the published number less the held-out images.
+            recipe's folder `imagenet`, it is the published number minus the held-out images.
 
     Raises:
         ConfigError: if the model or the optimizer cannot be built, the batch cannot be split among the GPUs,

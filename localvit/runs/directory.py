@@ -60,7 +60,7 @@ class Decision:
 
 
 class RunDirectory:
-    """Directory of one run. Get one by `open`.
+    """Directory of one run; `open` creates the object.
 
     Attributes:
         path: Its path.
@@ -164,7 +164,7 @@ class RunDirectory:
             data: `fingerprint` of the data.
 
         Raises:
-            ConfigError: if the data differ from those of the run, or another process was faster.
+            ConfigError: if the data differs from that of the run, or another process was faster.
         """
         output = str(self.config.output)
         changed = self._changed({"data": data})

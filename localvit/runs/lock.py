@@ -14,7 +14,7 @@ _held: dict[Path, list[int]] = {}  # a process is never refused its own POSIX lo
 
 
 class FolderInUse(ConfigError):
-    """Error for a folder in which another process works."""
+    """Error for a folder in which another process is working."""
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def has_lock_file(folder: Path) -> bool:
 
 
 def _refusal(folder: Path) -> FolderInUse:
-    return FolderInUse(f"output={str(folder)!r}: another process works there; wait for it or end it")
+    return FolderInUse(f"output={str(folder)!r}: another process is working there; wait for it or end it")
 
 
 def _release_in_child() -> None:

@@ -41,7 +41,7 @@ class SavedRun:
         """Content of `config.yaml`."""
         with whole(self.path / "config.yaml") as path:
             config = read_config(path)
-            if config.output is None:  # a run has one; a file that was cut off has none
+            if config.output is None:  # a run has one; a truncated file has none
                 raise ConfigError("output is missing")
         return config
 

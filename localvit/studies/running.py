@@ -82,7 +82,7 @@ def run_study(
 
 
 def time_arms(store: StudyFolder) -> None:
-    """Time the arms in turns with the first seed's models, if they exist and were not timed."""
+    """Time the first seed's models of all arms alternately, if they exist and have not been timed."""
     study = store.study
     first = {run.arm: run for run in study.runs() if run.seed == study.seeds[0]}
     if not all((store.of(run) / "best").exists() for run in first.values()):

@@ -33,7 +33,7 @@ class Checkpointer:
         """Claim the directory, restore the state that was found, and make the files agree with it.
 
         Raises:
-            ConfigError: if data or state do not fit the run; nothing was written.
+            ConfigError: if the data or the state does not fit the run; then nothing was written.
         """
         run, directory = self.run, self.directory
 
@@ -44,7 +44,7 @@ class Checkpointer:
         run.world.broadcast_from_main(claim)
         if decision.state is not None:
             run.restore(decision.state, decision.changes)
-            decision.state.clear()  # its tensors need memory
+            decision.state.clear()  # frees the memory of its tensors
         if directory:
             directory.begin(
                 notes=run.notes,
@@ -53,7 +53,7 @@ class Checkpointer:
                 best=self._best(),
                 bad_images=self._bad_images(),
             )
-            if run.state.best:  # the model there may be newer than the state, or older
+            if run.state.best:  # the saved best model may be newer or older than the state
                 now = run.load_best()
                 self._save_model("best")
                 run.engine.evaluated.load_state_dict(now)
@@ -88,20 +88,21 @@ class Checkpointer:
         self.save()
 
     def save_delta(self) -> str | None:
-        """Save the best locality and classifier as a delta of the pretrained weights, if they are that.
+        """Save locality and classifier of the best epoch as a delta file, if the base kept its weights.
 
         Returns:
-            A sentence on the file, or on why there is none; `None` where there is nothing to say.
+            A sentence about the file, or about why there is none; `None` without a base or a directory.
         """
         model = self.run.engine.evaluated
         if not self.directory or self.run.base is None:
             return None
         if base_digest(model) != self.run.base:
             return (
-                "no delta file: the base was trained too; train_only=locality keeps it, and then "
-                "best/locality.safetensors has all that was learned"
+                "no delta file: the base was trained too; train_only=locality keeps its weights, so that "
+                "best/locality.safetensors holds all that was learned"
             )
-        return f"{self.directory.save_delta(model)} has locality and classifier only (localvit.load_locality)"
+        file = self.directory.save_delta(model)
+        return f"{file} holds only locality and classifier (localvit.load_locality)"
 
     def finish(self, test: Metrics) -> None:
         """Write the result."""
@@ -109,7 +110,7 @@ class Checkpointer:
             self.directory.finish(numbers(dataclasses.asdict(test)))
 
     def failed(self, error: BaseException) -> None:
-        """Write the reason of the run's end, if the run has started and the file can be written."""
+        """Record why the run ended, if it has started and the file can be written."""
         if self.directory and self.directory.status:
             interrupted = isinstance(error, KeyboardInterrupt | TrainingInterrupted)
             images: dict[str, Any] = {"bad_images": self._bad_images()}

@@ -175,7 +175,7 @@ def deterministic(config: EngineConfig) -> Iterator[None]:
 
 
 def check_device(config: EngineConfig, world: World) -> None:
-    """Refuse options that the device does not support, before data are opened.
+    """Refuse options that the device does not support, before data is opened.
 
     Raises:
         ConfigError: if there is one.
@@ -201,7 +201,9 @@ def place_model(model: nn.Module, config: EngineConfig, world: World) -> nn.Modu
         try:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         except (AttributeError, TypeError, AssertionError) as error:
-            raise ConfigError("engine.grad_checkpointing: the model lacks it; leave it out") from error
+            raise ConfigError(
+                "engine.grad_checkpointing: the model does not support it; leave it out"
+            ) from error
     if config.selective_checkpointing and not set_selective_checkpointing(model):
         raise ConfigError("engine.selective_checkpointing: the model has no locality; leave it out")
     if config.channels_last:

@@ -38,19 +38,19 @@ def train(
     allow_change: Collection[str] = (),
     callbacks: Sequence[Callback] = (),
 ) -> RunResult:
-    """Train a model; choose the epoch on the validation split; report it on the test split.
+    """Train a model, choose the best epoch on the validation split, and measure it on the test split.
 
     The same configuration gives the same weights and metrics (bit for bit on the same CPU with the same
-    number of threads). An interrupted run that is called again resumes from its last state and gives them
-    too. A finished run is returned. Under `torchrun` all processes train one model. torch's global random
+    number of threads). An interrupted run resumes from its last state when it is called again, with the same
+    results. A finished run is returned. Under `torchrun` all processes train one model. torch's global random
     state is seeded.
 
     Args:
         config: The run. `config.output=None` writes nothing.
         console: Console for progress; `None` shows nothing.
         allow_change: Differences accepted in a resumed run: dotted fields or sections of the configuration,
-            `"data"` (its images too), `"versions"`, `"world_size"`. With another number of processes, batches
-            stay the same, while drop-path, dropout and statistics of batch norm do not.
+            `"data"` (its images too), `"versions"`, `"world_size"`. With a different number of processes,
+            batches stay the same, while drop-path, dropout and statistics of batch norm do not.
         callbacks: Called in the main process.
 
     Raises:
@@ -60,7 +60,7 @@ def train(
         UnreadableImage: if an image cannot be decoded.
         TrainingFailed: if the loss or a weight is NaN or infinite, a data worker or another process died, or
             the disk is full.
-        TrainingInterrupted: if a signal asked for it (see `stop_on_signals`); the state is saved.
+        TrainingInterrupted: if a signal requested it (see `stop_on_signals`); the state is saved.
     """
     check_allowed(allow_change)
     with open_world(config.device) as world, deterministic(config.engine), ExitStack() as stack:
@@ -221,7 +221,7 @@ def _note_unreadable(run: TrainingRun, batch: Batch, progress: TrainingProgress)
     """Count images that could not be read.
 
     Raises:
-        UnreadableImage: for the first of them, if none is allowed or there was no image in its place.
+        UnreadableImage: for the first of them, if none is allowed, or no other image could replace it.
         TrainingFailed: if more than `max_bad_images` images are unreadable.
     """
     known, limit = run.state.bad_images, run.config.max_bad_images
@@ -230,7 +230,7 @@ def _note_unreadable(run: TrainingRun, batch: Batch, progress: TrainingProgress)
             raise error
         if index not in known:
             known[index] = error.name
-            progress.note(f"another image in its place: {error}")
+            progress.note(f"replaced by another image: {error}")
         if len(known) > limit:
             raise TrainingFailed(f"more than max_bad_images={limit} training images are unreadable; {error}")
 
@@ -239,7 +239,7 @@ def _measure(run: TrainingRun, loader: DataLoader[Batch], checkpointer: Checkpoi
     """Measure the evaluated model on all processes.
 
     Raises:
-        TrainingInterrupted: if a signal asked for the end.
+        TrainingInterrupted: if a signal requested the end.
     """
     run.engine.share_statistics()
     with run.engine.autocast():
@@ -289,7 +289,7 @@ def _finished(directory: RunDirectory | None, console: Console | None) -> RunRes
     result = _result(directory.config.output, saved.history, best, status.notes, model)
     if console:
         console.print(
-            f"{result.output} holds this run already, finished: best epoch {result.best_epoch}, test top-1 "
+            f"{result.output} already holds this run, finished: best epoch {result.best_epoch}, test top-1 "
             f"{result.test.top1:.2f} %",
             markup=False,
             highlight=False,

@@ -17,7 +17,7 @@ from localvit.training.run import TrainingRun
 WAIT = 0.2
 """Fraction of time waited for images above which a warning is shown."""
 _WORTH_A_WORD = 10.0
-"""Seconds waited in an epoch below which none is shown: data workers take as long to start."""
+"""Seconds waited in an epoch below which no warning is shown: data workers take that long to start."""
 
 
 def slow_data(metrics: dict[str, Any], workers: int, gpu: bool) -> str | None:

@@ -1,4 +1,4 @@
-"""Objects of a training run, its position, and both as a state to resume from."""
+"""Objects of a training run, its progress, and the saved state of both to resume from."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ class TrainState:
     Attributes:
         steps_per_epoch: Number of batches in an epoch.
         epoch: Current epoch, from 0.
-        batch: Finished batches of it.
-        loss_sum: Sum of its losses over this process's images, float64 on the device.
-        images: Number of these images.
-        seconds: Spent on it so far.
-        waited: Seconds of those that were spent waiting for images.
-        history: Metrics of the epochs before, as in `RunResult`.
-        best_epoch: From 1; 0 before there is one.
-        best: Its metrics on the validation split.
-        best_weights: Its weights.
+        batch: Number of finished batches in the current epoch.
+        loss_sum: Sum of the losses of the current epoch over this process's images, float64 on the device.
+        images: Number of images in `loss_sum`.
+        seconds: Time spent on the current epoch so far.
+        waited: Part of `seconds` that was spent waiting for images.
+        history: Metrics of the finished epochs, as in `RunResult`.
+        best_epoch: Number of the best epoch, from 1; 0 if no epoch has finished.
+        best: Metrics of the best epoch on the validation split.
+        best_weights: Weights of the best epoch.
         bad_images: Training images that could not be read: index -> name.
     """
 
@@ -135,7 +135,7 @@ class TrainingRun:
                 loader._iterator = None
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return images and targets of the next batch on the device, mixed if the run mixes."""
+        """Return images and targets of a batch on the device, after mixup or cutmix if the run uses them."""
         images = batch.images.to(self.world.device, non_blocking=True)
         targets = batch.targets.to(self.world.device, non_blocking=True)
         if self.mixup is None:
@@ -198,11 +198,11 @@ class TrainingRun:
 
         Args:
             state: State from `snapshot`.
-            changes: Differences from the configuration of that time. Settings of the optimizer are the
-                state's unless they are among them.
+            changes: Differences from the configuration that wrote the state. If none of them is in `optim`,
+                the settings of the optimizer are those in the state.
 
         Raises:
-            ConfigError: if it does not fit the model or the optimizer.
+            ConfigError: if the state does not fit the model or the optimizer.
         """
         if "optim.name" in changes:
             raise ConfigError(
@@ -225,7 +225,7 @@ class TrainingRun:
         if len(processes) == self.world.size:
             own = [processes[self.world.rank]]
             self._load_statistics(own[0]["statistics"])
-        else:  # another number of processes: the main one takes over all sums
+        else:  # the number of processes changed: the main process takes over all sums
             own = processes if self.world.is_main_process else []
         at.loss_sum += sum(process["loss_sum"] for process in own)
         at.images = sum(process["images"] for process in own)
@@ -234,7 +234,7 @@ class TrainingRun:
         self.engine.set_step(at.step)
 
     def load_best(self) -> dict[str, torch.Tensor]:
-        """Load the best weights into the evaluated model; return its earlier ones."""
+        """Load the best weights into the evaluated model; return the weights that they replace."""
         model = self.engine.evaluated
         before = copy.deepcopy(model.state_dict())
         model.load_state_dict(self.state.best_weights)
@@ -313,7 +313,7 @@ def prepare(config: TrainConfig, world: World) -> TrainingRun:
         world,
         ema_decay=config.ema_decay,
     )
-    # Later random numbers are for drop-path and dropout: each process has its own.
+    # From here on, random numbers are for drop-path and dropout, which differ between processes.
     if world.rank > 0:
         torch.manual_seed(derive_seed(config.seed, "process", world.rank))
     batch_size = config.batch_size // world.size

@@ -27,7 +27,7 @@ def build_task(
     *,
     device: torch.device,
 ) -> TrainingTask:
-    """Build timm's task; the global random state stays.
+    """Build timm's task; the global random state does not change.
 
     Args:
         model: Model to train, on `device`.

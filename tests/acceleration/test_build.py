@@ -64,7 +64,7 @@ def test_without_a_compiler_a_warning_says_so_once(monkeypatch, fresh):
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("exit 1", "does not take -march=native"),
+        ("exit 1", "does not accept -march=native"),
         ('[ "$1" != -std=c++17 ] || { echo broken >&2; exit 1; }', "does not compile native.cpp: broken"),
     ],
 )

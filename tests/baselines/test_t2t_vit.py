@@ -163,7 +163,7 @@ def test_soft_split_is_a_loop_over_windows():
 
 
 @pytest.mark.parametrize("size", [(3, 3), (48, 48), (33, 95), (224, 64)])
-def test_lattice_is_known_before_and_after(size):
+def test_grid_is_known_before_and_after(size):
     stem = small(img_size=size).patch_embed
     assert stem.grid_size == stem.dynamic_feat_size(size)
     assert stem.num_patches == math.prod(stem.grid_size) == stem(images(*size)).shape[1]
@@ -185,8 +185,8 @@ def test_stem_keeps_rows_and_columns_apart(tokens_type):
     x = as_map(stem.attention2(stem.soft_split1(x)), 6, 10)
     x = stem.project(stem.soft_split2(x))
     torch.testing.assert_close(stem(image), x)
-    lattice = small(tokens_type, img_size=(48, 80), dynamic_img_size=True).patch_embed(image)
-    torch.testing.assert_close(lattice, x.unflatten(1, (3, 5)))
+    cells = small(tokens_type, img_size=(48, 80), dynamic_img_size=True).patch_embed(image)
+    torch.testing.assert_close(cells, x.unflatten(1, (3, 5)))
 
 
 def plain_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> Tensor:
@@ -365,7 +365,7 @@ def test_positions_of_a_checkpoint_are_resampled():
         torch.testing.assert_close(model(images(*size)), resized(images(*size)))
         same = load(small(img_size=size), resized.state_dict())  # our own: unchanged
         assert torch.equal(same.pos_embed, resized.pos_embed)
-    with pytest.raises(ValueError, match="pos_embed of 15 image positions is not of a square image"):
+    with pytest.raises(ValueError, match="pos_embed has 15 image positions, which form no square"):
         checkpoint_filter_fn(small(img_size=(48, 80)).state_dict(), source)
 
 

@@ -82,7 +82,7 @@ def test_rounds_go_through_the_progress():
 
 def test_fraction_of_the_peak_by_hand():
     flops = fraction_flops(1.5, 4)
-    assert flops == 12e9  # 2 operations x 1.5e9 x 4 pictures
+    assert flops == 12e9  # 2 operations x 1.5e9 x 4 images
     assert fraction_flops(1.5, 4, train=True) == 36e9
     # 12 GFLOP in 1 and 2 s; the product's 10 GFLOP in 0.5 and 0.25 s: 12/20, 6/40
     assert fraction(flops, [1, 2], 10e9, [0.5, 0.25]).median == pytest.approx((0.6 + 0.15) / 2)
@@ -153,7 +153,7 @@ def test_the_precision_is_that_of_both_models_and_of_the_peak(monkeypatch, train
     )
     want = {"fp32": (torch.float32, "float32"), "bf16": (torch.bfloat16, "bfloat16 by autocast")}[precision]
     assert found.setting.dtype == want[1]
-    after_checks = dtypes[dtypes.index(want[0]) :]  # that models take such pictures is tried in float32
+    after_checks = dtypes[dtypes.index(want[0]) :]  # that models take such images is tried in float32
     assert set(after_checks) == {want[0]}
     assert len(after_checks) > 10
 

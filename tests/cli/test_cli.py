@@ -58,7 +58,7 @@ def one_line(capsys):
         (["train", "--recipe", "digits", "--locality", "{kernel: 3}", "--output", "X"], "kernel_size"),
         (["train", "--recipe", "digits", "--locality", "{", "--output", "X"], "not YAML"),
         (["train", "--recipe", "digits", "--blocks", "[0]", "--output", "X"], "without model.locality"),
-        (["train", "--data", "nowhere", "--output", "X"], "no data source 'nowhere'"),
+        (["train", "--data", "nowhere", "--output", "X"], "data source 'nowhere' does not exist"),
         (["evaluate"], "--checkpoint"),
         (
             ["evaluate", "--checkpoint", "nowhere/at/all", "--data", "digits"],
@@ -163,16 +163,16 @@ def test_locality_flag_replaces_that_of_the_recipe(capsys, flag, expected):
 def test_train_never_overwrites(run, capsys):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert main(["train", *TINY, "--output", str(run)]) == 0
-    assert "holds this run already, finished: best epoch 1" in capsys.readouterr().out
+    assert "already holds this run, finished: best epoch 1" in capsys.readouterr().out
     assert main(["train", *TINY, "--seed", "1", "--output", str(run)]) == 2
-    assert "already holds a finished run, and this is another one (seed: 0 -> 1)" in one_line(capsys)
+    assert "already holds a finished run, which differs from this one (seed: 0 -> 1)" in one_line(capsys)
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
 def test_train_says_what_was_held_out(tmp_path, capsys):
     assert main(["train", *TINY, "--locality", "default", "--output", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    assert "held out of 'digits'" in out
+    assert "held out from 'digits'" in out
     assert "+ locality" in out
     assert "best epoch 1 (by validation); test on 500 images: top-1" in out
 
@@ -203,7 +203,7 @@ def test_evaluate_agrees_with_the_report_of_the_run(run, tmp_path, capsys):
     assert "top-1" in capsys.readouterr().out
 
 
-def test_evaluate_refuses_the_pictures_that_were_learned_from(tmp_path, capsys):
+def test_evaluate_refuses_the_images_that_were_learned_from(tmp_path, capsys):
     for label in "ab":
         (tmp_path / "data" / label).mkdir(parents=True)
         for i in range(20):
@@ -226,32 +226,32 @@ def test_evaluate_does_not_overwrite(run, tmp_path, capsys):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Four pictures in a folder, the third of them broken."""
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    """Four images in a folder, the third of them broken."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(4):
         Image.new("RGB", (20, 12), (50 * i, 0, 0)).save(folder / f"{i}.png")
     (folder / "2.png").write_bytes(b"broken")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
-def test_predict_names_a_broken_file_and_does_the_others(run, pictures, capsys):
-    assert main(["predict", "--checkpoint", str(run / "best"), str(pictures), "--format", "json"]) == 0
+def test_predict_names_a_broken_file_and_does_the_others(run, images, capsys):
+    assert main(["predict", "--checkpoint", str(run / "best"), str(images), "--format", "json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
-    assert [p["path"] for p in found] == [str(pictures / f"{i}.png") for i in range(4)]
+    assert [p["path"] for p in found] == [str(images / f"{i}.png") for i in range(4)]
     assert [len(p["guesses"]) for p in found] == [5, 5, 0, 5]
     assert sum(g["probability"] for g in found[0]["guesses"]) <= 1.0001
     assert found[0]["guesses"][0]["label"] in "0123456789"
-    assert str(pictures / "2.png") in err
+    assert str(images / "2.png") in err
     assert "1 of 4 files have no prediction" in err
 
 
-def test_predict_as_csv_and_table(run, pictures, tmp_path, capsys):
+def test_predict_as_csv_and_table(run, images, tmp_path, capsys):
     output = tmp_path / "found.csv"
-    files = [str(pictures / "0.png"), str(pictures / "2.png")]
+    files = [str(images / "0.png"), str(images / "2.png")]
     arguments = ["--format", "csv", "--top-k", "2", "--output", str(output)]
     assert main(["predict", "--checkpoint", str(run), *arguments, *files]) == 0
     rows = list(csv.DictReader(io.StringIO(output.read_text())))
@@ -262,8 +262,8 @@ def test_predict_as_csv_and_table(run, pictures, tmp_path, capsys):
     assert "probability" in capsys.readouterr().out
 
 
-def test_predict_fails_if_nothing_could_be_read(run, pictures, capsys):
-    assert main(["predict", "--checkpoint", str(run), str(pictures / "2.png"), "--format", "json"]) == 1
+def test_predict_fails_if_nothing_could_be_read(run, images, capsys):
+    assert main(["predict", "--checkpoint", str(run), str(images / "2.png"), "--format", "json"]) == 1
     assert "1 of 1 files have no prediction" in capsys.readouterr().err
 
 
@@ -283,11 +283,11 @@ def test_a_crash_keeps_its_traceback(monkeypatch, tmp_path):
     [
         ("ENOSPC", "No space left on device; make room and try again"),
         ("EDQUOT", "Disk quota exceeded; make room and try again"),
-        ("EROFS", "Read-only file system; get the right to use it, or name another place"),
-        ("EACCES", "Permission denied; get the right to use it, or name another place"),
-        ("ENOENT", "No such file or directory; check that it is there and may be used"),
+        ("EROFS", "Read-only file system; get permission to use it, or choose another place"),
+        ("EACCES", "Permission denied; get permission to use it, or choose another place"),
+        ("ENOENT", "No such file or directory; check that it exists and that you may use it"),
         ("EMFILE", r"Too many open files; raise the limit of open files \(ulimit -n\), or use fewer workers"),
-        ("EIO", "Input/output error; check that it is there and may be used"),
+        ("EIO", "Input/output error; check that it exists and that you may use it"),
     ],
 )
 def test_what_the_system_refuses_is_one_line_with_file_and_remedy(number, message):

@@ -25,11 +25,11 @@ FLAGS = [word for setting in SETTINGS for word in ("--set", setting)]
 @pytest.fixture
 def words(tmp_path, monkeypatch):
     """A study's command but for its options on the cluster, in a folder that it must leave as it was."""
-    (tmp_path / "pictures").mkdir()
-    make_images(tmp_path / "pictures")
+    (tmp_path / "images").mkdir()
+    make_images(tmp_path / "images")
     (tmp_path / "mine.yaml").write_text(QUESTION)
     monkeypatch.chdir(tmp_path)
-    given = ["mine.yaml", "--scale", "tiny", "--data", "pictures", "--output", "out", "--seeds", "2"]
+    given = ["mine.yaml", "--scale", "tiny", "--data", "images", "--output", "out", "--seeds", "2"]
     return ["study", "run", *given, *FLAGS]
 
 

@@ -33,7 +33,7 @@ def test_it_counts_classes_and_names_what_is_left_out(place, capsys):
     rows = [[word for word in line.replace("│", " ").split() if word != "|"] for line in out.splitlines()]
     assert ["all", "16", "2", "2"] in rows
     assert any(row[:1] == ["[b]"] for row in rows)
-    assert "1 files are not images by their names (1 .txt)" in out
+    assert "left out because their suffix is not that of an image: 1 .txt" in out
     assert "no files of two splits have equal contents" in out
 
 

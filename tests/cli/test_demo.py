@@ -20,34 +20,34 @@ FLAGS = [word for setting in SETTINGS for word in ("--set", setting)]
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    return str(make_images(tmp_path / "pictures"))
+def images(tmp_path):
+    (tmp_path / "images").mkdir()
+    return str(make_images(tmp_path / "images"))
 
 
 def demo(*arguments):
     return main(["demo", "--recipe", "digits", *FLAGS, *map(str, arguments)])
 
 
-def test_demo_in_worker_processes(pictures, tmp_path, capsys):
+def test_demo_in_worker_processes(images, tmp_path, capsys):
     out = tmp_path / "out"
-    assert demo("--data", pictures, "--seeds", 2, "--output", out) == 0
+    assert demo("--data", images, "--seeds", 2, "--output", out) == 0
     text = capsys.readouterr().out
     for words in ("baseline", "locality", "difference", "2 seeds", "report.html"):
         assert words in text
     records = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/record.json")}
     assert len(records) == 4
-    assert demo("--data", pictures, "--seeds", 2, "--output", out) == 0
+    assert demo("--data", images, "--seeds", 2, "--output", out) == 0
     assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/record.json")} == records
     summary = json.loads((out / "summary.json").read_text())
     assert main(shlex.split(summary["command"])[1:]) == 0
 
 
-def test_own_tuning_is_used(pictures, tmp_path, capsys, monkeypatch):
+def test_own_tuning_is_used(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_module, "_worker", worker_here)
     monkeypatch.setattr(tuning_module, "MOST_EXTENSIONS", 0)
     out = tmp_path / "out"
-    data = ("--data", pictures, "--output", out)
+    data = ("--data", images, "--output", out)
     assert demo(*data, "--tune", "--tune-seeds", 1, "--tune-factors", 1, 2) == 0
     assert "An asterisk marks the chosen rate" in capsys.readouterr().out
     chosen = json.loads((out / "tuning" / "tuning.json").read_text())["chosen"]
@@ -64,7 +64,7 @@ def test_own_tuning_is_used(pictures, tmp_path, capsys, monkeypatch):
         (("--jobs", "0"), "--jobs 0 is not accepted; use at least 1"),
         (("--tune", "--tune-seeds", "0"), "--tune-seeds 0 is not accepted; use at least 1"),
         (("--tune", "--tune-factors", "0"), "--tune-factors (0.0,) is not accepted"),
-        (("--data", "nowhere"), "no data source 'nowhere'"),
+        (("--data", "nowhere"), "data source 'nowhere' does not exist"),
         (("--recipe", "digit"), "did you mean 'digits'"),
         (("--set", "epochz=3"), "did you mean"),
         (("--set", "model.args.patch_size=3"), "not divisible by the patch size"),
@@ -115,16 +115,16 @@ def test_the_command_in_the_report_gives_the_same_options(line):
         ("digits", "demo"),
         ("../data/cifar10-mini/train.tar", "demo/cifar10-mini-train"),
         ("torch/cifar10", "demo/torch-cifar10"),
-        ("pictures", "demo/pictures"),
+        ("images", "demo/images"),
     ],
 )
 def test_each_source_has_its_folder(data, folder):
     assert _default_output(data) == folder
 
 
-def test_an_interrupt_ends_it_cleanly_and_says_how_to_go_on(pictures, tmp_path):
+def test_an_interrupt_ends_it_cleanly_and_says_how_to_go_on(images, tmp_path):
     out = tmp_path / "out"
-    words = ["--data", pictures, "--recipe", "digits", "--output", str(out), "--set", "epochs=100000"]
+    words = ["--data", images, "--recipe", "digits", "--output", str(out), "--set", "epochs=100000"]
     with subprocess.Popen(
         [sys.executable, "-m", "localvit", "demo", *FLAGS, *words],
         stdout=subprocess.PIPE,

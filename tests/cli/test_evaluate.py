@@ -15,10 +15,10 @@ CLASSES = {"ant": 3, "[bee]": 4}  # brackets are markup for rich
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Arguments that evaluate a tiny model on seven pictures."""
+    """Arguments that evaluate a tiny model on seven images."""
     folder = tmp_path_factory.mktemp("evaluate")
     checkpoint = export_model(folder / "model", 2, list(CLASSES))
-    data = make_images(folder / "pictures", CLASSES)
+    data = make_images(folder / "images", CLASSES)
     return ["evaluate", "--checkpoint", checkpoint, "--data", data, "--device", "cpu"]
 
 
@@ -48,7 +48,7 @@ def test_it_computes_by_the_plain_form_unless_asked_and_says_so(exported, tmp_pa
     assert result["classes"] == plain["classes"]
 
 
-def test_it_writes_json_csv_and_a_picture(exported, tmp_path):
+def test_it_writes_json_csv_and_an_image(exported, tmp_path):
     files = {name: tmp_path / name for name in ("all.json", "classes.csv", "confusion.png")}
     assert (
         main([*exported, "--output", str(files["all.json"]), "--confusion", str(files["confusion.png"])]) == 0
@@ -101,7 +101,7 @@ def test_without_matplotlib_it_says_what_to_install_before_work(exported, capsys
     assert "pip install 'localvit[study]'" in capsys.readouterr().err
 
 
-def test_two_processes_count_every_picture_once(exported, tmp_path):
+def test_two_processes_count_every_image_once(exported, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     output = [tmp_path / "one.json", tmp_path / "two.json"]
     command = [*exported, "--batch-size", "2", "--output"]

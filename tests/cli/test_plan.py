@@ -38,7 +38,7 @@ def test_json_has_the_same_lines(capsys):
     }
 
 
-def test_pictures_that_are_not_there_can_be_told(capsys):
+def test_images_that_are_not_there_can_be_told(capsys):
     assert main(["plan", "--recipe", "small_images", "--images", "5000", "--json"]) == 0
     figures = {figure["name"]: figure for figure in json.loads(capsys.readouterr().out)}
     assert figures["steps per epoch"]["value"] == 5000 // 128
@@ -80,5 +80,5 @@ def test_printed_configuration_has_its_effect_below_and_stays_yaml(capsys):
 def test_printed_configuration_says_what_data_is_missing(capsys):
     assert main(["train", "--recipe", "finetune", "--data", "nowhere", *SMALL, "--print-config"]) == 0
     out = capsys.readouterr().out
-    assert "#   training images: unknown (assumed: no data source 'nowhere'" in out
+    assert "#   training images: unknown (assumed: data source 'nowhere' does not exist" in out
     assert "#   steps: unknown" in out

@@ -34,9 +34,9 @@ def started(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def photos(tmp_path):
     """Two classes of six images; the first image of the first class is PostScript."""
-    folder = Path(make_images(tmp_path / "pictures", {"a": 6, "b": 6}))
+    folder = Path(make_images(tmp_path / "images", {"a": 6, "b": 6}))
     (folder / "a" / "0.png").unlink()
     (folder / "a" / "0.jpg").write_bytes(POSTSCRIPT)
     return folder
@@ -44,7 +44,7 @@ def pictures(tmp_path):
 
 def tarred(folder: Path) -> Path:
     with tarfile.open(folder.with_suffix(".tar"), "w") as tar:
-        tar.add(folder, arcname="pictures")
+        tar.add(folder, arcname="images")
     return folder.with_suffix(".tar")
 
 
@@ -66,8 +66,8 @@ def test_our_own_reading_does_not_start_it(started, tmp_path):
 
 @pytest.mark.parametrize("source", ["folder", "tar"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_training_does_not_start_it(started, pictures, tmp_path, source, workers):
-    data = pictures if source == "folder" else tarred(pictures)
+def test_training_does_not_start_it(started, photos, tmp_path, source, workers):
+    data = photos if source == "folder" else tarred(photos)
     command = ["train", *TINY, "--data", str(data), "--output", str(tmp_path / "run"), "--device", "cpu"]
     assert main([*command, "--workers", str(workers)]) != 2
     assert (tmp_path / "run" / "config.yaml").exists()
@@ -76,8 +76,8 @@ def test_training_does_not_start_it(started, pictures, tmp_path, source, workers
 
 @pytest.mark.parametrize("source", ["folder", "tar"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_evaluation_does_not_start_it(started, pictures, tmp_path, source, workers, capsys):
-    data = pictures if source == "folder" else tarred(pictures)
+def test_evaluation_does_not_start_it(started, photos, tmp_path, source, workers, capsys):
+    data = photos if source == "folder" else tarred(photos)
     model = export_model(tmp_path / "model", 2, ["a", "b"])
     command = ["evaluate", "--checkpoint", model, "--data", str(data), "--device", "cpu"]
     assert main([*command, "--workers", str(workers)]) == 1
@@ -86,28 +86,28 @@ def test_evaluation_does_not_start_it(started, pictures, tmp_path, source, worke
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_prediction_does_not_start_it(started, pictures, tmp_path, workers, capsys):
+def test_prediction_does_not_start_it(started, photos, tmp_path, workers, capsys):
     model = export_model(tmp_path / "model", 2, ["a", "b"])
     (tmp_path / "drawing.eps").write_bytes(POSTSCRIPT)
     command = ["predict", "--checkpoint", model, "--device", "cpu", "--workers", str(workers)]
-    assert main([*command, str(pictures), str(tmp_path / "drawing.eps")]) == 0
+    assert main([*command, str(photos), str(tmp_path / "drawing.eps")]) == 0
     assert "2 of 13 files have no prediction" in capsys.readouterr().err
     assert not started.exists()
 
 
-def test_export_does_not_start_it(started, pictures, tmp_path):
+def test_export_does_not_start_it(started, photos, tmp_path):
     model = export_model(tmp_path / "model", 2, ["a", "b"])
-    command = ["export", f"local-dir:{model}", "--format", "torch", "--data", str(pictures)]
+    command = ["export", f"local-dir:{model}", "--format", "torch", "--data", str(photos)]
     assert main([*command, "--output", str(tmp_path / "model.pt2")]) == 1
     assert not started.exists()
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.parametrize("training", [True, False])
-def test_readers_that_are_not_ours_do_not_start_it_in_a_data_worker(started, pictures, method, training):
+def test_readers_that_are_not_ours_do_not_start_it_in_a_data_worker(started, photos, method, training):
     from localvit.data.config import AugmentConfig
 
-    images = TorchvisionImages(ImageFolder(str(pictures)), "torch/folder")
+    images = TorchvisionImages(ImageFolder(str(photos)), "torch/folder")
     part = Part(images, np.arange(len(images)), images.class_names)
     if training:
         loader = train_loader(part, AugmentConfig(), PREPROCESSING, batch_size=12, seed=0, workers=1)
@@ -119,9 +119,9 @@ def test_readers_that_are_not_ours_do_not_start_it_in_a_data_worker(started, pic
     assert not started.exists()
 
 
-def test_readers_that_are_not_ours_do_not_start_it_in_the_command_line(started, pictures):
+def test_readers_that_are_not_ours_do_not_start_it_in_the_command_line(started, photos):
     assert main(["models", "nowhere"]) == 2
-    images = TorchvisionImages(ImageFolder(str(pictures)), "torch/folder")
+    images = TorchvisionImages(ImageFolder(str(photos)), "torch/folder")
     with pytest.raises(UnreadableImage, match="Unable to locate Ghostscript"):
         images[0]
     assert not started.exists()

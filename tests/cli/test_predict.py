@@ -23,11 +23,11 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Arguments that classify sixty pictures with a tiny model."""
+    """Arguments that classify sixty images with a tiny model."""
     folder = tmp_path_factory.mktemp("predict")
     checkpoint = export_model(folder / "model", 3, ["[ant]", "bee", "cat"])
-    pictures = make_images(folder / "pictures", {"x": 60})
-    return ["predict", "--checkpoint", checkpoint, "--device", "cpu", "--top-k", "2", pictures]
+    images = make_images(folder / "images", {"x": 60})
+    return ["predict", "--checkpoint", checkpoint, "--device", "cpu", "--top-k", "2", images]
 
 
 def paths(file):
@@ -108,9 +108,9 @@ def test_any_verb_ends_quietly_where_nobody_reads():
 def test_every_name_of_a_file_reaches_the_console(job, tmp_path):
     """Bytes that are not UTF-8 stay; what would move the cursor is escaped where people read."""
     names = [b"no text \xff.png", b"a\rb\x1b[2J.png", b"-x \xc3\xa9.png"]
-    picture = (Path(job[-1]) / "x" / "0.png").read_bytes()
+    image = (Path(job[-1]) / "x" / "0.png").read_bytes()
     for name in names:
-        (tmp_path / os.fsdecode(name)).write_bytes(picture)
+        (tmp_path / os.fsdecode(name)).write_bytes(image)
     found = {}
     for form in ("table", "csv"):
         command = [sys.executable, "-m", "localvit", *job[:-1], str(tmp_path), "--format", form]

@@ -30,8 +30,8 @@ FLAGS = [word for setting in SETTINGS for word in ("--set", setting)]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return str(make_images(tmp_path_factory.mktemp("pictures")))
+def images(tmp_path_factory):
+    return str(make_images(tmp_path_factory.mktemp("images")))
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def here(monkeypatch):
     monkeypatch.setattr(run_module, "_worker", worker_here)
 
 
-def study(question, pictures, *arguments):
-    words = [str(question), "--scale", "tiny", "--data", pictures, *FLAGS, *map(str, arguments)]
+def study(question, images, *arguments):
+    words = [str(question), "--scale", "tiny", "--data", images, *FLAGS, *map(str, arguments)]
     return main(["study", "run", *words])
 
 
@@ -55,9 +55,9 @@ def records(folder):
     return {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/record.json")}
 
 
-def test_from_a_question_to_a_report(question, pictures, tmp_path, capsys, here):
+def test_from_a_question_to_a_report(question, images, tmp_path, capsys, here):
     out = tmp_path / "out"
-    assert study(question, pictures, "--seeds", 2, "--output", out, "--dry-run") == 0
+    assert study(question, images, "--seeds", 2, "--output", out, "--dry-run") == 0
     text = capsys.readouterr().out
     assert not out.exists()
     assert "local (against plain): " in text
@@ -72,13 +72,13 @@ def test_from_a_question_to_a_report(question, pictures, tmp_path, capsys, here)
     assert "4 of 4 runs to do" in text
     assert "measured here on random images" in text
 
-    assert study(question, pictures, "--seeds", 2, "--output", out) == 0
+    assert study(question, images, "--seeds", 2, "--output", out) == 0
     assert "report: " in capsys.readouterr().out
     before = records(out)
     assert len(before) == 4
     assert "it does" in (out / "report.md").read_text()
 
-    assert study(question, pictures, "--seeds", 3, "--output", out) == 0
+    assert study(question, images, "--seeds", 3, "--output", out) == 0
     after = records(out)
     assert len(after) == 6
     assert before.items() <= after.items()
@@ -86,14 +86,14 @@ def test_from_a_question_to_a_report(question, pictures, tmp_path, capsys, here)
     assert main(shlex.split(command)[1:]) == 0
     assert records(out) == after
 
-    assert study(question, pictures, "--seeds", 4, "--output", out, "--dry-run") == 0
+    assert study(question, images, "--seeds", 4, "--output", out, "--dry-run") == 0
     text = capsys.readouterr().out
     assert "2 of 8 runs to do" in text
     assert "from the 6 runs that are done" in text
-    other(question, pictures, tmp_path, out, capsys)
+    other(question, images, tmp_path, out, capsys)
 
 
-def other(question, pictures, tmp_path, out, capsys):
+def other(question, images, tmp_path, out, capsys):
     """What can be done with a study's folder, in the same test so that it is trained once."""
     assert main(["study", "report", str(out)]) == 0
     capsys.readouterr()
@@ -108,16 +108,16 @@ def other(question, pictures, tmp_path, out, capsys):
     second = tmp_path / "second"
     wider = QUESTION.replace("arms:", "arms:\n  eca: {model.locality: {gate: eca}}")
     question.write_text(wider)
-    assert study(question, pictures, "--seeds", 2, "--output", second, "--reuse", out) == 0
-    assert "4 of 6 runs are there already" in capsys.readouterr().out
+    assert study(question, images, "--seeds", 2, "--output", second, "--reuse", out) == 0
+    assert "4 of 6 runs already exist" in capsys.readouterr().out
     assert main(["study", "compare", str(out), str(second)]) == 0
     assert "| local | " in capsys.readouterr().out
     # The arm is new in the first folder too, and its other runs stay.
-    assert study(question, pictures, "--seeds", 3, "--output", out) == 0
-    assert "6 of 9 runs are there already" in capsys.readouterr().out
+    assert study(question, images, "--seeds", 3, "--output", out) == 0
+    assert "6 of 9 runs already exist" in capsys.readouterr().out
 
 
-def test_a_failed_run_is_listed_and_left_until_asked(question, pictures, tmp_path, capsys, here, monkeypatch):
+def test_a_failed_run_is_listed_and_left_until_asked(question, images, tmp_path, capsys, here, monkeypatch):
     real, tried = run_module.perform, []
 
     def perform(config, path):
@@ -129,22 +129,22 @@ def test_a_failed_run_is_listed_and_left_until_asked(question, pictures, tmp_pat
     monkeypatch.setattr(run_module, "perform", perform)
     out = tmp_path / "out"
     arguments = ("--seeds", 2, "--output", out)
-    assert study(question, pictures, *arguments) == 1
+    assert study(question, images, *arguments) == 1
     assert "1 of 4 runs failed (local seed 1: the loss became nan); add --retry" in capsys.readouterr().err
     assert "1 of 4 runs are missing (local seed 1)" in (out / "report.md").read_text()
-    assert study(question, pictures, *arguments) == 1
+    assert study(question, images, *arguments) == 1
     assert len(tried) == 4
-    assert study(question, pictures, *arguments, "--dry-run") == 0
+    assert study(question, images, *arguments, "--dry-run") == 0
     assert "local seed 1: " in (text := capsys.readouterr().out)
     assert "failed: the loss became nan" in text
-    assert study(question, pictures, *arguments, "--retry") == 0
+    assert study(question, images, *arguments, "--retry") == 0
     assert tried[4:] == [(True, 1)]
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on_where_it_was(question, pictures, tmp_path):
+def test_a_killed_study_goes_on_where_it_was(question, images, tmp_path):
     out = tmp_path / "out"
-    words = ["study", "run", str(question), "--scale", "tiny", "--data", pictures, *FLAGS]
+    words = ["study", "run", str(question), "--scale", "tiny", "--data", images, *FLAGS]
     words += ["--output", str(out), "--seeds", "2", "--jobs", "1", "--set", "epochs=6"]
     command = [sys.executable, "-m", "localvit", *words]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -183,8 +183,8 @@ def standing_still(path):
         (("run", "gate", "--output", "out", "--scale", "huge"), "'huge' does not exist"),
         (("run", "gate", "--output", "out", "--set", "epochz=3"), "did you mean"),
         (("run", "gate", "--output", "out", "--scale", "small"), "add --data SRC"),
-        (("run", "gate", "--output", "out", "--scale", "paper"), "no data source 'imagenet'"),
-        (("run", "gate", "--output", "out", "--data", "nowhere"), "no data source 'nowhere'"),
+        (("run", "gate", "--output", "out", "--scale", "paper"), "data source 'imagenet' does not exist"),
+        (("run", "gate", "--output", "out", "--data", "nowhere"), "data source 'nowhere' does not exist"),
         (("run", "gate", "--output", "out", "--set", "batch_size=5000"), "exceeds the"),
         (("run", "gate", "--output", "out", "--match", "time"), "--match"),
         (("report", "nowhere"), "choose the folder of a study"),
@@ -205,10 +205,10 @@ def test_wrong_use_is_one_line_and_writes_nothing(arguments, message, tmp_path, 
 
 @pytest.mark.parametrize(("arm", "message"), [("{}", "are equal"), ("{epoch: 3}", "did you mean")])
 def test_arms_that_do_not_differ_or_do_not_exist_are_refused(
-    arm, message, question, pictures, tmp_path, capsys
+    arm, message, question, images, tmp_path, capsys
 ):
     question.write_text(QUESTION.replace("{model.locality: {}}", arm))
-    assert study(question, pictures, "--output", tmp_path / "out") == 2
+    assert study(question, images, "--output", tmp_path / "out") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

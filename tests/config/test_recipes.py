@@ -18,7 +18,7 @@ RECIPES = list_recipes()
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def photos(tmp_path_factory):
     """A folder of digits as ImageNet is one: splits, in them classes."""
     folder = tmp_path_factory.mktemp("digits")
     images = open_digits("train")
@@ -34,8 +34,8 @@ def pictures(tmp_path_factory):
     return str(folder)
 
 
-def settings(recipe, pictures, *more):
-    data = [f"data.train={pictures}"]
+def settings(recipe, photos, *more):
+    data = [f"data.train={photos}"]
     if recipe == "digits":
         data = ["data.holdout=0.49", "batch_size=330"]
     values = [*SMALL, *data, f"model.args={json.dumps(SHRUNK[recipe])}", *more]
@@ -43,22 +43,22 @@ def settings(recipe, pictures, *more):
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory, pictures):
-    """The folder of a short run on pictures of 32x32."""
+def teacher(tmp_path_factory, photos):
+    """The folder of a short run on images of 32x32."""
     folder = str(tmp_path_factory.mktemp("teacher") / "run")
-    arguments = settings("small_images", pictures)
+    arguments = settings("small_images", photos)
     assert main(["train", "--recipe", "small_images", *arguments, "--output", folder]) == 0
     return folder
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_trains_a_shrunk_model(recipe, pictures, teacher, tmp_path, monkeypatch):
+def test_every_recipe_trains_a_shrunk_model(recipe, photos, teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # recipes are found by name from anywhere
     more = {
         "distill_deit": [f"distill.teacher={teacher}"],
         "finetune": ["model.pretrained=false"],
     }
-    arguments = settings(recipe, pictures, *more.get(recipe, []))
+    arguments = settings(recipe, photos, *more.get(recipe, []))
     assert main(["train", "--recipe", recipe, *arguments, "--output", "run"]) == 0
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
     config = build(TrainConfig, yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
@@ -66,9 +66,9 @@ def test_every_recipe_trains_a_shrunk_model(recipe, pictures, teacher, tmp_path,
     assert config.augment == resolve(recipe).augment
 
 
-def test_finetuning_starts_from_a_model_of_ones_own(pictures, teacher, tmp_path):
+def test_finetuning_starts_from_a_model_of_ones_own(photos, teacher, tmp_path):
     own = ["--model", f"local-dir:{teacher}/best", "--output", str(tmp_path / "run")]
-    arguments = settings("finetune", pictures, "model.args={}")
+    arguments = settings("finetune", photos, "model.args={}")
     assert main(["train", "--recipe", "finetune", *arguments, *own]) == 0
     assert (tmp_path / "run" / "best" / "locality.safetensors").is_file()
 

@@ -1,4 +1,4 @@
-"""Small picture folders and tars, made on the spot."""
+"""Small image folders and tars, made on the spot."""
 
 import io
 import tarfile
@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 
-def picture(value: int, side: int = 4) -> Image.Image:
-    """A picture of one colour, so that its identity can be read off any pixel."""
+def plain_image(value: int, side: int = 4) -> Image.Image:
+    """An image of one colour, so that its identity can be read off any pixel."""
     return Image.fromarray(np.full((side, side, 3), value, dtype=np.uint8))
 
 
@@ -23,7 +23,7 @@ def make_folder(tmp_path):
         for class_name, count in classes.items():
             (tmp_path / name / class_name).mkdir(parents=True)
             for i in range(count):
-                picture(value % 256).save(tmp_path / name / class_name / f"{i}.png")
+                plain_image(value % 256).save(tmp_path / name / class_name / f"{i}.png")
                 value += 1
         return tmp_path / name
 
@@ -40,7 +40,7 @@ def make_tar(tmp_path):
             for class_name, count in classes.items():
                 for i in range(count):
                     data = io.BytesIO()
-                    picture(value % 256).save(data, "PNG")
+                    plain_image(value % 256).save(data, "PNG")
                     member = tarfile.TarInfo(f"{class_name}/{i}.png")
                     member.size = data.tell()
                     data.seek(0)

@@ -1,4 +1,4 @@
-"""Training pictures as tensors, against Pillow and timm's own transforms."""
+"""Training images as tensors, against Pillow and timm's own transforms."""
 
 import io
 import random
@@ -23,7 +23,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def shapes(seed=0, size=(90, 70), mode="RGB"):
-    """A picture with smooth parts and hard edges."""
+    """An image with smooth parts and hard edges."""
     dice = np.random.default_rng(seed)
     image = Image.fromarray(dice.integers(0, 256, (4, 5, 3), dtype=np.uint8))
     image = image.resize(size, Image.Resampling.BICUBIC)
@@ -124,7 +124,7 @@ def test_normalised_values_are_timms_to_the_bit(channels):
 
 
 def transformed(augment, seen):
-    """The transform as a function that returns the picture."""
+    """The transform as a function that returns the image."""
     transform = TrainTransform(augment, Preprocessing(**seen, crop_pct=1.0, crop_mode="center"))
 
     def work(image):
@@ -199,12 +199,12 @@ def test_the_transform_is_timms_with_the_same_random_numbers(name, mode):
 
 
 def test_a_folder_and_a_tar_of_jpegs_give_the_same_batches_with_any_number_of_workers(tmp_path):
-    with tarfile.open(tmp_path / "pictures.tar", "w") as tar:
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
         for i in range(24):
-            path = tmp_path / "pictures" / "ab"[i % 2] / f"{i:02}.jpg"
+            path = tmp_path / "images" / "ab"[i % 2] / f"{i:02}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(jpeg(shapes(i, size=(40 + i, 60 - i), mode=("RGB", "L", "CMYK")[i % 3])))
-        tar.add(tmp_path / "pictures", "pictures")
+        tar.add(tmp_path / "images", "images")
 
     def batches(source, workers):
         augment = AugmentConfig(erase=0.5)
@@ -228,8 +228,8 @@ def test_a_folder_and_a_tar_of_jpegs_give_the_same_batches_with_any_number_of_wo
             )
         )
 
-    whole = batches(tmp_path / "pictures", 0)
-    for source, workers in (("pictures.tar", 0), ("pictures", 2), ("pictures.tar", 2)):
+    whole = batches(tmp_path / "images", 0)
+    for source, workers in (("images.tar", 0), ("images", 2), ("images.tar", 2)):
         for one, other in zip(whole, batches(tmp_path / source, workers), strict=True):
             assert torch.equal(one.images, other.images)
             assert torch.equal(one.targets, other.targets)

@@ -19,7 +19,7 @@ from localvit.data.images import MAX_ASPECT, Part, UnreadableImage, decode, deco
 from localvit.data.loading import eval_loader
 from localvit.data.sources import find_splits
 from localvit.data.splits import open_splits, open_test_split
-from tests.data.conftest import picture
+from tests.data.conftest import plain_image
 
 
 def gray(sample):
@@ -28,7 +28,7 @@ def gray(sample):
 
 
 def test_tar_is_right_in_forked_workers_after_a_peek_in_the_parent(make_tar):
-    path = make_tar("pictures.tar", {"a": 100, "b": 100})
+    path = make_tar("images.tar", {"a": 100, "b": 100})
     images = open_test_split(str(path), DataConfig())
     assert gray(images[0]) == (0, 0)  # the peek that breaks a reader with a shared file position
     loader = DataLoader(images, batch_size=None, num_workers=2, multiprocessing_context="fork")
@@ -37,14 +37,14 @@ def test_tar_is_right_in_forked_workers_after_a_peek_in_the_parent(make_tar):
 
 def test_folder_and_tar_agree(make_folder, make_tar):
     classes = {"class10": 3, "class9": 2}
-    folder = open_test_split(str(make_folder("pictures", classes)), DataConfig())
-    tar = open_test_split(str(make_tar("pictures.tar", classes)), DataConfig())
+    folder = open_test_split(str(make_folder("images", classes)), DataConfig())
+    tar = open_test_split(str(make_tar("images.tar", classes)), DataConfig())
     assert folder.class_names == tar.class_names == ("class9", "class10")  # natural order
     assert [gray(s) for s in folder] == [gray(s) for s in tar] == [(3, 0), (4, 0), (0, 1), (1, 1), (2, 1)]
 
 
 def test_unreadable_image_is_named(make_folder):
-    folder = make_folder("pictures", {"a": 2, "b": 2})
+    folder = make_folder("images", {"a": 2, "b": 2})
     bad = folder / "a" / "1.png"
     bad.write_bytes(bad.read_bytes()[:40])
     images = open_test_split(str(folder), DataConfig())
@@ -57,8 +57,8 @@ def test_unreadable_image_survives_pickling():
     assert (error.name, error.reason) == ("x.png", "broken")
 
 
-def test_tar_without_pictures_or_compressed_is_refused(tmp_path, make_tar):
-    with pytest.raises(DataError, match="0 images in it"):
+def test_tar_without_images_or_compressed_is_refused(tmp_path, make_tar):
+    with pytest.raises(DataError, match="contains 0 images"):
         open_test_split(str(make_tar("empty.tar", {})), DataConfig())
     (tmp_path / "not.tar").write_bytes(b"no tar at all")
     with pytest.raises(DataError, match="not an uncompressed tar"):
@@ -66,7 +66,7 @@ def test_tar_without_pictures_or_compressed_is_refused(tmp_path, make_tar):
 
 
 def test_labels_follow_the_given_classes(make_folder):
-    images = open_test_split(str(make_folder("pictures", {"b": 1, "c": 2})), DataConfig())
+    images = open_test_split(str(make_folder("images", {"b": 1, "c": 2})), DataConfig())
     part = Part(images.images, np.array([2, 0]), ("a", "b", "c"))
     assert [label for _, label in part] == part.labels.tolist() == [2, 1]
     with pytest.raises(DataError, match="class 'c' is not among"):
@@ -74,7 +74,7 @@ def test_labels_follow_the_given_classes(make_folder):
 
 
 def test_torchvision_data_set_through_timm(tmp_path):
-    # CIFAR-10 as torchvision lays it out, with two pictures a file; its own integrity check is by checksum.
+    # CIFAR-10 as torchvision lays it out, with two images a file; its own integrity check is by checksum.
     from torchvision.datasets import FakeData
 
     from localvit.data.images import TorchvisionImages
@@ -96,18 +96,18 @@ def test_torch_source_needs_a_root_and_says_how_to_download(tmp_path):
 
 
 def test_unknown_source_names_what_is_accepted():
-    with pytest.raises(DataError, match=r"'nowhere'; accepted: 'digits', an image folder"):
+    with pytest.raises(DataError, match=r"'nowhere' does not exist; accepted: 'digits', an image folder"):
         find_splits("nowhere", DataConfig())
 
 
 @pytest.fixture
 def shards(tmp_path):
-    """Two shards of five pictures for training, one for validation; the class is the parity."""
+    """Two shards of five images for training, one for validation; the class is the parity."""
     for name, values in (("train-0", range(5)), ("train-1", range(5, 10)), ("val-0", range(10, 14))):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
             for value in values:
                 data = io.BytesIO()
-                picture(value).save(data, "PNG")
+                plain_image(value).save(data, "PNG")
                 for suffix, content in (("png", data.getvalue()), ("cls", str(value % 2).encode())):
                     member = tarfile.TarInfo(f"{value:04d}.{suffix}")
                     member.size = len(content)
@@ -117,7 +117,7 @@ def shards(tmp_path):
 
 def test_webdataset_shards_are_read_by_index(shards):
     config = DataConfig(
-        train="wds/pictures", root=str(shards), train_split="train-{0..1}.tar|10", test_split="val-0.tar"
+        train="wds/images", root=str(shards), train_split="train-{0..1}.tar|10", test_split="val-0.tar"
     )
     splits = open_splits(config)
     assert sorted(gray(s) for part in (splits.train, splits.validation) for s in part) == [
@@ -129,26 +129,26 @@ def test_webdataset_shards_are_read_by_index(shards):
 def test_webdataset_splits_by_name(shards):
     info = {"splits": {"train": {"filenames": ["train-0.tar"]}, "validation": {"filenames": ["val-0.tar"]}}}
     (shards / "_info.json").write_text(json.dumps(info))
-    splits = open_splits(DataConfig(train="wds/pictures", root=str(shards)))
+    splits = open_splits(DataConfig(train="wds/images", root=str(shards)))
     assert (len(splits.train) + len(splits.validation), len(splits.test)) == (5, 4)
     with pytest.raises(DataError, match="has no split 'dev'; use one of train, validation"):
-        open_splits(DataConfig(train="wds/pictures", root=str(shards), test_split="dev"))
+        open_splits(DataConfig(train="wds/images", root=str(shards), test_split="dev"))
 
 
 def test_webdataset_errors(shards, make_tar):
     with pytest.raises(DataError, match=r"data\.root=None"):
-        open_splits(DataConfig(train="wds/pictures"))
+        open_splits(DataConfig(train="wds/images"))
     with pytest.raises(DataError, match="name shards"):
-        open_splits(DataConfig(train="wds/pictures", root=str(shards)))
+        open_splits(DataConfig(train="wds/images", root=str(shards)))
     with pytest.raises(DataError, match=r"train-2\.tar"):
-        open_splits(DataConfig(train="wds/pictures", root=str(shards), train_split="train-{0..2}.tar"))
+        open_splits(DataConfig(train="wds/images", root=str(shards), train_split="train-{0..2}.tar"))
     make_tar("train-3.tar", {"a": 1})
     with pytest.raises(DataError, match=r"'a/0\.png' in .* has no \.cls file"):
-        open_splits(DataConfig(train="wds/pictures", root=str(shards), train_split="train-3.tar"))
+        open_splits(DataConfig(train="wds/images", root=str(shards), train_split="train-3.tar"))
 
 
 def colours(mode, side=6):
-    """A picture of every mode, random but the same each time."""
+    """An image of every mode, random but the same each time."""
     channels = len(Image.new(mode, (1, 1)).getbands())
     values = np.random.default_rng(0).integers(0, 256, (side, side, channels), dtype=np.uint8)
     if mode == "1":
@@ -159,7 +159,7 @@ def colours(mode, side=6):
 
 
 def stored(image, form, **options):
-    """The picture as it comes back from a file."""
+    """The image as it comes back from a file."""
     data = io.BytesIO()
     image.save(data, form, **options)
     data.seek(0)
@@ -184,7 +184,7 @@ def stored(image, form, **options):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # of the reference, not of ours
-def test_pictures_of_8_bits_look_as_pillow_converts_them_without_a_warning(mode, form, options):
+def test_images_of_8_bits_look_as_pillow_converts_them_without_a_warning(mode, form, options):
     data = io.BytesIO()
     colours(mode).save(data, form, **options)
     reference = Image.open(data)
@@ -226,18 +226,18 @@ def test_an_exif_orientation_is_not_applied():
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
 def test_of_an_animation_the_first_frame_is_taken(form):
-    frames = [picture(value, side=16) for value in (250, 5)]
+    frames = [plain_image(value, side=16) for value in (250, 5)]
     found = stored(frames[0], form, save_all=True, append_images=frames[1:])
     assert np.asarray(found.convert("L")).min() > 240
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 100), (100, 1), (99, 1)])
-def test_small_and_longish_pictures_are_left_as_they_are(size):
+def test_small_and_longish_images_are_left_as_they_are(size):
     assert plain(Image.new("L", size)).size == size
 
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (3, 5001)])
-def test_of_a_very_long_picture_the_middle_is_kept(size):
+def test_of_a_very_long_image_the_middle_is_kept(size):
     long = np.arange(max(size), dtype=np.uint16)
     values = np.broadcast_to(long[:, None] if size[1] > size[0] else long[None], size[::-1])
     found = np.asarray(plain(Image.fromarray((values % 251).astype(np.uint8))))
@@ -257,7 +257,7 @@ def test_the_middle_is_all_that_a_centre_crop_sees():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_odd_pictures_go_through_a_loader(tmp_path, channels):
+def test_odd_images_go_through_a_loader(tmp_path, channels):
     for name, image in {"pixel": Image.new("P", (1, 1)), "line": Image.new("RGBA", (1, 5000))}.items():
         (tmp_path / name).mkdir()
         image.save(tmp_path / name / "0.png")
@@ -276,7 +276,7 @@ def test_odd_pictures_go_through_a_loader(tmp_path, channels):
 
 
 def damaged():
-    """Bytes that are no picture, each with what is said about them."""
+    """Bytes that are no image, each with what is said about them."""
     data = io.BytesIO()
     colours("RGB", side=40).save(data, "JPEG")
     avif = io.BytesIO()
@@ -292,7 +292,7 @@ def damaged():
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "truncated", "avif"])
-def test_what_is_no_picture_is_named(kind):
+def test_what_is_no_image_is_named(kind):
     data, reason = damaged()[kind]
     with pytest.raises(UnreadableImage, match=f"cannot read image x.jpg: .*{reason}"):
         decode(io.BytesIO(data), "x.jpg")
@@ -302,7 +302,11 @@ def test_what_is_no_picture_is_named(kind):
     ("magic", "size", "reason"),
     [
         (b"P5", (20000, 20000), r"Image size \(400000000 pixels\) exceeds limit"),
-        (b"P6", (9460, 9460), "9460 x 9460 pixels are not accepted; save it with at most 89,478,485 pixels"),
+        (
+            b"P6",
+            (9460, 9460),
+            "9460 x 9460 pixels are not accepted; save the image with at most 89,478,485 pixels",
+        ),
         (b"P6", (60000, 1492), "60000 x 1492 pixels are not accepted"),
     ],
 )
@@ -368,8 +372,8 @@ def test_what_is_no_regular_file_is_not_opened(make_folder, monkeypatch, make):
 
 @pytest.mark.parametrize("form", ["JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA"])
 def test_formats_that_are_read(form):
-    options = {"save_all": True, "append_images": [picture(9)]} if form == "MPO" else {}
-    found = stored(picture(200, side=16), form, **options)
+    options = {"save_all": True, "append_images": [plain_image(9)]} if form == "MPO" else {}
+    found = stored(plain_image(200, side=16), form, **options)
     assert abs(np.asarray(found.convert("L")).astype(int) - 200).max() <= 2
 
 

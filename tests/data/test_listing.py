@@ -15,14 +15,14 @@ from localvit.data.split_names import split_of
 from localvit.data.splits import open_splits, open_test_split
 from localvit.errors import ConfigError
 from localvit.inference.prediction import find_files
-from tests.data.conftest import picture
+from tests.data.conftest import plain_image
 
 CLASSES = {"a": 6, "b": 6}
 
 
 def png(value=7, form="PNG"):
     data = io.BytesIO()
-    picture(value, side=16).save(data, form)
+    plain_image(value, side=16).save(data, form)
     return data.getvalue()
 
 
@@ -73,7 +73,7 @@ def test_hidden_files_are_left_out(make_folder, kind, name):
 @pytest.mark.parametrize(
     ("add", "message"),
     [
-        ("0.png", "has 1 images beside its class folders, such as '0.png'"),
+        ("0.png", r"has images outside its class folders \(1\), such as '0.png'"),
         ("c/", "no images in the class folder 'c'"),
         ("c/notes.heic", "no images in the class folder 'c'"),
         ("c/.hidden.png", "no images in the class folder 'c'"),
@@ -93,7 +93,7 @@ def test_images_without_a_class_and_classes_without_images_are_refused(make_fold
 
 def test_a_folder_of_images_without_classes_is_refused(tmp_path):
     (tmp_path / "0.png").write_bytes(png())
-    with pytest.raises(DataError, match="has 1 images and no class folders"):
+    with pytest.raises(DataError, match=r"has images but no class folders \(1\)"):
         open_test_split(str(tmp_path), DataConfig())
 
 
@@ -103,7 +103,7 @@ def test_other_files_are_counted_in_a_note(make_folder, kind):
     (folder / "a" / "photo.heic").write_bytes(b"x")
     splits, names = all_of(as_kind(folder, kind))
     assert len(names) == 12
-    assert "1 files are not images by their names (1 .heic)" in " ".join(splits.notes)
+    assert "left out because their suffix is not that of an image: 1 .heic" in " ".join(splits.notes)
 
 
 @both
@@ -146,7 +146,7 @@ def test_a_link_that_leads_nowhere_is_named(make_folder, kind):
     link = folder / {"file": "a/x.png", "folder": "c", "itself": "a/y.png"}[kind]
     link.symlink_to(link if kind == "itself" else "/nowhere/at/all")
     for use in (all_of, lambda source: find_files([str(source)])):
-        with pytest.raises(DataError, match=rf"{link.name}' leads nowhere .*; remove it"):
+        with pytest.raises(DataError, match=rf"{link.name}' is a broken link .*; remove it"):
             use(folder)
 
 
@@ -181,7 +181,7 @@ def test_a_file_with_two_names_in_a_class_is_one_image(make_folder, kind, link):
         link(folder / "a" / "1.png" if link is os.link else "1.png", folder / "a" / f"{i}.png")
     splits, names = all_of(as_kind(folder, kind))
     assert len(names) == 9
-    assert "3 names are links to other images of their class" in " ".join(splits.notes)
+    assert "links to other images of their class: 3" in " ".join(splits.notes)
 
 
 @both
@@ -191,7 +191,7 @@ def test_a_file_in_two_classes_is_refused_unless_allowed(make_folder, kind, link
     link(folder / "a" / "1.png" if link is os.link else "../a/1.png", folder / "b" / "x.png")
     source = as_kind(folder, kind)
     with pytest.raises(
-        DataError, match=r"1 images are in two classes: 'a/1\.png' and 'b/x\.png' are one file"
+        DataError, match=r"has images in two classes \(1\): 'a/1\.png' and 'b/x\.png' are the same file"
     ):
         all_of(source)
     splits = open_splits(DataConfig(train=source, allow_overlap=True))
@@ -299,8 +299,8 @@ def test_what_lies_beside_splits_is_noted(make_folder, tmp_path, kind):
     (tmp_path / "s" / "sample.png").write_bytes(png())
     splits, names = all_of(as_kind(tmp_path / "s", kind))
     assert len(names) == 24
-    assert "'extra' beside the splits: left out" in " ".join(splits.notes)
-    assert "1 images beside the splits: left out" in " ".join(splits.notes)
+    assert "folders that are not splits are left out ('extra')" in " ".join(splits.notes)
+    assert "images outside its splits are left out (1)" in " ".join(splits.notes)
 
 
 # Archives
@@ -352,7 +352,7 @@ def test_links_in_an_archive_are_images(tmp_path):
     )
     splits, names = all_of(path)
     assert len(names) == 12
-    assert "4 names are links" in " ".join(splits.notes)
+    assert "links to other images of their class: 4" in " ".join(splits.notes)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_a_sparse_member_is_named(tmp_path):
     member.type, member.size = tarfile.GNUTYPE_SPARSE, 0
     with tarfile.open(tmp_path / "d.tar", "w") as tar:
         tar.addfile(member)
-    with pytest.raises(DataError, match=r"'a/x\.png' is stored sparse in it; repack it"):
+    with pytest.raises(DataError, match=r"'a/x\.png' is a sparse file; repack the archive"):
         open_test_split(str(tmp_path / "d.tar"), DataConfig())
 
 

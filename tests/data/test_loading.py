@@ -89,7 +89,7 @@ def test_repeats_by_hand():
         draw.image_index for batch in EpochBatchSampler(10, 1, seed=0) for draw in batch
     ]  # the permutation
     batches = list(EpochBatchSampler(10, 4, seed=0, repeats=3))
-    # Ten places: three pictures three times and one once, of which two whole batches take eight.
+    # Ten places: three images three times and one once, of which two whole batches take eight.
     expected = [plain[0]] * 3 + [plain[1]] * 3 + [plain[2]] * 2
     assert [[draw.image_index for draw in batch] for batch in batches] == [expected[:4], expected[4:]]
     assert len({draw.seed for batch in batches for draw in batch}) == 8  # each augmented in its own way
@@ -105,12 +105,12 @@ def test_an_epoch_with_repeats_holds_what_timms_sampler_deals_out_to_all_process
         list(RepeatAugSampler(range(1000), num_replicas=4, rank=rank, num_repeats=3)) for rank in range(4)
     ]
     assert len(EpochBatchSampler(1000, 256, seed=0, repeats=3)) * 256 == sum(map(len, ranks)) == 768
-    theirs = Counter(Counter(picture for rank in ranks for picture in rank).values())
+    theirs = Counter(Counter(index for rank in ranks for index in rank).values())
     drawn = Counter(d.image_index for batch in EpochBatchSampler(1000, 256, seed=0, repeats=3) for d in batch)
     assert Counter(drawn.values()) == theirs == {3: 256}
 
 
-def test_repeated_pictures_are_augmented_differently():
+def test_repeated_images_are_augmented_differently():
     splits = open_splits(DataConfig())
     repeated = dataclasses.replace(HEAVY, repeats=3)
     loader = train_loader(splits.train, repeated, PREPROCESSING, batch_size=9, seed=0)
@@ -125,7 +125,7 @@ def test_a_batch_size_that_fills_no_batch_is_refused(batch_size):
         EpochBatchSampler(10, batch_size, seed=0)
 
 
-def test_evaluation_sees_every_picture_once_in_order():
+def test_evaluation_sees_every_image_once_in_order():
     splits = open_splits(DataConfig(), seed=0)
     found = list(eval_loader(splits.validation, PREPROCESSING, batch_size=50))
     assert [i for batch in found for i in batch.indices] == list(range(130))
@@ -134,9 +134,9 @@ def test_evaluation_sees_every_picture_once_in_order():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_comes_back_by_name_from_any_process(make_folder, workers):
-    folder = make_folder("pictures", {"a": 20, "b": 20})
+    folder = make_folder("images", {"a": 20, "b": 20})
     bad = folder / "b" / "7.png"
-    bad.write_bytes(b"not a picture")
+    bad.write_bytes(b"not an image")
     splits = open_splits(DataConfig(train=str(folder)))
     loaders = [
         train_loader(

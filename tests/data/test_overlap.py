@@ -62,7 +62,7 @@ def test_a_source_with_training_images_is_refused(plain, inner, which):
     with pytest.raises(
         DataError,
         match=rf"data\.{which}=.*data\.train='d'.* have {'1 of 21' if inner == 'mixed' else 'all 20'} images "
-        rf"in common, such as '.*/[ab]/.*\.png'; .*leave data\.{which}.* out, or allow it by --allow-overlap",
+        rf"in common, such as '.*/[ab]/.*\.png'; .*leave data\.{which}.* out, or allow it with --allow-over",
     ) as error:
         open_splits(DataConfig(train="d", **{which: inner}))
     assert repr(inner) in str(error.value)
@@ -114,7 +114,7 @@ def test_equal_contents_are_counted(plain):
     (note,) = equal_contents(parts)
     assert f"warning: {count} of 21 test images have the same content as train images, such as" in note
     (note,) = equal_contents(parts, most=20)
-    assert "contents were not compared; localvit data check does" in note
+    assert "contents were not compared; localvit data check compares them" in note
 
 
 def test_equal_pieces_are_not_equal_contents(plain):
@@ -142,7 +142,7 @@ def test_the_split_that_is_reported_does_not_choose(split, test):
     splits = open_splits(DataConfig(train="s", test=test))
     assert_disjoint(splits)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (18, 2, 20)
-    assert "held out of 's'" in splits.notes[0]
+    assert "held out from 's'" in splits.notes[0]
     assert names(splits.test) == names(open_test_split("s/val", DataConfig()))
 
 

@@ -29,8 +29,8 @@ def test_holdout_is_disjoint_complete_stratified_and_fixed(labels, share, seed):
         assert gone <= members * count / len(labels) + 2  # and no class pays for the others
 
 
-def pictures(part):
-    """Identities of the pictures of a part."""
+def images_of(part):
+    """Identities of the images of a part."""
     return {(id(part.images), int(i)) for i in part.indices}
 
 
@@ -44,15 +44,15 @@ def test_digits_splits_are_disjoint_and_the_test_is_the_same_for_every_seed():
     # train and test come from different arrays: compare them by content
     train = {p.tobytes() for p in one.train.images.pixels}
     assert not train & {p.tobytes() for p in one.test.images.pixels}
-    assert one.notes == ("validation: 130 images held out of 'digits' (chosen by seed 1)",)
+    assert one.notes == ("validation: 130 images held out from 'digits' (chosen by seed 1)",)
 
 
 def test_one_source_gives_three_splits(make_folder):
-    config = DataConfig(train=str(make_folder("pictures", {"a": 50, "b": 50})))
+    config = DataConfig(train=str(make_folder("images", {"a": 50, "b": 50})))
     one, two = open_splits(config, seed=1), open_splits(config, seed=2)
     assert (len(one.train), len(one.validation), len(one.test)) == (81, 9, 10)
     assert np.array_equal(one.test.indices, two.test.indices)
-    parts = [pictures(p) for p in (one.train, one.validation, one.test)]
+    parts = [images_of(p) for p in (one.train, one.validation, one.test)]
     assert len(set.union(*parts)) == 100
     assert "test: 10 images held out" in one.notes[0]
     assert "the same for every seed" in one.notes[0]
@@ -83,7 +83,7 @@ def test_classes_called_val_and_test_are_classes_where_there_is_no_train(make_fo
 
 
 def test_one_source_for_two_splits_is_refused(make_folder, tmp_path):
-    folder = make_folder("pictures", {"a": 10, "b": 10})
+    folder = make_folder("images", {"a": 10, "b": 10})
     train, other = make_folder("train", {"a": 10, "b": 10}), tmp_path / "link"
     other.symlink_to(folder)
     with pytest.raises(DataError, match=r"data\.test=.* and data\.train=.* have all 20 images in common"):
@@ -133,7 +133,7 @@ def test_a_fraction_is_stratified_nested_and_the_same_for_every_seed():
         assert part.validation.indices.tolist() == whole.validation.indices.tolist()
         assert part.test.indices.tolist() == whole.test.indices.tolist()
         assert f"train: {len(part.train)} of {len(whole.train)} images" in " ".join(part.notes)
-    # Another seed holds other pictures out for validation; of the rest, it takes the same ones first.
+    # Another seed holds other images out for validation; of the rest, it takes the same ones first.
     other = open_splits(DataConfig(holdout=0.2, fraction=0.5), seed=1)
     held = set(other.validation.indices.tolist()) | set(whole.validation.indices.tolist())
     different = taken[0.5] ^ set(other.train.indices.tolist())

@@ -30,17 +30,17 @@ PRESENT = [3, 400, 999]
 
 @pytest.fixture(scope="module")
 def six(tmp_path_factory):
-    """A model of six classes and pictures of them."""
+    """A model of six classes and images of them."""
     folder = tmp_path_factory.mktemp("six")
-    return export_model(folder / "model", 6, list(CLASSES)), make_images(folder / "pictures", CLASSES)
+    return export_model(folder / "model", 6, list(CLASSES)), make_images(folder / "images", CLASSES)
 
 
 @pytest.fixture(scope="module")
 def thousand(tmp_path_factory):
-    """A model of ImageNet's classes and pictures of three of them, as Imagenette has ten."""
+    """A model of ImageNet's classes and images of three of them, as Imagenette has ten."""
     folder = tmp_path_factory.mktemp("thousand")
-    pictures = make_images(folder / "pictures", {SYNSETS[i]: 4 for i in PRESENT})
-    return export_model(folder / "model", 1000), pictures
+    photos = make_images(folder / "images", {SYNSETS[i]: 4 for i in PRESENT})
+    return export_model(folder / "model", 1000), photos
 
 
 def with_timm(checkpoint, data, **loading):
@@ -74,7 +74,7 @@ def test_the_numbers_are_those_of_timm(tmp_path, crop, prefetch):
     checkpoint = export_model(
         tmp_path / "model", 6, list(CLASSES), crop_mode=mode, crop_pct=share, interpolation="bicubic"
     )
-    data = make_images(tmp_path / "pictures", CLASSES)
+    data = make_images(tmp_path / "images", CLASSES)
     found = evaluate(checkpoint, data, batch_size=4, device="cpu")
     metrics = found.metrics
     expected = with_timm(checkpoint, data, use_prefetcher=prefetch)
@@ -156,7 +156,7 @@ def test_restricting_is_leaving_the_other_outputs_out(thousand):
 def test_classes_are_found_by_what_people_call_them(thousand, tmp_path):
     info = ImageNetInfo("imagenet-1k")
     names = [info.label_name_to_description(SYNSETS[i]) for i in PRESENT]
-    data = make_images(tmp_path / "pictures", dict.fromkeys(names, 4))
+    data = make_images(tmp_path / "images", dict.fromkeys(names, 4))
     by_word, by_synset = evaluate(thousand[0], data, device="cpu"), evaluate(*thousand, device="cpu")
     assert [row.label for row in by_word.classes] == names
     assert [row.description for row in by_synset.classes] == names
@@ -170,14 +170,14 @@ def test_outputs_of_larger_imagenets_have_names(thousand, tmp_path):
 
 
 def test_a_word_for_two_classes_is_no_name(thousand, tmp_path):
-    data = make_images(tmp_path / "pictures", {"crane": 2, "maypole": 2})  # a bird and a machine
+    data = make_images(tmp_path / "images", {"crane": 2, "maypole": 2})  # a bird and a machine
     with pytest.raises(DataError, match="class 'crane' is not among the 1000"):
         evaluate(thousand[0], data, device="cpu")
 
 
 def test_a_class_map_names_the_outputs(tmp_path):
     checkpoint = export_model(tmp_path / "model", 6)
-    data = make_images(tmp_path / "pictures", {"bee": 4, "fox": 4})
+    data = make_images(tmp_path / "images", {"bee": 4, "fox": 4})
     with pytest.raises(
         ConfigError, match=r"2 classes, .* has 6 outputs without names; name them with class_map"
     ):
@@ -247,19 +247,19 @@ def test_numbered_classes_are_outputs(tmp_path):
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     config = DataConfig(root=str(tmp_path), test_split="val-0.tar")
-    found = evaluate(checkpoint, "wds/pictures", config=config, device="cpu")
+    found = evaluate(checkpoint, "wds/images", config=config, device="cpu")
     assert [(row.label, row.images) for row in found.classes] == [("1", 1), ("4", 2)]
 
 
 def test_reassessed_labels(tmp_path):
     names = [f"ILSVRC2012_val_{i + 1:08d}" for i in range(7)]
-    data = tmp_path / "pictures"
+    data = tmp_path / "images"
     make_images(data, {SYNSETS[0]: 7})
     for i, name in enumerate(names):
         (data / SYNSETS[0] / f"{i}.png").rename(data / SYNSETS[0] / f"{name}.JPEG")
     checkpoint = export_model(tmp_path / "model", 1000)
     loaded = open_model(checkpoint, CPU)
-    rank = []  # outputs of each picture, likeliest first
+    rank = []  # outputs of each image, likeliest first
     from localvit.data.loading import eval_loader
     from localvit.data.splits import open_test_split
 
@@ -285,7 +285,7 @@ def test_reassessed_labels(tmp_path):
         evaluate(checkpoint, str(data), device="cpu", real_labels="default")
 
 
-def test_reassessed_labels_need_imagenets_pictures_and_classes(six, thousand, tmp_path):
+def test_reassessed_labels_need_imagenets_images_and_classes(six, thousand, tmp_path):
     with pytest.raises(ConfigError, match="ILSVRC-2012's 1000 classes"):
         evaluate(*six, device="cpu", real_labels="default")
     (tmp_path / "real.json").write_text(json.dumps([[1]] * 12))
@@ -349,7 +349,7 @@ def test_classes_and_confusions_by_hand():
 def test_a_prediction_for_each_image_and_no_more():
     predictions = TopKPredictions(3, CPU)
     predictions.add([0, 2], torch.tensor([[1.0, 3.0], [2.0, 0.0]]))
-    with pytest.raises(RuntimeError, match="1 images were not predicted once"):
+    with pytest.raises(RuntimeError, match="1 images were not predicted exactly once"):
         predictions.merge()
     predictions.add([1], torch.tensor([[0.0, 0.0]]))
     predictions.merge()

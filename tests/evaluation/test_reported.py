@@ -90,7 +90,7 @@ def test_data_are_found_from_another_folder(trained, tmp_path, monkeypatch, caps
     run = os.path.relpath(trained / "run-held")
     assert evaluate(run, device="cpu").metrics.images == 6
     line = refused(capsys, run, "--data", os.path.relpath(trained / "held"))
-    assert "49 of 60 images are what" in line  # 5 validation images were not trained on
+    assert "was trained on 49 of these 60 images" in line  # 5 validation images were not trained on
 
 
 @pytest.mark.parametrize("source", ["held", "split"])
@@ -99,8 +99,10 @@ def test_a_class_that_is_gone_is_named(place, capsys, source):
     for folder in Path(source).rglob("a"):
         shutil.rmtree(folder)
     line = refused(capsys, f"run-{source}")
-    assert "is not that of its training: classes 'a' are gone" in line
-    assert line.endswith("restore the data, or name images by --data, or allow it by --allow-change data")
+    assert "has changed since training: classes 'a' are gone" in line
+    assert line.endswith(
+        "restore the data, or choose other images with --data, or allow it with --allow-change data"
+    )
     if source == "split":  # labels by name: what remains is right as before
         found = evaluate("run-split", device="cpu", allow_change=["data"])
         assert rights(found) == {name: before[name] for name in "bc"}
@@ -146,17 +148,22 @@ def test_an_image_that_changed_is_counted(place, capsys, change):
 
 def test_other_data_are_compared_with_the_training_images(place, capsys, monkeypatch):
     line = refused(capsys, "run-split", "--data", "split/train")
-    assert "32 of 36 images are what" in line
-    assert line.endswith("leave --data out to use the test split of that run, or allow it by --allow-overlap")
+    assert "was trained on 32 of these 36 images" in line
+    assert line.endswith(
+        "leave --data out to use the test split of that run, or allow it with --allow-overlap"
+    )
     assert main(["evaluate", "--checkpoint", "run-split", "--data", "split/test", "--device", "cpu"]) == 0
     os.symlink("split/train", "elsewhere")
-    assert "what 'run-split' was trained on" in refused(capsys, "run-split", "--data", "elsewhere")
+    assert "'run-split' was trained on" in refused(capsys, "run-split", "--data", "elsewhere")
     output = ["--output", "e.json", "--allow-overlap"]
     assert (
         main(["evaluate", "--checkpoint", "run-split", "--data", "elsewhere", "--device", "cpu", *output])
         == 0
     )
-    assert "overlap allowed: data='elsewhere': 3" in json.loads(Path("e.json").read_text())["notes"][0]
+    assert (
+        "overlap allowed: data='elsewhere': 'run-split' was"
+        in json.loads(Path("e.json").read_text())["notes"][0]
+    )
     assert "overlap allowed" in capsys.readouterr().out
 
 
@@ -187,7 +194,7 @@ def test_a_run_of_0_3_has_no_manifest(place):
         shutil.rmtree(folder)
     found = evaluate("run-split", device="cpu")
     assert rights(found) == {name: before[name] for name in "bc"}
-    assert "warning: the data changed since the training: 32+4+12 images, 3 classes, now" in found.notes[0]
+    assert "warning: the data has changed since training: 32+4+12 images, 3 classes, now" in found.notes[0]
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", "names", "noise", "splits"])

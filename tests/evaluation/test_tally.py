@@ -17,7 +17,7 @@ def logits_and_targets(count=23, classes=7):
 
 
 def by_hand(logits, targets):
-    """Loss, top-1 and top-5, one picture at a time."""
+    """Loss, top-1 and top-5, one image at a time."""
     losses, first, five = [], 0, 0
     for row, target in zip(logits.double().numpy(), targets.tolist(), strict=True):
         losses.append(np.log(np.exp(row).sum()) - row[target])
@@ -52,7 +52,7 @@ def _share(rank, size, store, results):
         distributed.destroy_process_group()
 
 
-def test_processes_that_share_the_pictures_find_what_one_finds(tmp_path):
+def test_processes_that_share_the_images_find_what_one_finds(tmp_path):
     context = torch.multiprocessing.get_context("fork")
     results = context.Queue()
     workers = [
@@ -75,5 +75,5 @@ def test_without_other_processes_merging_changes_nothing():
     assert tally.result().images == 23
 
 
-def test_no_pictures_are_no_division_by_zero():
+def test_no_images_are_no_division_by_zero():
     assert Tally(CPU).result().images == 0

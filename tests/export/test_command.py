@@ -23,11 +23,11 @@ NAMES = ["ant", "bee", "cat"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model that sees pictures in a way of its own, pictures, and the model in every format that can be."""
+    """A model that sees images in a way of its own, images, and the model in every format that can be."""
     folder = tmp_path_factory.mktemp("export")
     seen = {"crop_pct": 0.7, "mean": (0.3, 0.4, 0.5), "std": (0.2, 0.3, 0.4), "interpolation": "bilinear"}
     export_model(folder / "model", 3, NAMES, **seen)
-    make_images(folder / "pictures", {"x": 5, "y": 4})
+    make_images(folder / "images", {"x": 5, "y": 4})
     for format, form in FORMATS.items():
         file = folder / f"model{form.suffixes[0]}"
         assert main(["export", str(folder / "model"), "--format", format, "--output", str(file)]) == 0
@@ -37,7 +37,7 @@ def place(tmp_path_factory):
 def predictions(place, checkpoint, capsys, *options):
     capsys.readouterr()
     command = ["predict", "--checkpoint", str(place / checkpoint), "--format", "json", "--device", "cpu"]
-    assert main([*command, *options, str(place / "pictures")]) == 0
+    assert main([*command, *options, str(place / "images")]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -55,7 +55,7 @@ def test_predictions_are_those_of_the_model(place, file, engine, capsys):
     found = predictions(place, file, capsys, *(["--engine", engine] if engine else []))
     eager = predictions(place, "model", capsys)
     assert [one["path"] for one in found] == [one["path"] for one in eager]
-    assert len({one["guesses"][0]["probability"] for one in eager}) == 9  # the pictures matter
+    assert len({one["guesses"][0]["probability"] for one in eager}) == 9  # the images matter
     for ours, theirs in zip(found, eager, strict=True):
         assert [guess["label"] for guess in ours["guesses"]] == [g["label"] for g in theirs["guesses"]]
         probabilities = [[guess["probability"] for guess in one["guesses"]] for one in (ours, theirs)]
@@ -73,7 +73,7 @@ def test_a_file_of_predictions_is_bound_to_its_model(place, tmp_path, capsys):
     assert open_model(file, engine="torch").fingerprint() != first
     out = str(tmp_path / "found.csv")
     command = ["predict", "--checkpoint", file, "--engine", "torch", "--output", out]
-    assert main([*command, str(place / "pictures")]) == 0
+    assert main([*command, str(place / "images")]) == 0
     assert (tmp_path / "found.csv").read_text().count("\n") == 1 + 9 * 3
 
 
@@ -82,7 +82,7 @@ def test_an_exported_file_is_evaluated_as_its_model_is(place, capsys):
     found = []
     for checkpoint in ("model", "model.onnx"):
         output = place / f"{checkpoint}.json"
-        command = ["evaluate", "--checkpoint", str(place / checkpoint), "--data", str(place / "pictures")]
+        command = ["evaluate", "--checkpoint", str(place / checkpoint), "--data", str(place / "images")]
         options = ["--class-map", str(place / "map.txt"), "--crop-pct", "0.8", "--output", str(output)]
         assert main([*command, *options]) == 0
         found.append(json.loads(output.read_text()))
@@ -163,7 +163,10 @@ SMALL = {
         (["nowhere/at/all", "--output", "x.pt2", "--format", "torch"], "does not exist"),
         (["deit_tny_patch16_224", "--output", "x.pt2", "--format", "torch"], "did you mean"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--random-weights"], "use a timm name"),
-        (["MODEL", "--output", "x.pt2", "--format", "torch", "--data", "none"], "no data source 'none'"),
+        (
+            ["MODEL", "--output", "x.pt2", "--format", "torch", "--data", "none"],
+            "data source 'none' does not exist",
+        ),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--set", "depths=1"], "depths"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--set", "depth"], "key=value"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--tolerance", "0"], "use a positive number"),
@@ -194,7 +197,7 @@ def test_wrong_use_is_one_line_and_leaves_nothing(arguments, message, place, tmp
 )
 def test_wrong_engines_are_one_line(arguments, message, place, capsys, monkeypatch):
     monkeypatch.chdir(place)
-    assert main(["predict", *arguments, "pictures"]) == 2
+    assert main(["predict", *arguments, "images"]) == 2
     out, err = capsys.readouterr()
     assert message in err
     assert (out, err.count("\n")) == ("", 1)
@@ -210,7 +213,7 @@ def test_a_model_without_digits_says_what_else(place, tmp_path, capsys, monkeypa
 
 def test_a_full_disk_is_one_line(place, tmp_path):
     """In a process of its own: torch ended it when it wrote the file itself."""
-    command = ["export", str(place / "model"), "--format", "torch", "--data", str(place / "pictures")]
+    command = ["export", str(place / "model"), "--format", "torch", "--data", str(place / "images")]
     done = subprocess.run(
         [sys.executable, "-m", "localvit", *command, "--output", str(tmp_path / "model.pt2")],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),

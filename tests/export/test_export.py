@@ -53,7 +53,7 @@ def info_of(model, size, **changes):
     return dataclasses.replace(info, **changes)
 
 
-def pictures(size):
+def photos(size):
     return torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(7))
 
 
@@ -70,7 +70,7 @@ def small(**args):
 
 
 def export(model, file, format="torch", **options):
-    return export_model(model, file, format, info_of(model, SIZE), pictures, **options)
+    return export_model(model, file, format, info_of(model, SIZE), photos, **options)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_what_has_no_fast_form_is_exported_as_it_is(tmp_path):
         crop_pct=1.0,
         crop_mode="center",
     )
-    assert export_model(model, tmp_path / "a.pt2", "torch", info, pictures).passed
+    assert export_model(model, tmp_path / "a.pt2", "torch", info, photos).passed
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -131,7 +131,7 @@ def test_every_family(family, tmp_path, traced_once):
     images = torch.randn(5, 3, 32, 32)
     for format in ("torch", "onnx"):
         file = tmp_path / f"model{FORMATS[format].suffixes[0]}"
-        parity = export_model(model, file, format, info_of(model, 32), pictures)
+        parity = export_model(model, file, format, info_of(model, 32), photos)
         checked = [(case.inputs, case.batch) for case in parity.cases]
         assert checked == [("random", 1), ("random", 3), ("real", 1), ("real", 3)]
         assert all(case.difference < 1e-5 * case.scale for case in parity.cases)
@@ -180,7 +180,7 @@ def test_any_size_of_swin_is_refused_before_it_is_traced(tmp_path):
     name, args = FAMILIES["swin"]
     model = timm.create_model(name, num_classes=5, dynamic_img_size=True, **args)
     with pytest.raises(ConfigError, match=r"--dynamic-size: SwinTransformer does not.*img_size=\["):
-        export_model(model, tmp_path / "model.pt2", "torch", info_of(model, 32), pictures, dynamic_size=True)
+        export_model(model, tmp_path / "model.pt2", "torch", info_of(model, 32), photos, dynamic_size=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -299,7 +299,7 @@ def test_files_that_are_not_ours(tmp_path):
     torch.export.save(
         torch.export.export(torch.nn.Linear(2, 3), (torch.zeros(1, 2),)), tmp_path / "other.pt2"
     )
-    with pytest.raises(ConfigError, match=r"other\.pt2' is not of localvit export"):
+    with pytest.raises(ConfigError, match=r"other\.pt2' was not written by localvit export"):
         open_engine("torch", tmp_path / "other.pt2")
     with pytest.raises(ConfigError, match=r"bad\.onnx' is not accepted for engine='torch'; use \.pt2"):
         open_engine("torch", tmp_path / "bad.onnx")
@@ -323,12 +323,12 @@ def onnx_file(tmp_path_factory):
     [
         (
             {"input_size": [3, 16, 32]},
-            r"input_size is \(3, 16, 32\) in its metadata, \(3, \d+, \d+\) in",
+            r"input_size is \(3, 16, 32\) in its metadata but \(3, \d+, \d+\) in",
         ),
         ({"input_size": [1, SIZE, SIZE], "mean": [0.5], "std": [0.5]}, r"input_size is \(1, .* in its model"),
         (
             {"num_classes": 7, "labels": None, "descriptions": None},
-            r"num_classes is \(7,\) in its .*, \(5,\)",
+            r"num_classes is \(7,\) in its .* but \(5,\)",
         ),
     ],
 )
@@ -369,7 +369,7 @@ def test_what_is_known_of_a_model_survives(tmp_path):
 def test_values_that_cannot_be_are_refused(change):
     values = json.loads(info_of(small(), SIZE).to_json()) | change
     for text in (json.dumps(values), "", "[]", "{}"):
-        with pytest.raises(ConfigError, match="'file' is not of localvit export, or damaged"):
+        with pytest.raises(ConfigError, match="'file' was not written by localvit export, or is damaged"):
             ExportInfo.from_json(text, "file")
 
 

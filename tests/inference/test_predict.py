@@ -29,12 +29,12 @@ ANY_FORM = pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """A model and 61 pictures in two folders, one of them broken."""
+    """A model and 61 images in two folders, one of them broken."""
     folder = tmp_path_factory.mktemp("predict")
-    pictures = folder / "pictures"
-    make_images(pictures, {"a": 30, "b": 31})
-    (pictures / "b" / "7.png").write_bytes(b"broken")
-    return export_model(folder / "model", 4, ["ant", "bee", "cat", "dog"]), [str(pictures)]
+    photos = folder / "images"
+    make_images(photos, {"a": 30, "b": 31})
+    (photos / "b" / "7.png").write_bytes(b"broken")
+    return export_model(folder / "model", 4, ["ant", "bee", "cat", "dog"]), [str(photos)]
 
 
 def rows(path):
@@ -55,9 +55,9 @@ class Stop(KeyboardInterrupt):
     """As Ctrl-C."""
 
 
-def stop_after(pictures):
+def stop_after(count):
     def watch(progress, _batch):
-        if progress.written >= pictures:
+        if progress.written >= count:
             raise Stop
 
     return watch
@@ -398,10 +398,10 @@ def labels(row):
 
 
 @ANY_FORM
-def test_a_shard_without_pictures_is_an_empty_file(job, tmp_path, suffix):
-    picture = find_files(job[1])[:1]
+def test_a_shard_without_images_is_an_empty_file(job, tmp_path, suffix):
+    photo = find_files(job[1])[:1]
     path = tmp_path / f"found{suffix}"
-    done = write_predictions(job[0], picture, str(path), device="cpu", shard=Shard(index=0, count=2))
+    done = write_predictions(job[0], photo, str(path), device="cpu", shard=Shard(index=0, count=2))
     assert done.total == 0
     assert rows(path) == ([list(COLUMNS)] if suffix == ".csv" else [])
 

@@ -23,7 +23,7 @@ def random_weights(module: nn.Module) -> None:
 
 
 def test_by_hand():
-    """Two channels, a 2 x 3 lattice, one prefix token: expand by identity, sum over neighbours, project."""
+    """Two channels, a 2 x 3 grid, one prefix token: expand by identity, sum over neighbours, project."""
     config = LocalityConfig(
         kernel_size=3, activation="none", gate="none", expansion=1, norm="none", prefix="identity"
     )

@@ -265,7 +265,7 @@ def test_script_compile_export_and_deepcopy(key):
     model = stirred(make(key, img_size=CASES[key].shrunk.wide)).eval()
     x = images(key, 2, CASES[key].shrunk.wide)
     heads = [name for name in ("head", "head_dist") if hasattr(model, name)]
-    graph = create_feature_extractor(model, heads)  # before any forward pass left a lattice
+    graph = create_feature_extractor(model, heads)  # before any forward pass left a grid
     expected = model(x)
     torch.testing.assert_close(torch.stack(list(graph(x).values())).mean(0), expected)
     torch.testing.assert_close(copy.deepcopy(model)(x), expected)

@@ -29,7 +29,7 @@ def test_memory_of_a_step_by_hand():
     parameters = 12 * 20 + 20 + 20 * 5 + 5
     assert found.weights == found.saved == found.gradients == 4 * parameters
     assert found.optimizer == 4 * (2 * parameters + 4)  # two moments, and a count for each of four tensors
-    # A picture keeps: input (12), hidden state (20, for ReLU and the next layer at once), output (5).
+    # An image keeps: input (12), hidden state (20, for ReLU and the next layer at once), output (5).
     assert found.activations == 4 * (12 + 20 + 5)
     assert found.activations_fixed == 0  # weights are kept too, and counted already
 
@@ -81,7 +81,7 @@ def test_memory_adds_up():
     assert mb["weights"] == mb["gradients"] == mb["average"] == mb["exchange"] == weights
     parts = ["weights", "gradients", "optimizer", "average", "exchange"]
     expected = sum(mb[part] for part in parts) + 16 * mb["activations"]
-    assert mb["one GPU"] == pytest.approx(expected, rel=0.02)  # on top is what any number of pictures keeps
+    assert mb["one GPU"] == pytest.approx(expected, rel=0.02)  # on top is what any number of images keeps
     assert found["fits"] == ("yes" if mb["one GPU"] <= 10 else "no")
     assert found["model file"] == weights
     assert found["training state"] == pytest.approx(2 * weights + mb["optimizer"])
@@ -99,7 +99,7 @@ def test_pieces_of_a_batch_and_precision_save_memory():
     assert half["memory: activations"] < 0.9 * whole["memory: activations"]
 
 
-def test_most_pictures_at_once_is_the_border(tmp_path):
+def test_most_images_at_once_is_the_border(tmp_path):
     config = resolve("digits")
     found = values(plan_run(config, Machine()))
     total = found["memory: one GPU"]
@@ -116,7 +116,7 @@ def test_effective_values_of_data_that_is_there_and_of_data_that_is_not():
     figures = effective(resolve("small_images", ["train_only=locality", "model.locality={init: preserve}"]))
     missing = values(figures)
     assert missing["steps"] is missing["training images"] is None
-    assert "no data source 'DATA'" in str(named(figures, "training images"))
+    assert "data source 'DATA' does not exist" in str(named(figures, "training images"))
     assert missing["trainable parameters"] == 6 * 512 * 9 + 128 * 1000 + 1000
 
 
@@ -147,7 +147,7 @@ def test_effective_values_of_data_that_is_there_and_of_data_that_is_not():
         ),
         ([], {}, 20, "batch_size=32 does not fit 20 training images"),
         (["batch_size=2000"], {}, None, "batch_size=2000 does not fit 1038 training images"),
-        (["data.train=nowhere"], {}, None, "no data source 'nowhere'.*--images N"),
+        (["data.train=nowhere"], {}, None, "data source 'nowhere' does not exist.*--images N"),
         (["model.name=deit_tny_patch16_224"], {}, None, "did you mean"),
         (["model.args.img_size=9"], {}, None, "9x9 is not divisible by the patch size"),
         (["distill.teacher=nowhere"], {}, None, "has no distillation token"),

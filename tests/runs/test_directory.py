@@ -118,6 +118,6 @@ def output_of(tiny):
         ("t2t_vit_7", {"depth": 1}),
     ],
 )
-def test_pictures_have_the_size_that_the_model_was_built_for(name, args, dynamic):
+def test_images_have_the_size_that_the_model_was_built_for(name, args, dynamic):
     model = timm.create_model(name, img_size=(64, 96), in_chans=1, dynamic_img_size=dynamic, **args)
     assert preprocessing_for(model, DataConfig()).input_size == (1, 64, 96)

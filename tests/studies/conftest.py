@@ -14,13 +14,13 @@ def in_this_process(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture
-def settings(pictures):
-    return (*SETTINGS, f"data.train={pictures}")
+def settings(images):
+    return (*SETTINGS, f"data.train={images}")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The smallest study: two arms that train in a fraction of a second on 24 pictures, in this process."""
+"""The smallest study: two arms that train in a fraction of a second on 24 images, in this process."""
 
 from concurrent.futures import Future
 
@@ -17,7 +17,7 @@ SETTINGS = (
 
 
 def make_images(folder):
-    """Two classes, bright and dark, of 12 pictures each."""
+    """Two classes, bright and dark, of 12 images each."""
     rng = np.random.default_rng(0)
     for name, mean in (("bright", 160), ("dark", 96)):
         (folder / name).mkdir()

@@ -225,7 +225,7 @@ def local_ffns(model: nn.Module) -> list[LocalityFeedForward]:
 
 @every_model
 @torch.no_grad()
-def test_shifting_the_lattice_shifts_the_branch(name):
+def test_shifting_the_grid_shifts_the_branch(name):
     """One cell further in, one cell further out, away from the border; the gate sees the whole map."""
     model = make(name)
     localvit.localize(model, LocalityConfig(gate="none"), also=everywhere(name, LocalityConfig(gate="none")))
@@ -236,9 +236,9 @@ def test_shifting_the_lattice_shifts_the_branch(name):
             continue
         dim = ffn.fc1.in_channels
         prefix = torch.randn(1, grid.num_prefix_tokens, dim, dtype=torch.float64)
-        lattice = torch.randn(1, grid.height, grid.width, dim, dtype=torch.float64)
-        shifted = lattice.roll((1, 1), dims=(1, 2))
-        outs = [ffn(torch.cat([prefix, x.flatten(1, 2)], 1), grid) for x in (lattice, shifted)]
+        cells = torch.randn(1, grid.height, grid.width, dim, dtype=torch.float64)
+        shifted = cells.roll((1, 1), dims=(1, 2))
+        outs = [ffn(torch.cat([prefix, x.flatten(1, 2)], 1), grid) for x in (cells, shifted)]
         maps = [out[:, grid.num_prefix_tokens :].unflatten(1, grid[:2]) for out in outs]
         torch.testing.assert_close(maps[1][:, 2:-1, 2:-1], maps[0][:, 1:-2, 1:-2])
         assert not torch.allclose(maps[1][:, 2:-1, 2:-1], maps[0][:, 2:-1, 2:-1])

@@ -1,7 +1,7 @@
-"""The lattice reaches the feed-forward networks: every way a model is copied, resized, traced, exported.
+"""The grid reaches the feed-forward networks: every way a model is copied, resized, traced, exported.
 
-The two non-square sizes have equally many tokens, so a lattice that is stale, or another model's, gives
-wrong numbers without an error. Each test compares with a model whose lattice cannot be anything else.
+The two non-square sizes have equally many tokens, so a grid that is stale, or another model's, gives
+wrong numbers without an error. Each test compares with a model whose grid cannot be anything else.
 """
 
 import copy
@@ -33,7 +33,7 @@ def make(
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Conv2d) and module.groups > 1:
-                module.weight.normal_()  # a lattice is only seen through a kernel that is not zero
+                module.weight.normal_()  # a grid is only seen through a kernel that is not zero
     return model.eval()
 
 
@@ -84,7 +84,7 @@ def test_the_two_sizes_are_told_apart(dynamic):
     ],
     ids=["deepcopy", "ema", "pickle", "torch.save"],
 )
-def test_a_copy_has_its_own_lattice(dynamic, clone):
+def test_a_copy_has_its_own_grid(dynamic, clone):
     wide, tall = images(WIDE), images(TALL)
     expected = {size: fresh(dynamic, x) for size, x in (("wide", wide), ("tall", tall))}
     dynamic(wide)

@@ -48,7 +48,7 @@ def test_a_run_with_a_frozen_base_leaves_all_that_it_learned(
     stop_after(monkeypatch, config, 3)  # the base is also known to the run that resumes
     result, text = printed(config)
     file = tmp_path / "run" / "best" / "locality.safetensors"
-    assert f"{file} has locality and classifier only" in text
+    assert f"{file} holds only locality and classifier" in text
     base = timm.create_model(pretrained, pretrained=True).eval()
     load_locality(base, file)
     images = torch.randn(2, 1, 8, 8)

@@ -1,4 +1,4 @@
-"""Distillation: losses by hand, the pictures that a teacher sees, and teachers that do not fit."""
+"""Distillation: losses by hand, the images that a teacher sees, and teachers that do not fit."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ NAMES = [str(digit) for digit in range(10)]
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """The folder of a run on digits, whose pictures are normalised by the recipe's mean and deviation."""
+    """The folder of a run on digits, whose images are normalised by the recipe's mean and deviation."""
     from localvit.config.files import resolve
     from tests.training.conftest import TINY
 

@@ -89,7 +89,7 @@ def test_frozen_batch_norm_keeps_statistics_and_learns_its_scale(tiny, norm):
         if name.endswith(("running_mean", "running_var", "num_batches_tracked")):
             assert moved == (norm == "average"), name
     assert not torch.equal(before["blocks.0.mlp.norm1.weight"], after["blocks.0.mlp.norm1.weight"])
-    if norm == "frozen":  # a picture does not depend on the rest of its batch
+    if norm == "frozen":  # an image does not depend on the rest of its batch
         with torch.no_grad():
             assert torch.allclose(engine.model(images)[:3], engine.model(images[:3]), atol=1e-5)
 
@@ -170,7 +170,7 @@ def test_what_the_model_or_the_machine_lacks_is_refused(tiny, monkeypatch):
     with pytest.raises(ConfigError, match=r"engine\.precision='fp16' is not accepted on a CPU"):
         prepare(tiny("engine.precision=fp16"), ALONE)
     plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    with pytest.raises(ConfigError, match="the model lacks it"):
+    with pytest.raises(ConfigError, match="the model does not support it"):
         place_model(plain, EngineConfig(grad_checkpointing=True), ALONE)
     with pytest.raises(ConfigError, match="the model has no locality"):
         place_model(plain, EngineConfig(selective_checkpointing=True), ALONE)

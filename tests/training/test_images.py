@@ -1,4 +1,4 @@
-"""Pictures that cannot be read, processes that load them and die, and one process per folder."""
+"""Images that cannot be read, processes that load them and die, and one process per folder."""
 
 import errno
 import os
@@ -24,8 +24,8 @@ from tests.training.runs import TOUGH, start, status, story, updates_saved
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A function that spoils some of 2 x 20 pictures and returns a configuration, and their names."""
+def images(tmp_path):
+    """A function that spoils some of 2 x 20 images and returns a configuration, and their names."""
     for label in "ab":
         (tmp_path / "data" / label).mkdir(parents=True)
         for i in range(20):
@@ -39,18 +39,18 @@ def pictures(tmp_path):
                 *("schedule.warmup_epochs=1", "augment.mixup=0.5", f"output={tmp_path / 'run'}", *settings),
             ]
         )
-        # Held-out pictures must stay whole.
+        # Held-out images must stay whole.
         train_part = open_splits(config.data, seed=config.seed).train
         names = [image_name(train_part, i) for i in range(len(train_part))]
         for name in names[:spoilt]:
-            Path(name).write_bytes(b"no picture")
+            Path(name).write_bytes(b"no image")
         return config, names[:spoilt]
 
     return configure
 
 
-def test_unreadable_pictures_are_replaced_named_and_counted(pictures, tmp_path, monkeypatch):
-    config, names = pictures(3, "max_bad_images=3")
+def test_unreadable_images_are_replaced_named_and_counted(images, tmp_path, monkeypatch):
+    config, names = images(3, "max_bad_images=3")
     sizes, real = [], TrainingRun.inputs
     monkeypatch.setattr(
         TrainingRun, "inputs", lambda run, batch: (sizes.append(len(batch.images)), real(run, batch))[1]
@@ -60,22 +60,22 @@ def test_unreadable_pictures_are_replaced_named_and_counted(pictures, tmp_path, 
     assert status(tmp_path / "run")["bad_images"] == sorted(names)
 
 
-def test_one_unreadable_picture_too_many_stops_the_run(pictures, tmp_path):
-    config, names = pictures(3, "max_bad_images=2")
+def test_one_unreadable_image_too_many_stops_the_run(images, tmp_path):
+    config, names = images(3, "max_bad_images=2")
     with pytest.raises(TrainingFailed, match=r"more than max_bad_images=2 .* cannot read image") as caught:
         train(config)
     assert any(name in str(caught.value) for name in names)
     assert status(tmp_path / "run")["bad_images"] == sorted(names)
 
 
-def test_nothing_readable_is_an_error_whatever_is_allowed(pictures):
-    config, _ = pictures(100, "max_bad_images=1000")
+def test_nothing_readable_is_an_error_whatever_is_allowed(images):
+    config, _ = images(100, "max_bad_images=1000")
     with pytest.raises(UnreadableImage):
         train(config)
 
 
-def test_the_replacement_depends_on_the_draw_alone(pictures):
-    config, _ = pictures(8)
+def test_the_replacement_depends_on_the_draw_alone(images):
+    config, _ = images(8)
     part = open_splits(config.data).train
     preprocessing = preprocessing_for(build_model(config.model, 2), config.data)
 
@@ -117,7 +117,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tiny, tmp_path):
     while updates_saved(folder) < 2:
         assert process.is_alive()
         time.sleep(0.002)
-    with pytest.raises(ConfigError, match="another process works there"):
+    with pytest.raises(ConfigError, match="another process is working there"):
         train(config)
     workers = children(process.pid)
     try:
@@ -153,11 +153,11 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path, monkeypatch):
         pass
 
 
-def test_a_finished_folder_needs_neither_lock_nor_data(pictures, tmp_path):
-    config, _ = pictures(0)
+def test_a_finished_folder_needs_neither_lock_nor_data(images, tmp_path):
+    config, _ = images(0)
     first = train(config)
     kept = story(tmp_path / "run")
-    for picture in (tmp_path / "data").rglob("*.png"):
-        picture.unlink()
+    for image in (tmp_path / "data").rglob("*.png"):
+        image.unlink()
     assert train(config).test == first.test
     assert story(tmp_path / "run") == kept

@@ -1,4 +1,4 @@
-"""Time spent waiting for pictures: measured, kept, shown and complained about."""
+"""Time spent waiting for images: measured, kept, shown and complained about."""
 
 import io
 import itertools

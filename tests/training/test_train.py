@@ -232,7 +232,7 @@ def test_output_folder_tells_the_whole_story(tiny, tmp_path):
     assert status["state"] == "finished"
     assert status["best"]["epoch"] == result.best_epoch
     assert status["test"] == dataclasses.asdict(result.test)
-    assert status["notes"] == ["validation: 259 images held out of 'digits' (chosen by seed 0)"]
+    assert status["notes"] == ["validation: 259 images held out from 'digits' (chosen by seed 0)"]
     assert set(status["versions"]) == {"localvit", "torch", "timm", "python"}
 
 
@@ -274,4 +274,4 @@ def test_square_brackets_in_names_are_printed(tiny, tmp_path):
     for _ in range(2):
         train(config, console=Console(file=text, width=1000))
     assert f"{source}: 0.00" in text.getvalue()
-    assert f"{tmp_path}/[/x] holds this run already" in text.getvalue()
+    assert f"{tmp_path}/[/x] already holds this run" in text.getvalue()

@@ -58,7 +58,7 @@ def check_statistics():
 
 
 def check_counting():
-    """Every picture counts once, also if there are fewer than processes."""
+    """Every image counts once, also if there are fewer than processes."""
     with open_world("cpu") as world:
         run = prepare(resolve("digits", CASES["none"]), world)
     part = run.splits.test
@@ -79,7 +79,10 @@ def check_counting():
 
 def check_data():
     """Processes that have other images are refused, in all of them."""
-    with open_world("cpu") as world, pytest.raises(DataError, match="the processes have other images: '1"):
+    with (
+        open_world("cpu") as world,
+        pytest.raises(DataError, match="the processes have different images: '1"),
+    ):
         open_equal_splits(DataConfig(holdout=0.1 + world.rank / 10), 0, world)
 
 

@@ -2,8 +2,8 @@
 
 A fast form has the parameters of the plain one with norms folded into its linear layers and convolution. It
 computes activations in place, adds its branch to the residual stream in place, computes prefix tokens
-separately (so that no hidden maps are concatenated), and computes chunks of images if the hidden map exceeds
-the cache. It is the copied module with its class changed, so paths, attributes and the grid stay.
+separately (so that no hidden maps are concatenated), and computes images in chunks if the hidden map exceeds
+the cache. It is the copied module with its class changed, so paths, attributes and the grid stay the same.
 """
 
 import copy
@@ -38,8 +38,8 @@ from localvit.locality import (
     tokens_to_row,
 )
 
-# Bytes of hidden maps in a chunk, per thread: few enough for caches, enough to amortize calls (measured on a
-# Xeon with 2 MiB of second-level cache; 1.3 to 5 MiB differ by the noise).
+# Bytes of hidden maps in a chunk, per thread: few enough to fit into caches, enough to amortize calls
+# (measured on a Xeon with 2 MiB of second-level cache; from 1.3 to 5 MiB the differences are noise).
 CHUNK_BYTES = 2**22
 
 _IN_PLACE = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU)
@@ -86,7 +86,7 @@ class FastFeedForward(InferenceOnly):
         return self.add_to(zeros, x, given_grid(grid, columns, 0))
 
     def _chunks(self, x: Tensor) -> Iterator[slice]:
-        """Divide the images into chunks; a graph (export, compilation) has one, for any batch size."""
+        """Divide the images into chunks: one for a graph (export, compilation), which fits any batch size."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu":
             yield slice(None)
             return
@@ -215,11 +215,10 @@ class FastSwiGLU(_FastMlp, SwiGLU):
 
 
 def kernel_numbers(module: Any, x: Tensor) -> Numbers | None:
-    """Return the kernels' numbers of a stage's activations and gate (`None` for an unsupported one), or
-    `None` if the kernels must not compute it now.
+    """Return the kernels' numbers for the activations and gate of a stage (`None` for an unsupported one).
 
-    They have no derivative, and an exported or traced graph is for other machines. A compiled graph has their
-    operator.
+    The result is `None` if the kernels must not compute the stage now: they have no derivative, and an
+    exported or traced graph may run on other machines. A compiled graph calls them as an operator.
     """
     differentiated = torch.is_grad_enabled() and x.requires_grad
     traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
@@ -260,9 +259,9 @@ def fuse_locality(ffn: Any) -> str | None:
     for layer, name in stages:
         norm = getattr(ffn, name)
         if type(layer) not in (nn.Conv2d, Pointwise):
-            return f"{type(layer).__name__} in the place of a convolution"
+            return f"{type(layer).__name__} in place of a convolution"
         if not (has_statistics(norm) or type(norm) in (nn.Identity, LayerNorm2d)):
-            return f"{type(norm).__name__}, whose statistics are over more than one token"
+            return f"{type(norm).__name__}, whose statistics span more than one token"
 
     if ffn.config.depthwise and ffn.inner_skip:
         add_input(ffn.conv)
@@ -295,7 +294,7 @@ def fuse_mlp(mlp: Any) -> str | None:
     if any(hooked(module) for module in mlp.modules() if module is not mlp):
         return "hooks on its layers"
     if type(last := mlp.fc2) is not nn.Linear:
-        return f"{type(last).__module__}.{type(last).__name__} in the place of a linear layer"
+        return f"{type(last).__module__}.{type(last).__name__} in place of a linear layer"
     if type(mlp.drop1) is HiddenLocality:
         hidden: Any = mlp.drop1
         if not hidden.raster:
@@ -326,6 +325,6 @@ def _in_place_activations(module: nn.Module, *names: str) -> None:
     for name in names:
         activation: Any = getattr(module, name, None)
         if type(activation) in _IN_PLACE:
-            activation = copy.copy(activation)  # the module may have other users
+            activation = copy.copy(activation)  # other modules may use it too
             activation.inplace = True
             setattr(module, name, activation)

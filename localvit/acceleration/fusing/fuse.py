@@ -63,12 +63,12 @@ def fuse(model: nn.Module, *, compile: bool = False) -> nn.Module:
     * It is in evaluation mode, cannot be trained, and its parameters require no gradients.
     * Its state dict lacks folded layers, and its `fc1` and `fc2` are linear layers. Save the original model.
     * It can be copied, pickled, moved, converted (`half()`) and exported (`torch.export` with
-      `strict=False`), but not scripted. Folding is in the type that the model has: convert afterwards from
-      float32, not before.
+      `strict=False`), but not scripted. Folding uses the model's dtype: fuse in float32, and convert
+      afterwards.
 
-    Dynamic quantization (`torch.ao.quantization.quantize_dynamic`) goes before or after it. Before is better
-    on processors of other makers than Intel, where afterwards most linear layers have packed weights and
-    stay as they are.
+    Dynamic quantization (`torch.ao.quantization.quantize_dynamic`) goes before or after it. On processors of
+    makers other than Intel, quantize before it: afterwards most linear layers have packed weights and are not
+    quantized.
 
     Layers whose class has no fast form stay as they are; so does an FFN with forward hooks on its layers.
 
@@ -84,7 +84,7 @@ def fuse(model: nn.Module, *, compile: bool = False) -> nn.Module:
 
     Raises:
         UnsupportedModelError: for a model that is compiled, scripted or wrapped.
-        ValueError: if no layer has a fast form, or a module that would change has two places.
+        ValueError: if no layer has a fast form, or a module that would change is used in two places.
     """
     refuse_wrapped(model, "fuse")
     if not plain_kernels():

@@ -3,7 +3,7 @@
 A C++ compiler takes some three seconds, once: the library stays in the user's cache folder, under a name made
 from the source, the compiler and the kind of processor. Loading a library runs it, so a library that another
 user could have written is not loaded: this process then compiles its own. A library ends with a digest of its
-name and content, so that one that was cut off or changed is compiled again.
+name and content, so that one that was truncated or changed is compiled again.
 """
 
 import atexit
@@ -57,7 +57,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def native_status() -> dict[str, str]:
-    """Return compiler, library and cache folder of the native kernels, each perhaps with its problem."""
+    """Return compiler, library and cache folder of the native kernels, each with its problem, if any."""
     facts: dict[str, str] = {}
     try:
         compiler = _compiler()
@@ -156,9 +156,9 @@ def _seal(name: str, library: bytes) -> bytes:
 
 
 def _check_parents(path: Path) -> None:
-    """Refuse a folder above `path` that other users than root own or can change, also behind links.
+    """Refuse a folder above `path` that users other than root own or can change, also behind links.
 
-    A folder with the sticky bit (`/tmp`) is accepted: only the owner of what is in it can rename that.
+    A folder with the sticky bit (`/tmp`) is accepted: only the owner of a file in it can rename that file.
     """
     for parent in reversed(path.parents):
         status = os.lstat(parent)
@@ -182,7 +182,7 @@ def _check_owner(path: Path, kind: str) -> None:
     mode = status.st_mode
     user = os.geteuid() if hasattr(os, "geteuid") else status.st_uid  # Windows has no user ids
     if stat.S_ISLNK(mode):
-        raise Untrusted(f"{kind} {str(path)!r} is a link; replace it by a {kind}")
+        raise Untrusted(f"{kind} {str(path)!r} is a link; replace it with a {kind}")
     if not (stat.S_ISDIR(mode) if kind == "folder" else stat.S_ISREG(mode)):
         raise Untrusted(f"{kind} {str(path)!r} is not a {kind}; remove it")
     if status.st_uid != user:
@@ -210,7 +210,7 @@ def _identity(compiler: list[str]) -> bytes:
         macros = _run([*compiler, *arch, "-dM", "-E", "-x", "c++", os.devnull])
         if macros.returncode == 0:
             return repr((compiler, version, macros.stdout)).encode()
-    raise Unavailable(f"{compiler[0]} does not take {_VARIANTS[0][0][0]}")
+    raise Unavailable(f"{compiler[0]} does not accept {_VARIANTS[0][0][0]}")
 
 
 def _compile(compiler: list[str], path: Path) -> None:

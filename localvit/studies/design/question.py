@@ -6,7 +6,7 @@ control: name of the first arm           # default: base
 base: {model.locality: {gate: none}}     # dotted fields over the scale's recipe, in every arm
 arms:
   wide: {model.locality.expansion: 6.0}  # dotted fields replaced in the base
-  wider: {against: wide, model.locality.expansion: 8.0}   # compared with another arm than the first
+  wider: {against: wide, model.locality.expansion: 8.0}   # compared with an arm other than the first
   long: {epochs: 90, resources: {minutes: 600}}           # asks a cluster for more than the others
 scales:                                  # only where a question needs other values there
   digits: {base: {model.args.depth: 6}, arms: {wide: {epochs: 20}}}
@@ -149,7 +149,7 @@ def list_questions() -> list[str]:
 
 
 def write_question(name: str) -> Path:
-    """Write a commented example question, which runs, to edit.
+    """Write a commented example question, which runs as it is, to edit.
 
     Args:
         name: Name of the file, with or without `.yaml`.
@@ -158,7 +158,7 @@ def write_question(name: str) -> Path:
         The file.
 
     Raises:
-        ConfigError: if the file exists; it stays.
+        ConfigError: if the file exists; it does not change.
         WriteFailed: if it cannot be written.
     """
     path = Path(name if name.endswith(_FILES) else f"{name}.yaml")

@@ -96,7 +96,7 @@ class Study:
         match: Cost that `checks.matched` makes equal to the control's in every arm, within 1 %: parameters,
             multiply-accumulates, or none. (Not time, which is not reproducible.)
         budget: `"epochs"`: every arm trains for its own epochs. `"compute"`: `checks.matched` gives every arm
-            the epochs that take the multiply-accumulates of its control's training.
+            as many epochs as use the multiply-accumulates of its control's training.
         name: Name of the question file.
         scale: Name of the scale.
         claim: Claim of the paper.
@@ -202,8 +202,8 @@ def replace_fields(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
 def key_of(config: Mapping[str, Any]) -> str:
     """Return twelve hexadecimal digits that identify a configuration (a mapping of `plain`).
 
-    Fields at their defaults are left out, so that new fields do not change it. Values have the words of 0.3,
-    so that new words do not change it.
+    Fields at their defaults are left out, so that new fields do not change it. Values are written as in 0.3,
+    so that renamed values do not change it.
     """
     changed = differences(plain(TrainConfig()), config)
     identity = {path: new for path, (_, new) in changed.items() if path not in _NOT_IDENTITY}

@@ -88,7 +88,7 @@ class Cluster:
         return found
 
     def submit(self, folder: StudyFolder, runs: Iterable[StudyRun], threads: int) -> dict[StudyRun, Job]:
-        """Submit runs to the cluster and write down the job of each.
+        """Submit runs to the cluster and record the job of each.
 
         Raises:
             ConfigError: if the cluster refuses; the message has the reason.
@@ -241,7 +241,7 @@ def _settled(
             display.finished(run, outcome.record)
         elif outcome.state == "failed" or run in ended:
             log = jobs_path(folder) / f"{job.id}_0_log.err"
-            short = f"its job {job.id} ended before it did (see {log}); the next call resumes it"
+            short = f"its job {job.id} ended before the run did (see {log}); the next call resumes it"
             failures[run] = outcome.reason or short
             display.failed(run, failures[run])
         else:

@@ -46,9 +46,7 @@ class Display:
 
     def __enter__(self) -> Display:
         if self.records:
-            self._print(
-                f"{len(self.records)} of {len(self.runs)} runs are there already, in {self.folder.path}"
-            )
+            self._print(f"{len(self.records)} of {len(self.runs)} runs already exist, in {self.folder.path}")
         self.live.start()
         return self
 

@@ -5,7 +5,7 @@ study.json         the study (without results), its command, the number of class
 jobs/              jobs of a cluster (`cluster`)
 runs/KEY/          run of that configuration, as `training.train` writes it; its record.json is written last
 results.jsonl      one line per finished run of the study, for programs; a report needs no other results
-speed.json         inference throughput of the arms, measured in turns
+speed.json         inference throughput of the arms, measured alternately
 report.html, report.md, summary.json
 ```
 """
@@ -121,7 +121,7 @@ class StudyFolder:
         return self.path / "runs" / run.key
 
     def outcome(self, run: StudyRun) -> Outcome:
-        """Read the outcome of a run from its folder, else from `results.jsonl`.
+        """Read the outcome of a run from its folder or, if it has none, from `results.jsonl`.
 
         Raises:
             ConfigError: if its record or status cannot be used.
@@ -147,7 +147,7 @@ class StudyFolder:
         return {run: record for run, record in found.items() if record is not None}
 
     def readable(self) -> tuple[dict[StudyRun, Record], list[str]]:
-        """Return usable records as `finished`, and a message for each of the others."""
+        """Return the usable records, as `finished` does, and a message for each unusable one."""
         records, wrong = {}, self._garbled()
         for run in self.study.runs():
             try:
@@ -160,7 +160,7 @@ class StudyFolder:
         return records, wrong
 
     def note_failure(self, run: StudyRun, reason: str) -> None:
-        """Write down a failure, also if the run did."""
+        """Write the reason of a failure, even if the run has written one."""
         note_failure(self.of(run), reason)
 
     def forget(self, run: StudyRun) -> None:
@@ -192,7 +192,7 @@ class StudyFolder:
 
     def _garbled(self) -> list[str]:
         path, wrong = self.path / "results.jsonl", []
-        if not path.exists() or (self.path / "runs").exists():  # then it is rewritten from these
+        if not path.exists() or (self.path / "runs").exists():  # else it is rewritten from runs/
             return []
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:

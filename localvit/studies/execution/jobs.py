@@ -49,7 +49,7 @@ def living(folder: StudyFolder) -> dict[StudyRun, Job]:
 def alive_of(jobs: Collection[Job]) -> set[Job] | None:
     """Return the jobs that are queued or running; `None` if SLURM does not respond.
 
-    submitit would ask sacct, which needs a data base that not every cluster has, is behind the queue, and
+    submitit would ask sacct, which needs a database that not every cluster has, lags behind the queue, and
     calls a suspended job finished. The queue itself is what decides whether a run may be submitted.
     """
     slurm = {job for job in jobs if job.kind == "slurm"}
@@ -87,7 +87,7 @@ def _read_jobs(folder: StudyFolder) -> dict[str, Job]:
 
 
 def write_jobs(folder: StudyFolder, jobs: Mapping[StudyRun, Job]) -> None:
-    """Note the jobs of some runs, in the place of their former ones."""
+    """Record the jobs of some runs, in place of their earlier ones."""
     jobs_path(folder).mkdir(exist_ok=True)
     values = _read_jobs(folder) | {run.key: job for run, job in jobs.items()}
     write_atomically(jobs_path(folder) / "jobs.json", to_json(values))

@@ -54,8 +54,8 @@ def run_missing(
 
     Args:
         folder: Folder of the study.
-        jobs: Worker processes. Each has one GPU, if there are any, in turns: with more jobs than GPUs several
-            runs share one. Not for a cluster.
+        jobs: Number of worker processes. If there are GPUs, each worker gets one; with more jobs than GPUs,
+            several share one. Not used with a cluster.
         threads: Threads of each worker; small models gain nothing from more than one.
         cluster: Cluster for the runs; `None`: they run here. Jobs of an earlier call are followed, and an
             interrupt leaves them running.
@@ -155,7 +155,7 @@ def _work(
                 slot, run = running.pop(future)
                 error = future.exception()
                 if isinstance(error, BrokenProcessPool):
-                    failures[run] = "its process died, perhaps without memory; the next call resumes it"
+                    failures[run] = "its process died, perhaps for lack of memory; the next call resumes it"
                     workers[slot] = _worker(slot, threads)
                 elif error is not None:
                     failures[run] = one_line(error)

@@ -1,4 +1,4 @@
-"""Inference throughput of models, measured in turns."""
+"""Inference throughput of models, measured alternately."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def images_per_second(
 ) -> dict[str, float]:
     """Measure the inference throughput of each model, without loading.
 
-    The models are timed in turns, so that a machine that is slow for a while is slow for all; the median of
-    the rounds is returned.
+    The models are timed alternately, so that a machine that is slow for a while is slow for all. The result
+    is the median over the rounds.
 
     Args:
         models: Name -> model; they stay on `device` in evaluation mode.

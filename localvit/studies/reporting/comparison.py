@@ -24,9 +24,9 @@ from localvit.studies.reporting.statistics import (
 )
 
 CEILING = 99.0
-"""Accuracy in per cent from which on there is too little room for a better arm."""
+"""Accuracy in per cent above which there is too little room for a better arm."""
 WORTH_SEEING = 0.5
-"""Difference in points for which the number of seeds needed is given; papers rarely report smaller ones."""
+"""Difference in points for which reports give the number of seeds needed; papers rarely show smaller ones."""
 
 ClaimVerdict = Literal["reproduced", "contradicted", "not shown at this scale"]
 
@@ -42,8 +42,8 @@ class ArmResult:
         parameters: Number of parameters of its model.
         macs: Multiply-accumulates for one image.
         training_speed: Images per second: the median over the runs.
-        inference_speed: Images per second, measured in turns with the other arms; `None` if it was not.
-        peak_memory: Largest of the runs, in bytes; `None` where it is not known.
+        inference_speed: Images per second, measured alternately with the other arms; `None` if it was not.
+        peak_memory: Largest peak memory of the runs, in bytes; `None` if it is not known.
     """
 
     name: str
@@ -89,8 +89,8 @@ class Findings:
     """Results and comparisons of a study.
 
     Attributes:
-        arms: Those with a record, in the study's order.
-        contrasts: Those whose two arms have a record.
+        arms: Results of the arms with a record, in the study's order.
+        contrasts: Contrasts of two arms that both have a record.
         test_images: Number of images that each score is measured on.
     """
 
@@ -115,7 +115,7 @@ def findings(
 
     Args:
         study: The study.
-        records: Those of its runs that are done.
+        records: Records of its finished runs.
         inference_speed: Arm -> images per second.
     """
     arms = {
@@ -161,8 +161,8 @@ def verdict(contrast: Contrast, found: Findings) -> str:
         sentence = (
             f"{name} and {control} are not distinguishable with {seeds}: {found_text}, "
             f"{p_text(contrast.p_adjusted)}{_corrected(found)}. "
-            f"A true difference below {points(difference.detectable or 0)} would have been missed more often "
-            f"than {100 * (1 - POWER):.0f} % of the time. Showing {WORTH_SEEING:g} points would take "
+            f"A true difference below {points(difference.detectable or 0)} would have been missed more than "
+            f"{100 * (1 - POWER):.0f} % of the time. Showing {WORTH_SEEING:g} points would take "
             f"{_needed(contrast)}."
         )
     return sentence + _ceiling(found, (name, control))

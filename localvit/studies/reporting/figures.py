@@ -25,8 +25,8 @@ COLOURS = (
     *("#5b6b7f", "#c8551b", "#2a6f4e", "#b08900", "#6a3d9a"),
     *("#1f78b4", "#8c2d04", "#444444", "#c994c7", "#00838f"),
 )
-"""Colours of the arms in their order; the first two differ in lightness too, for readers who do not see hue.
-In a page they are its variables `--arm-0` and so on, which differ in dark mode."""
+"""Colours of the arms in their order; the first two differ in lightness too, for readers who cannot tell hues
+apart. In a page they are its variables `--arm-0` and so on, which differ in dark mode."""
 MARKS = "DosP^v<X*p"
 """Marks of the arms in their order, for the same readers."""
 
@@ -96,7 +96,7 @@ def learning_curves(records: Mapping[str, Sequence[Record]]) -> str:
         for (name, runs), colour in zip(records.items(), itertools.cycle(COLOURS), strict=False):
             curves = np.array([[epoch["validation_top1"] for epoch in run.history] for run in runs])
             epochs = np.arange(1, curves.shape[1] + 1)
-            mark = "o" if len(epochs) == 1 else None  # one epoch makes no line
+            mark = "o" if len(epochs) == 1 else None  # a single epoch gives no line
             axes.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
             axes.plot(epochs, curves.mean(0), color=colour, label=name, marker=mark)
         axes.set(xlabel="epoch", ylabel="top-1 accuracy on the\nvalidation split (%)")
@@ -201,7 +201,7 @@ def _canvas(width: float, height: float) -> tuple[Canvas, Axes]:
 
 
 def _svg(canvas: Canvas, name: str) -> str:
-    """Write a figure as SVG; equal figures of one name are equal text, figures of other names share no id."""
+    """Write a figure as SVG: equal text for equal figures of one name, no common id for different names."""
     file = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):
         canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})

@@ -52,7 +52,7 @@ class StudyReport:
         findings: Results and comparisons.
         warnings: Sentences on what makes the results doubtful, such as damaged or missing records.
         tuning: Search for the learning rates; `None` if they were not tuned.
-        command: Command that repeats the study; empty if it was no command.
+        command: Command that repeats the study; empty if no command ran it.
         speed_machine: Machine on which inference was timed, in words; empty if it was not.
         kernels: Kernels that are drawn; empty if no weights are available.
     """

@@ -21,7 +21,7 @@ POWER = 0.8
 """Probability with which the smallest detectable difference is detected: the usual choice."""
 MOST_SEEDS = 1000
 """Upper end of the search for the number of seeds needed: no study has more."""
-_RESAMPLES = 9_999  # At least 2**13: up to 13 pairs scipy tries every choice of signs, beyond random ones.
+_RESAMPLES = 9_999  # At least 2**13: scipy tries every choice of signs up to 13 pairs, random ones above.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,8 @@ class Difference:
         p_value: Two-sided paired t-test, or `None` if the differences do not vary.
         permutation_p: Sign-flip test, which does not assume a normal distribution (`sign_flip_p`).
         effect_size: Mean over standard deviation of the differences (Cohen's d of pairs); `None` as above.
-        detectable: Smallest true difference that this many pairs, with this spread, find significant
-            with probability `POWER`; `None` if the differences do not vary.
+        detectable: Smallest true difference that this many pairs, with this spread, would show to be
+            significant with probability `POWER`; `None` if the differences do not vary.
     """
 
     estimate: Estimate
@@ -104,10 +104,10 @@ def paired_difference(treatment: Sequence[int], control: Sequence[int], images: 
 def sign_flip_p(differences: Sequence[int]) -> float:
     """Return the two-sided p-value of the paired permutation test of the mean.
 
-    If the arms are equal, each difference is as likely to have the other sign. The p-value is the fraction of
-    all choices of signs whose mean is at least as far from zero as the observed one. Up to 13 pairs every
-    choice is tried; with more, 9,999 random ones (always the same) and the observed one. With n pairs the
-    p-value is never below `2 / 2**n`: five pairs cannot reach 5 %.
+    If the arms are equal, each difference is equally likely to have either sign. The p-value is the fraction
+    of all choices of signs whose mean is at least as far from zero as the observed one. Up to 13 pairs, every
+    choice is tried; above, 9,999 random ones (always the same) and the observed one. With n pairs the p-value
+    is never below `2 / 2**n`: five pairs cannot reach 5 %.
 
     Args:
         differences: Integers, such as counts of images: rounded floats would hide ties.

@@ -25,31 +25,31 @@ METRICS: dict[Metric, str] = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `words` if its cells are words, which may wrap."""
+    """A table; `words` is true if its cells contain words, which may wrap."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: bool = False
 
     def markdown(self) -> str:
-        """Write the table as GitHub reads it."""
+        """Return the table in GitHub's Markdown."""
         lines = (self.head, ["---"] * len(self.head), *self.rows)
         return "\n".join(
             "| " + " | ".join(plain(cell).replace("|", "\\|") for cell in row) + " |" for row in lines
         )
 
     def rich(self, title: str) -> rich_table.Table:
-        """Make the table for a terminal."""
+        """Return the table for a terminal."""
         made = rich_table.Table(title=title, title_justify="left", title_style="bold")
         for i, name in enumerate(self.head):
             made.add_column(name, justify="right" if i and not self.words else "left")
         for row in self.rows:
-            made.add_row(*map(Text, row))  # Text: brackets are no markup here
+            made.add_row(*map(Text, row))  # as Text, so that brackets are not markup
         return made
 
 
 def result_table(report: StudyReport) -> Table:
-    """Give each arm its score, and its difference from its control."""
+    """Return the main table: the score of each arm, and its difference from its control."""
     found = report.findings
     contrasts = {contrast.arm: contrast for contrast in found.contrasts}
     head = [
@@ -72,7 +72,7 @@ def result_notes(report: StudyReport) -> str:
 
 
 def cost_table(report: StudyReport) -> Table:
-    """Give each arm the cost of its model."""
+    """Return the table of the cost of each arm's model."""
     results = {arm.name: arm for arm in report.findings.arms}
     rows = []
     for name, summary in report.summary.arms.items():
@@ -98,7 +98,7 @@ def differing_fields(report: StudyReport) -> Table:
 
 
 def confounders(report: StudyReport) -> dict[str, list[str]]:
-    """Group the sentences on other differences by the arms that they hold for: names of arms -> sentences."""
+    """Group the sentences about other differences by the arms that they apply to: names -> sentences."""
     arms: dict[str, list[str]] = {}
     for name, summary in report.summary.arms.items():
         for sentence in summary.confounders:
@@ -127,7 +127,7 @@ def claim_table(report: StudyReport, claim: Claim) -> Table:
 
 
 def power_table(report: StudyReport) -> Table:
-    """Show how much the seeds of each comparison could have found."""
+    """Return the table of the differences that each comparison could have found with its seeds."""
     rows = []
     for contrast in report.findings.contrasts:
         cells, found = ["-"] * 5, contrast.difference
@@ -141,7 +141,7 @@ def power_table(report: StudyReport) -> Table:
 
 
 def tuning_table(tuning: Tuning) -> Table:
-    """Give each learning rate and arm the validation accuracy; `*` marks the chosen rates."""
+    """Return the table of validation accuracy by learning rate and arm; `*` marks the chosen rates."""
     rows = []
     for i, rate in enumerate(tuning.grid):
         cells = [
@@ -153,7 +153,7 @@ def tuning_table(tuning: Tuning) -> Table:
 
 
 def tuning_text(tuning: Tuning, base: TrainConfig) -> str:
-    """Say how the learning rates were chosen, and if `base` is the setting that they were chosen for."""
+    """Say how the learning rates were chosen, and whether `base` is the setting that they were chosen for."""
     text = (
         "Each arm's learning rate was chosen from one grid by the mean validation top-1 accuracy (%) of the "
         f"best epoch, with seeds {', '.join(map(str, tuning.seeds))}. The test split was not used. Command: "
@@ -171,12 +171,13 @@ def tuning_text(tuning: Tuning, base: TrainConfig) -> str:
 
 
 def untuned_text(study: Study) -> str:
-    """Say which learning rates a study without a tuning has."""
+    """Say which learning rates a study without tuning uses."""
     rates = {arm.name: study.config(arm, study.seeds[0]).optim.lr for arm in study.arms}
     if len(set(rates.values())) > 1:
         return "Not tuned here: " + ", ".join(f"{name} {rate:g}" for name, rate in rates.items()) + "."
     return (
-        f"Not tuned: every arm trains with {next(iter(rates.values())):g}, which may suit some arms better."
+        f"Not tuned: every arm trains with learning rate {next(iter(rates.values())):g}, which may suit some "
+        "arms better than others."
     )
 
 
@@ -191,7 +192,7 @@ def field_value(value: Any) -> str:
 
 
 def plain(text: str) -> str:
-    """Keep a text on one line of Markdown, without tags."""
+    """Return a text as one line of Markdown, with HTML tags escaped."""
     return re.sub(r"<(?=[A-Za-z/!?])", r"\<", " ".join(text.split()))
 
 

@@ -321,9 +321,9 @@ def test_images_in_parts(monkeypatch):
     sizes = []
     on_patches = fast.FastLocalityFeedForward.on_patches
 
-    def noted(self, x, lattice):
+    def noted(self, x, noted_grid):
         sizes.append(len(x))
-        return on_patches(self, x, lattice)
+        return on_patches(self, x, noted_grid)
 
     monkeypatch.setattr(fast.FastLocalityFeedForward, "on_patches", noted)
     hidden_map = 17 * 128 * 4
@@ -622,7 +622,7 @@ def test_hidden_locality_is_folded():
     assert all(isinstance(block.mlp.drop1, HiddenLocality) for block in fused.blocks)
 
 
-@pytest.mark.filterwarnings("ignore:.*(deprecated|torchao|quantized.*Linear in the place of a linear layer)")
+@pytest.mark.filterwarnings("ignore:.*(deprecated|torchao|quantized.*Linear in place of a linear layer)")
 @pytest.mark.parametrize("order", ["fuse, then quantize", "quantize, then fuse"])
 @pytest.mark.parametrize(
     "key",

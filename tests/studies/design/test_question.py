@@ -69,11 +69,11 @@ match: none
 
 
 def test_a_question_of_ones_own(tmp_path):
-    study = load_question(write(tmp_path, MINE)).study("mine", 3, ["batch_size=16"], train="pictures")
+    study = load_question(write(tmp_path, MINE)).study("mine", 3, ["batch_size=16"], train="images")
     assert [arm.name for arm in study.arms] == ["short", "long", "longer"]
     assert [(a.name, c.name) for a, c in study.contrasts()] == [("long", "short"), ("longer", "long")]
     assert [study.config(arm, 0).epochs for arm in study.arms] == [40, 60, 90]
-    assert (study.base.optim.lr, study.base.batch_size, study.base.data.train) == (1e-3, 16, "pictures")
+    assert (study.base.optim.lr, study.base.batch_size, study.base.data.train) == (1e-3, 16, "images")
     assert (study.seeds, study.name, study.scale) == ((0, 1, 2), "mine", "mine")
 
 

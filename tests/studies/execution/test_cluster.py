@@ -134,7 +134,7 @@ def test_what_jobs_left_undone_is_said_and_done_by_the_next_call(folder, slurm):
     first, second, third, fourth = folder.study.runs()
     slurm.acts = [lambda: finish(folder, slurm, first, second, third), lambda: None]
     said = (
-        r"1 of 4 runs failed .locality seed 1: its job 100_3 ended before it did.*; the same command resumes"
+        r"1 of 4 runs failed .locality seed 1: its job 100_3 ended before the run.*; the same command resumes"
     )
     with pytest.raises(StudyFailed, match=said):
         run_study(folder.study, folder.path, cluster=Cluster(), retry=False)
@@ -226,7 +226,7 @@ def test_jobs_that_fail_are_preempted_and_killed(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster_module, "sleep", disturb)
     failures = run_missing(folder, cluster=Cluster(kind="local"))
     assert "already holds a run" in failures[first]
-    assert "ended before it did" in failures[second]
+    assert "ended before the run did" in failures[second]
     assert folder.outcome(second).state == "begun"
     jobs = ids(folder)
 

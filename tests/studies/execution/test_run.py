@@ -132,7 +132,7 @@ def test_a_record_of_another_configuration_is_not_mixed_in(folder):
     first, _, third, _ = folder.study.runs()
     text = (folder.of(first) / "record.json").read_text()
     (folder.of(third) / "record.json").write_text(text)
-    with pytest.raises(ConfigError, match="is not of baseline seed"):
+    with pytest.raises(ConfigError, match="does not belong to baseline seed"):
         folder.finished()
 
 
@@ -140,13 +140,13 @@ def test_a_record_changed_by_hand_is_refused(folder):
     run_missing(folder)
     path = folder.of(folder.study.runs()[0]) / "record.json"
     path.write_text(path.read_text().replace('"epochs": 1,', '"epochs": 2,'))
-    with pytest.raises(ConfigError, match="is not of baseline seed"):
+    with pytest.raises(ConfigError, match="does not belong to baseline seed"):
         folder.finished()
 
 
 def test_two_processes_do_not_work_in_one_folder(folder):
     folder.path.mkdir()
-    with locked(folder.path), pytest.raises(ConfigError, match="another process works there"):
+    with locked(folder.path), pytest.raises(ConfigError, match="another process is working there"):
         run_missing(folder)
 
 
@@ -177,7 +177,7 @@ def test_progress_is_a_line_for_each_run(folder):
     text = console.export_text()
     assert text.count("/4  locality seed") == 3
     assert "  4/4  " in text
-    assert "2 of 4 runs are there already" in text
+    assert "2 of 4 runs already exist" in text
 
 
 def test_machine_in_words():

@@ -53,8 +53,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def tiny(pictures):
-    return resolve("digits", (*SETTINGS, f"data.train={pictures}"))
+def tiny(images):
+    return resolve("digits", (*SETTINGS, f"data.train={images}"))
 
 
 @pytest.fixture(scope="module")

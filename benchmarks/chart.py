@@ -1,6 +1,6 @@
-"""A result of benchmarks/speed.py as a picture: ratios as bars beside their goals, models under the roof.
+"""A result of benchmarks/speed.py as a chart: ratios as bars beside their goals, models under the roofline.
 
-python benchmarks/picture.py benchmarks/results/speed_....json docs/performance.svg
+python benchmarks/chart.py benchmarks/results/speed_....json docs/performance.svg
 """
 
 import argparse
@@ -20,6 +20,11 @@ MARKS = ("<!-- results -->", "<!-- end of results -->")
 GREY, BLUE, ORANGE = "#999999", "#1f6fb4", "#d9730d"
 
 
+def renamed(text: str) -> str:
+    """Return the text of an earlier result in the words of today's."""
+    return text.replace("share of peak", "fraction of peak").replace("pictures", "images")
+
+
 def bars(axes: Axes, rows: list[dict[str, Any]]) -> None:
     """Medians with quartiles; a tick where the goal is."""
     for y, row in enumerate(rows):
@@ -28,14 +33,15 @@ def bars(axes: Axes, rows: list[dict[str, Any]]) -> None:
         if "low" in row:
             axes.plot([row["low"], row["high"]], [y, y], color="black", linewidth=1)
         axes.plot([bound, bound], [y - 0.4, y + 0.4], color="black", linewidth=2)
-    axes.set_yticks(range(len(rows)), [f"{r['title']}, T{r['threads']} B{r['batch']}" for r in rows])
+    labels = [f"{renamed(r['title'])}, T{r['threads']} B{r['batch']}" for r in rows]
+    axes.set_yticks(range(len(rows)), labels)
     axes.invert_yaxis()
     axes.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
-    axes.set_xlabel("ratio, or share of the peak; black tick: goal; blue: met, orange: missed")
+    axes.set_xlabel("ratio, or fraction of peak; black tick: goal; blue: met, orange: missed")
 
 
 def roof(axes: Axes, facts: dict[str, Any]) -> None:
-    """The least of what arithmetic and memory allow, and where the models are."""
+    """The speed that arithmetic and memory allow, and that of the models."""
     peak, copy = facts["peak_gflops"], facts["copy_gb_per_second"]
     intensities = [point["flops_per_byte"] for point in facts["points"]]
     left, right = min(intensities) / 4, max(*intensities, peak / copy) * 4
@@ -52,7 +58,7 @@ def roof(axes: Axes, facts: dict[str, Any]) -> None:
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
-    """Write the picture; the same result gives the same bytes."""
+    """Write the chart; the same result gives the same bytes."""
     rows = [row for row in result["rows"] if "value" in row]
     plt.rcParams["svg.hashsalt"] = "localvit"
     height = 1.5 + 0.22 * len(rows)
@@ -63,14 +69,14 @@ def draw(result: dict[str, Any], file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
-def fill(page: Path, table: Path, picture: Path) -> None:
+def fill(page: Path, table: Path, chart: Path) -> None:
     """Replace what is between the marks of `page`."""
     before, start, rest = page.read_text().partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not (start and end):
-        sys.exit(f"picture.py: {page} lacks {' or '.join(MARKS)}")
-    body = table.read_text().partition("\n")[2].strip()  # without its title
-    relative = os.path.relpath(picture, page.parent)
+        sys.exit(f"chart.py: {page} lacks {' or '.join(MARKS)}")
+    body = renamed(table.read_text().partition("\n")[2].strip())  # without its title
+    relative = os.path.relpath(chart, page.parent)
     page.write_text(f"{before}{start}\n{body}\n\n![Ratios and roofline]({relative})\n{end}{after}")
 
 
@@ -81,7 +87,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="Markdown whose results are replaced")
     args = parser.parse_args()
     if args.file.suffix != ".svg":
-        sys.exit(f"picture.py: {args.file} must end in .svg")
+        sys.exit(f"chart.py: {args.file} must end in .svg")
     draw(json.loads(args.result.read_text()), args.file)
     if args.page:
         fill(args.page, args.result.with_suffix(".md"), args.file)
