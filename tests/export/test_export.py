@@ -28,7 +28,17 @@ FAMILIES = {
         "localvit_swin_tiny_patch4_window7_224",
         {"embed_dim": 16, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4, "img_size": 32},
     ),
-    "pvt": ("localvit_pvt_tiny", {"embed_dims": (8, 16, 20, 32), "depths": (1, 1, 1, 1), "img_size": 32}),
+    "pvt": (
+        "localvit_pvt_tiny",
+        {
+            "embed_dims": (8, 16),
+            "depths": (1, 1),
+            "num_heads": (1, 2),
+            "mlp_ratios": (8.0, 8.0),
+            "sr_ratios": (8, 1),
+            "img_size": 32,
+        },
+    ),
     "t2t": (
         "localvit_t2t_vit_7",
         {"embed_dim": 96, "depth": 1, "num_heads": 2, "token_dim": 16, "img_size": 32},
