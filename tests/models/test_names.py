@@ -252,9 +252,15 @@ def test_half_precision_autocast(key, dtype):
     out.float().sum().backward()
 
 
-# What follows is slow, and blind to numbers in a configuration: one name of each structure.
+# What follows is slow, and blind to numbers in a configuration: one name of each structure. Baselines under
+# init="preserve" but the one with windows are traced in tests/surgery.
 TRACED = [
-    key for key in CASES if key not in SAME and not key.endswith("_matched") and key not in NUMBERS_ONLY
+    key
+    for key in CASES
+    if key not in SAME
+    and not key.endswith("_matched")
+    and key not in NUMBERS_ONLY
+    and (not key.startswith("localized ") or "swin" in key or "inner" in key)
 ]
 
 
