@@ -201,3 +201,6 @@ CASES: dict[str, Case] = {
     "swiftformer": Case("swiftformer_xs", {}, _BIG, heavy=True),
     "visformer": Case("visformer_tiny", _IMG, _BIG, heavy=True),
 }
+
+QUICK = ("dinov3", "swin v2", "xcit", "caformer", "hiera", "naflexvit")
+"""Cases of different kinds, for costly tests."""
