@@ -10,9 +10,9 @@ import timm
 from localvit.cost import on_meta
 from localvit.errors import UnsupportedModelError
 from localvit.locality import LocalityConfig
+from localvit.structure import build, parse_json, to_json
 from localvit.surgery.preview import plan_changes
 from localvit.surgery.refusals import reason_for
-from localvit.structure import build, parse_json, to_json
 
 
 @dataclass(frozen=True)
