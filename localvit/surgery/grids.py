@@ -6,7 +6,7 @@ record. (A closure or a bound method would write to the original's.)
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Tuple  # noqa: UP035 (TorchScript reads hook signatures by typing's names)
+from typing import Any, List, Literal, Tuple  # noqa: UP035 (TorchScript reads hook signatures by typing's names)
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from localvit.locality import GridRecord
 
 Reads = Literal[
-    "image", "patches", "output", "output_map", "input", "input_map", "argument", "result", "attribute"
+    "image",
+    "patches",
+    "output",
+    "output_map",
+    "input",
+    "input_map",
+    "integers",
+    "pair",
+    "list",
+    "argument",
+    "result",
+    "attribute",
 ]
 
 
@@ -26,9 +37,10 @@ class GridFrom:
         at: Path in the model, with `{0}`, `{1}` for the numbers in the path of the block; `"."`: the block
             itself; `".attn"`: a module in it.
         reads: `"image"`: `dynamic_feat_size` of its input `(B, C, H, W)`; `"patches"`: its input divided by
-            its `patch_size`; `"output"`, `"input"`: its output
-            or input `(B, H, W, C)`; `"output_map"`, `"input_map"`: the same of `(B, C, H, W)`; `"result"`:
-            the second value that it returns; `"argument"`: an argument of its forward; `"attribute"`: always
+            its `patch_size`; `"output"`, `"input"`: its output or input `(B, H, W, C)`; `"output_map"`,
+            `"input_map"`: the same of `(B, C, H, W)`; `"result"`: the second value that it returns;
+            `"integers"`, `"pair"`, `"list"`: its arguments after the tensor, given by position;
+            `"argument"`: any argument of its forward, which TorchScript cannot read; `"attribute"`: always
             the configured grid, so there is no hook.
         static: Attribute (rows, columns) for the configured size, for `"attribute"` and TorchScript.
         argument: Position of the argument (of rows, if they are two) and its name, for `"argument"`.
@@ -84,8 +96,28 @@ def record_input_map(self: nn.Module, inputs: Tuple[Tensor]) -> None:  # noqa: U
         _set(self.grid_record, inputs[0].shape[-2:])
 
 
-def record_result(self: nn.Module, inputs: Any, output: Any) -> None:
-    _set(self.grid_record, output[1])
+def record_integers(self: nn.Module, inputs: Tuple[Tensor, int, int]) -> None:  # noqa: UP006
+    if not torch.jit.is_scripting():
+        _set(self.grid_record, inputs[1:3])
+
+
+def record_pair(self: nn.Module, inputs: Tuple[Tensor, Tuple[int, int]]) -> None:  # noqa: UP006
+    if not torch.jit.is_scripting():
+        _set(self.grid_record, inputs[1])
+
+
+def record_list(self: nn.Module, inputs: Tuple[Tensor, List[int]]) -> None:  # noqa: UP006
+    if not torch.jit.is_scripting():
+        _set(self.grid_record, inputs[1])
+
+
+def record_result(
+    self: nn.Module,
+    inputs: Tuple[Tensor, List[int]],  # noqa: UP006
+    output: Tuple[Tensor, List[int]],  # noqa: UP006
+) -> None:
+    if not torch.jit.is_scripting():
+        _set(self.grid_record, output[1])
 
 
 def record_argument(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -120,6 +152,9 @@ _AFTER: dict[str, Callable[..., None]] = {
 _BEFORE: dict[str, Callable[..., None]] = {
     "input": record_input_grid,
     "input_map": record_input_map,
+    "integers": record_integers,
+    "pair": record_pair,
+    "list": record_list,
     "argument": record_argument,
     "patches": record_patches,
 }
