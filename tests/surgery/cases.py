@@ -208,6 +208,7 @@ CASES: dict[str, Case] = {
     "efficientformer": Case("efficientformer_l1", {}, (224, 224), heavy=True),
     "efficientformer v2": Case("efficientformerv2_s0", {}, (224, 224), heavy=True),
     "efficientvim": Case("efficientvim_m1", {}, _BIG, heavy=True),
+    "efficientvim distilled": Case("efficientvim_m1_dist", {}, _BIG, heavy=True),
     "efficientvit msra": Case("efficientvit_m0", {}, (224, 224), heavy=True),
     "fastvit": Case("fastvit_sa12", {}, _BIG, heavy=True),
     "shvit": Case("shvit_s1", {}, _BIG, heavy=True),
