@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Tuple  # noqa: UP035 (TorchScript reads hook signatures by typing's names)
 
 import torch
@@ -169,7 +170,7 @@ def _install(change: PlannedChange, module: nn.Module) -> dict[str, nn.Module | 
         separate_drop_path(site.block)
     new: dict[str, Any] = {name: nn.Identity().train(site.block.training) for name in discarded}
     new[site.row.ffn] = module
-    originals = {f"{site.name}.{name}": getattr(site.block, name) for name in new}
+    originals = {f"{site.name}.{name}": attrgetter(name)(site.block) for name in new}
     for name, layer in new.items():
         original = originals[f"{site.name}.{name}"]
         if isinstance(original, nn.Parameter):  # a LayerScale that multiplies whatever it is

@@ -40,7 +40,7 @@ _TOP = {
     "backbone.layernorm.weight": "norm.weight",
     "backbone.layernorm.bias": "norm.bias",
 }
-# Names in the file -> those of transformers 5.
+# Names in the file -> those of transformers 5.18 and later.
 _RENAMED = {
     "attention.attention.query": "attention.q_proj",
     "attention.attention.key": "attention.k_proj",
