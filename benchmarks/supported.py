@@ -13,7 +13,13 @@ import torch
 import torchvision
 import transformers
 
-from localvit.surgery import scan_supported, supported_document, supported_table, timm_architectures
+from localvit.surgery import (
+    SupportEntry,
+    scan_supported,
+    supported_document,
+    supported_table,
+    timm_architectures,
+)
 from tests.surgery import cases, test_hf, test_torchvision
 from tests.surgery.abilities import ABILITIES, LOST, outcome
 
@@ -59,16 +65,11 @@ def abilities() -> Iterator[tuple[str, str, list[str]]]:
             yield type(case.make()).__name__, library + name, outcomes
 
 
-def main() -> int:
-    """Recompute both tables and write both files."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    rows = sorted(abilities())
-    entries = scan_supported(timm_architectures())
-    (ROOT / "localvit/surgery/supported.json").write_text(supported_table(entries))
+def page(entries: list[SupportEntry], rows: list[tuple[str, str, list[str]]]) -> str:
+    """Return the text of `docs/supported-models.md`."""
     lines = [["class", "model", *ABILITIES], ["---"] * (len(ABILITIES) + 2)]
     lines += [[f"`{kind}`", name, *outcomes] for kind, name, outcomes in rows]
-    page = PAGE.format(
+    return PAGE.format(
         timm=timm.__version__,
         versions=", ".join(f"{m.__name__} {m.__version__}" for m in (torch, timm, torchvision, transformers)),
         accepted=sum(entry.accepted for entry in entries),
@@ -76,9 +77,21 @@ def main() -> int:
         classes=supported_document(entries),
         abilities="".join(f"| {' | '.join(line)} |\n" for line in lines),
     )
-    (ROOT / "docs/supported-models.md").write_text(page)
+
+
+def main() -> int:
+    """Recompute both tables and write both files."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    rows = sorted(abilities())
+    entries = scan_supported(timm_architectures())
+    (ROOT / "localvit/surgery/supported.json").write_text(supported_table(entries))
+    (ROOT / "docs/supported-models.md").write_text(page(entries, rows))
     lost = {
-        (name, a) for _, name, found in rows for a, f in zip(ABILITIES, found, strict=True) if f == "lost"
+        (name, ability)
+        for _, name, outcomes in rows
+        for ability, found in zip(ABILITIES, outcomes, strict=True)
+        if found == "lost"
     }
     return int(lost != LOST)
 
