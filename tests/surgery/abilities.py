@@ -6,6 +6,7 @@ An ability makes a callable from a model. It counts if outputs and gradients are
 
 import copy
 import pickle
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -82,8 +83,10 @@ def _reopened(model: Any, images: Tensor) -> Any:
             save_for_hf(model, folder, safe_serialization=True)
             return timm.create_model(f"local-dir:{folder}", pretrained=True)
         if hasattr(model, "localization"):
-            localvit.hf.save_pretrained(model, f"{folder}/saved")
-            return localvit.hf.from_pretrained(f"{folder}/saved")
+            from localvit import hf
+
+            hf.save_pretrained(model, f"{folder}/saved")
+            return hf.from_pretrained(f"{folder}/saved")
         model.save_pretrained(f"{folder}/saved")
         return type(model).from_pretrained(f"{folder}/saved")
 
@@ -114,7 +117,7 @@ ABILITIES = {
     "selective checkpointing": Ability(_selective, train=True, config=PAPER, own=True),
 }
 
-LOST = {(name, "TorchScript") for name in ("nest", "mobilevit", "mobilevit v2")}
+LOST = {(name, "TorchScript") for name in ("nest", "mobilevit", "mobilevit v2", "torchvision maxvit")}
 """Known losses: case and ability."""
 
 
@@ -176,8 +179,10 @@ def _result(model: Any, images: Tensor, train: bool) -> list[Tensor]:
 @contextmanager
 def _one_process() -> Iterator[None]:
     """Make a process group of this process alone."""
+    hook = sys.excepthook  # each group wraps it once more
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
