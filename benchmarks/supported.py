@@ -37,7 +37,8 @@ Each row is a small model of `tests/surgery`, tried with {versions}: outputs, an
 training the gradients of two steps, are those of the model itself. **yes**: the localized model can do it.
 **no**: neither it nor the plain one can. **lost**: the plain one can. DDP (without a search for unused
 parameters) and FSDP2 (`fully_shard`) wrap the model after `localize`. `fuse` gives the same logits, or finds
-nothing that it knows (left alone). Selective checkpointing is for `init: paper`, which some FFNs do not accept.
+nothing that it knows (left alone). Selective checkpointing is for `init: paper`, which some FFNs do not
+accept.
 
 {abilities}"""
 
