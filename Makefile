@@ -31,10 +31,10 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/data.py
 
-# The heavy classes too; then the table of all architectures of timm.
+# The heavy classes too; then the tables of abilities and of all architectures of timm.
 supported: .venv/.dev
-	LOCALVIT_SUPPORTED=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/surgery/test_adapters.py
-	$(BIN)/python benchmarks/supported.py
+	LOCALVIT_SUPPORTED=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(addprefix tests/surgery/test_,adapters.py torchvision.py hf.py)
+	$(BIN)/python -m benchmarks.supported
 
 timm-suite: .venv/.dev
 	@test -f "$(TIMM_TESTS)" || { echo "usage: make timm-suite TIMM_TESTS=path to timm's tests/test_models.py"; exit 2; }

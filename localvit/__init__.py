@@ -27,8 +27,8 @@ if TYPE_CHECKING:
         save_locality as save_locality,
     )
     from localvit.surgery import (
+        Localization as Localization,
         Plan as Plan,
-        Report as Report,
         RestoreError as RestoreError,
         check_adapter as check_adapter,
         locality_parameters as locality_parameters,

@@ -23,9 +23,9 @@ class Options:
 
     name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None
     """model whose card is shown; with --supported, a pattern such as 'swin*'"""
-    supported: bool = False
+    supported: tyro.conf.FlagCreatePairsOff[bool] = False
     """list the timm architectures that localvit.localize accepts, and why it refuses the others"""
-    check: bool = False
+    check: tyro.conf.FlagCreatePairsOff[bool] = False
     """with --supported: compute the table again, and compare it with the one that comes with localvit"""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """print JSON"""
@@ -59,9 +59,7 @@ def run(options: Options) -> int:
 
 
 def _supported(options: Options) -> int:
-    import dataclasses
-    import json
-
+    from localvit.structure import to_json
     from localvit.surgery import scan_supported, supported_document, supported_models, timm_architectures
 
     pattern = options.name or "*"
@@ -78,7 +76,7 @@ def _supported(options: Options) -> int:
         )
         return 1 if changed else 0
     if options.json:
-        print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=2))
+        print(to_json(entries), end="")
     elif options.name is None:
         print(supported_document(entries), end="")
     else:

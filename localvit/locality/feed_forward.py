@@ -235,7 +235,7 @@ class HiddenLocality(GridModule):
         return self.transform(tokens, grid)
 
     @torch.jit.unused
-    def in_own_order(self, x: Tensor, grid: Optional[Grid]) -> Tensor:  # noqa: UP045 (TorchScript)
+    def reordered(self, x: Tensor, grid: Optional[Grid]) -> Tensor:  # noqa: UP045 (TorchScript)
         grid = self.own_grid_of(x) if grid is None else grid
         tokens, prefix = self.order.to_tokens(x, grid), grid.num_prefix_tokens
         check_grid(tokens, grid)

@@ -34,7 +34,7 @@ class GridRecord:
 
     Args:
         source: Module with the grid for the configured input size. Scripted models use it, because
-            TorchScript cannot run hooks.
+            TorchScript cannot run hooks; without it they have the last grid before scripting.
         attribute: Its attribute (height, width): `grid_size` in timm's patch embeddings.
         constant: The grid is always the configured one (TNT), so there is no hook.
         rule: How the hook reads the grid (`localvit.surgery`).
@@ -64,8 +64,10 @@ class GridRecord:
 
     @property
     def static_size(self) -> tuple[int, int]:
-        """Rows and columns for the configured input size, or (0, 0) if there is none."""
+        """Rows and columns for the configured input size; else the last ones recorded, or (0, 0)."""
         size = getattr(self.source, self.attribute, None) if self.attribute else None
+        if size is None and self._size is not None:
+            return self._size
         divide = self.rule.divide if self.rule is not None else 1
         return (int(size[0]) // divide, int(size[1]) // divide) if size is not None else (0, 0)
 
@@ -162,7 +164,7 @@ class GridModule(nn.Module):
 
     # TorchScript evaluates a property listed in both when it scripts the module, and keeps it as a
     # constant; so a script made after `set_input_size` has the new grid.
-    __constants__: tuple[str, ...] = ("num_prefix_tokens", "static_size", "raster")
+    __constants__: tuple[str, ...] = ("num_prefix_tokens", "static_size", "raster", "maps")
     __jit_unused_properties__ = ("static_size",)
     __jit_ignored_attributes__ = ("config", "grid_record", "noted", "order")
 
@@ -186,14 +188,25 @@ class GridModule(nn.Module):
         self.grid_record = grid_record
         self.order = order
         self.raster = order is None
+        self.maps = str(getattr(order, "maps", ""))
 
     def in_raster_order(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Compute the output of tokens in raster order: `(B, P + N, C) -> (B, P + N, C)`."""
         raise NotImplementedError
 
-    @torch.jit.unused
     def in_own_order(self, x: Tensor, grid: Optional[Grid]) -> Tensor:  # noqa: UP045 (TorchScript)
-        """Compute the output of tokens in `order`."""
+        """Compute the output of tokens in `order`; in TorchScript of maps only."""
+        if torch.jit.is_scripting():
+            assert self.maps != "", "TorchScript has no such order of tokens; use torch.export"
+            rows = x if self.maps == "channels last" else x.permute(0, 2, 3, 1)
+            height, width = rows.shape[1], rows.shape[2]
+            y = self.in_raster_order(rows.flatten(1, 2), Grid(height, width, 0)).unflatten(1, (height, width))
+            return y if self.maps == "channels last" else y.permute(0, 3, 1, 2)
+        return self.reordered(x, grid)
+
+    @torch.jit.unused
+    def reordered(self, x: Tensor, grid: Optional[Grid]) -> Tensor:  # noqa: UP045 (TorchScript)
+        """Compute the output of tokens in `order` by its two views."""
         grid = self.own_grid_of(x) if grid is None else grid
         return self.order.from_tokens(self.in_raster_order(self.order.to_tokens(x, grid), grid), grid)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from localvit.surgery.grids import GridFrom as GridFrom
     from localvit.surgery.operation import (
         LOCALIZED as LOCALIZED,
-        Report as Report,
+        Localization as Localization,
         RestoreError as RestoreError,
         localize as localize,
         restore as restore,

@@ -43,7 +43,6 @@ def _vit(kind: str = "vision_transformer.Block", at: str = "blocks.#", **fields:
 Numbers = tuple[int, ...]
 _PATCHES = GridFrom("patch_embed", "image", "grid_size")
 _BLOCK_INPUT = GridFrom(".", "input", "input_resolution")
-_SIZE, _FEAT_SIZE = (GridFrom(".", "argument", argument=(1, name)) for name in ("size", "feat_size"))
 _DOWNSAMPLED = GridFrom("stages.{0}.downsample", "output_map")
 _LEVIT = GridFrom("stages.{0}.blocks.0.attn", "attribute", "resolution")
 
@@ -74,7 +73,7 @@ def _convit_prefix(model: Any, numbers: Numbers) -> int:
 
 
 def _pit_grid(_: Any, numbers: Numbers) -> GridFrom:
-    return GridFrom("transformers.{0}.pool" if numbers[0] else "patch_embed", "output_map")
+    return GridFrom("transformers.{0}.pool.conv" if numbers[0] else "patch_embed", "output_map")
 
 
 def _hiera_order(model: Any, numbers: Numbers) -> Strided | None:
@@ -178,7 +177,7 @@ _PLAIN = (
         _row("convit.Block", drop_path=None, prefix=_convit_prefix, grid=_embedding),
         dead=True,
     ),
-    _family("xcit.Xcit", _row("xcit.XCABlock", layer_scale="gamma2", grid=GridFrom(".", "argument"))),
+    _family("xcit.Xcit", _row("xcit.XCABlock", layer_scale="gamma2", grid=GridFrom(".", "integers"))),
     _family(
         "vision_transformer_sam.VisionTransformerSAM",
         _row(
@@ -267,7 +266,7 @@ _PYRAMIDS = (
     _swin("swin_transformer", "SwinTransformer", "layers.#.blocks.#"),
     _swin("swin_transformer_v2", "SwinTransformerV2", "layers.#.blocks.#"),
     _swin("swin_transformer_v2_cr", "SwinTransformerV2Cr", _STAGES),
-    _family("twins.Twins", _row("twins.Block", "blocks.#.#", grid=_SIZE)),
+    _family("twins.Twins", _row("twins.Block", "blocks.#.#", grid=GridFrom(".", "pair"))),
     _family(
         ".baselines.pvt.PyramidVisionTransformer",
         _row(
@@ -281,7 +280,8 @@ _PYRAMIDS = (
         dead=True,
     ),
     _family(
-        "pvt_v2.PyramidVisionTransformerV2", _row("pvt_v2.Block", _STAGES, grid=_FEAT_SIZE, attends="pooled")
+        "pvt_v2.PyramidVisionTransformerV2",
+        _row("pvt_v2.Block", _STAGES, grid=GridFrom(".", "list"), attends="pooled"),
     ),
     _family(
         "mvitv2.MultiScaleVit",
@@ -331,7 +331,7 @@ _PYRAMIDS = (
             "serial_blocks#.#",
             drop_path=None,
             prefix=1,
-            grid=_SIZE,
+            grid=GridFrom(".factoratt_crpe", "pair"),
             attention="factoratt_crpe",
         ),
         image_size="img_size",
@@ -354,7 +354,7 @@ _PYRAMIDS = (
             "csatv2.TransformerBlock",
             "stages.#.#",
             layer_scale="ls2",
-            grid=GridFrom(".pos_embed", "argument", argument=(1, "size")),
+            grid=GridFrom(".pos_embed", "pair"),
         ),
         others="csatv2.Block /timm.layers.norm.LayerNorm2d /torch.nn.modules.conv.Conv2d",
         note="the FFNs of its spatial attention, which have one channel, are left alone",

@@ -1,4 +1,4 @@
-"""Rows of Hugging Face's transformers (version 5 and later) and of open_clip.
+"""Rows of Hugging Face's transformers (version 5.18 and later) and of open_clip.
 
 Names of classes are relative to `transformers.models`. A model around another (a classifier, CLIP with its
 text model) has the row of the inner one.

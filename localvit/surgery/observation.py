@@ -5,26 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from localvit.cost import count_macs
 from localvit.errors import UnsupportedModelError
-from localvit.locality import GridRecord
+from localvit.locality import Grid, GridRecord
 from localvit.surgery.adapters import FeedForwardSite
 from localvit.surgery.grids import GridSource, hook, unhook
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Shape and strides of a tensor."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def empty(self) -> Tensor:
-        """Return such a tensor on the meta device."""
-        return torch.empty_strided(self.shape, self.strides, device="meta")
 
 
 @dataclass(frozen=True)
@@ -32,13 +19,13 @@ class Tokens:
     """Tokens of one FFN for one image.
 
     Attributes:
-        input, hidden: The FFN's input and hidden state.
+        input, hidden: The FFN's input and hidden state, on the meta device.
         grid: Rows and columns.
         further: Further arguments of the FFN's forward.
     """
 
-    input: Layout
-    hidden: Layout
+    input: Tensor
+    hidden: Tensor
     grid: tuple[int, int]
     further: tuple[Any, ...] = ()
 
@@ -125,13 +112,10 @@ def _tokens(site: FeedForwardSite, calls: list[Any]) -> Tokens:
     grid = (int(grid[0]), int(grid[1]))
     for tensor in (x, hidden):
         _check_tokens(site, tensor, grid)
-    before, after = (Layout(tuple(t.shape), t.stride()) for t in (x, hidden))
-    return Tokens(before, after, grid, tuple(further))
+    return Tokens(x, hidden, grid, tuple(further))
 
 
 def _check_tokens(site: FeedForwardSite, x: Tensor, grid: tuple[int, int]) -> None:
-    from localvit.locality import Grid
-
     shape, tokens = tuple(x.shape), x
     try:
         if site.order is not None:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Tuple  # noqa: UP035 (TorchScript reads hook signatures by typing's names)
 
 import torch
@@ -22,7 +23,7 @@ LOCALIZED = "localized"
 
 
 @dataclass(frozen=True)
-class Report:
+class Localization:
     """Record of a localization, stored as `model.localization`, outside the state dict.
 
     Attributes:
@@ -54,7 +55,7 @@ def localize(
     seed: int | None = None,
     keep_originals: bool = True,
     count_macs: bool = True,
-) -> Report:
+) -> Localization:
     """Insert locality into the FFNs of a timm model, in place.
 
     The class of the model stays the same. New modules have the device, dtype and mode (train or eval) of
@@ -76,11 +77,11 @@ def localize(
         adapter: Adapter for a model whose class has none, or another one; default: that of its class.
         seed: Seed of the new weights; default: the seed of the last `torch.manual_seed`.
         keep_originals: Keep the replaced layers (and their memory) for `restore`.
-        count_macs: Count multiply-accumulates for the report and compare tokens with grids, which takes most
+        count_macs: Count multiply-accumulates for the plan and compare tokens with grids, which takes most
             of the time of this call.
 
     Returns:
-        The report, which is also `model.localization`.
+        The record, which is also `model.localization`.
 
     Raises:
         UnsupportedModelError: if the model cannot be localized.
@@ -98,10 +99,10 @@ def localize(
     for source, record in records.items():
         if source and record:
             hook(source, record)
-    report = Report(the_plan, seed, originals if keep_originals else None)
-    model.localization = report  # type: ignore[assignment]
+    done = Localization(the_plan, seed, originals if keep_originals else None)
+    model.localization = done  # type: ignore[assignment]
     _record_for_saving(model, the_plan, blocks)
-    return report
+    return done
 
 
 def restore(model: nn.Module) -> None:
@@ -114,11 +115,11 @@ def restore(model: nn.Module) -> None:
         RestoreError: if the model is not localized, or if the original layers of `init="paper"` were not
             kept, as in a model that was created or loaded in localized form.
     """
-    report = getattr(model, "localization", None)
-    if not isinstance(report, Report):
+    done = getattr(model, "localization", None)
+    if not isinstance(done, Localization):
         raise RestoreError("the model is not localized; localvit.localize does that")
-    configs = (report.plan.config, *report.plan.also.values())
-    if report.originals is None and any(config.init == "paper" for config in configs):
+    configs = (done.plan.config, *done.plan.also.values())
+    if done.originals is None and any(config.init == "paper" for config in configs):
         raise RestoreError(
             "the model was created or loaded in localized form, or its original layers were not kept; "
             "create the plain model by its own name"
@@ -126,7 +127,7 @@ def restore(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, HiddenLocality):
             _remove(model, name, module)
-    for path, original in (report.originals or {}).items():
+    for path, original in (done.originals or {}).items():
         like = next(model.get_submodule(path.rpartition(".")[0]).parameters())
         if isinstance(original, nn.Parameter):
             original.data = original.data.to(like.device, like.dtype)
@@ -169,7 +170,7 @@ def _install(change: PlannedChange, module: nn.Module) -> dict[str, nn.Module | 
         separate_drop_path(site.block)
     new: dict[str, Any] = {name: nn.Identity().train(site.block.training) for name in discarded}
     new[site.row.ffn] = module
-    originals = {f"{site.name}.{name}": getattr(site.block, name) for name in new}
+    originals = {f"{site.name}.{name}": attrgetter(name)(site.block) for name in new}
     for name, layer in new.items():
         original = originals[f"{site.name}.{name}"]
         if isinstance(original, nn.Parameter):  # a LayerScale that multiplies whatever it is

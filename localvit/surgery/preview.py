@@ -257,7 +257,8 @@ def _plan_site(change: PlannedChange, costs: dict[Any, _Cost], observed: Observe
     site, config = change
     replaces = config.init == "paper"
     tokens = observed.tokens[site.path] if observed else None
-    key = (repr(site.module), site.dims, site.order, tokens, config)
+    shape = tokens and (tokens.input.shape, tokens.grid)
+    key = (repr(site.module), site.dims, site.order, shape, config)
     if key not in costs:
         costs[key] = _cost(change, tokens)
     new, parameters, macs = costs[key]
@@ -288,8 +289,8 @@ def _cost(change: PlannedChange, tokens: Tokens | None) -> _Cost:
     old = count_parameters(site.module)
     macs = None
     if tokens is not None:
-        before = macs_of(site.module, tokens.input.empty(), *tokens.further) if site.row.ffn else 0
-        x = tokens.hidden.empty() if kept else tokens.input.empty()
+        before = macs_of(site.module, tokens.input, *tokens.further) if site.row.ffn else 0
+        x = tokens.hidden if kept else tokens.input
         macs = before, macs_of(new, x, Grid(*tokens.grid, site.num_prefix_tokens)) + kept * before
     return _Cost(new, (old, count_parameters(new) + kept * old), macs)
 

@@ -6,7 +6,7 @@ from typing import Self
 from torch import nn
 
 from localvit.locality import LocalityConfig
-from localvit.surgery.operation import Report
+from localvit.surgery.operation import Localization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class Recipe:
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
         """Return the recipe of a localized model; `None` for any other model."""
-        report = getattr(model, "localization", None)
-        if not isinstance(report, Report):
+        done = getattr(model, "localization", None)
+        if not isinstance(done, Localization):
             return None
-        plan = report.plan
+        plan = done.plan
         also = {group: config.resolve() for group, config in plan.also.items()}
         return cls(locality=plan.config.resolve(), blocks=plan.blocks, also=also)

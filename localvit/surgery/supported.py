@@ -1,6 +1,5 @@
 """Table of timm's architectures: accepted or refused, and why (`supported.json`, by `make supported`)."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -11,6 +10,7 @@ import timm
 from localvit.cost import on_meta
 from localvit.errors import UnsupportedModelError
 from localvit.locality import LocalityConfig
+from localvit.structure import build, parse_json, to_json
 from localvit.surgery.preview import plan_changes
 from localvit.surgery.refusals import reason_for
 
@@ -34,13 +34,31 @@ class SupportEntry:
     note: str
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Entries of the file with one class and one note: name of an architecture -> its number of FFNs."""
+
+    model: str
+    accepted: bool
+    note: str
+    architectures: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The file: groups of entries, and the version of timm."""
+
+    timm: str
+    groups: tuple[_Group, ...]
+
+
 def supported_models(pattern: str = "*") -> list[SupportEntry]:
     """Read the shipped table; `pattern` selects architectures, as in `timm.list_models`."""
-    stored = json.loads((files("localvit.surgery") / "supported.json").read_text())
+    text = (files("localvit.surgery") / "supported.json").read_text(encoding="utf-8")
     entries = [
-        SupportEntry(name, group["model"], group["accepted"], ffns, group["note"])
-        for group in stored["groups"]
-        for name, ffns in group["architectures"].items()
+        SupportEntry(name, group.model, group.accepted, ffns, group.note)
+        for group in build(_Table, parse_json(text, "supported.json")).groups
+        for name, ffns in group.architectures.items()
     ]
     return sorted((e for e in entries if fnmatch(e.architecture, pattern)), key=lambda e: e.architecture)
 
@@ -74,24 +92,22 @@ def _scan(name: str) -> SupportEntry:
 
 
 def supported_table(entries: Iterable[SupportEntry]) -> str:
-    """Return the JSON text of a table: entries with one class and one note are a group."""
-    groups: dict[tuple[str, bool, str], dict[str, int]] = {}
-    for entry in entries:
-        groups.setdefault((entry.model, entry.accepted, entry.note), {})[entry.architecture] = entry.ffns
-    listed = [
-        {"model": model, "accepted": accepted, "note": note, "architectures": names}
-        for (model, accepted, note), names in sorted(groups.items())
-    ]
-    return json.dumps({"timm": timm.__version__, "groups": listed}, indent=1) + "\n"
+    """Return the JSON text of a table."""
+    return to_json(_Table(timm.__version__, _groups(entries)))
 
 
 def supported_document(entries: Iterable[SupportEntry]) -> str:
     """Return the Markdown text of a table, by class."""
-    groups: dict[tuple[bool, str, str], list[SupportEntry]] = {}
-    for entry in entries:
-        groups.setdefault((not entry.accepted, entry.model, entry.note), []).append(entry)
     lines = ["| class | architectures | for example | |", "|---|---|---|---|"]
-    for (refused, model, note), listed in sorted(groups.items()):
-        text = f"refused: {note}" if refused else note or "accepted"
-        lines.append(f"| `{model}` | {len(listed)} | `{listed[0].architecture}` | {text} |")
+    for group in sorted(_groups(entries), key=lambda group: not group.accepted):
+        text = group.note if group.accepted else f"refused: {group.note}"
+        example, count = next(iter(group.architectures)), len(group.architectures)
+        lines.append(f"| `{group.model}` | {count} | `{example}` | {text or 'accepted'} |")
     return "\n".join(lines) + "\n"
+
+
+def _groups(entries: Iterable[SupportEntry]) -> tuple[_Group, ...]:
+    groups: dict[tuple[str, bool, str], dict[str, int]] = {}
+    for entry in entries:
+        groups.setdefault((entry.model, entry.accepted, entry.note), {})[entry.architecture] = entry.ffns
+    return tuple(_Group(*kind, names) for kind, names in sorted(groups.items()))

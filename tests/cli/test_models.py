@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import timm
@@ -6,6 +7,7 @@ import timm
 from localvit.cli import main
 from localvit.models.listing import names
 from localvit.models.table import VARIANTS
+from localvit.surgery import supported_models
 
 FEW = [
     "deit_tiny_patch16_224",
@@ -103,8 +105,47 @@ def test_a_baseline_has_a_card_too(capsys):
     assert "13,229,288 parameters" in capsys.readouterr().out
 
 
+SUPPORTED = ["models", "--supported"]
+
+
+def test_supported_architectures(capsys):
+    assert main([*SUPPORTED, "swin_t*"]) == 0
+    assert capsys.readouterr().out == "swin_tiny_patch4_window7_224 (SwinTransformer): 12 FFNs\n"
+    assert main([*SUPPORTED, "resnet18"]) == 0
+    assert capsys.readouterr().out.startswith("resnet18 (resnet): refused; it is a convolutional network")
+    assert main(SUPPORTED) == 0
+    assert "| `Beit` | 7 | `beit_base_patch16_224` | accepted |" in capsys.readouterr().out.splitlines()
+
+
+def test_supported_architectures_as_json(capsys):
+    assert main([*SUPPORTED, "swin_t*", "--json"]) == 0
+    name = "swin_tiny_patch4_window7_224"
+    entry = {"architecture": name, "model": "SwinTransformer", "accepted": True, "ffns": 12, "note": ""}
+    assert json.loads(capsys.readouterr().out) == [entry]
+
+
+def test_the_shipped_table_is_compared(capsys, monkeypatch):
+    arguments = [*SUPPORTED, "deit_tiny_*", "--check"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == "no difference\n"
+    shipped = supported_models("deit_tiny_*")
+    changed = [replace(shipped[0], ffns=11), *shipped[1:]]
+    monkeypatch.setattr("localvit.surgery.supported_models", lambda pattern: changed)
+    assert main(arguments) == 1
+    expected = f"{shipped[0].architecture}: the shipped table has another entry\n"
+    assert capsys.readouterr().out == expected
+
+
 @pytest.mark.parametrize(
-    ("arguments", "hint"), [(["--jason"], ""), (["localvit_pvt_tny"], "did you mean 'localvit_pvt_tiny'?")]
+    ("arguments", "hint"),
+    [
+        (["--jason"], ""),
+        (["localvit_pvt_tny"], "did you mean 'localvit_pvt_tiny'?"),
+        (["--check"], "--check is not accepted here; use it with --supported"),
+        (["--supported", "swn*"], "no architecture of timm matches 'swn*'; use a pattern such as 'swin*'"),
+        (["--no-supported"], ""),
+        (["--supported", "--no-check"], ""),
+    ],
 )
 def test_wrong_use_is_one_line(arguments, hint, capsys):
     assert main(["models", *arguments]) == 2

@@ -13,7 +13,7 @@ from localvit.data import Preprocessing
 from localvit.engines import ExportInfo, open_engine
 from localvit.export import export_model
 from localvit.surgery import locality_parameters
-from tests.real.weights import MODEL, Decoder, backbone, backbone_state, fetch, read
+from tests.real.weights import MODEL, Decoder, backbone, backbone_state, fetch, read, transformers_backbone
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 
@@ -69,16 +69,35 @@ def test_the_rebuilt_model_is_that_of_the_file(file, weights):
     assert (focus - expected).abs().max() < 4e-6  # of a sigmoid; measured: 2.1e-6
 
 
+def test_transformers_computes_the_same(weights):
+    shown = images((518, 518))
+    with torch.no_grad():
+        expected = backbone(weights).forward_features(shown)
+        found = transformers_backbone(weights)(shown).last_hidden_state
+    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+LIBRARIES = {
+    "timm": (backbone, lambda model, shown: model.forward_features(shown)),
+    "transformers": (
+        lambda weights, size: transformers_backbone(weights),
+        lambda model, shown: model(shown).last_hidden_state,
+    ),
+}
+
+
 @pytest.mark.parametrize("size", SIZES)
-def test_localized_by_preserve_it_is_the_same_to_the_last_bit_and_undone(weights, size):
-    model = backbone(weights, size)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_localized_by_preserve_it_is_the_same_to_the_last_bit_and_undone(weights, size, library):
+    make, features = LIBRARIES[library]
+    model = make(weights, size)
     plain = copy.deepcopy(model)
     localvit.localize(model, PRESERVE, count_macs=False)
     with torch.no_grad():
-        before = plain.forward_features(images(size))
-        assert torch.equal(model.forward_features(images(size)), before)
+        before = features(plain, images(size))
+        assert torch.equal(features(model, images(size)), before)
         localvit.restore(model)
-        assert torch.equal(model.forward_features(images(size)), before)
+        assert torch.equal(features(model, images(size)), before)
     assert repr(model) == repr(plain)
     one, other = model.state_dict(), plain.state_dict()
     assert one.keys() == other.keys()

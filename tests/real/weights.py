@@ -40,6 +40,13 @@ _TOP = {
     "backbone.layernorm.weight": "norm.weight",
     "backbone.layernorm.bias": "norm.bias",
 }
+# Names in the file -> those of transformers 5.18 and later.
+_RENAMED = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+}
 
 
 def fetch(folder: Path) -> Path:
@@ -104,6 +111,23 @@ def backbone(weights: dict[str, Tensor], size: tuple[int, int] = (518, 518)) -> 
         resized = F.interpolate(there, grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
         state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], resized], dim=1)
     model = timm.create_model(MODEL, num_classes=0, img_size=size)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def transformers_backbone(weights: dict[str, Tensor]) -> nn.Module:
+    """Build the `Dinov2Model` of transformers, whose names changed since the file was written."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    positions = torch.cat([weights["class_position"], weights["positions"]], dim=1)
+    state = {"embeddings.position_embeddings": positions, "embeddings.mask_token": torch.zeros(1, 384)}
+    for name, value in weights.items():
+        if name.startswith("backbone."):
+            for theirs, ours in _RENAMED.items():
+                name = name.replace(theirs, ours)
+            state[name.removeprefix("backbone.")] = value
+    sizes = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
+    model = Dinov2Model(Dinov2Config(**sizes, image_size=518, patch_size=14))
     model.load_state_dict(state)
     return model.eval()
 

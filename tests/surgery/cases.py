@@ -18,12 +18,16 @@ _WIDTHS = (8, 16, 16, 32)
 
 @dataclass(frozen=True)
 class Case:
-    """A model, by its name in timm or by a function; `heavy` ones run in `make supported` only."""
+    """A model, by its name in timm or by a function; `heavy` ones run in `make supported` only.
+
+    `named` is the name of a large model of the class that `base` makes, since files hold names.
+    """
 
     base: str | Callable[..., nn.Module]
     args: dict[str, Any] = field(default_factory=lambda: _VIT)
     size: tuple[int, int] = (32, 48)
     heavy: bool = False
+    named: str | None = None
 
     def make(self, **kwargs: Any) -> nn.Module:
         torch.manual_seed(0)
@@ -92,7 +96,7 @@ CASES: dict[str, Case] = {
     "vit hybrid": Case(
         "vit_tiny_r_s16_p8_224", {**_IMG, "embed_dim": 24, "num_heads": 3, "depth": 2}, _BIG, heavy=True
     ),
-    "vitamin": Case(_vitamin, _IMG, _BIG),
+    "vitamin": Case(_vitamin, _IMG, _BIG, named="vitamin_small_224"),
     "deit distilled": Case("deit_tiny_distilled_patch16_224"),
     "dinov3": Case("vit_small_patch16_dinov3"),
     "eva02": Case("eva02_base_patch14_224"),
@@ -140,8 +144,8 @@ CASES: dict[str, Case] = {
     "swin v2 cr": Case("swinv2_cr_tiny_224", _SWIN, _BIG),
     "twins": Case("twins_svt_small", {**_IMG, **_PYRAMID}, _BIG),
     "pvt v2": Case("pvt_v2_b0", _PYRAMID, _BIG),
-    "mvit v2": Case(_mvit(False), {"img_size": 64}, (64, 64)),
-    "mvit v2 with class token": Case(_mvit(True), {"img_size": 64}, (64, 64)),
+    "mvit v2": Case(_mvit(False), {"img_size": 64}, (64, 64), named="mvitv2_tiny"),
+    "mvit v2 with class token": Case(_mvit(True), {"img_size": 64}, (64, 64), named="mvitv2_base_cls"),
     "davit": Case("davit_tiny", _PYRAMID, _BIG),
     "tinyvit": Case("tiny_vit_5m_224", {**_PYRAMID, "window_sizes": (3, 3, 3, 3)}, _BIG),
     "levit": Case("levit_128s", _IMG, _BIG, heavy=True),
@@ -158,6 +162,7 @@ CASES: dict[str, Case] = {
         _of("nest", "Nest", embed_dims=(8, 16, 16), num_heads=(1, 1, 1), depths=(1, 1, 1)),
         {"img_size": 64},
         (64, 64),
+        named="nest_tiny",
     ),
     "csatv2": Case("csatv2", {}, _BIG, heavy=True),
     "mobilevit": Case("mobilevit_xxs", {}, (64, 128), heavy=True),
@@ -168,9 +173,14 @@ CASES: dict[str, Case] = {
         _BIG,
     ),
     "volo": Case(
-        _of("volo", "VOLO", layers=_ONES, embed_dims=(16, 24, 24, 24), num_heads=(2, 3, 3, 3)), _IMG, _BIG
+        _of("volo", "VOLO", layers=_ONES, embed_dims=(16, 24, 24, 24), num_heads=(2, 3, 3, 3)),
+        _IMG,
+        _BIG,
+        named="volo_d1_224",
     ),
-    "focalnet": Case(_of("focalnet", "FocalNet", embed_dim=8, depths=_ONES), {}, _BIG),
+    "focalnet": Case(
+        _of("focalnet", "FocalNet", embed_dim=8, depths=_ONES), {}, _BIG, named="focalnet_tiny_srf"
+    ),
     "gcvit": Case(
         _of(
             "gcvit",
@@ -182,9 +192,12 @@ CASES: dict[str, Case] = {
         ),
         _IMG,
         _BIG,
+        named="gcvit_xxtiny",
     ),
-    "caformer": Case(_caformer, {}, _BIG),
-    "poolformer": Case(_of("metaformer", "MetaFormer", depths=_ONES, dims=_WIDTHS), {}, _BIG),
+    "caformer": Case(_caformer, {}, _BIG, named="caformer_s18"),
+    "poolformer": Case(
+        _of("metaformer", "MetaFormer", depths=_ONES, dims=_WIDTHS), {}, _BIG, named="poolformer_s12"
+    ),
     "nextvit": Case("nextvit_small", {}, (32, 64), heavy=True),
     "coatnet": Case("coatnet_nano_rw_224", _IMG, _BIG, heavy=True),
     "coatnext": Case("coatnext_nano_rw_224", _IMG, _BIG, heavy=True),
@@ -195,9 +208,13 @@ CASES: dict[str, Case] = {
     "efficientformer": Case("efficientformer_l1", {}, (224, 224), heavy=True),
     "efficientformer v2": Case("efficientformerv2_s0", {}, (224, 224), heavy=True),
     "efficientvim": Case("efficientvim_m1", {}, _BIG, heavy=True),
+    "efficientvim distilled": Case("efficientvim_m1_dist", {}, _BIG, heavy=True),
     "efficientvit msra": Case("efficientvit_m0", {}, (224, 224), heavy=True),
     "fastvit": Case("fastvit_sa12", {}, _BIG, heavy=True),
     "shvit": Case("shvit_s1", {}, _BIG, heavy=True),
     "swiftformer": Case("swiftformer_xs", {}, _BIG, heavy=True),
     "visformer": Case("visformer_tiny", _IMG, _BIG, heavy=True),
 }
+
+QUICK = ("dinov3", "xcit", "caformer", "hiera")
+"""Cases of different orders and sources of the grid, for costly tests."""

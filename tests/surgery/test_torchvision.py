@@ -56,6 +56,7 @@ PROOFS = (
     proofs.test_kernels_learn_and_are_removed,
     proofs.test_replaced_networks_learn,
     proofs.test_a_fused_model_computes_the_same,
+    *([proofs.test_gradients_of_one_image] if proofs.HEAVY else []),
 )
 
 

@@ -11,6 +11,8 @@ from localvit.locality import Grid, map_to_tokens, tokens_to_map
 class ChannelsLast:
     """Maps `(B, H, W, C)`."""
 
+    maps = "channels last"
+
     def size(self, x: Tensor) -> tuple[int, int]:
         return x.shape[1], x.shape[2]
 
@@ -25,6 +27,7 @@ class ChannelsLast:
 class ChannelsFirst:
     """Maps `(B, C, H, W)`."""
 
+    maps = "channels first"
     channel_axis = 1
 
     def size(self, x: Tensor) -> tuple[int, int]:

@@ -1,0 +1,14 @@
+"""What the plain model can do, the localized one can: a few classes (`make supported` tries all)."""
+
+import pytest
+
+from tests.surgery.abilities import ABILITIES, LOST, outcome
+from tests.surgery.cases import CASES, QUICK
+
+
+@pytest.mark.parametrize("ability", ABILITIES)
+@pytest.mark.parametrize("name", QUICK)
+def test_no_ability_is_lost(name, ability):
+    case = CASES[name]
+    found, reason = outcome(case.make(), case.images(), ABILITIES[ability])
+    assert (found == "lost") == ((name, ability) in LOST), reason
