@@ -19,7 +19,8 @@ import select
 import sys
 from collections.abc import Sequence
 
-from localvit.cli.arguments import Failure, UsageError, disk_message, parse, printable
+from localvit.cli.arguments import Failure, UsageError, disk_message, parse
+from localvit.errors import printable
 
 VERBS = {
     "demo": ("localvit.cli.demo", "compare a small model with and without locality, and write a report"),

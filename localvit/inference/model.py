@@ -31,7 +31,7 @@ FUSED = "PyTorch, fused"
 
 _PREFIXES = ("local-dir:", "hf-hub:", "hf_hub:")
 _UNUSABLE = (
-    *(OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError),
+    *(OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
     *(ArithmeticError, EOFError, SafetensorError),
 )
 
@@ -124,6 +124,11 @@ def open_model(
     except _UNUSABLE as error:
         reason = why_unreadable(name, error)
         raise ConfigError(f"model {source!r} cannot be loaded: {reason}; check its files") from error
+    outputs: Any = model.num_classes  # 0: a model without a classifier, which can be timed
+    if type(outputs) is not int or outputs < 0:
+        raise ConfigError(
+            f"model {source!r}: num_classes={outputs!r} is not accepted; use a positive integer"
+        )
     labels, descriptions = (None, None) if random_weights else _class_names(model)
     opened = OpenModel(
         source=source,

@@ -25,7 +25,7 @@ from localvit.models.published import CheckpointError, load_official, why_unread
 from localvit.structure import build
 from localvit.surgery import localize
 
-_REFUSED = (TypeError, ValueError, AssertionError, KeyError, IndexError, AttributeError, ArithmeticError)
+_REFUSED = (TypeError, ValueError, AssertionError, LookupError, AttributeError, ArithmeticError)
 # Arguments of timm's models that are sizes or counts, or lists of them.
 _POSITIVE = (
     *("img_size", "patch_size", "window_size", "in_chans", "num_classes", "depth", "depths", "mlp_ratio"),
@@ -137,7 +137,7 @@ def preprocessing_for(model: nn.Module, config: DataConfig) -> Preprocessing:
         found = resolve_input_data_config(model, {**given, "img_size": _built_for(model)})
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
-    except (TypeError, AttributeError, AssertionError) as error:  # the model's own come from its config.json
+    except _REFUSED as error:  # the model's own come from its config.json
         raise ConfigError(f"preprocessing of the model: {one_line(error)}; repair its config.json") from error
     fields = [field.name for field in dataclasses.fields(Preprocessing)]
     return build(Preprocessing, {name: found[name] for name in fields}, "preprocessing")

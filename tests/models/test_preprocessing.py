@@ -20,6 +20,7 @@ ARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads
         ("mean", ["0.5", "x", "y"], "mean"),
         ("mean", [0.5, 0.5, None], "mean"),
         ("mean", [float("nan")] * 3, "mean"),
+        ("mean", [], "mean|division by zero"),
         ("mean", [1e308] * 3, "mean=.* is not accepted; use"),
         ("std", [0.0, 0.5, 0.5], "std=.* is not accepted; use"),
         ("std", [1e-320] * 3, "std=.* is not accepted; use"),
