@@ -2,6 +2,7 @@
 
 import os
 import resource
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -33,3 +34,11 @@ def full_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limited
+
+
+@pytest.fixture
+def full_console(monkeypatch):
+    """A standard output that takes nothing, as a file on a full disk."""
+    with open("/dev/full", "w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        yield
