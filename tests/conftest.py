@@ -38,7 +38,12 @@ def full_disk():
 
 @pytest.fixture
 def full_console(monkeypatch):
-    """A standard output that takes nothing, as a file on a full disk."""
-    with open("/dev/full", "w") as file:
-        monkeypatch.setattr(sys, "stdout", file)
-        yield
+    """A context in which the standard output takes nothing, as a file on a full disk."""
+
+    @contextmanager
+    def replaced():
+        with open("/dev/full", "w") as file, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", file)
+            yield
+
+    return replaced

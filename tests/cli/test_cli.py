@@ -328,12 +328,14 @@ FULL = "localvit: the output: No space left on device; make room and try again\n
 )
 def test_a_full_console_is_one_line(line, run, pictures, monkeypatch, capsys, full_console):
     monkeypatch.chdir(pictures)
-    assert main([str(run) if word == "RUN" else word for word in line.split()]) == 1
+    with full_console():
+        assert main([str(run) if word == "RUN" else word for word in line.split()]) == 1
     assert capsys.readouterr().err.endswith(FULL)
 
 
 def test_training_that_cannot_be_printed_is_one_line(tmp_path, capsys, full_console):
-    assert main(["train", *TINY, "--output", str(tmp_path / "run")]) == 1
+    with full_console():
+        assert main(["train", *TINY, "--output", str(tmp_path / "run")]) == 1
     assert capsys.readouterr().err == FULL
 
 

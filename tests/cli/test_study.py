@@ -55,7 +55,7 @@ def records(folder):
     return {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/record.json")}
 
 
-def test_from_a_question_to_a_report(question, pictures, tmp_path, capsys, here, full_disk, request):
+def test_from_a_question_to_a_report(question, pictures, tmp_path, capsys, here, full_disk, full_console):
     out = tmp_path / "out"
     assert study(question, pictures, "--seeds", 2, "--output", out, "--dry-run") == 0
     text = capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_from_a_question_to_a_report(question, pictures, tmp_path, capsys, here,
     assert "2 of 8 runs to do" in text
     assert "from the 6 runs that are done" in text
     other(question, pictures, tmp_path, out, capsys)
-    full(out, capsys, full_disk, request)
+    full(out, capsys, full_disk, full_console)
 
 
 def other(question, pictures, tmp_path, out, capsys):
@@ -121,16 +121,16 @@ def other(question, pictures, tmp_path, out, capsys):
     assert "6 of 9 runs are there already" in capsys.readouterr().out
 
 
-def full(out, capsys, full_disk, request):
+def full(out, capsys, full_disk, full_console):
     """What is said on a full disk and a full console, in the same test so that it is trained once."""
     before = {path: path.read_bytes() for path in out.glob("*.*")}
     with full_disk(500):
         assert main(["study", "report", str(out)]) == 1
     assert "' cannot be written: File too large; make room or name another place" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.glob("*.*")} == before
-    request.getfixturevalue("full_console")
     for words in (["report"], ["export"], ["compare", str(out)]):
-        assert main(["study", *words, str(out)]) == 1
+        with full_console():
+            assert main(["study", *words, str(out)]) == 1
         assert "the output: No space left on device; make room and try again\n" in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from rich.console import Console
@@ -124,8 +125,9 @@ def test_a_damaged_file_is_named(folder, file, text):
     path = folder.path if file == "study.json" else folder.of(folder.study.runs()[0])
     path.mkdir(parents=True)
     (path / file).write_bytes(text)
+    read = partial(StudyFolder, folder.path, folder.study) if file == "study.json" else folder.finished
     with pytest.raises(ConfigError, match=rf"^.*{file}'.*; (delete|restore) .*") as caught:
-        StudyFolder(folder.path, folder.study).finished()
+        read()
     assert "\n" not in str(caught.value)
 
 
