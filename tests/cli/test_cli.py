@@ -316,14 +316,14 @@ FULL = "localvit: the output: No space left on device; make room and try again\n
     "line",
     [
         *("--help", "--version", "doctor --json", "models --supported --json", "models localvit_pvt_tiny"),
-        *("study list", "study show gate", "data check digits", "plan --recipe digits --seconds-per-step 1"),
+        *("study list", "study show gate", "data check digits", "plan --recipe digits --gpus 2 --json"),
         *(
             "train --recipe digits --print-config",
             "evaluate --checkpoint RUN",
             "export RUN --format torch --output m.pt2",
         ),
         *("predict --checkpoint RUN 0.png", "predict --checkpoint RUN 0.png --format json"),
-        "bench test_vit --against test_vit --size 32 --batch 1 --rounds 1 --engine eager --device cpu",
+        "bench test_vit --against test_vit --batch 1 --rounds 2 --engine eager --device cpu",
     ],
 )
 def test_a_full_console_is_one_line(line, run, pictures, monkeypatch, capsys, full_console):
