@@ -21,10 +21,10 @@ from localvit.config import TrainConfig
 from localvit.data import DataConfig, Preprocessing
 from localvit.engines import ENGINE_NAMES, EngineKind, ExportedModel, open_engine, pick_engine
 from localvit.errors import ConfigError, one_line, unknown
-from localvit.models import add_to_digest, preprocessing_for, why_unreadable
+from localvit.models import add_to_digest, check_args, preprocessing_for, why_unreadable
 from localvit.runs import read_run
 from localvit.runtime import pick_device
-from localvit.structure import build
+from localvit.structure import build, read_json
 
 PLAIN = "PyTorch"
 FUSED = "PyTorch, fused"
@@ -120,6 +120,9 @@ def open_model(
         raise ConfigError(f"model={source!r} is not accepted with random weights; use a timm name")
     name, run = (source, None) if random_weights else _locate(source)
     try:
+        if name.startswith("local-dir:"):
+            saved = read_json(dict[str, Any], Path(name.removeprefix("local-dir:")) / "config.json")
+            check_args(saved.get("model_args") or {})
         model = timm.create_model(name, pretrained=not random_weights, **(args or {})).eval().to(place)
     except _UNUSABLE as error:
         reason = why_unreadable(name, error)

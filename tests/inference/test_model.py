@@ -53,9 +53,10 @@ def test_a_new_head_has_no_names(folder, outputs):
     ("field", "value", "message"),
     [
         ("label_names", 5, "config.json: label_names: 5 is not accepted"),
-        ("num_classes", -math.inf, "num_classes=-inf is not accepted; use a positive integer"),
-        ("num_classes", -1, "num_classes=-1 is not accepted; use a positive integer"),
-        ("num_classes", False, "num_classes=False is not accepted; use a positive integer"),
+        ("num_classes", -math.inf, "config.json' is not JSON: -Infinity is not a JSON value"),
+        ("num_classes", -1, "num_classes: -1 is not accepted; use a positive number"),
+        ("num_classes", False, "num_classes: False is not accepted; use a positive number"),
+        ("num_heads", -2, "model.args.num_heads: -2 is not accepted; use a positive number"),
         ("patch_size", [8], "cannot be loaded: tuple index out of range; check its files"),
     ],
 )
@@ -70,6 +71,8 @@ def test_impossible_values_in_config_json_are_one_line(folder, tmp_path, field, 
 
 
 def test_a_model_without_a_classifier_predicts_nothing(tmp_path):
+    with pytest.raises(ConfigError, match="num_classes=-1 is not accepted; use a positive integer"):
+        open_model("test_vit", "cpu", random_weights=True, args={"num_classes": -1})
     opened = open_model("test_vit", "cpu", random_weights=True, args={"num_classes": 0})
     with pytest.raises(ConfigError, match="model 'test_vit' has no classes; use a model with a classifier"):
         list(predict(opened, [make_images(tmp_path, {"a": 1})]))
