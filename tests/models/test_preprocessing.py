@@ -26,6 +26,8 @@ ARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads
         ("std", [1e-320] * 3, "std=.* is not accepted; use"),
         ("std", [-0.5] * 3, "std=.* is not accepted; use"),
         ("crop_pct", -1, "crop_pct=-1.* is not accepted; use"),
+        ("crop_pct", 1e-320, "crop_pct=1e-320 is not accepted; use a value from 0.1 to 2"),
+        ("crop_pct", 0.001, "crop_pct=0.001 is not accepted; use a value from 0.1 to 2"),
         ("crop_pct", "all", "crop_pct"),
         ("crop_pct", float("inf"), "crop_pct"),
         ("interpolation", "magic", "interpolation"),
