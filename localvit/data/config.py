@@ -115,10 +115,8 @@ class DataConfig:
             raise DataError(
                 f"data.fraction={self.fraction!r} is not accepted; use a fraction above 0 and up to 1"
             )
-        if self.crop_pct is not None and not 0.0 < self.crop_pct <= 1.0:
-            raise DataError(
-                f"data.crop_pct={self.crop_pct!r} is not accepted; use a fraction above 0 and up to 1"
-            )
+        if self.crop_pct is not None and not 0.1 <= self.crop_pct <= 1.0:
+            raise DataError(f"data.crop_pct={self.crop_pct!r} is not accepted; use a fraction from 0.1 to 1")
         if self.std is not None and min(self.std, default=0.0) <= 0.0:
             raise DataError(f"data.std={self.std!r} is not accepted; use positive numbers, one per channel")
 
