@@ -3,9 +3,9 @@
     python benchmarks/chaos.py              # 100 kills; writes benchmarks/results/chaos_<date>.md
     python benchmarks/chaos.py --kills 5
 
-A run has everything random in it (mixup, cutmix, drop-path, dropout), two processes that load pictures,
-batch norm and an averaged model. Its end is compared with that of a run that nobody killed: the weights of
-both saved models bit for bit, and every number that is no time. Exit code 1 if anything differs.
+A run has everything random in it (mixup, cutmix, drop-path, dropout), two data workers, batch norm and an
+averaged model. It must end as a run that nobody killed: the same weights of both saved models, bit for bit,
+and the same numbers except times. Exit code 1 if anything differs.
 """
 
 import argparse
@@ -35,23 +35,23 @@ SETTINGS = [
     *("workers=2", "save_seconds=0.5", "device=cpu"),
 ]
 MOMENTS = {"during start-up": 0.15, "before its first save": 0.25, "after a save": 0.6}
-"""When a process is killed, and how often."""
+"""Moments of a kill, and their probabilities."""
 
 
 @dataclass
 class Kill:
-    """One kill, what was on the disk after it, and what the next process made of that."""
+    """One kill, the files after it, and the step from which the next process resumed."""
 
     run: int
     moment: str
     epochs_done: int
     newest_state: int
     half_written: int
-    went_on_after: int | None = None
+    resumed_after: int | None = None
 
 
 class Process:
-    """A process that trains in a folder."""
+    """Process that trains in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,14 +67,14 @@ class Process:
         )
 
     def wait(self, seconds: float = 1e9, until: Callable[[], bool] = lambda: False) -> bool:
-        """Wait for whichever comes first; returns whether the process is still alive."""
+        """Wait for whichever comes first; return whether the process is still alive."""
         end = time.monotonic() + seconds
         while self.popen.poll() is None and time.monotonic() < end and not until():
             time.sleep(0.002)
         return self.popen.poll() is None
 
     def wait_for(self, moment: str, dice: random.Random) -> bool:
-        """Wait for a random instant of that kind; returns whether the process is still alive."""
+        """Wait for a random instant of that kind; return whether the process is still alive."""
         if moment == "during start-up":
             return self.wait(dice.uniform(0.0, 4.0))
         if moment == "before its first save":
@@ -84,19 +84,19 @@ class Process:
         return self.wait(dice.uniform(0.0, 1.5))
 
     def kill(self) -> str:
-        """Kill it; returns what it had printed."""
+        """Kill it; return what it had printed."""
         self.popen.kill()
         return self.popen.communicate()[0]
 
 
 def newest_state(folder: Path) -> int:
-    """Updates of the newest state; 0 if there is none."""
+    """Return the step of the newest state; 0 if there is none."""
     names = sorted(path.stem for path in (folder / "state").glob("*.state"))
     return int(names[-1].removeprefix("step-")) if names else 0
 
 
 def begun(folder: Path) -> float:
-    """When a process last began: the configuration is the first thing it writes."""
+    """Return the time when a process last began: it writes the configuration first."""
     try:
         return (folder / "config.yaml").stat().st_mtime
     except FileNotFoundError:
@@ -104,7 +104,7 @@ def begun(folder: Path) -> float:
 
 
 def look(folder: Path, run: int, moment: str) -> Kill:
-    """What a killed process left."""
+    """Describe what a killed process left."""
     status = folder / "status.json"
     done = json.loads(status.read_text())["epochs_done"] if status.exists() else 0
     rest = list(folder.rglob(".*-*"))
@@ -112,7 +112,7 @@ def look(folder: Path, run: int, moment: str) -> Kill:
 
 
 def story(folder: Path) -> dict[str, Any]:
-    """Everything that a run leaves and that must not depend on how often it was killed."""
+    """Read everything that must not depend on the kills."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     status = json.loads((folder / "status.json").read_text())
     for timed in (*lines, status["test"], status["best"]["validation"]):
@@ -133,7 +133,7 @@ def killed_run(folder: Path, number: int, most: int, dice: random.Random) -> lis
         said = process.kill() if alive else process.popen.communicate()[0]
         if kills and begun(folder) != process.had[1]:
             found = re.search(r"resuming after step (\d+)", said)
-            kills[-1].went_on_after = int(found[1]) if found else 0
+            kills[-1].resumed_after = int(found[1]) if found else 0
         if not alive:
             if process.popen.returncode:
                 raise SystemExit(f"run {number} ended with {process.popen.returncode}:\n{said}")
@@ -143,10 +143,10 @@ def killed_run(folder: Path, number: int, most: int, dice: random.Random) -> lis
 
 
 def report(kills: list[Kill], same: list[bool], epochs: int, seconds: float) -> str:
-    """The results in Markdown."""
+    """Write the results in Markdown."""
     moments = Counter(kill.moment for kill in kills)
-    told = [kill for kill in kills if kill.went_on_after is not None]
-    right = sum(kill.went_on_after == kill.newest_state for kill in told)
+    told = [kill for kill in kills if kill.resumed_after is not None]
+    right = sum(kill.resumed_after == kill.newest_state for kill in told)
     listed = ", ".join(f"{count} {moment}" for moment, count in moments.items())
     installed = ", ".join(f"{name} {version}" for name, version in versions().items())
     half = sum(kill.half_written > 0 for kill in kills)
@@ -159,7 +159,7 @@ def report(kills: list[Kill], same: list[bool], epochs: int, seconds: float) -> 
         "",
         f"- Runs that ended with the weights, metrics and choices of the run that nobody killed, bit for "
         f"bit: **{sum(same)} of {len(same)}**.",
-        f"- Kills after which the next process that lived long enough went on from the newest state on the "
+        f"- Kills after which the next process that lived long enough resumed from the newest state on the "
         f"disk: **{right} of {len(told)}**.",
         f"- Kills that left a half-written file (removed by the next process): {half}.",
         "",
@@ -169,10 +169,12 @@ def report(kills: list[Kill], same: list[bool], epochs: int, seconds: float) -> 
         "|---|---|---|---|---|---|",
     ]
     for number, kill in enumerate(kills, start=1):
-        went_on = "killed before" if kill.went_on_after is None else kill.went_on_after or "none: anew"
+        resumed = (
+            "killed before" if kill.resumed_after is None else kill.resumed_after or "none: from the start"
+        )
         lines.append(
             f"| {number} | {kill.run} | {kill.moment} | {kill.epochs_done} | {kill.newest_state or 'none'} | "
-            f"{went_on} |"
+            f"{resumed} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -205,7 +207,7 @@ def main() -> None:
     print(text)
     args.output.mkdir(exist_ok=True)
     (args.output / f"chaos_{datetime.date.today()}.md").write_text(text)
-    wrong = any(kill.went_on_after not in (kill.newest_state, None) for kill in kills)
+    wrong = any(kill.resumed_after not in (kill.newest_state, None) for kill in kills)
     raise SystemExit(0 if all(same) and not wrong else 1)
 
 

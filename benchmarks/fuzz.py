@@ -157,7 +157,9 @@ def judge(code: int, text: str, growth: int, late: bool) -> tuple[str, str]:
         return "traceback", detail
     if code == 0:
         said = re.search(
-            r"^nonsense: .*|(?:[=:, ])(?:nan|inf(?:inity)?)\b", re.sub(r"^\$ .*", "", text), re.M | re.I
+            r"^nonsense: .*|(?:[=:, ])(?:nan|inf(?:inity)?)\b",
+            re.sub(r"(?m)^(?:\$|warning:| +[01]\.\d{3}) .*", "", text),
+            re.M | re.I,
         )
         return ("nonsense", said[0]) if said else ("accepted", detail)
     return ("refused" if re.search(r"^localvit: |no prediction", text, re.M) else "unexplained"), detail

@@ -1,5 +1,6 @@
 """Damaged and invented inputs for `fuzz.py`: values, the damage, and what each reader is given."""
 
+import copy
 import io
 import json
 import math
@@ -87,7 +88,7 @@ def mutated(rng: Rng, tree: Any) -> Any:
         if key in FEW:
             node[key] = rng.choice((-1, 0, 1, math.nan, "x", None))
         elif kind < 0.75:
-            node[key] = rng.choice(VALUES) if kind < 0.65 else f"@@{rng.randrange(len(RAW))}@@"
+            node[key] = copy.deepcopy(rng.choice(VALUES)) if kind < 0.65 else f"@@{rng.randrange(len(RAW))}@@"
         elif kind < 0.82:
             del node[key]
         elif kind < 0.9 and isinstance(node, dict):

@@ -58,6 +58,11 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """Escape what would move the cursor or change colours; bytes that are not UTF-8 stay."""
+    return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text)
+
+
 class TrainingFailed(RuntimeError):
     """Failure of a training run; the message says where it stopped and why.
 

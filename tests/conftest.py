@@ -2,6 +2,7 @@
 
 import os
 import resource
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -33,3 +34,16 @@ def full_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limited
+
+
+@pytest.fixture
+def full_console(monkeypatch):
+    """A context in which the standard output takes nothing, as a file on a full disk."""
+
+    @contextmanager
+    def replaced():
+        with open("/dev/full", "w") as file, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", file)
+            yield
+
+    return replaced

@@ -62,6 +62,18 @@ def test_the_map_of_rooms_is_that_of_the_linter():
     assert named <= rooms | {"structure"}
 
 
+def test_the_tests_that_the_list_of_kinds_names_are_there():
+    sources, file = {}, None
+    named = re.findall(
+        r"`([\w/]+\.py)?(?:::(\w+?)(\.\.\.)?)?`", (ROOT / "docs" / "reliability.md").read_text()
+    )
+    assert len(named) > 50
+    for path, test, begins in named:
+        file = ROOT / "tests" / path if path else file
+        source = sources.setdefault(file, file.read_text())
+        assert not test or re.search(rf"def {test}{'' if begins else '[(]'}", source), (path, test)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):

@@ -19,7 +19,8 @@ import select
 import sys
 from collections.abc import Sequence
 
-from localvit.cli.arguments import Failure, UsageError, disk_message, parse, printable
+from localvit.cli.arguments import Failure, UsageError, disk_message, parse
+from localvit.errors import printable
 
 VERBS = {
     "demo": ("localvit.cli.demo", "compare a small model with and without locality, and write a report"),
@@ -58,9 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except (UsageError, Failure) as error:
+        _flush()
         print(f"localvit: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
+        _flush()
         print("localvit: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
@@ -97,6 +100,14 @@ def _reader_ended() -> bool:
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _flush() -> None:
+    """Write what is left for the standard output, or drop it where nothing can be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
 
 
 def _drop_output() -> None:

@@ -147,11 +147,6 @@ def disk_message(error: OSError) -> str:
     return f"{file}: {error.strerror or first_line(error)}; {remedy}"
 
 
-def printable(text: str) -> str:
-    """Escape what would move the cursor or change colours; bytes that are not UTF-8 stay."""
-    return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text)
-
-
 def _layout(text: str) -> str:
     """Return tyro's help in up to 100 columns: common options, rare ones, example."""
     width = min(100, shutil.get_terminal_size().columns)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from localvit.cli.arguments import one_line_errors, printable
+from localvit.cli.arguments import one_line_errors
+from localvit.errors import printable
 
 if TYPE_CHECKING:
     from localvit.data import Splits

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from localvit.cli.arguments import UsageError, one_line_errors, printable
+from localvit.cli.arguments import UsageError, one_line_errors
+from localvit.errors import printable
 
 if TYPE_CHECKING:
     from localvit.inference import Prediction, PredictionProgress, Shard
@@ -153,7 +154,8 @@ def _write(options: Options, output: str, arguments: dict[str, Any]) -> int:
             where = f"after {last[0].done:,} of {last[0].total:,} images" if last else "before the first"
             print(f"localvit: interrupted {where}; the same command resumes", file=sys.stderr)
             return 0
-    print(f"{output}: {done.total:,} images ({done.form})")
+    of = f" of {done.found:,}" if done.found > done.total else ""
+    print(f"{output}: {done.total:,}{of} images ({done.form})")
     return _conclude(done.unreadable, done.total)
 
 

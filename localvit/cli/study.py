@@ -19,6 +19,7 @@ from localvit.cli.arguments import (
     one_line_errors,
 )
 from localvit.cli.cluster import OnCluster, cluster_of
+from localvit.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -305,4 +306,5 @@ def _report(folder: str, console: Console) -> None:
 
 
 def _print(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    shown = "\n".join(map(printable, text.split("\n")))
+    console.print(shown, markup=False, highlight=False, soft_wrap=True)

@@ -42,7 +42,8 @@ class Preprocessing:
                 len(self.std) == channels and all(1e-6 <= value <= 1e6 for value in self.std),
                 f"{channels} values from 1e-6 to 1e6",
             ),
-            "crop_pct": (0 < self.crop_pct <= 2, "a value above 0, up to 2"),
+            # A smaller one enlarges the image more than tenfold before the crop.
+            "crop_pct": (0.1 <= self.crop_pct <= 2, "a value from 0.1 to 2"),
         }
         for name, (is_accepted, remedy) in accepted.items():
             if not is_accepted:
@@ -115,10 +116,8 @@ class DataConfig:
             raise DataError(
                 f"data.fraction={self.fraction!r} is not accepted; use a fraction above 0 and up to 1"
             )
-        if self.crop_pct is not None and not 0.0 < self.crop_pct <= 1.0:
-            raise DataError(
-                f"data.crop_pct={self.crop_pct!r} is not accepted; use a fraction above 0 and up to 1"
-            )
+        if self.crop_pct is not None and not 0.1 <= self.crop_pct <= 1.0:
+            raise DataError(f"data.crop_pct={self.crop_pct!r} is not accepted; use a fraction from 0.1 to 1")
         if self.std is not None and min(self.std, default=0.0) <= 0.0:
             raise DataError(f"data.std={self.std!r} is not accepted; use positive numbers, one per channel")
 

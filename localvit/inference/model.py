@@ -21,17 +21,17 @@ from localvit.config import TrainConfig
 from localvit.data import DataConfig, Preprocessing
 from localvit.engines import ENGINE_NAMES, EngineKind, ExportedModel, open_engine, pick_engine
 from localvit.errors import ConfigError, one_line, unknown
-from localvit.models import add_to_digest, preprocessing_for, why_unreadable
+from localvit.models import add_to_digest, check_args, preprocessing_for, why_unreadable
 from localvit.runs import read_run
 from localvit.runtime import pick_device
-from localvit.structure import build
+from localvit.structure import build, read_json
 
 PLAIN = "PyTorch"
 FUSED = "PyTorch, fused"
 
 _PREFIXES = ("local-dir:", "hf-hub:", "hf_hub:")
 _UNUSABLE = (
-    *(OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError),
+    *(OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
     *(ArithmeticError, EOFError, SafetensorError),
 )
 
@@ -120,10 +120,18 @@ def open_model(
         raise ConfigError(f"model={source!r} is not accepted with random weights; use a timm name")
     name, run = (source, None) if random_weights else _locate(source)
     try:
+        if name.startswith("local-dir:"):
+            saved = read_json(dict[str, Any], Path(name.removeprefix("local-dir:")) / "config.json")
+            check_args(saved.get("model_args") or {})
         model = timm.create_model(name, pretrained=not random_weights, **(args or {})).eval().to(place)
     except _UNUSABLE as error:
         reason = why_unreadable(name, error)
         raise ConfigError(f"model {source!r} cannot be loaded: {reason}; check its files") from error
+    outputs: Any = model.num_classes  # 0: a model without a classifier, which can be timed
+    if type(outputs) is not int or outputs < 0:
+        raise ConfigError(
+            f"model {source!r}: num_classes={outputs!r} is not accepted; use a positive integer"
+        )
     labels, descriptions = (None, None) if random_weights else _class_names(model)
     opened = OpenModel(
         source=source,

@@ -167,6 +167,8 @@ def classify(
         pin_memory=device.type == "cuda",
     )
     names = model.descriptions or tuple(map(str, range(model.num_classes)))
+    if not names:
+        raise ConfigError(f"model {model.source!r} has no classes; use a model with a classifier")
     for batch in loader:
         results = {i: Prediction(path=files[i], error=error.reason) for i, error in batch.unreadable.items()}
         if batch.indices:

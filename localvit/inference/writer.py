@@ -36,6 +36,7 @@ class PredictionProgress:
     Attributes:
         form: Form that computes (see `OpenModel`).
         total: Number of images in the finished file.
+        found: Number of images in all shards; if it differs between shards, a folder has changed in between.
         resumed: Number of images that were in it when it was resumed.
         written: Number of images written since then.
         unreadable: Number of these images without a prediction.
@@ -43,6 +44,7 @@ class PredictionProgress:
 
     form: str
     total: int
+    found: int
     resumed: int = 0
     written: int = 0
     unreadable: int = 0
@@ -92,7 +94,9 @@ def write_predictions(
     begun |= {"form": opened.form, "images": f"{len(found)} files, digest {_digest(found)}"}
     files = shard.take(found)
     with _begun(path, begun), PredictionWriter(path, files) as writer:
-        progress = PredictionProgress(form=opened.form, total=len(files), resumed=writer.images)
+        progress = PredictionProgress(
+            form=opened.form, total=len(files), found=len(found), resumed=writer.images
+        )
         progress.unreadable = writer.unreadable
         watch(progress, ())
         todo = files[writer.images :]

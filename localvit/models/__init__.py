@@ -7,6 +7,7 @@ from localvit.imports import door
 if TYPE_CHECKING:
     from localvit.models.build import (
         build_model as build_model,
+        check_args as check_args,
         check_forward as check_forward,
         preprocessing_for as preprocessing_for,
     )

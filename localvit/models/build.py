@@ -25,7 +25,7 @@ from localvit.models.published import CheckpointError, load_official, why_unread
 from localvit.structure import build
 from localvit.surgery import localize
 
-_REFUSED = (TypeError, ValueError, AssertionError, KeyError, IndexError, AttributeError, ArithmeticError)
+_REFUSED = (TypeError, ValueError, AssertionError, LookupError, AttributeError, ArithmeticError)
 # Arguments of timm's models that are sizes or counts, or lists of them.
 _POSITIVE = (
     *("img_size", "patch_size", "window_size", "in_chans", "num_classes", "depth", "depths", "mlp_ratio"),
@@ -60,7 +60,13 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     if ":" not in name and not timm.is_model(name):
         raise unknown("model.name", name, timm.list_models())
     args = {"num_classes": num_classes, **config.args}
-    _check_args(args, num_classes)
+    check_args(args)
+    outputs = args["num_classes"]
+    if type(outputs) is not int or outputs < num_classes:
+        raise ConfigError(
+            f"model.args.num_classes={outputs} is not accepted; "
+            f"the data has {num_classes} classes, so use {num_classes} or more"
+        )
     path = args.pop("checkpoint_path", None)
     try:
         return _create(config, args, Path(path) if path else None)
@@ -69,10 +75,16 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     except (OSError, RuntimeError, EOFError, SafetensorError) as error:
         what = "model.name: cannot open" if ":" in name else "model"
         what = "model.pretrained: no weights for" if config.pretrained else what
-        raise ConfigError(f"{what} {name!r}: {why_unreadable(name, error)}; check its files") from error
+        remedy = "check its files" if config.pretrained or path or ":" in name else "check model.args"
+        raise ConfigError(f"{what} {name!r}: {why_unreadable(name, error)}; {remedy}") from error
 
 
-def _check_args(args: Mapping[str, Any], num_classes: int) -> None:
+def check_args(args: Mapping[str, Any]) -> None:
+    """Refuse constructor arguments that no model can have.
+
+    Raises:
+        ConfigError: naming the first.
+    """
     for name, value in args.items():
         given = f"model.args.{name}: {value!r} is not accepted"
         each = value if isinstance(value, list | tuple) else (value,)
@@ -85,12 +97,6 @@ def _check_args(args: Mapping[str, Any], num_classes: int) -> None:
             raise ConfigError(f"{given}; use a number from 0 to 1")
         if name == "checkpoint_path" and value and not Path(value).is_file():
             raise ConfigError(f"{given}; use an existing file")
-    outputs = args["num_classes"]
-    if type(outputs) is not int or outputs < num_classes:
-        raise ConfigError(
-            f"model.args.num_classes={outputs} is not accepted; "
-            f"the data has {num_classes} classes, so use {num_classes} or more"
-        )
 
 
 def _create(config: ModelConfig, args: dict[str, Any], weights: Path | None) -> nn.Module:
@@ -137,7 +143,7 @@ def preprocessing_for(model: nn.Module, config: DataConfig) -> Preprocessing:
         found = resolve_input_data_config(model, {**given, "img_size": _built_for(model)})
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
-    except (TypeError, AttributeError, AssertionError) as error:  # the model's own come from its config.json
+    except _REFUSED as error:  # the model's own come from its config.json
         raise ConfigError(f"preprocessing of the model: {one_line(error)}; repair its config.json") from error
     fields = [field.name for field in dataclasses.fields(Preprocessing)]
     return build(Preprocessing, {name: found[name] for name in fields}, "preprocessing")

@@ -22,7 +22,7 @@ from localvit.errors import ConfigError, one_line, unknown
 from localvit.models import head_parameters
 from localvit.surgery import locality_parameters
 
-_BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, KeyError, IndexError)
+_BAD_ARGUMENTS = (TypeError, ValueError, AssertionError, LookupError, ArithmeticError)
 # Arguments of create_optimizer_v2 that timm ignores when it is given groups of parameters.
 _GROUPING = (
     "fallback_list",

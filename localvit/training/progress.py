@@ -11,6 +11,7 @@ from rich import progress
 from rich.console import Console
 
 from localvit.cost import count_parameters
+from localvit.errors import printable
 from localvit.evaluation import Metrics
 from localvit.training.run import TrainingRun
 
@@ -67,7 +68,7 @@ class TrainingProgress:
         locality = " + locality" if model.locality is not None else ""
         parameters = count_parameters(self.run.engine.evaluated)
         self.console.print(
-            f"{model.name}{locality}: {parameters / 1e6:.3g} M parameters; images: "
+            f"{printable(model.name)}{locality}: {parameters / 1e6:.3g} M parameters; images: "
             f"{len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test; "
             f"{splits.num_classes} classes",
             markup=False,
@@ -93,7 +94,7 @@ class TrainingProgress:
 
     def note(self, line: str) -> None:
         """Show a line."""
-        self.console.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
+        self.console.print(printable(line), style="dim", highlight=False, soft_wrap=True, markup=False)
 
     def advance(self, images: int, data_wait: float) -> None:
         """Count images that were trained on; `data_wait` is the fraction of the time spent waiting."""

@@ -43,6 +43,12 @@ def test_demo_in_worker_processes(images, tmp_path, capsys):
     assert main(shlex.split(summary["command"])[1:]) == 0
 
 
+def test_a_full_disk_is_one_line(images, tmp_path, capsys, full_disk):
+    with full_disk(500):
+        assert demo("--data", images, "--seeds", 2, "--output", tmp_path / "out") == 1
+    assert "study.json': File too large; make room and try again\n" in capsys.readouterr().err
+
+
 def test_own_tuning_is_used(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_module, "_worker", worker_here)
     monkeypatch.setattr(tuning_module, "MOST_EXTENSIONS", 0)

@@ -126,7 +126,10 @@ def test_every_name_of_a_file_reaches_the_console(job, tmp_path):
 def test_processes_and_shards_write_the_same_files(job, tmp_path, monkeypatch, capsys):
     assert main([*job, "--output", str(tmp_path / "all.jsonl")]) == 0
     for i in range(2):
+        capsys.readouterr()
         assert main([*job, "--output", str(tmp_path / f"{i}.jsonl"), "--shard", f"{i}/2"]) == 0
+        count, found = len(paths(tmp_path / f"{i}.jsonl")), len(paths(tmp_path / "all.jsonl"))
+        assert f"{i}.jsonl: {count} of {found} images (" in capsys.readouterr().out
     monkeypatch.setenv("WORLD_SIZE", "2")
     for i in range(2):
         monkeypatch.setenv("RANK", str(i))

@@ -55,7 +55,7 @@ def records(folder):
     return {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/record.json")}
 
 
-def test_from_a_question_to_a_report(question, images, tmp_path, capsys, here):
+def test_from_a_question_to_a_report(question, images, tmp_path, capsys, here, full_disk, full_console):
     out = tmp_path / "out"
     assert study(question, images, "--seeds", 2, "--output", out, "--dry-run") == 0
     text = capsys.readouterr().out
@@ -71,6 +71,9 @@ def test_from_a_question_to_a_report(question, images, tmp_path, capsys, here):
     ]
     assert "4 of 4 runs to do" in text
     assert "measured here on random images" in text
+    with full_disk(500):
+        assert study(question, images, "--seeds", 2, "--output", out) == 1
+    assert "study.json': File too large; make room and try again" in capsys.readouterr().err
 
     assert study(question, images, "--seeds", 2, "--output", out) == 0
     assert "report: " in capsys.readouterr().out
@@ -91,6 +94,7 @@ def test_from_a_question_to_a_report(question, images, tmp_path, capsys, here):
     assert "2 of 8 runs to do" in text
     assert "from the 6 runs that are done" in text
     other(question, images, tmp_path, out, capsys)
+    full(out, capsys, full_disk, full_console)
 
 
 def other(question, images, tmp_path, out, capsys):
@@ -115,6 +119,19 @@ def other(question, images, tmp_path, out, capsys):
     # The arm is new in the first folder too, and its other runs stay.
     assert study(question, images, "--seeds", 3, "--output", out) == 0
     assert "6 of 9 runs already exist" in capsys.readouterr().out
+
+
+def full(out, capsys, full_disk, full_console):
+    """What is said on a full disk and a full console, in the same test so that it is trained once."""
+    before = {path: path.read_bytes() for path in out.glob("*.*")}
+    with full_disk(500):
+        assert main(["study", "report", str(out)]) == 1
+    assert "' cannot be written: File too large; make room or name another place" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.glob("*.*")} == before
+    for words in (["report"], ["export"], ["compare", str(out)]):
+        with full_console():
+            assert main(["study", *words, str(out)]) == 1
+        assert "the output: No space left on device; make room and try again\n" in capsys.readouterr().err
 
 
 def test_a_failed_run_is_listed_and_left_until_asked(question, images, tmp_path, capsys, here, monkeypatch):

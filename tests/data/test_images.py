@@ -214,7 +214,7 @@ def test_gray_of_16_bits_keeps_its_shades(form):
 
 
 def test_floating_point_is_unreadable():
-    with pytest.raises(UnreadableImage, match="cannot read image file: floating-point pixels"):
+    with pytest.raises(UnreadableImage, match="cannot read image 'file': floating-point pixels"):
         stored(Image.new("F", (2, 2), 0.5), "TIFF")
 
 
@@ -294,7 +294,7 @@ def damaged():
 @pytest.mark.parametrize("kind", ["empty", "text", "truncated", "avif"])
 def test_what_is_no_image_is_named(kind):
     data, reason = damaged()[kind]
-    with pytest.raises(UnreadableImage, match=f"cannot read image x.jpg: .*{reason}"):
+    with pytest.raises(UnreadableImage, match=f"cannot read image 'x.jpg': .*{reason}"):
         decode(io.BytesIO(data), "x.jpg")
 
 

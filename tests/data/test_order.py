@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from timm.utils.misc import natural_key
 
 from localvit.data.config import DataConfig

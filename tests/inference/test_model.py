@@ -1,6 +1,7 @@
 """`open_model`: one door for every kind of model."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -8,8 +9,8 @@ import timm
 import torch
 
 from localvit.errors import ConfigError
-from localvit.inference import fused, open_model
-from tests.images import SIZE, export_model
+from localvit.inference import fused, open_model, predict
+from tests.images import SIZE, export_model, make_images
 
 NAMES = ["ant", "bee", "cat"]
 SMALL = {"img_size": SIZE, "patch_size": 8, "embed_dim": 96, "depth": 1, "num_heads": 2, "num_classes": 3}
@@ -48,12 +49,33 @@ def test_a_new_head_has_no_names(folder, outputs):
     assert (found.num_classes, found.labels, found.descriptions) == (outputs, None, None)
 
 
-def test_class_names_that_are_not_a_list_are_one_line(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("label_names", 5, "config.json: label_names: 5 is not accepted"),
+        ("num_classes", -math.inf, "config.json' is not JSON: -Infinity is not a JSON value"),
+        ("num_classes", -1, "num_classes: -1 is not accepted; use a positive number"),
+        ("num_classes", False, "num_classes: False is not accepted; use a positive number"),
+        ("num_heads", -2, "model.args.num_heads: -2 is not accepted; use a positive number"),
+        ("patch_size", [8], "cannot be loaded: tuple index out of range; check its files"),
+    ],
+)
+def test_impossible_values_in_config_json_are_one_line(folder, tmp_path, field, value, message):
     copy = shutil.copytree(folder, tmp_path / "copy")
     file = copy / "best" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"label_names": 5}))
-    with pytest.raises(ConfigError, match=r"config.json: label_names: 5 is not accepted"):
+    config = json.loads(file.read_text())
+    (config["model_args"] if field in config["model_args"] else config)[field] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message):
         open_model(str(copy), "cpu")
+
+
+def test_a_model_without_a_classifier_predicts_nothing(tmp_path):
+    with pytest.raises(ConfigError, match="num_classes=-1 is not accepted; use a positive integer"):
+        open_model("test_vit", "cpu", random_weights=True, args={"num_classes": -1})
+    opened = open_model("test_vit", "cpu", random_weights=True, args={"num_classes": 0})
+    with pytest.raises(ConfigError, match="model 'test_vit' has no classes; use a model with a classifier"):
+        list(predict(opened, [make_images(tmp_path, {"a": 1})]))
 
 
 def test_random_weights_are_asked_for(folder):

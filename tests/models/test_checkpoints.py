@@ -311,3 +311,4 @@ def test_values_that_a_model_cannot_have_are_one_line(arg, value, locality):
         build_model(ModelConfig(name="vit_tiny_patch16_224", locality=locality, args=args), 5)
     assert "\n" not in str(error.value)
     assert str(error.value).count("is not accepted") <= 1
+    assert "check its files" not in str(error.value)

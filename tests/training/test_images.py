@@ -1,6 +1,7 @@
 """Images that cannot be read, processes that load them and die, and one process per folder."""
 
 import errno
+import io
 import os
 import signal
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from localvit.config.files import resolve
 from localvit.data import loading
@@ -58,6 +60,15 @@ def test_unreadable_images_are_replaced_named_and_counted(images, tmp_path, monk
     train(config)
     assert sizes == [8] * 12
     assert status(tmp_path / "run")["bad_images"] == sorted(names)
+
+
+def test_an_unreadable_image_of_any_name_is_one_line_on_the_console(images):
+    config, (name,) = images(1, "max_bad_images=1")
+    os.rename(name, f"{name}\x1b[31m\n[bold].png")
+    console = Console(file=io.StringIO(), width=300)
+    train(config, console=console)
+    (note,) = (line for line in console.file.getvalue().splitlines() if "another image in its place" in line)
+    assert "\\x1b[31m\\n[bold].png': unknown format" in note
 
 
 def test_one_unreadable_image_too_many_stops_the_run(images, tmp_path):

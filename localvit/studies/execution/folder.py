@@ -131,7 +131,8 @@ class StudyFolder:
         if record is not None:
             return Outcome("done", record)
         if (folder / _FAILURE).exists():
-            return Outcome("failed", reason=read_json(Failure, folder / _FAILURE).reason)
+            with _remedy(f"delete {str(folder)!r} to redo it"):
+                return Outcome("failed", reason=read_json(Failure, folder / _FAILURE).reason)
         status = read_run(folder).status
         if status is not None and status.state == "failed":
             return Outcome("failed", reason=status.error or "unknown")
@@ -209,9 +210,10 @@ class StudyFolder:
             where = f"line {number} of {str(path)!r}"
             if f'"{run.key}"' not in line:
                 continue
-            row = parse_json(line, where)
-            if not isinstance(row, dict):
-                raise ConfigError(f"{where} is not a record; restore it or delete the file")
+            with _remedy("restore it or delete the file"):
+                row = parse_json(line, where)
+                if not isinstance(row, dict):
+                    raise ConfigError(f"{where} is not a record")
             if (row.pop("arm", None), row.pop("seed", None)) == (run.arm, run.seed):
                 return parse_record(row, where, run)
         return None
@@ -253,4 +255,14 @@ def _asked(arm: dict[str, Any]) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ConfigError(f"{str(path)!r} does not exist; choose the folder of a study")
-    return read_json(dict[str, Any], path)
+    with _remedy("restore it"):
+        return read_json(dict[str, Any], path)
+
+
+@contextmanager
+def _remedy(remedy: str) -> Iterator[None]:
+    """Add a remedy to an error."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {remedy}") from error

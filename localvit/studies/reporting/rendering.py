@@ -17,6 +17,9 @@ from localvit.studies.reporting.comparison import verdict
 from localvit.studies.reporting.figures import Figure, figures
 from localvit.studies.reporting.report import StudyReport
 
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, changes of direction, and bytes of file names that are not UTF-8."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
@@ -62,7 +65,7 @@ def _render(report: StudyReport, form: str, drawn: Sequence[Figure]) -> str:
     environment = _environment(form)
     values = plain(report.study.base)
     shared = to_yaml({k: v for k, v in values.items() if k not in ("seed", "output")})
-    return environment.get_template("report.jinja").render(
+    text = environment.get_template("report.jinja").render(
         report=report,
         form=f"{form}.jinja",
         css=environment.get_template("page.css").render() if form == "html" else "",
@@ -72,6 +75,7 @@ def _render(report: StudyReport, form: str, drawn: Sequence[Figure]) -> str:
         tables=tables,
         verdicts=verdicts(report),
     )
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def _environment(form: str) -> jinja2.Environment:

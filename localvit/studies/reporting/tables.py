@@ -13,6 +13,7 @@ from rich.text import Text
 
 from localvit.config import TrainConfig
 from localvit.cost import giga
+from localvit.errors import printable
 from localvit.locality import LocalityConfig
 from localvit.studies.design import Claim, Metric, Study
 from localvit.studies.execution import Tuning
@@ -40,7 +41,7 @@ class Table:
 
     def rich(self, title: str) -> rich_table.Table:
         """Return the table for a terminal."""
-        made = rich_table.Table(title=title, title_justify="left", title_style="bold")
+        made = rich_table.Table(title=Text(printable(title)), title_justify="left", title_style="bold")
         for i, name in enumerate(self.head):
             made.add_column(name, justify="right" if i and not self.words else "left")
         for row in self.rows:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from rich.console import Console
@@ -118,13 +119,16 @@ def test_a_folder_of_something_else_is_refused(study, tmp_path):
         StudyFolder(tmp_path, study)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": {"epochz": 3}}'])
-def test_an_unreadable_record_is_named(folder, text):
-    path = folder.of(folder.study.runs()[0])
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"config": {"epochz": 3}}', b"\x80{", b"[" * 9000])
+@pytest.mark.parametrize("file", ["record.json", "failure.json", "study.json"])
+def test_a_damaged_file_is_named(folder, file, text):
+    path = folder.path if file == "study.json" else folder.of(folder.study.runs()[0])
     path.mkdir(parents=True)
-    (path / "record.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"record.json'.*; delete"):
-        folder.finished()
+    (path / file).write_bytes(text)
+    read = partial(StudyFolder, folder.path, folder.study) if file == "study.json" else folder.finished
+    with pytest.raises(ConfigError, match=rf"^.*{file}'.*; (delete|restore) .*") as caught:
+        read()
+    assert "\n" not in str(caught.value)
 
 
 def test_a_record_of_another_configuration_is_not_mixed_in(folder):

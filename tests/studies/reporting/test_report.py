@@ -1,6 +1,7 @@
 """The report stands alone, says the same in all its forms, and says what is wrong."""
 
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 
 from localvit.atomic import WriteFailed
+from localvit.cli.study import print_report
 from localvit.config.files import resolve
 from localvit.studies.demo import ARMS, demo_study
 from localvit.studies.design.study import Claim
@@ -231,7 +233,7 @@ def test_a_report_that_cannot_be_written_is_one_line(report, copy):
 
 
 def test_markup_in_names_stays_text(report):
-    evil = "<img src=x onerror=alert(1)> & [/x] {{ 7 * 7 }}"
+    evil = "<img src=x onerror=alert(1)> & [/x] {{ 7 * 7 }} \x1b[31m\r\x00\u202e caf\udce9"
     data = dataclasses.replace(report.study.base.data, train=evil)
     study = dataclasses.replace(
         report.study,
@@ -239,13 +241,21 @@ def test_markup_in_names_stays_text(report):
         base=dataclasses.replace(report.study.base, data=data),
         claim=Claim(text=evil, source=evil, expected={"locality": "better"}, reported={"baseline": 72.2}),
     )
-    rendered = render(dataclasses.replace(report, study=study, command=evil, warnings=(evil,)))
+    records = {run: dataclasses.replace(record, notes=[evil]) for run, record in report.records.items()}
+    odd = dataclasses.replace(report, study=study, records=records, command=evil, warnings=(evil,))
+    rendered = render(odd)
     page = Page(rendered.html)
     assert "img" not in page.tags
     assert all(target.startswith("#") for target in page.loaded)
     assert "&lt;img src=x onerror=alert(1)&gt; &amp; [/x] {{ 7 * 7 }}" in rendered.html
     assert "&amp;lt;" not in rendered.html
     assert rendered.markdown.startswith("# \\<img src=x")
+    console = Console(file=io.StringIO(), width=200)
+    print_report(odd, console)
+    "".join(rendered.files.values()).encode()
+    for text in (*rendered.files.values(), console.file.getvalue()):
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e]", text)
+        assert r"\x1b[31m" in text or r"\u001b[31m" in text
 
 
 def test_every_cell_names_its_column_for_narrow_screens(report):
