@@ -67,7 +67,7 @@ def test_an_unreadable_image_of_any_name_is_one_line_on_the_console(images):
     os.rename(name, f"{name}\x1b[31m\n[bold].png")
     console = Console(file=io.StringIO(), width=300)
     train(config, console=console)
-    (note,) = (line for line in console.file.getvalue().splitlines() if "another image in its place" in line)
+    (note,) = (line for line in console.file.getvalue().splitlines() if "replaced by another image" in line)
     assert "\\x1b[31m\\n[bold].png': unknown format" in note
 
 
