@@ -310,7 +310,7 @@ def test_what_is_no_picture_is_named(kind):
 def test_an_image_of_too_many_pixels_is_named_before_memory_is_taken(magic, size, reason):
     header = b"%s %d %d 255\n" % (magic, *size)  # none of the pixels is there
     for read in (decode, lambda file, name: decode_pixels(file.read(), name, "RGB")):
-        with pytest.raises(UnreadableImage, match=rf"x\.pgm: {reason}"):
+        with pytest.raises(UnreadableImage, match=rf"x\.pgm': {reason}"):
             read(io.BytesIO(header), "x.pgm")
 
 
@@ -330,7 +330,7 @@ def test_a_file_that_is_too_large_is_not_read(make_folder, monkeypatch):
     folder = make_folder("images", {"a": 2})
     os.truncate(folder / "a" / "1.png", 1 << 40)
     with pytest.raises(
-        UnreadableImage, match=r"1\.png: the file is larger than 256 MiB; save it as a smaller"
+        UnreadableImage, match=r"1\.png': the file is larger than 256 MiB; save it as a smaller"
     ):
         open_test_split(str(folder), DataConfig()).read_pixels(1, "RGB")
 
@@ -362,7 +362,7 @@ def test_what_is_no_regular_file_is_not_opened(make_folder, monkeypatch, make):
     path.unlink()
     make(path)
     for read in (lambda: decode(str(path), str(path)), lambda: found[1], lambda: found.read_pixels(1, "RGB")):
-        with pytest.raises(UnreadableImage, match=r"1\.png: it is not a regular file"):
+        with pytest.raises(UnreadableImage, match=r"1\.png': it is not a regular file"):
             read()
 
 
@@ -409,7 +409,7 @@ def test_gray_tiff_is_scaled_by_its_own_bits_and_never_a_negative(bits, white):
 def test_integers_without_a_range_are_refused(bits, kind, top):
     values = [min(i, top, 2 ** (bits - 1) - 1) for i in range(256)]
     with pytest.raises(
-        UnreadableImage, match=r"x\.tif: (signed|32-bit) pixels .* range is unknown; save the"
+        UnreadableImage, match=r"x\.tif': (signed|32-bit) pixels .* range is unknown; save the"
     ):
         decode(gray_tiff(bits, values, kind=kind), "x.tif")
 
