@@ -158,7 +158,7 @@ def judge(code: int, text: str, growth: int, late: bool) -> tuple[str, str]:
     if code == 0:
         said = re.search(
             r"^nonsense: .*|(?:[=:, ])(?:nan|inf(?:inity)?)\b",
-            re.sub(r"(?m)^(?:\$|warning:| +[01]\.\d{3}) .*", "", text),
+            re.sub(r"(?m)^(?:\$|warning:|base:| +[01]\.\d{3}) .*", "", text),
             re.M | re.I,
         )
         return ("nonsense", said[0]) if said else ("accepted", detail)

@@ -212,8 +212,8 @@ class StudyFolder:
                 continue
             with _remedy("restore it or delete the file"):
                 row = parse_json(line, where)
-                if not isinstance(row, dict):
-                    raise ConfigError(f"{where} is not a record")
+            if not isinstance(row, dict):
+                raise ConfigError(f"{where} is not a record; restore it or delete the file")
             if (row.pop("arm", None), row.pop("seed", None)) == (run.arm, run.seed):
                 return parse_record(row, where, run)
         return None
