@@ -33,16 +33,16 @@ class Block:
     """Row of one class of transformer blocks.
 
     Attributes:
-        kind: Full name of the class. A subclass is another class.
+        kind: Full name of the class. Subclasses do not count.
         at: Paths of these blocks in the model; `#` is any number.
-        ffn: Name of the FFN in the block; `""`: its layers are the block's own.
+        ffn: Name of the FFN in the block; `""` if the block itself has the layers.
         norm, layer_scale, drop_path: Names of the layers (or parameters) around the FFN in its residual
             branch; `None` if there is none, or one that other branches use too.
         order: Order of the tokens in the FFN; `None`: `(B, P + N, C)` in raster order. (A convolutional FFN
             has maps `(B, C, H, W)` in any case.)
         prefix: Number of prefix tokens in the FFN's input, or the model's attribute with it.
         grid: Source of the grid; `None` if the order reads it from the shape.
-        parallel: True if FFNs whose paths differ in the last number only have the same input.
+        parallel: True if FFNs have the same input where only the last number of their paths differs.
         attention: Paths of the attention layers in the block, separated by spaces.
         attends: Tokens that its attention sees.
         layers: Structure of an FFN that is an `nn.Sequential`, of linear layers, norms, activations and
@@ -73,14 +73,15 @@ class ModelAdapter:
     Attributes:
         classes: Full names of the model classes.
         groups: Name of a group -> rows of its blocks. The first group is `"blocks"`.
-        others: Full names of the classes of blocks that stand at the same paths and have no FFN.
+        others: Full names of the classes of blocks at the same paths that have no FFN.
         image_size: Path of the attribute with the configured (height, width) or (channels, height, width).
         dead: True if the head may read prefix tokens only (`global_pool="token"`, or no such attribute), so
             that no later layer reads the patch tokens of the last block. `None`: as the inner model.
         note: Sentence for the plan.
-        inner: Path of the model that has the blocks, if this one is around it. The adapter of that one's
-            class is used; this one has no groups.
-        inner_runs: True if a forward pass on images alone is one of the inner model (CLIP also reads text).
+        inner: Path of the inner model that has the blocks, if this model contains one. The adapter of
+            the inner model's class is used; this one has no groups.
+        inner_runs: True if the inner model runs on images alone, because the whole model needs more
+            (CLIP: text).
 
     `image_size`, `dead` and `note` may also be functions of the model.
     """
@@ -185,11 +186,11 @@ def register_adapter(adapter: ModelAdapter) -> None:
     """Let `localize` accept the classes of `adapter`; test it first with `localvit.check_adapter`.
 
     Raises:
-        ConfigError: if one of the classes has an adapter.
+        ConfigError: if one of the classes already has an adapter.
     """
     for name in adapter.classes:
         if name in accepted_classes():
-            raise ConfigError(f"{name} has an adapter; pass adapter= to localize to use another")
+            raise ConfigError(f"{name} already has an adapter; pass adapter= to localize to use another")
     _check_row(adapter)
     _registered.append(adapter)
 
@@ -206,7 +207,7 @@ def adapter_for(model: nn.Module, adapter: ModelAdapter | None = None) -> ModelA
     """Return the adapter of exactly this class (a subclass may order its tokens differently).
 
     Raises:
-        UnsupportedModelError: if the class has no adapter, or the model is not what its adapter knows.
+        UnsupportedModelError: if the class has no adapter, or its adapter does not describe the model.
     """
     name = class_name(type(model))
     if adapter is None:
@@ -215,7 +216,7 @@ def adapter_for(model: nn.Module, adapter: ModelAdapter | None = None) -> ModelA
             raise UnsupportedModelError(_reason(name))
     if "forward" in vars(model):
         raise UnsupportedModelError(
-            f"forward of the {type(model).__name__} was replaced; accepted: its class's own"
+            f"forward of the {type(model).__name__} was replaced; only that of its class is accepted"
         )
     rate = max(
         [getattr(model, "patch_drop_rate", 0) or 0]
@@ -329,7 +330,7 @@ def _site(
         raise UnsupportedModelError(f"{path} has no {row.ffn!r}; correct ffn= in the row of {row.kind}")
     ffn = modules.get(f"{path}.{row.ffn}") if row.ffn else block
     if ffn is None or isinstance(ffn, nn.Identity):
-        return None  # a block without FFN (DaViT has the option)
+        return None  # a block without an FFN, which is an option of DaViT
     structure = ffn_of(ffn, f"{path}.{row.ffn}", row.layers)
     order, prefix, grid = (_of(value, model, numbers) for value in (row.order, row.prefix, row.grid))
     if is_conv(ffn, structure) and (order is None or isinstance(order, ChannelsLast)):

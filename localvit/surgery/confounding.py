@@ -53,7 +53,7 @@ def _tokens(locality: LocalityConfig, plan: Plan) -> list[str]:
     if locality.prefix == "skip" and sites:
         where = "the" if len(sites) == len(plan.sites) else f"{len(sites)} of {len(plan.sites)}"
         found.append(
-            f"The class token bypasses {where} feed-forward networks; in the control it passes through."
+            f"The class token skips {where} feed-forward networks; in the control it passes through."
         )
     if locality.prefix == "identity" and sites:
         found.append(
@@ -63,7 +63,7 @@ def _tokens(locality: LocalityConfig, plan: Plan) -> list[str]:
         if site.dead_parameters:
             found.append(
                 f"{site.name} of the last block has {site.parameters[1]:,} parameters that no output depends "
-                "on (the head reads the class token only): in effect, the treatment has one network less."
+                "on (the head reads the class token only): in effect, the treatment has one network fewer."
             )
     return found
 

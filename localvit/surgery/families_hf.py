@@ -1,7 +1,7 @@
 """Rows of Hugging Face's transformers (version 5.18 and later) and of open_clip.
 
-Names of classes are relative to `transformers.models`. A model around another (a classifier, CLIP with its
-text model) has the row of the inner one.
+Names of classes are relative to `transformers.models`. A model that contains another (a classifier, CLIP
+with its text model) uses the row of the inner model.
 """
 
 from typing import Any

@@ -18,7 +18,7 @@ class Ffn:
 
     Attributes:
         slot: Layer whose input is the complete hidden state (after activation and gating). A layer without
-            parameters is wrapped; in front of one with parameters a hook is set, so that its name stays.
+            parameters is wrapped; in front of one with parameters a hook is set, so that it keeps its name.
         first, last: The first and last point-wise layer: linear, or a convolution of maps `(B, C, H, W)`.
         hidden: Function that returns the width of the hidden state, if it is not that of `last`'s input.
         note: Sentence for the plan.
@@ -133,7 +133,7 @@ def is_conv(module: nn.Module, structure: Ffn) -> bool:
 
 
 def _check_pointwise(module: nn.Module, structure: Ffn, path: str, kind: str) -> None:
-    """Change one of six tokens, and check that the output of that one changes only."""
+    """Change one of six tokens, and check that only the output of that one changes."""
     weight = weight_of(module.get_submodule(structure.first))
     if weight.is_meta:
         raise UnsupportedModelError(f"{path} is a {kind}, which cannot be tested on the meta device")

@@ -1,4 +1,4 @@
-"""Hooks that record the grid of the forward pass under way.
+"""Hooks that record the grid of the current forward pass.
 
 They are plain functions that find the record on their module, so that a copy of the model writes to its own
 record. (A closure or a bound method would write to the original's.)

@@ -42,7 +42,7 @@ class Localization:
 
 
 class RestoreError(RuntimeError):
-    """Model whose original layers cannot be restored."""
+    """Error for a model whose original layers cannot be restored."""
 
 
 def localize(
@@ -71,9 +71,8 @@ def localize(
             weights.
         blocks: Blocks to change (`localvit.surgery.placement.select_blocks`). In a pyramid they are counted
             through all stages.
-        also: Name of a further group of FFNs -> its configuration: `"tokens_to_token"` (the two stages
-            before the blocks of T2T-ViT), `"inner"` (the pixel transformers of TNT). By default they do not
-            change.
+        also: Configurations of further groups of FFNs, by name: `"tokens_to_token"` (the two stages
+            before the blocks of T2T-ViT), `"inner"` (the pixel transformers of TNT). Default: no change.
         adapter: Adapter for a model whose class has none, or another one; default: that of its class.
         seed: Seed of the new weights; default: the seed of the last `torch.manual_seed`.
         keep_originals: Keep the replaced layers (and their memory) for `restore`.
@@ -173,7 +172,7 @@ def _install(change: PlannedChange, module: nn.Module) -> dict[str, nn.Module | 
     originals = {f"{site.name}.{name}": attrgetter(name)(site.block) for name in new}
     for name, layer in new.items():
         original = originals[f"{site.name}.{name}"]
-        if isinstance(original, nn.Parameter):  # a LayerScale that multiplies whatever it is
+        if isinstance(original, nn.Parameter):  # a LayerScale: the block multiplies by it
             delattr(site.block, name)
             site.block.register_buffer(name, torch.ones_like(original.detach()), persistent=False)
         else:
@@ -224,4 +223,4 @@ def _forget_for_saving(model: nn.Module) -> None:
 def _set_architecture(model: nn.Module, name: str) -> None:
     cfg: Any = model.pretrained_cfg
     model.pretrained_cfg = {**cfg, "architecture": name}  # type: ignore[assignment]
-    model.default_cfg = model.pretrained_cfg  # timm's older name of it
+    model.default_cfg = model.pretrained_cfg  # its former name in timm

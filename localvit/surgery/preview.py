@@ -188,7 +188,7 @@ def _refuse_impossible(change: PlannedChange) -> None:
     width, _, out = site.dims
     if width != out:
         raise UnsupportedModelError(
-            f"{site.path} changes the width from {width} to {out}, which init='paper' cannot; "
+            f"{site.path} changes the width from {width} to {out}, but init='paper' keeps it; "
             "use init='preserve' or other blocks"
         )
 

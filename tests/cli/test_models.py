@@ -77,7 +77,7 @@ def test_a_card_tells_what_confounds_the_comparison(capsys):
         "Attention heads: 3 in the control, 4 with locality",
         "No pre-norm",
         "No drop-path",
-        "class token bypasses the feed-forward networks",
+        "class token skips the feed-forward networks",
         "312,196 parameters that no output depends on",
         "matched localvit_tiny_patch16_224_matched",
         "top-1 74.84 %",
@@ -88,11 +88,11 @@ def test_a_card_tells_what_confounds_the_comparison(capsys):
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name.endswith("_matched")])
 def test_matched_variants_have_no_confounder_around_the_network(name):
     text = " ".join(json.loads(_json_card(name))["confounders"])
-    for word in ("heads", "pre-norm", "drop-path", "bypasses", "no output depends"):
+    for word in ("heads", "pre-norm", "drop-path", "skips", "no output depends"):
         assert word not in text
 
 
-def test_the_class_token_of_a_pyramid_bypasses_the_last_stage_only():
+def test_the_class_token_of_a_pyramid_skips_the_last_stage_only():
     text = " ".join(json.loads(_json_card("localvit_pvt_tiny"))["confounders"])
     assert "The class token bypasses 2 of 8 feed-forward networks" in text
     assert "class token" not in " ".join(

@@ -44,7 +44,7 @@ def sentences(arm, *others, settings=TINY):
 
 def test_confounders_of_the_papers_feed_forward_network():
     text = sentences(LOCAL)
-    for words in ("No pre-norm", "without effect here", "hardswish", "(batch)", "(se)", "bypasses"):
+    for words in ("No pre-norm", "without effect here", "hardswish", "(batch)", "(se)", "skips"):
         assert words in text
     assert "blocks.1.mlp of the last block has" in text
     assert text.count("Not matched in parameters") == 1
@@ -53,7 +53,7 @@ def test_confounders_of_the_papers_feed_forward_network():
 
 def test_what_is_kept_is_no_confounder():
     text = sentences(Arm(name="local", changes={"model.locality": {"init": "preserve"}}))
-    for words in ("No pre-norm", "No drop-path", "Activation", "Norm (", "gate", "bypasses"):
+    for words in ("No pre-norm", "No drop-path", "Activation", "Norm (", "gate", "skips"):
         assert words not in text
     assert "Not matched in parameters" in text
 
