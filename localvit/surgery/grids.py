@@ -139,7 +139,8 @@ def _set(record: Any, size: Any) -> None:
     if size is None:
         raise RuntimeError("the images of this batch have no common grid; use images of one size")
     multiple = record.rule.multiple
-    height, width = (-(-n // multiple) * multiple for n in size)
+    # By position: fx traces sizes that cannot be iterated.
+    height, width = (-(-size[axis] // multiple) * multiple for axis in (0, 1))
     record.size = (height, width)
 
 
