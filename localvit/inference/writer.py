@@ -1,7 +1,8 @@
 """Predictions in a file: appended as JSON Lines, resumed after any interruption, converted at the end.
 
 Until `found.csv` is finished, `found.csv.part.jsonl` holds the predictions and `found.csv.part.json` the
-settings that they were started with. A finished file never has missing images.
+settings that they were started with. A finished file never has missing images. The settings of a finished
+shard stay in `found.csv.shard.json`, for the check that the other shards are of the same images.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def write_predictions(
     begun = {"weights": opened.fingerprint(), "top_k": top_k, "shard": f"{shard.index}/{shard.count}"}
     opened = fused(opened) if fuse else opened
     begun |= {"form": opened.form, "images": f"{len(found)} files, digest {_digest(found)}"}
+    begun["inputs"] = _digest([os.path.abspath(each) for each in paths])
     files = shard.take(found)
     with _begun(path, begun), PredictionWriter(path, files) as writer:
         progress = PredictionProgress(
@@ -236,6 +238,7 @@ def _begun(path: Path, begun: dict[str, Any]) -> Iterator[None]:
         except (BlockingIOError, PermissionError) as error:  # POSIX allows either
             raise ConfigError(f"output={str(path)!r} is in use; wait for the other process") from error
         check_output(str(path))  # the other process may just have finished it
+        _check_shards(path, begun)
         if part.exists():
             file.seek(0)
             _check_begun(part, file.read(), begun)
@@ -245,7 +248,28 @@ def _begun(path: Path, begun: dict[str, Any]) -> Iterator[None]:
                 _write(file, to_json(begun, indent=2).encode())
         yield
         with writing(path, _REMEDY):
-            header.unlink()
+            if begun["shard"].endswith("/1"):
+                header.unlink()
+            else:
+                os.replace(header, path.with_name(f"{path.name}.shard.json"))
+
+
+def _check_shards(path: Path, begun: dict[str, Any]) -> None:
+    """Refuse a shard if another shard of these inputs in the folder of `path` is of other images."""
+    alike = {name: begun[name] for name in ("weights", "inputs")}
+    others = {*path.parent.glob("*.shard.json"), *path.parent.glob("*.part.json")}
+    for other in sorted(others - {_beside(path, "json")}):
+        try:
+            there = build(dict[str, Any], parse_json(other.read_text()))
+        except (OSError, ValueError):
+            continue  # not ours
+        _, _, count = str(there.get("shard")).partition("/")
+        same = begun["shard"].endswith(f"/{count}") and alike.items() <= there.items()
+        if same and there.get("images") != begun["images"]:
+            raise ConfigError(
+                f"{other.name!r}: shard {there['shard']} is of {there['images']}, but now there are "
+                f"{begun['images']}; delete it with its results, and classify all shards again"
+            )
 
 
 def _check_begun(part: Path, text: bytes, begun: dict[str, Any]) -> None:

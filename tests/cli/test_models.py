@@ -94,7 +94,7 @@ def test_matched_variants_have_no_confounder_around_the_network(name):
 
 def test_the_class_token_of_a_pyramid_skips_the_last_stage_only():
     text = " ".join(json.loads(_json_card("localvit_pvt_tiny"))["confounders"])
-    assert "The class token bypasses 2 of 8 feed-forward networks" in text
+    assert "The class token skips 2 of 8 feed-forward networks" in text
     assert "class token" not in " ".join(
         json.loads(_json_card("localvit_swin_tiny_patch4_window7_224"))["confounders"]
     )
@@ -132,7 +132,7 @@ def test_the_shipped_table_is_compared(capsys, monkeypatch):
     changed = [replace(shipped[0], ffns=11), *shipped[1:]]
     monkeypatch.setattr("localvit.surgery.supported_models", lambda pattern: changed)
     assert main(arguments) == 1
-    expected = f"{shipped[0].architecture}: the shipped table has another entry\n"
+    expected = f"{shipped[0].architecture}: the table that comes with localvit differs\n"
     assert capsys.readouterr().out == expected
 
 
@@ -142,7 +142,7 @@ def test_the_shipped_table_is_compared(capsys, monkeypatch):
         (["--jason"], ""),
         (["localvit_pvt_tny"], "did you mean 'localvit_pvt_tiny'?"),
         (["--check"], "--check is not accepted here; use it with --supported"),
-        (["--supported", "swn*"], "no architecture of timm matches 'swn*'; use a pattern such as 'swin*'"),
+        (["--supported", "swn*"], "no timm architecture matches 'swn*'; use a pattern such as 'swin*'"),
         (["--no-supported"], ""),
         (["--supported", "--no-check"], ""),
     ],

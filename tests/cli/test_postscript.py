@@ -57,9 +57,9 @@ def test_the_fake_program_is_found(started, tmp_path):
 
 def test_our_own_reading_does_not_start_it(started, tmp_path):
     (tmp_path / "x.jpg").write_bytes(POSTSCRIPT)
-    with pytest.raises(UnreadableImage, match=r"x\.jpg: .*unknown format; accepted: .*JPEG.*PNG"):
+    with pytest.raises(UnreadableImage, match=r"x\.jpg': unknown format; accepted: .*JPEG.*PNG"):
         decode(str(tmp_path / "x.jpg"), "x.jpg")
-    with pytest.raises(UnreadableImage, match=r"x\.jpg: unknown format"):
+    with pytest.raises(UnreadableImage, match=r"x\.jpg': unknown format"):
         decode_pixels(POSTSCRIPT, "x.jpg", "RGB")
     assert not started.exists()
 
@@ -81,7 +81,7 @@ def test_evaluation_does_not_start_it(started, photos, tmp_path, source, workers
     model = export_model(tmp_path / "model", 2, ["a", "b"])
     command = ["evaluate", "--checkpoint", model, "--data", str(data), "--device", "cpu"]
     assert main([*command, "--workers", str(workers)]) == 1
-    assert "0.jpg: unknown format; accepted:" in capsys.readouterr().err
+    assert "0.jpg': unknown format; accepted:" in capsys.readouterr().err
     assert not started.exists()
 
 

@@ -108,7 +108,7 @@ def test_damaged_jpegs_are_refused_or_read_as_pillow_does():
 
 def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UnreadableImage, match=r"x\.jpg: Image size \(6300 pixels\) exceeds limit"):
+    with pytest.raises(UnreadableImage, match=r"x\.jpg': Image size \(6300 pixels\) exceeds limit"):
         decode_pixels(FILES["colour"](), "x.jpg", "RGB")
 
 

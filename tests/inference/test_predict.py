@@ -397,6 +397,35 @@ def labels(row):
     return [*row[:3], *row[4:]]
 
 
+def test_shards_of_a_folder_that_grew_are_refused(job, tmp_path):
+    images = tmp_path / "images"
+    make_images(images, {"a": 12})
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    out.mkdir()
+    elsewhere.mkdir()
+
+    def classify(index, count=2, folder=out, **options):
+        path, shard = folder / f"{index}-of-{count}.csv", Shard(index=index, count=count)
+        return write_predictions(
+            job[0], [str(images)], str(path), device="cpu", batch_size=4, shard=shard, **options
+        )
+
+    classify(0)
+    (images / "a" / "new.png").write_bytes((images / "a" / "0.png").read_bytes())
+    with pytest.raises(ConfigError, match=r"'0-of-2.csv.shard.json': shard 0/2 is of 12 files.*delete it"):
+        classify(1)
+    assert not (out / "1-of-2.csv").exists()
+    classify(1, count=3)  # another division
+    classify(1, folder=elsewhere)
+    for path in out.glob("?-of-2.csv*"):
+        path.unlink()
+    with pytest.raises(Stop):
+        classify(0, watch=stop_after(4))
+    (images / "a" / "new.png").unlink()
+    with pytest.raises(ConfigError, match=r"'0-of-2.csv.part.json': shard 0/2 is of 13 files"):
+        classify(1)
+
+
 @ANY_FORM
 def test_a_shard_without_images_is_an_empty_file(job, tmp_path, suffix):
     photo = find_files(job[1])[:1]
