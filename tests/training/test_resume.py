@@ -236,7 +236,7 @@ def test_another_configuration_is_refused_with_the_difference(tough, folder, mon
     other = tough("optim.lr=1e-3", "model.args.depth=1")
     with pytest.raises(ConfigError) as caught:
         train(other, allow_change=["model"])
-    assert "(optim.lr: 0.004 -> 0.001); choose another folder, or --allow-change optim.lr" in str(
+    assert "(optim.lr: 0.004 -> 0.001); choose another folder, or add --allow-change optim.lr" in str(
         caught.value
     )
     with pytest.raises(ConfigError, match="the saved state does not fit the model"):
