@@ -1,4 +1,4 @@
-"""Images in two splits: one file under two names is refused, equal contents are counted."""
+"""Images in two splits: the same file in both is refused; different files with equal contents are counted."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from localvit.data.images import Images, Part
 _FLAGS = {"train": " (--data)", "test": " (--val-data)", "validation": ""}
 _MOST_DIGESTS = 100_000
 _PROBE = 4096
-"""Bytes of the middle that are compared before whole files are."""
+"""Number of bytes from the middle of each file that are compared before whole files."""
 
 
 def places(part: Part) -> np.ndarray:
-    """Return the place of each image, (N,): equal if two images are the same.
+    """Return the place of each image, (N,); two images with equal places are the same image.
 
-    It is device, inode and offset of a file; for images without files, the set and the number in it.
+    A place is the device, inode and offset of a file; for images without files, the data set and index.
     """
     reader = file_reader(part.images)
     if reader is not None:
@@ -50,7 +50,7 @@ def check_disjoint(config: DataConfig, splits: Mapping[str, Part]) -> list[str]:
 
     Args:
         config: The sources, for the message.
-        splits: Images of `train` (those before others are held out), `test` and `validation`, in this order.
+        splits: Images of `train` (before any are held out), `test` and `validation`, in this order.
 
     Returns:
         Notes for the result, if `config.allow_overlap`.
@@ -61,7 +61,7 @@ def check_disjoint(config: DataConfig, splits: Mapping[str, Part]) -> list[str]:
     notes = []
     for other, name in combinations(splits, 2):
         one, two = splits[name], splits[other]
-        if one.images is two.images:  # held out from the other one
+        if one.images is two.images:  # `one` was held out from `two`
             two = Part(two.images, np.setdiff1d(two.indices, one.indices), two.class_names)
         common = shared(one, two)
         if not len(common):
@@ -92,7 +92,7 @@ def equal_contents(splits: Mapping[str, Part], most: int | None = _MOST_DIGESTS)
 
     Args:
         splits: The splits. Images without files are not compared.
-        most: Number of files of equal size above which nothing is read; `None`: no limit.
+        most: Limit on the files of equal size; with more, none is read. `None`: no limit.
     """
     parts = {name: part for name, part in splits.items() if file_reader(part.images) is not None}
     notes = []
@@ -100,7 +100,7 @@ def equal_contents(splits: Mapping[str, Part], most: int | None = _MOST_DIGESTS)
         pairs = _equal_pairs(parts[name], parts[other], most)
         if pairs is None:
             notes.append(
-                f"{name} and {other}: more than {most:,} files have the size of a file in the other split, "
+                f"{name} and {other}: more than {most:,} files are as large as a file in the other split, "
                 "so contents were not compared; localvit data check compares them"
             )
         elif pairs:
@@ -115,7 +115,7 @@ def equal_contents(splits: Mapping[str, Part], most: int | None = _MOST_DIGESTS)
 
 
 def _equal_pairs(part: Part, other: Part, most: int | None) -> list[tuple[int, int]] | None:
-    """Return pairs of positions, in `part` and in `other`, of images with equal content, links left out."""
+    """Return pairs of positions, in `part` and in `other`, of different files with equal content."""
     sizes = [file_reader(p.images).sizes[p.indices] for p in (part, other)]  # type: ignore[union-attr]
     mine, theirs = (np.flatnonzero(np.isin(a, b)).tolist() for a, b in (sizes, sizes[::-1]))
     links = set(shared(part, other).tolist())
@@ -132,7 +132,7 @@ def _equal_pairs(part: Part, other: Part, most: int | None) -> list[tuple[int, i
 
 
 def _by_digest(part: Part, positions: Sequence[int], length: int | None) -> dict[bytes, list[int]]:
-    """Return the positions for each digest of size and content, or of `length` bytes of the middle."""
+    """Map each digest of size and content to positions; with `length`, digest that many middle bytes only."""
     reader, found = file_reader(part.images), defaultdict(list)
     assert reader is not None
     for position in positions:
@@ -142,6 +142,6 @@ def _by_digest(part: Part, positions: Sequence[int], length: int | None) -> dict
         try:
             content = reader.read(index, start, None if length is None else min(length, size - start))
         except OSError:
-            continue  # an error with its name when it is used as an image
+            continue  # reported with its name when it is loaded as an image
         found[hashlib.sha256(size.to_bytes(8, "big") + content).digest()].append(position)
     return found

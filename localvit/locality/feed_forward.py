@@ -45,23 +45,23 @@ class LocalityFeedForward(GridModule):
 
     Other published designs are in `localvit.PRESETS`.
 
-    With a squeeze-and-excitation gate the branch equals timm's `InvertedResidual`. Its input and output are
-    tokens, and it adds prefix tokens and the rest of the design space.
+    With a squeeze-and-excitation gate the branch equals timm's `InvertedResidual`. The branch, however,
+    takes and returns tokens, handles prefix tokens and covers the rest of the design space.
 
     Args:
         dim: Token width C.
         config: Design; `init` must be `"paper"`.
-        hidden_dim: Hidden width D of the existing FFN, used if `config.expansion` is `None` (with a gated
-            linear unit, two thirds of it); default: 4 C.
+        hidden_dim: Hidden width of the existing FFN; default: 4 C. Used if `config.expansion` is `None`; a
+            gated linear unit uses two thirds of it.
         num_prefix_tokens: P, used when the grid is looked up rather than passed.
-        grid_record: Record of the grid; without it, `grid` must be passed.
+        grid_record: Record of the grid; without it, `forward` needs `grid`.
         order: Order and layout of the tokens; default: `(B, P + N, C)` in raster order.
 
     Raises:
         ConfigError: if a width that follows from `dim` is impossible, or `init` is `"preserve"`.
     """
 
-    # With these as constants, TorchScript does not compile the `if` statements whose layers are missing.
+    # TorchScript drops the `if` branches that these constants switch off; their layers do not exist.
     __constants__ = (*GridModule.__constants__, "conv_first", "conv_mid")
 
     def __init__(
@@ -94,7 +94,7 @@ class LocalityFeedForward(GridModule):
         cfg = self.config
         expanded = hidden if cfg.glu == "none" else 2 * hidden
         norms, (bias1, bias2, bias3) = _each(cfg.norm, 3), _each(cfg.bias, 3)
-        # With a gated linear unit the one activation is on the gate, and the two stages have none.
+        # With a gated linear unit, the only activation is on the gate; `act1` and `act2` are identities.
         act1, act2 = _each(cfg.activation if cfg.glu == "none" else "none", 2)
         self.fc1 = Pointwise(dim, expanded, bias1)
         self.norm1 = norm(norms[0], expanded, cfg)
@@ -104,7 +104,7 @@ class LocalityFeedForward(GridModule):
             self.conv = depthwise(channels, cfg.kernel_size, bias2)
             self.norm2 = norm(norms[1], channels, cfg)
             self.act2 = ACTIVATIONS[act2]()
-            # Prefix tokens skip this stage; without this activation their path would be linear.
+            # Prefix tokens skip the convolution; without this activation, their path would be linear.
             self.act_prefix = ACTIVATIONS[act2 if self.conv_mid and act1 == "none" else "none"]()
         self.act_glu = ACTIVATIONS["none" if cfg.glu == "none" else str(cfg.activation)]()
         self.gate = channel_gate(dim, hidden, cfg)
@@ -141,7 +141,7 @@ class LocalityFeedForward(GridModule):
         x = self.run(tokens[:, prefix:], Grid(grid.height, grid.width, 0))
         if self.prefix == "identity":
             return torch.cat([tokens[:, :prefix], x], dim=1)
-        return F.pad(x, (0, 0, prefix, 0))  # for a token that skips the branch, its output is zero
+        return F.pad(x, (0, 0, prefix, 0))  # for a token that skips the branch, the branch outputs zero
 
     def transform(self, x: Tensor, grid: Grid) -> Tensor:
         """Compute the branch, prefix tokens of `grid` included: `(B, P + N, C) -> (B, P + N, C)`."""
@@ -186,7 +186,7 @@ class LocalityFeedForward(GridModule):
         return y if prefix == 0 else torch.cat([self.act_prefix(x[:, :prefix]), y], dim=1)
 
 
-_load = threading.local()  # of the current load: its list of missing keys, and the kernels filled in so far
+_load = threading.local()  # state of the current load: list of missing keys, kernels filled in so far
 
 
 class HiddenLocality(GridModule):
@@ -198,7 +198,7 @@ class HiddenLocality(GridModule):
 
     Args:
         hidden_dim: Width D of the hidden state.
-        then: The next layer (the dropout in front of the projection, in timm's MLPs).
+        then: The next layer (in timm's MLPs, the dropout before the projection).
         config: Design; `init` must be `"preserve"`.
         num_prefix_tokens, grid_record, order: As for `LocalityFeedForward`.
     """
@@ -245,13 +245,13 @@ class HiddenLocality(GridModule):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a kernel of zeros if the checkpoint is plain, that is, has no kernel for any block.
 
-        PyTorch shows a module only its own entries. The list of missing keys is one object during the whole
-        load, so it identifies the load.
+        PyTorch shows a module only its own entries. The list of missing keys is the same object throughout
+        a load, so it identifies the load.
         """
         key, missing = f"{prefix}conv.weight", args[2]
         if getattr(_load, "missing", None) is not missing:
             _load.missing, _load.filled = missing, []
-        if key in state_dict:  # not a plain checkpoint, so the kernels filled in before are missing
+        if key in state_dict:  # not a plain checkpoint, so the kernels filled in earlier count as missing
             missing += _load.filled or []
             _load.filled = None
         elif _load.filled is not None:
@@ -277,7 +277,7 @@ def _hidden_width(dim: int, of_base: int | None, config: LocalityConfig) -> int:
             hidden = 2 * hidden // 3
     if hidden < 1:
         raise ConfigError(
-            f"expansion={config.expansion} of dim={dim} leaves no hidden channel; use a larger one"
+            f"expansion={config.expansion} of dim={dim} leaves no hidden channels; use a larger expansion"
         )
     return hidden
 

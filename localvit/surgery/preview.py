@@ -96,7 +96,7 @@ class Plan:
         macs = f", {_change(self.macs, 1e9, 'GMACs')}" if self.macs else ""
         lines.append(f"  parameters {_change(self.parameters, 1e6, 'M')}{macs}")
         if self.dead_parameters:
-            lines.append("  dead: no output depends on the patch tokens of the last block")
+            lines.append("  dead parameters: no output depends on the patch tokens of the last block")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 

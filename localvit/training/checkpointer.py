@@ -22,7 +22,7 @@ class Checkpointer:
 
     Args:
         run: The run.
-        directory: Its directory, in the main process; `None` writes nothing.
+        directory: Run directory (main process only); with `None`, nothing is written.
     """
 
     def __init__(self, run: TrainingRun, directory: RunDirectory | None) -> None:
@@ -33,7 +33,7 @@ class Checkpointer:
         """Claim the directory, restore the state that was found, and make the files agree with it.
 
         Raises:
-            ConfigError: if the data or the state does not fit the run; then nothing was written.
+            ConfigError: if the data or the state does not fit the run; nothing has been written in that case.
         """
         run, directory = self.run, self.directory
 
@@ -88,7 +88,7 @@ class Checkpointer:
         self.save()
 
     def save_delta(self) -> str | None:
-        """Save locality and classifier of the best epoch as a delta file, if the base kept its weights.
+        """Save locality and classifier weights of the best epoch as a delta file if the base is unchanged.
 
         Returns:
             A sentence about the file, or about why there is none; `None` without a base or a directory.
@@ -98,11 +98,11 @@ class Checkpointer:
             return None
         if base_digest(model) != self.run.base:
             return (
-                "no delta file: the base was trained too; train_only=locality keeps its weights, so that "
-                "best/locality.safetensors holds all that was learned"
+                "no delta file: the base was trained too; train_only=locality keeps its weights, and "
+                "best/locality.safetensors then holds everything that was learned"
             )
         file = self.directory.save_delta(model)
-        return f"{file} holds only locality and classifier (localvit.load_locality)"
+        return f"{file} holds only locality and classifier weights; load it with localvit.load_locality"
 
     def finish(self, test: Metrics) -> None:
         """Write the result."""
