@@ -22,7 +22,8 @@ _PROBE = 4096
 def places(part: Part) -> np.ndarray:
     """Return the place of each image, (N,); two images with equal places are the same image.
 
-    A place is the device, inode and offset of a file; for images without files, the data set and index.
+    A place is the device and inode of the image's file and the offset of the image in it. For images without
+    files, it is the data set and the index.
     """
     reader = file_reader(part.images)
     if reader is not None:
@@ -92,7 +93,8 @@ def equal_contents(splits: Mapping[str, Part], most: int | None = _MOST_DIGESTS)
 
     Args:
         splits: The splits. Images without files are not compared.
-        most: Limit on the files of equal size; with more, none is read. `None`: no limit.
+        most: Limit on the number of files that are as large as a file in the other split; above it, no file
+            is read. `None`: no limit.
     """
     parts = {name: part for name, part in splits.items() if file_reader(part.images) is not None}
     notes = []
@@ -101,7 +103,7 @@ def equal_contents(splits: Mapping[str, Part], most: int | None = _MOST_DIGESTS)
         if pairs is None:
             notes.append(
                 f"{name} and {other}: more than {most:,} files are as large as a file in the other split, "
-                "so contents were not compared; localvit data check compares them"
+                "so contents were not compared; run `localvit data check` to compare them"
             )
         elif pairs:
             mine, theirs = (

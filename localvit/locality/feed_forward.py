@@ -45,8 +45,8 @@ class LocalityFeedForward(GridModule):
 
     Other published designs are in `localvit.PRESETS`.
 
-    With a squeeze-and-excitation gate the branch equals timm's `InvertedResidual`. The branch, however,
-    takes and returns tokens, handles prefix tokens and covers the rest of the design space.
+    With a squeeze-and-excitation gate, the branch plus the residual equals timm's `InvertedResidual`. Unlike
+    it, this class takes and returns tokens, handles prefix tokens and covers the rest of the design space.
 
     Args:
         dim: Token width C.
@@ -61,7 +61,7 @@ class LocalityFeedForward(GridModule):
         ConfigError: if a width that follows from `dim` is impossible, or `init` is `"preserve"`.
     """
 
-    # TorchScript drops the `if` branches that these constants switch off; their layers do not exist.
+    # TorchScript drops an `if` branch whose constant is false; the layers that it calls do not exist.
     __constants__ = (*GridModule.__constants__, "conv_first", "conv_mid")
 
     def __init__(
@@ -141,7 +141,7 @@ class LocalityFeedForward(GridModule):
         x = self.run(tokens[:, prefix:], Grid(grid.height, grid.width, 0))
         if self.prefix == "identity":
             return torch.cat([tokens[:, :prefix], x], dim=1)
-        return F.pad(x, (0, 0, prefix, 0))  # for a token that skips the branch, the branch outputs zero
+        return F.pad(x, (0, 0, prefix, 0))  # "skip": zeros, so the block adds nothing to the prefix tokens
 
     def transform(self, x: Tensor, grid: Grid) -> Tensor:
         """Compute the branch, prefix tokens of `grid` included: `(B, P + N, C) -> (B, P + N, C)`."""
@@ -245,8 +245,8 @@ class HiddenLocality(GridModule):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a kernel of zeros if the checkpoint is plain, that is, has no kernel for any block.
 
-        PyTorch shows a module only its own entries. The list of missing keys is the same object throughout
-        a load, so it identifies the load.
+        PyTorch shows a module only its own entries, so `_load` keeps what earlier modules of the load found.
+        The list of missing keys is the same object throughout a load, so it identifies the load.
         """
         key, missing = f"{prefix}conv.weight", args[2]
         if getattr(_load, "missing", None) is not missing:

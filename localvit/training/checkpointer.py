@@ -53,7 +53,7 @@ class Checkpointer:
                 best=self._best(),
                 bad_images=self._bad_images(),
             )
-            if run.state.best:  # the saved best model may be newer or older than the state
+            if run.state.best:  # `best/` may be newer or older than the best model in the state: rewrite it
                 now = run.load_best()
                 self._save_model("best")
                 run.engine.evaluated.load_state_dict(now)
@@ -98,7 +98,7 @@ class Checkpointer:
             return None
         if base_digest(model) != self.run.base:
             return (
-                "no delta file: the base was trained too; train_only=locality keeps its weights, and "
+                "no delta file: the base was trained too; train_only=locality keeps the base unchanged, and "
                 "best/locality.safetensors then holds everything that was learned"
             )
         file = self.directory.save_delta(model)
@@ -110,7 +110,7 @@ class Checkpointer:
             self.directory.finish(numbers(dataclasses.asdict(test)))
 
     def failed(self, error: BaseException) -> None:
-        """Record why the run ended, if it has started and the file can be written."""
+        """Record in `status.json` why the run ended, unless it never began or the file cannot be written."""
         if self.directory and self.directory.status:
             interrupted = isinstance(error, KeyboardInterrupt | TrainingInterrupted)
             images: dict[str, Any] = {"bad_images": self._bad_images()}

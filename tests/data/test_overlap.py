@@ -114,7 +114,7 @@ def test_equal_contents_are_counted(plain):
     (note,) = equal_contents(parts)
     assert f"warning: {count} of 21 test images have the same content as train images, such as" in note
     (note,) = equal_contents(parts, most=20)
-    assert "contents were not compared; localvit data check compares them" in note
+    assert "contents were not compared; run `localvit data check` to compare them" in note
 
 
 def test_equal_pieces_are_not_equal_contents(plain):
