@@ -93,7 +93,7 @@ def equal_contents(splits: Mapping[str, Part], most: int | None = _MOST_DIGESTS)
 
     Args:
         splits: The splits. Images without files are not compared.
-        most: Limit on the number of files that are as large as a file in the other split; above it, no file
+        most: Limit on the number of files with the same size as a file in the other split; above it, no file
             is read. `None`: no limit.
     """
     parts = {name: part for name, part in splits.items() if file_reader(part.images) is not None}

@@ -61,7 +61,7 @@ class LocalityFeedForward(GridModule):
         ConfigError: if a width that follows from `dim` is impossible, or `init` is `"preserve"`.
     """
 
-    # TorchScript drops an `if` branch whose constant is false; the layers that it calls do not exist.
+    # TorchScript skips an `if` branch whose constant is false; the layers called in that branch do not exist.
     __constants__ = (*GridModule.__constants__, "conv_first", "conv_mid")
 
     def __init__(
