@@ -102,8 +102,8 @@ def equal_contents(splits: Mapping[str, Part], most: int | None = _MOST_DIGESTS)
         pairs = _equal_pairs(parts[name], parts[other], most)
         if pairs is None:
             notes.append(
-                f"{name} and {other}: more than {most:,} files are as large as a file in the other split, "
-                "so contents were not compared; run `localvit data check` to compare them"
+                f"{name} and {other}: more than {most:,} files have the same size as a file in the other "
+                "split, so contents were not compared; run `localvit data check` to compare them"
             )
         elif pairs:
             mine, theirs = (
