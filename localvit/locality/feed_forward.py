@@ -61,7 +61,7 @@ class LocalityFeedForward(GridModule):
         ConfigError: if a width that follows from `dim` is impossible, or `init` is `"preserve"`.
     """
 
-    # TorchScript skips an `if` branch whose constant is false; the layers called in that branch do not exist.
+    # As constants, these let TorchScript skip an `if` branch that is false: its layers may not exist.
     __constants__ = (*GridModule.__constants__, "conv_first", "conv_mid")
 
     def __init__(

@@ -90,16 +90,19 @@ class Checkpointer:
     def save_delta(self) -> str | None:
         """Save locality and classifier weights of the best epoch as a delta file if the base is unchanged.
 
+        The base is the pretrained weights, without those of locality, LoRA and classifier.
+
         Returns:
-            A sentence about the file, or about why there is none; `None` without a base or a directory.
+            A sentence about the file, or about why there is none; `None` without a directory, or if the run
+            did not add locality to a pretrained model.
         """
         model = self.run.engine.evaluated
         if not self.directory or self.run.base is None:
             return None
         if base_digest(model) != self.run.base:
             return (
-                "no delta file: the base was trained too; train_only=locality keeps the base unchanged, and "
-                "best/locality.safetensors then holds everything that was learned"
+                "no delta file: the pretrained weights were trained too; train_only=locality keeps them "
+                "unchanged, and best/locality.safetensors then holds everything that was learned"
             )
         file = self.directory.save_delta(model)
         return f"{file} holds only locality and classifier weights; load it with localvit.load_locality"

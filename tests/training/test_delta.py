@@ -59,7 +59,10 @@ def test_a_run_with_a_frozen_base_leaves_all_that_it_learned(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["train_only=all"], "no delta file: the base was trained too; train_only=locality keeps the base"),
+        (
+            ["train_only=all"],
+            "no delta file: the pretrained weights were trained too; train_only=locality keeps them",
+        ),
         (["train_only=locality", "model.pretrained=false"], ""),
         (["train_only=head", "model.locality=null"], ""),
     ],
