@@ -67,10 +67,10 @@ def check_disjoint(config: DataConfig, splits: Mapping[str, Part]) -> list[str]:
         common = shared(one, two)
         if not len(common):
             continue
-        count = "all" if len(common) == len(one) else f"{len(common)} of"
+        count = "all of" if len(common) == len(one) else f"{len(common)} of"
         what = (
-            f"{_shown(config, name)} and {_shown(config, other)} have {count} {len(one)} images in "
-            f"common, such as {image_name(one, int(common[0]))!r}"
+            f"{_shown(config, name)} shares {count} its {len(one)} images with {_shown(config, other)}, "
+            f"such as {image_name(one, int(common[0]))!r}"
         )
         if not config.allow_overlap:
             remedy = "name sources that do not overlap"

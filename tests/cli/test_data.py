@@ -42,7 +42,7 @@ def test_it_finds_copies_and_refuses_overlap(place, capsys):
     assert main(["data", "check", "d", "--val-data", "copy"]) == 1
     assert "18 of 20 test images have the same content as train images" in capsys.readouterr().out
     assert main(["data", "check", "d", "--val-data", "../" + place.name + "/d"]) == 2
-    assert "all 20 images in common" in capsys.readouterr().err
+    assert "all of its 20 images with " in capsys.readouterr().err
     assert main(["data", "check", "d", "--val-data", "d", "--allow-overlap"]) == 0
     assert "overlap allowed: " in capsys.readouterr().out
 
