@@ -61,7 +61,8 @@ class LocalityFeedForward(GridModule):
         ConfigError: if a width that follows from `dim` is impossible, or `init` is `"preserve"`.
     """
 
-    # As constants, these let TorchScript skip an `if` branch that is false: its layers may not exist.
+    # As constants, these let TorchScript skip an `if` branch whose condition is false: the layers used in
+    # that branch may not exist.
     __constants__ = (*GridModule.__constants__, "conv_first", "conv_mid")
 
     def __init__(
@@ -144,7 +145,9 @@ class LocalityFeedForward(GridModule):
         return F.pad(x, (0, 0, prefix, 0))  # "skip": zeros, so the block adds nothing to the prefix tokens
 
     def transform(self, x: Tensor, grid: Grid) -> Tensor:
-        """Compute the branch, prefix tokens of `grid` included: `(B, P + N, C) -> (B, P + N, C)`."""
+        """Compute the branch for all tokens of `x`; the first `grid.num_prefix_tokens` are prefix tokens:
+        `(B, P + N, C) -> (B, P + N, C)`.
+        """
         if self.conv_first:
             x = self._convolve(x, grid)
         return self.project(self.mix(self.expand(x), grid))
