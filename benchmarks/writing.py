@@ -1,4 +1,4 @@
-"""What benchmarks share: a result written as a table and as JSON."""
+"""Helpers of the benchmarks: a result written as a table and as JSON."""
 
 import datetime
 import json

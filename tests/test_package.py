@@ -1,4 +1,4 @@
-"""What is shipped: the wheel works outside the checkout, imports point one way."""
+"""The wheel works outside the checkout; imports point one way."""
 
 import ast
 import importlib

@@ -84,16 +84,23 @@ def write_predictions(
 
     Raises:
         ConfigError: as `predict`; if the file exists, cannot be created, is being written by another process,
-            is damaged, or was started with another model, other images or other settings.
+            is damaged, or was started with another model, other images or other settings; if another shard of
+            the same paths, in the same folder, is of other images.
         WriteFailed: if the file cannot be written, as on a full disk; the same call resumes.
     """
     check_settings(top_k, batch_size, workers)
     path, found = check_output(output), find_files(paths)
     opened = open_model(model, device, engine=engine)
-    begun = {"weights": opened.fingerprint(), "top_k": top_k, "shard": f"{shard.index}/{shard.count}"}
+    weights = opened.fingerprint()
     opened = fused(opened) if fuse else opened
-    begun |= {"form": opened.form, "images": f"{len(found)} files, digest {_digest(found)}"}
-    begun["inputs"] = _digest([os.path.abspath(each) for each in paths])
+    begun = {
+        "weights": weights,
+        "top_k": top_k,
+        "shard": f"{shard.index}/{shard.count}",
+        "form": opened.form,
+        "images": f"{len(found)} files, digest {_digest(found)}",
+        "inputs": _digest([os.path.abspath(each) for each in paths]),
+    }
     files = shard.take(found)
     with _begun(path, begun), PredictionWriter(path, files) as writer:
         progress = PredictionProgress(

@@ -35,7 +35,7 @@ from localvit.runtime import World
 from localvit.surgery import locality_parameters
 from localvit.training.engine import TrainingEngine, check_device, place_model
 from localvit.training.optim import build_optimizer, build_scheduler, freeze
-from localvit.training.task import build_task
+from localvit.training.task import TrainingTask, build_task
 
 
 @dataclass(kw_only=True)
@@ -302,17 +302,7 @@ def prepare(config: TrainConfig, world: World) -> TrainingRun:
     task = build_task(
         model, config.augment, config.distill, preprocessing, splits.class_names, device=world.device
     )
-    learner = task.get_trainable_module()
-    assert learner is not None
-    optimizer = build_optimizer(learner, config.optim, config.batch_size)
-    engine = TrainingEngine(
-        task,
-        optimizer,
-        build_scheduler(optimizer, config.schedule, config.epochs, len(train)),
-        config.engine,
-        world,
-        ema_decay=config.ema_decay,
-    )
+    engine = _build_engine(config, task, len(train), world)
     # From here on, random numbers are for drop-path and dropout, which differ between processes.
     if world.rank > 0:
         torch.manual_seed(derive_seed(config.seed, "process", world.rank))
@@ -334,6 +324,16 @@ def prepare(config: TrainConfig, world: World) -> TrainingRun:
         ),
         base=base,
     )
+
+
+def _build_engine(
+    config: TrainConfig, task: TrainingTask, steps_per_epoch: int, world: World
+) -> TrainingEngine:
+    learner = task.get_trainable_module()
+    assert learner is not None
+    optimizer = build_optimizer(learner, config.optim, config.batch_size)
+    scheduler = build_scheduler(optimizer, config.schedule, config.epochs, steps_per_epoch)
+    return TrainingEngine(task, optimizer, scheduler, config.engine, world, ema_decay=config.ema_decay)
 
 
 def _check_shares(batch_size: int, accum: int, mixes: bool, world_size: int) -> None:

@@ -1,4 +1,4 @@
-"""How the native kernels are built, and what happens where they cannot be."""
+"""The native kernels are built, or plain modules are used and a warning says why."""
 
 import copy
 import os

@@ -98,7 +98,7 @@ def test_from_a_question_to_a_report(question, images, tmp_path, capsys, here, f
 
 
 def other(question, images, tmp_path, out, capsys):
-    """What can be done with a study's folder, in the same test so that it is trained once."""
+    """Use the folder of a study in all ways, in the same test so that it is trained once."""
     assert main(["study", "report", str(out)]) == 0
     capsys.readouterr()
     assert main(["study", "export", str(out), "--format", "csv"]) == 0
@@ -122,7 +122,7 @@ def other(question, images, tmp_path, out, capsys):
 
 
 def full(out, capsys, full_disk, full_console):
-    """What is said on a full disk and a full console, in the same test so that it is trained once."""
+    """Check the messages on a full disk and a full console, in the same test so that it is trained once."""
     before = {path: path.read_bytes() for path in out.glob("*.*")}
     with full_disk(500):
         assert main(["study", "report", str(out)]) == 1

@@ -1,4 +1,4 @@
-"""What is reported are the images of the training's test split, or others that the run was not trained on."""
+"""Only test images of the training, or images that the run was not trained on, are reported."""
 
 import json
 import os

@@ -38,7 +38,7 @@ def job(tmp_path_factory):
 
 
 def rows(path):
-    """What is in a file of predictions, as lists of values."""
+    """Return the rows of a file of predictions, as lists of values."""
     if path.suffix == ".parquet":
         from pyarrow import parquet
 

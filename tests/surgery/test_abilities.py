@@ -1,4 +1,4 @@
-"""What the plain model can do, the localized one can: a few classes (`make supported` tries all)."""
+"""The localized model has the abilities of the plain one: a few classes (`make supported` tries all)."""
 
 import pytest
 

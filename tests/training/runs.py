@@ -1,4 +1,4 @@
-"""What tests of resuming share: a run with everything random in it, ways to end it, and a comparison."""
+"""Helpers of the tests of resuming: a run with everything random in it, ways to end it, and a comparison."""
 
 import json
 import multiprocessing

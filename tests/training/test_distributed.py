@@ -119,7 +119,7 @@ def test_a_start_has_a_name_of_its_own_in_a_store_that_remembers_earlier_ones(la
     store = dist.HashStore()
 
     def started(late):
-        """What the three processes of one start understood, one of them late."""
+        """Return what the three processes of one start understood, one of them late."""
 
         def process(rank):
             time.sleep(0.2 * (rank == late))

@@ -42,7 +42,7 @@ def tough(tiny, folder):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """What the tough run leaves if nothing happens to it."""
+    """Return the results of the tough run when nothing interrupts it."""
     torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("whole") / "run"
     train(resolve("digits", [*TINY, *TOUGH, f"output={path}", "save_seconds=60"]))

@@ -1,4 +1,4 @@
-"""What ``test_distributed.py`` has ``torchrun`` start: both processes run this file.
+"""Program that `test_distributed.py` starts by `torchrun`: both processes run it.
 
 Arguments: ``equality FOLDER`` or ``elastic FOLDER CONFIG``.
 """

@@ -455,7 +455,7 @@ def test_plain_forms_everywhere(monkeypatch):
 
 
 def packs(model: nn.Module) -> set[bool]:
-    """Whether linear layers have packed weights, of all that there are."""
+    """Return if linear layers have packed weights: both values if only some have."""
     kinds = {type(m) for m in model.modules() if isinstance(m, nn.Linear)}
     assert kinds <= {nn.Linear, PackedLinear}
     return {kind is PackedLinear for kind in kinds}
@@ -481,7 +481,7 @@ def test_packed_weights_give_the_same(monkeypatch, packed):
 @plain_and_packed
 @torch.inference_mode()
 def test_models_made_and_copied_in_inference_mode(monkeypatch, packed):
-    """Whose tensors do not say when they change."""
+    """Tensors made in inference mode do not show when they change."""
     model, x = local(), photos()
     set_packed(monkeypatch, packed)
     fused = localvit.fuse(model)

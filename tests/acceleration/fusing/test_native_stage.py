@@ -275,7 +275,7 @@ def test_a_compiled_graph_has_it_as_one_operator():
 
 @torch.no_grad()
 def test_tokens_that_are_not_dense(stages):
-    """What a linear layer in another place may give."""
+    """A layer in the place of a linear one may return any layout."""
 
     class Strided(nn.Linear):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""What is said of a study before it runs: costs, confounders, and budgets that are made equal."""
+"""Checks of a study before it runs: costs, confounders, and budgets that are made equal."""
 
 import dataclasses
 
