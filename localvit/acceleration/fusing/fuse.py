@@ -14,7 +14,7 @@ from torch import nn
 
 from localvit.acceleration.fusing import blocks
 from localvit.acceleration.fusing.feed_forward import fuse_locality, fuse_mlp, hooked
-from localvit.acceleration.fusing.linear import PackedLinear, prefers_packed
+from localvit.acceleration.fusing.linear import PackedLinear, packed_rows
 from localvit.acceleration.kernels import plain_kernels
 from localvit.baselines import Block as PvtBlock, T2TViT
 from localvit.locality import LocalityFeedForward
@@ -148,8 +148,8 @@ def _change_forms(model: nn.Module) -> None:
 
 def _pack_linears(model: nn.Module) -> None:
     for module in list(model.modules()):
-        if type(module) is nn.Linear and prefers_packed(module.weight):
-            module.__class__ = PackedLinear
+        if type(module) is nn.Linear and (rows := packed_rows(module.weight)) is not None:
+            module.__class__, module.fewest_rows = PackedLinear, rows
 
 
 def _compile(model: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """Linear layers of fused models.
 
-PyTorch's BLAS on x86 is Intel's MKL. On other vendors' processors oneDNN with packed weights is faster. A
-rule decides, not a timing, so that results are reproducible.
+PyTorch's BLAS on x86 is Intel's MKL. On other vendors' processors oneDNN with packed weights is faster; on
+Intel's it is faster for many rows and weights of middle size. A rule decides, not a timing, so that results
+are reproducible.
 """
 
 from functools import lru_cache
@@ -16,6 +17,8 @@ from localvit.acceleration.fusing.folding import InferenceOnly
 
 # Smaller layers (those of a channel gate) take negligible time.
 _SMALLEST = 2**13
+# On Intel's processors: weights, and fewest rows of an input (docs/decisions/acceleration.md has the times).
+_INTEL_WEIGHTS, _INTEL_ROWS = range(2**15, 2**20 + 1), 512
 
 
 class PackedLinear(InferenceOnly, nn.Linear):
@@ -27,7 +30,12 @@ class PackedLinear(InferenceOnly, nn.Linear):
 
     The operators are private to PyTorch. If they do not apply (another type or device, autocast, export),
     `F.linear` computes the layer.
+
+    Attributes:
+        fewest_rows: `F.linear` computes the layer for inputs of fewer rows.
     """
+
+    fewest_rows = 1
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._packable(x):
@@ -39,6 +47,7 @@ class PackedLinear(InferenceOnly, nn.Linear):
         traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
         return (
             not traced
+            and x.shape[:-1].numel() >= self.fewest_rows
             and x.dtype == self.weight.dtype == torch.float32
             and x.device.type == self.weight.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")
@@ -48,10 +57,15 @@ class PackedLinear(InferenceOnly, nn.Linear):
         )
 
 
-def prefers_packed(weight: Tensor) -> bool:
-    """Return whether a layer with this weight should be a `PackedLinear`."""
-    ours = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= _SMALLEST
-    return ours and processor("vendor_id") not in (None, "GenuineIntel") and packed_available()
+def packed_rows(weight: Tensor) -> int | None:
+    """Return the fewest rows for which a layer with this weight should be packed (`None`: never)."""
+    vendor, numel = processor("vendor_id"), weight.numel()
+    ours = weight.device.type == "cpu" and weight.dtype == torch.float32 and numel >= _SMALLEST
+    if vendor is None or not ours or not packed_available():
+        return None
+    if vendor == "GenuineIntel":
+        return _INTEL_ROWS if numel in _INTEL_WEIGHTS else None
+    return 1
 
 
 def pack(weight: Tensor) -> Tensor:

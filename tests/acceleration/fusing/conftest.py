@@ -12,10 +12,10 @@ fuse_module = importlib.import_module("localvit.acceleration.fusing.fuse")
 
 @pytest.fixture(autouse=True)
 def _one_form(monkeypatch):
-    set_packed(monkeypatch, False)
+    set_packed(monkeypatch, None)
     monkeypatch.delenv("LOCALVIT_KERNELS", raising=False)
 
 
-def set_packed(monkeypatch, rule: bool | Callable[[Tensor], bool]) -> None:
-    """Give all linear layers packed weights from now on, or none, or those that a rule chooses."""
-    monkeypatch.setattr(fuse_module, "prefers_packed", rule if callable(rule) else lambda weight: rule)
+def set_packed(monkeypatch, rule: int | None | Callable[[Tensor], int | None]) -> None:
+    """Give all linear layers packed weights for inputs of so many rows, or none, or those that a rule chooses."""
+    monkeypatch.setattr(fuse_module, "packed_rows", rule if callable(rule) else lambda weight: rule)

@@ -18,7 +18,7 @@ import localvit
 from localvit import Grid, LocalityConfig, LocalityFeedForward, UnsupportedModelError
 from localvit.acceleration.fusing import feed_forward as fast, linear as packing
 from localvit.acceleration.fusing.blocks import FastBlock
-from localvit.acceleration.fusing.linear import PackedLinear, packed_available, prefers_packed
+from localvit.acceleration.fusing.linear import PackedLinear, packed_available, packed_rows
 from localvit.locality.feed_forward import HiddenLocality
 
 from ...locality.test_feed_forward import configurations
@@ -52,7 +52,7 @@ PLAIN = {
 
 
 needs_packed = pytest.mark.skipif(not packed_available(), reason="this PyTorch has no packed linear layers")
-plain_and_packed = pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_packed)])
+plain_and_packed = pytest.mark.parametrize("packed", [None, pytest.param(1, marks=needs_packed)])
 
 
 def random_weights(model: nn.Module) -> nn.Module:
@@ -339,7 +339,7 @@ def test_images_in_parts(monkeypatch):
 def test_copies_pickles_and_moves(monkeypatch, packed):
     set_packed(monkeypatch, packed)
     fused = localvit.fuse(local())
-    assert packs(fused) == {packed}
+    assert packs(fused) == {bool(packed)}
     x = photos()
     want = fused(x)
     for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
@@ -436,7 +436,7 @@ def test_models_that_cannot_be_fused_are_named():
 @torch.no_grad()
 def test_plain_forms_everywhere(monkeypatch):
     model = local().train()
-    set_packed(monkeypatch, True)
+    set_packed(monkeypatch, 1)
     monkeypatch.setenv("LOCALVIT_KERNELS", "plain")
     plain = localvit.fuse(model)
     assert type(plain) is type(model)
@@ -469,12 +469,12 @@ def test_packed_weights_give_the_same(monkeypatch, packed):
     packed_linear, calls = packing.packed_linear, []
     monkeypatch.setattr(packing, "packed_linear", lambda *a: calls.append(1) or packed_linear(*a))
     fused = localvit.fuse(model)
-    assert packs(fused) == {packed}
+    assert packs(fused) == {bool(packed)}
     assert_same(fused(x), model(x))
-    assert bool(calls) == packed
+    assert bool(calls) == bool(packed)
     assert fused(photos(0)).shape == model(photos(0)).shape
     again = localvit.fuse(model)
-    assert packs(again) == {packed}
+    assert packs(again) == {bool(packed)}
     assert torch.equal(again(x), fused(x))
 
 
@@ -485,7 +485,7 @@ def test_models_made_and_copied_in_inference_mode(monkeypatch, packed):
     model, x = local(), photos()
     set_packed(monkeypatch, packed)
     fused = localvit.fuse(model)
-    assert packs(fused) == {packed}
+    assert packs(fused) == {bool(packed)}
     assert not any(tensor.is_inference() for tensor in fused.parameters())
     assert_same(fused(x), model(x))
     assert_same(copy.deepcopy(fused)(x), model(x))
@@ -496,7 +496,7 @@ def test_models_made_and_copied_in_inference_mode(monkeypatch, packed):
 @torch.no_grad()
 def test_compiled_graphs_pack_weights_by_an_operator(monkeypatch):
     model, x = local(), photos()
-    set_packed(monkeypatch, True)
+    set_packed(monkeypatch, 1)
     fused = localvit.fuse(model)
     graphs = []
     compiled = torch.compile(fused, backend=lambda graph, _: graphs.append(graph) or graph.forward)
@@ -546,31 +546,47 @@ def set_processor(monkeypatch, text: str | None) -> None:
 @pytest.mark.parametrize(
     ("text", "want"),
     [
-        (AMD, True),
-        (INTEL, False),
-        ("CPU implementer\t: 0x41\n", False),  # ARM says no vendor
-        (None, False),
+        (AMD, [1, 1, 1]),
+        (INTEL, [None, 512, None]),
+        ("CPU implementer\t: 0x41\n", [None] * 3),  # ARM says no vendor
+        (None, [None] * 3),
     ],
     ids=["AMD", "Intel", "ARM", "unknown"],
 )
 @pytest.mark.parametrize(
-    ("weight", "fits"),
+    "weight",
     [
-        (torch.zeros(64, 128), True),
-        (torch.zeros(64, 127), False),
-        (torch.zeros(64, 128, dtype=torch.float64), False),
-        (torch.zeros(64, 128, dtype=torch.bfloat16), False),
-        (torch.zeros(64, 128, device="meta"), False),
+        torch.zeros(64, 127),
+        torch.zeros(256, 128, dtype=torch.float64),
+        torch.zeros(256, 128, dtype=torch.bfloat16),
+        torch.zeros(256, 128, device="meta"),
     ],
-    ids=["large", "small", "double", "bfloat16", "meta"],
+    ids=["small", "double", "bfloat16", "meta"],
 )
-def test_a_rule_decides(monkeypatch, text, want, weight, fits):
+def test_a_rule_decides(monkeypatch, text, want, weight):
+    sizes = [torch.zeros(64, 128), torch.zeros(256, 128), torch.zeros(1025, 1024)]
     set_processor(monkeypatch, text)
     monkeypatch.setattr(packing, "packed_available", lambda: True)
     for _ in range(2):
-        assert prefers_packed(weight) is (want and fits)
+        assert [packed_rows(size) for size in sizes] == want
+        assert packed_rows(weight) is None
     monkeypatch.setattr(packing, "packed_available", lambda: False)
-    assert not prefers_packed(weight)
+    assert {packed_rows(size) for size in sizes} == {None}
+
+
+@needs_packed
+@torch.no_grad()
+def test_inputs_of_few_rows_are_not_packed(monkeypatch):
+    set_packed(monkeypatch, 12)
+    layer = localvit.fuse(local()).blocks[0].mlp.fc1
+    packed_linear, calls = packing.packed_linear, []
+    monkeypatch.setattr(packing, "packed_linear", lambda *a: calls.append(1) or packed_linear(*a))
+    width = layer.in_features
+    for shape, want in (((11, width), 0), ((3, 4, width), 1), ((0, width), 0), ((width,), 0)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert len(calls) == want
+        calls.clear()
 
 
 @needs_packed
@@ -579,7 +595,7 @@ def test_a_rule_decides(monkeypatch, text, want, weight, fits):
 def test_the_rule_is_asked_for_each_layer(monkeypatch, text):
     set_processor(monkeypatch, text)
     asked = []
-    set_packed(monkeypatch, lambda weight: asked.append(tuple(weight.shape)) or prefers_packed(weight))
+    set_packed(monkeypatch, lambda weight: asked.append(tuple(weight.shape)) or packed_rows(weight))
     model = local(embed_dim=64)
     first, second = (localvit.fuse(model) for _ in range(2))
     assert {(192, 64), (64, 64), (256, 64), (64, 256), (5, 64)} <= set(asked)
