@@ -147,9 +147,11 @@ def _change_forms(model: nn.Module) -> None:
 
 
 def _pack_linears(model: nn.Module) -> None:
+    module: Any
     for module in list(model.modules()):
         if type(module) is nn.Linear and (rows := packed_rows(module.weight)) is not None:
-            module.__class__, module.fewest_rows = PackedLinear, rows
+            module.__class__ = PackedLinear
+            module.fewest_rows = rows
 
 
 def _compile(model: nn.Module) -> None:

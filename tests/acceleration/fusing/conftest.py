@@ -16,6 +16,6 @@ def _one_form(monkeypatch):
     monkeypatch.delenv("LOCALVIT_KERNELS", raising=False)
 
 
-def set_packed(monkeypatch, rule: int | None | Callable[[Tensor], int | None]) -> None:
-    """Give all linear layers packed weights for inputs of so many rows, or none, or those that a rule chooses."""
+def set_packed(monkeypatch, rule: int | Callable[[Tensor], int | None] | None) -> None:
+    """Pack all linear layers for inputs of so many rows, or none, or those that a rule chooses."""
     monkeypatch.setattr(fuse_module, "packed_rows", rule if callable(rule) else lambda weight: rule)
