@@ -147,8 +147,8 @@ def _change_forms(model: nn.Module) -> None:
 
 
 def _pack_linears(model: nn.Module) -> None:
-    module: Any
-    for module in list(model.modules()):
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if type(module) is nn.Linear and (rows := packed_rows(module.weight)) is not None:
             module.__class__ = PackedLinear
             module.fewest_rows = rows
