@@ -149,9 +149,9 @@ def _change_forms(model: nn.Module) -> None:
 def _pack_linears(model: nn.Module) -> None:
     modules: list[Any] = list(model.modules())
     for module in modules:
-        if type(module) is nn.Linear and (rows := packed_rows(module.weight)) is not None:
-            module.__class__ = PackedLinear
-            module.fewest_rows = rows
+        rows = packed_rows(module.weight) if type(module) is nn.Linear else None
+        if rows is not None:
+            module.__class__, module.fewest_rows = PackedLinear, rows
 
 
 def _compile(model: nn.Module) -> None:
