@@ -15,10 +15,12 @@ if TYPE_CHECKING:
         GridRecord as GridRecord,
         TokenOrder as TokenOrder,
         check_grid as check_grid,
+        from_raster_order as from_raster_order,
         given_grid as given_grid,
         map_to_tokens as map_to_tokens,
         set_accelerator as set_accelerator,
         statistics_once as statistics_once,
+        to_raster_order as to_raster_order,
         tokens_to_map as tokens_to_map,
         tokens_to_row as tokens_to_row,
     )

@@ -27,8 +27,10 @@ from localvit.locality.grid import (
     TokenOrder,
     after_prefix,
     check_grid,
+    from_raster_order,
     given_grid,
     map_to_tokens,
+    to_raster_order,
     tokens_to_map,
     tokens_to_row,
 )
@@ -237,13 +239,14 @@ class HiddenLocality(GridModule):
         check_grid(tokens, grid)
         return self.transform(tokens, grid)
 
-    @torch.jit.unused
-    def reordered(self, x: Tensor, grid: Optional[Grid]) -> Tensor:  # noqa: UP045 (TorchScript)
-        grid = self.own_grid_of(x) if grid is None else grid
-        tokens, prefix = self.order.to_tokens(x, grid), grid.num_prefix_tokens
+    def in_own_order(self, x: Tensor, grid: Optional[Grid]) -> Tensor:  # noqa: UP045 (TorchScript)
+        order = self.order
+        assert order is not None
+        grid = self.own_grid_of(x, order) if grid is None else grid
+        tokens = to_raster_order(x, order, grid)
         check_grid(tokens, grid)
-        change = F.pad(map_to_tokens(self.conv(tokens_to_map(tokens, grid))), (0, 0, prefix, 0))
-        return x + self.order.from_tokens(change, grid)  # in the memory layout of `x`
+        change = map_to_tokens(self.conv(tokens_to_map(tokens, grid)))
+        return x + from_raster_order(change, order, grid)  # in the memory layout of `x`
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a kernel of zeros if the checkpoint is plain, that is, has no kernel for any block.

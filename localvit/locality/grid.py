@@ -6,7 +6,7 @@ token `i` is in row `i // W` and column `i % W` (raster order).
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Optional, Protocol, Self
+from typing import Any, List, NamedTuple, Optional, Self  # noqa: UP035 (TorchScript)
 
 import torch
 from torch import Tensor, nn
@@ -131,17 +131,68 @@ def given_grid(grid: Any, columns: int | None, num_prefix_tokens: int) -> Grid |
     return Grid(height, width, num_prefix_tokens)
 
 
-class TokenOrder(Protocol):
-    """Order of an FFN's tokens other than raster order: two inverse views (`localvit.surgery.orders`)."""
+class TokenOrder(NamedTuple):
+    """Order of an FFN's tokens other than raster order: their axes are split, permuted and joined again.
 
-    def size(self, x: Tensor) -> tuple[int, int] | None:
-        """Return rows and columns if the shape of `x` has them, else `None`."""
+    `localvit.surgery.orders.token_order` makes it from a pattern. All fields are data, so that TorchScript
+    can run an order. Raster order has the axes images, rows from the outermost part to the innermost,
+    columns likewise, channels.
 
-    def to_tokens(self, x: Tensor, grid: Grid) -> Tensor:
-        """View the FFN's input or hidden state as tokens in raster order, `(B, P + N, C)`."""
+    Attributes:
+        pattern: The own order, in the notation of einops.
+        split: Sizes of the split axes of the own order; 1 for the four that vary.
+        varying: Positions of these four in `split`: images, rows, columns, channels.
+        axes: Position in `split` of each axis of raster order.
+        inverse: Position in raster order of each axis in `split`.
+        joined: Number of axes of `split` in each axis of the own order.
+        cell: Rows and columns that `split` has for each row and column that varies.
+        grid_axes: Axes of the own order that are rows and columns; empty if these are joined with others.
+        channel_axis: Axis of the own order with the channels.
+    """
 
-    def from_tokens(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """Invert `to_tokens`."""
+    pattern: str
+    split: List[int]  # noqa: UP006 (TorchScript)
+    varying: List[int]  # noqa: UP006
+    axes: List[int]  # noqa: UP006
+    inverse: List[int]  # noqa: UP006
+    joined: List[int]  # noqa: UP006
+    cell: List[int]  # noqa: UP006
+    grid_axes: List[int]  # noqa: UP006
+    channel_axis: int
+
+    def __hash__(self) -> int:
+        return hash((self.pattern, *self.split))  # these determine the others
+
+
+def _split_sizes(order: TokenOrder, grid: Grid, channels: int) -> List[int]:  # noqa: UP006
+    sizes = [size for size in order.split]  # noqa: C416 (TorchScript)
+    images, rows, columns, last = order.varying
+    sizes[images] = -1
+    sizes[rows] = grid.height // order.cell[0]
+    sizes[columns] = grid.width // order.cell[1]
+    sizes[last] = channels
+    return sizes
+
+
+def to_raster_order(x: Tensor, order: TokenOrder, grid: Grid) -> Tensor:
+    """View an FFN's input or hidden state in `order` as tokens in raster order: `(B, N, C)`."""
+    sizes = _split_sizes(order, grid, x.shape[order.channel_axis])
+    return x.reshape(sizes).permute(order.axes).flatten(1, -2)
+
+
+def from_raster_order(tokens: Tensor, order: TokenOrder, grid: Grid) -> Tensor:
+    """Invert `to_raster_order`."""
+    sizes = _split_sizes(order, grid, tokens.shape[2])
+    x = tokens.reshape([sizes[axis] for axis in order.axes]).permute(order.inverse)
+    shape: List[int] = []  # noqa: UP006
+    first = 0
+    for count in order.joined:
+        size = 1
+        for n in sizes[first : first + count]:
+            size = -1 if n == -1 or size == -1 else size * n
+        shape.append(size)
+        first += count
+    return x.reshape(shape)
 
 
 # Computes `module.transform(x, grid)`, faster or with less memory; returns `None` where it does not apply.
@@ -164,16 +215,16 @@ class GridModule(nn.Module):
 
     # TorchScript evaluates a property listed in both when it scripts the module, and keeps it as a
     # constant; so a script made after `set_input_size` has the new grid.
-    __constants__: tuple[str, ...] = ("num_prefix_tokens", "static_size", "raster", "maps")
+    __constants__: tuple[str, ...] = ("num_prefix_tokens", "static_size", "raster")
     __jit_unused_properties__ = ("static_size",)
-    __jit_ignored_attributes__ = ("config", "grid_record", "noted", "order")
+    __jit_ignored_attributes__ = ("config", "grid_record", "noted")
 
     noted: Any = None
     """Cache of the accelerator, cleared when mode, device or type change."""
     selective_checkpointing: bool = False
     """True after `localvit.set_selective_checkpointing`."""
     transform: Any
-    order: Any
+    order: Optional[TokenOrder]  # noqa: UP045 (TorchScript)
 
     def __init__(
         self,
@@ -188,33 +239,25 @@ class GridModule(nn.Module):
         self.grid_record = grid_record
         self.order = order
         self.raster = order is None
-        self.maps = str(getattr(order, "maps", ""))
 
     def in_raster_order(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Compute the output of tokens in raster order: `(B, P + N, C) -> (B, P + N, C)`."""
         raise NotImplementedError
 
     def in_own_order(self, x: Tensor, grid: Optional[Grid]) -> Tensor:  # noqa: UP045 (TorchScript)
-        """Compute the output of tokens in `order`; in TorchScript of maps only."""
-        if torch.jit.is_scripting():
-            assert self.maps != "", "TorchScript has no such order of tokens; use torch.export"
-            rows = x if self.maps == "channels last" else x.permute(0, 2, 3, 1)
-            height, width = rows.shape[1], rows.shape[2]
-            y = self.in_raster_order(rows.flatten(1, 2), Grid(height, width, 0)).unflatten(1, (height, width))
-            return y if self.maps == "channels last" else y.permute(0, 3, 1, 2)
-        return self.reordered(x, grid)
+        """Compute the output of tokens in `order`."""
+        order = self.order
+        assert order is not None
+        grid = self.own_grid_of(x, order) if grid is None else grid
+        y = self.in_raster_order(to_raster_order(x, order, grid), grid)
+        return from_raster_order(y, order, grid)
 
-    @torch.jit.unused
-    def reordered(self, x: Tensor, grid: Optional[Grid]) -> Tensor:  # noqa: UP045 (TorchScript)
-        """Compute the output of tokens in `order` by its two views."""
-        grid = self.own_grid_of(x) if grid is None else grid
-        return self.order.from_tokens(self.in_raster_order(self.order.to_tokens(x, grid), grid), grid)
-
-    @torch.jit.unused
-    def own_grid_of(self, x: Tensor) -> Grid:
+    def own_grid_of(self, x: Tensor, order: TokenOrder) -> Grid:
         """Return the grid of tokens in `order`."""
-        size = self.order.size(x)
-        return self.current_grid() if size is None else Grid(*size)
+        if len(order.grid_axes) == 0:
+            return self.current_grid()
+        rows, columns = order.grid_axes
+        return Grid(x.shape[rows], x.shape[columns], 0)
 
     def train(self, mode: bool = True) -> Self:
         self.noted = None

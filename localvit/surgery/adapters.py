@@ -18,7 +18,7 @@ from localvit.locality import TokenOrder
 from localvit.surgery.drop_path import separable
 from localvit.surgery.ffns import Ffn, class_name, ffn_of, is_conv, weight_of
 from localvit.surgery.grids import GridFrom, GridSource
-from localvit.surgery.orders import ChannelsFirst, ChannelsLast
+from localvit.surgery.orders import CHANNELS_FIRST, CHANNELS_LAST
 from localvit.surgery.refusals import reason_for
 
 # The group of FFNs that `localize` changes by default.
@@ -199,7 +199,7 @@ def _check_row(adapter: ModelAdapter) -> None:
     if next(iter(adapter.groups), None) != MAIN_GROUP:
         raise ConfigError(f"groups={list(adapter.groups)} is not accepted; use {MAIN_GROUP!r} first")
     for row in (row for rows in adapter.groups.values() for row in rows):
-        if row.grid is None and row.order is None:
+        if row.grid is None and not callable(row.order) and not (row.order and row.order.grid_axes):
             raise ConfigError(f"{row.kind}: grid=None is not accepted; use a grid, or an order that reads it")
 
 
@@ -333,10 +333,10 @@ def _site(
         return None  # a block without an FFN, which is an option of DaViT
     structure = ffn_of(ffn, f"{path}.{row.ffn}", row.layers)
     order, prefix, grid = (_of(value, model, numbers) for value in (row.order, row.prefix, row.grid))
-    if is_conv(ffn, structure) and (order is None or isinstance(order, ChannelsLast)):
-        order = ChannelsFirst()
+    if is_conv(ffn, structure) and order in (None, CHANNELS_LAST):
+        order = CHANNELS_FIRST
     source = None
-    if grid is not None and not isinstance(order, ChannelsFirst | ChannelsLast):
+    if grid is not None and not (order is not None and order.grid_axes):
         source = _source(modules, path, numbers, grid)
     if isinstance(prefix, str):
         prefix = int(getattr(model, prefix))

@@ -208,7 +208,7 @@ def _place(states: Tensor, images: Tensor, tokens: Tensor, grid: tuple[int, int]
 
 def _by_token(site: FeedForwardSite, state: Tensor, images: int) -> Tensor:
     """View a state in the order of memory as (images, tokens, channels)."""
-    axis = getattr(site.order, "channel_axis", -1)
+    axis = -1 if site.order is None else site.order.channel_axis
     state = state.movedim(axis, -1)
     return state.reshape(images, -1, state.shape[-1])
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from localvit.errors import UnsupportedModelError
+from localvit.locality import TokenOrder
 from localvit.surgery.adapters import MAIN_GROUP, Block, ModelAdapter
 from localvit.surgery.grids import GridFrom
-from localvit.surgery.orders import ChannelsFirst, ChannelsLast, Strided, Windows
+from localvit.surgery.orders import CHANNELS_FIRST, CHANNELS_LAST, strided, token_order
 
 _STAGES = "stages.#.blocks.#"
 _SEQUENTIAL = "/torch.nn.modules.container.Sequential"
@@ -76,9 +77,9 @@ def _pit_grid(_: Any, numbers: Numbers) -> GridFrom:
     return GridFrom("transformers.{0}.pool.conv" if numbers[0] else "patch_embed", "output_map")
 
 
-def _hiera_order(model: Any, numbers: Numbers) -> Strided | None:
+def _hiera_order(model: Any, numbers: Numbers) -> TokenOrder | None:
     strides, _ = model.reroll.schedule[numbers[0]]
-    return Strided(tuple(map(tuple, strides))) if strides else None
+    return strided(strides) if strides else None
 
 
 def _hiera_grid(model: Any, numbers: Numbers) -> GridFrom:
@@ -86,15 +87,15 @@ def _hiera_grid(model: Any, numbers: Numbers) -> GridFrom:
     return GridFrom("unroll", "attribute", "size", divide=model.unroll.size[0] // size[0])
 
 
-def _nest_order(model: Any, numbers: Numbers) -> Windows:
+def _nest_order(model: Any, numbers: Numbers) -> TokenOrder:
     size = int(model.levels[numbers[0]].block_size)
-    return Windows(size, size)
+    return token_order("b (h1 w1) (h2 w2) c", h2=size, w2=size)
 
 
-def _mobilevit_order(model: Any, numbers: Numbers) -> Strided:
+def _mobilevit_order(model: Any, numbers: Numbers) -> TokenOrder:
     block = model.stages[numbers[0]][numbers[1]]
-    form: Any = "map" if type(block).__name__ == "MobileVitV2Block" else "folded"
-    return Strided((tuple(block.patch_size),), form)
+    v2 = type(block).__name__ == "MobileVitV2Block"
+    return strided([block.patch_size], "b c ({}) (h w)" if v2 else "(b {}) (h w) c")
 
 
 def _mobilevit_grid(model: Any, numbers: Numbers) -> GridFrom:
@@ -379,12 +380,12 @@ _PYRAMIDS = (
 
 def _last(kind: str, at: str = _STAGES, **fields: Any) -> Block:
     """Return the row of a block whose FFN takes maps `(B, H, W, C)`, or computes `(B, C, H, W)`."""
-    return _row(kind, at, **{"order": ChannelsLast(), "layer_scale": "ls2", **fields})
+    return _row(kind, at, **{"order": CHANNELS_LAST, "layer_scale": "ls2", **fields})
 
 
 def _first(kind: str, at: str = _STAGES, **fields: Any) -> Block:
     """Return the row of a block with a convolutional FFN, often without norm."""
-    return _row(kind, at, **{"order": ChannelsFirst(), "norm": None, "attention": None, **fields})
+    return _row(kind, at, **{"order": CHANNELS_FIRST, "norm": None, "attention": None, **fields})
 
 
 _IN_MAXVIT = f"{_STAGES}.attn_block {_STAGES}.attn_grid"

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from localvit.locality import TokenOrder
 from localvit.surgery.adapters import MAIN_GROUP, Block, ModelAdapter
 from localvit.surgery.ffns import Ffn
 from localvit.surgery.grids import GridFrom
-from localvit.surgery.orders import ChannelsLast, Windows
+from localvit.surgery.orders import CHANNELS_LAST, token_order
 
 _SHARED = "the stochastic depth of the FFNs serves attention too, so it stays"
 
@@ -23,7 +24,7 @@ def _swin(kind: str) -> Block:
         _full(f"swin_transformer.{kind}"),
         ("features.#.#",),
         drop_path=None,
-        order=ChannelsLast(),
+        order=CHANNELS_LAST,
         attends="windows",
     )
 
@@ -31,9 +32,10 @@ def _swin(kind: str) -> Block:
 def _partition(name: str) -> Block:
     """Return the row of MaxViT's attention over windows or a grid, whose FFN has the norm in it."""
 
-    def order(model: Any, numbers: tuple[int, ...]) -> Windows:
+    def order(model: Any, numbers: tuple[int, ...]) -> TokenOrder:
         layer = model.get_submodule(f"blocks.{numbers[0]}.layers.{numbers[1]}.layers.{name}")
-        return Windows(layer.p, layer.p, swapped=layer.partition_type == "grid")
+        grid = layer.partition_type == "grid"
+        return token_order("b (h2 w2) (h1 w1) c" if grid else "b (h1 w1) (h2 w2) c", h2=layer.p, w2=layer.p)
 
     return Block(
         _full("maxvit.PartitionAttentionLayer"),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from localvit.cost import count_macs
 from localvit.errors import UnsupportedModelError
-from localvit.locality import Grid, GridRecord
+from localvit.locality import Grid, GridRecord, to_raster_order
 from localvit.surgery.adapters import FeedForwardSite
 from localvit.surgery.grids import GridSource, hook, unhook
 
@@ -87,8 +87,8 @@ def _watching(
         record = records[site.source] if site.source else None
 
         def on_input(_: nn.Module, args: Any, site: Any = site, record: Any = record) -> None:
-            grid = site.order.size(args[0]) if site.order is not None else None
-            calls[site.path].append([args, grid or record.size])
+            axes = site.order.grid_axes if site.order else ()
+            calls[site.path].append([args, tuple(args[0].shape[axis] for axis in axes) or record.size])
 
         def on_hidden(_: nn.Module, args: Any, site: Any = site) -> None:
             if calls[site.path]:
@@ -119,12 +119,12 @@ def _check_tokens(site: FeedForwardSite, x: Tensor, grid: tuple[int, int]) -> No
     shape, tokens = tuple(x.shape), x
     try:
         if site.order is not None:
-            tokens = site.order.to_tokens(x, Grid(*grid, site.num_prefix_tokens))
+            tokens = to_raster_order(x, site.order, Grid(*grid, site.num_prefix_tokens))
         fits = tokens.ndim == 3 and tokens.shape[1] == site.num_prefix_tokens + grid[0] * grid[1]
     except (RuntimeError, ValueError, IndexError):
         fits = False
     if not fits:
         raise UnsupportedModelError(
             f"{site.path} gets tokens of shape {shape}, which are not {site.num_prefix_tokens} prefix tokens "
-            f"and a grid of {grid[0]} x {grid[1]} in {site.order or 'raster order'}"
+            f"and a grid of {grid[0]} x {grid[1]} in {site.order.pattern if site.order else 'raster order'}"
         )

@@ -258,7 +258,7 @@ def _plan_site(change: PlannedChange, costs: dict[Any, _Cost], observed: Observe
     replaces = config.init == "paper"
     tokens = observed.tokens[site.path] if observed else None
     shape = tokens and (tokens.input.shape, tokens.grid)
-    key = (repr(site.module), site.dims, site.order, shape, config)
+    key = (repr(site.module), site.dims, repr(site.order), shape, config)
     if key not in costs:
         costs[key] = _cost(change, tokens)
     new, parameters, macs = costs[key]

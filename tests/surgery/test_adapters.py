@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 import localvit
 from localvit import ConfigError, LocalityConfig, UnsupportedModelError
-from localvit.locality import Grid, HiddenLocality
+from localvit.locality import Grid, HiddenLocality, from_raster_order, to_raster_order
 from localvit.surgery.adapters import adapter_for, adapters, groups_of
 from localvit.surgery.ffns import class_name
-from localvit.surgery.orders import ChannelsFirst, ChannelsLast, Strided, Windows
+from localvit.surgery.orders import CHANNELS_FIRST, CHANNELS_LAST, strided, token_order
 from tests.surgery.abilities import total
 from tests.surgery.cases import CASES, QUICK
 
@@ -163,23 +164,63 @@ def test_every_row_has_a_case():
 # --- orders of tokens ----------------------------------------------------------------------------------
 
 ORDERS = {
-    "maps, channels last": (ChannelsLast(), (2, 8, 12, 3)),
-    "maps, channels first": (ChannelsFirst(), (2, 3, 8, 12)),
-    "windows": (Windows(4, 2), (2, 12, 8, 3)),
-    "mask units": (Strided(((2, 2), (2, 2))), (2, 96, 3)),
-    "mask units, not square": (Strided(((2, 3), (4, 1))), (2, 96, 3)),
-    "patches, folded": (Strided(((2, 2),), "folded"), (8, 24, 3)),
-    "patches, map": (Strided(((2, 4),), "map"), (2, 3, 8, 12)),
+    "maps, channels last": (CHANNELS_LAST, (2, 8, 12, 3)),
+    "maps, channels first": (CHANNELS_FIRST, (2, 3, 8, 12)),
+    "windows": (token_order("b (h1 w1) (h2 w2) c", h2=4, w2=2), (2, 12, 8, 3)),
+    "windows, counted last": (token_order("b (h2 w2) (h1 w1) c", h2=4, w2=2), (2, 8, 12, 3)),
+    "mask units": (strided([(2, 2), (2, 2)]), (2, 96, 3)),
+    "mask units, not square": (strided([(2, 3), (4, 1)]), (2, 96, 3)),
+    "patches, folded": (strided([(2, 2)], "(b {}) (h w) c"), (8, 24, 3)),
+    "patches, map": (strided([(2, 4)], "b c ({}) (h w)"), (2, 3, 8, 12)),
+    "transposed": (token_order("b (w h) c"), (2, 96, 3)),
 }
 
 
 @pytest.mark.parametrize("kind", ORDERS)
 def test_views_are_inverse(kind):
     order, shape = ORDERS[kind]
-    x, grid = torch.randn(shape), Grid(8, 12)
-    tokens = order.to_tokens(x, grid)
-    assert tokens.shape == (2, 96, 3)
-    assert torch.equal(order.from_tokens(tokens, grid), x)
+    for grid, x in ((Grid(8, 12), torch.randn(shape)), (Grid(8, 12), torch.randn(0, *shape[1:]))):
+        tokens = to_raster_order(x, order, grid)
+        assert tokens.shape[1:] == (96, 3)
+        assert torch.equal(from_raster_order(tokens, order, grid), x)
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+def test_patterns_are_those_of_einops(kind):
+    """By hand: the token in row 5 and column 7."""
+    order, shape = ORDERS[kind]
+    tokens = from_raster_order(torch.arange(2 * 96 * 3).view(2, 96, 3), order, Grid(8, 12))
+    at = {
+        "maps, channels last": (1, 5, 7, 2),
+        "maps, channels first": (1, 2, 5, 7),
+        "windows": (1, 1 * 6 + 3, 1 * 2 + 1, 2),
+        "windows, counted last": (1, 1 * 2 + 1, 1 * 6 + 3, 2),
+        "mask units": (1, (1 * 2 + 1) * 24 + (0 * 2 + 1) * 6 + 1 * 3 + 1, 2),
+        "mask units, not square": (1, (1 * 3 + 1) * 16 + (2 * 1 + 0) * 4 + 0 * 4 + 2, 2),
+        "patches, folded": (1 * 4 + 1 * 2 + 1, 2 * 6 + 3, 2),
+        "patches, map": (1, 2, 1 * 4 + 3, 2 * 3 + 1),
+        "transposed": (1, 7 * 8 + 5, 2),
+    }[kind]
+    assert tokens.shape == shape
+    assert tokens[at] == (96 + 5 * 12 + 7) * 3 + 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sizes", "message"),
+    [
+        ("b h c", {}, "pattern='b h c' with sizes {} is not accepted; use b, c, h and w"),
+        ("b h w w c", {}, "pattern='b h w w c'"),
+        ("b h w c d", {}, "pattern='b h w c d'"),
+        ("b (h1 w1) (h2 w2) c", {}, "is not accepted; use b, c, h and w"),
+        ("b (h1 w1) (h2 w2) c", {"h2": 2}, "is not accepted; use b, c, h and w"),
+        ("b h w c", {"h": 2}, "is not accepted; use b, c, h and w"),
+        ("b (h1 w) h2 c", {"h2": 0}, "h2=0 is not accepted for pattern"),
+        ("b h w c", {"h3": 2}, "h3=2 is not accepted for pattern='b h w c'; use sizes of its h and w"),
+    ],
+)
+def test_bad_patterns_are_refused(pattern, sizes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        token_order(pattern, **sizes)
 
 
 def test_mask_units_are_those_of_hiera():
@@ -188,7 +229,7 @@ def test_mask_units_are_those_of_hiera():
     tokens = torch.arange(192.0).view(1, 96, 2)
     for strides in ([(2, 2), (2, 2)], [(2, 3)], [(2, 2), (4, 3)]):
         expected = Unroll((8, 12), (1, 1), strides)(tokens)
-        assert torch.equal(Strided(tuple(strides)).from_tokens(tokens, Grid(8, 12)), expected)
+        assert torch.equal(from_raster_order(tokens, strided(strides), Grid(8, 12)), expected)
 
 
 def test_windows_are_those_of_nest():
@@ -196,7 +237,8 @@ def test_windows_are_those_of_nest():
 
     tokens = torch.arange(192.0).view(1, 96, 2)
     expected = blockify(tokens.unflatten(1, (8, 12)), 4)
-    assert torch.equal(Windows(4, 4).from_tokens(tokens, Grid(8, 12)), expected)
+    order = token_order("b (h1 w1) (h2 w2) c", h2=4, w2=4)
+    assert torch.equal(from_raster_order(tokens, order, Grid(8, 12)), expected)
 
 
 # --- the interface -------------------------------------------------------------------------------------
@@ -223,22 +265,9 @@ def test_a_wrong_number_of_prefix_tokens_is_found():
 def test_a_transposed_grid_is_found():
     case = CASES["swin v2"]
     adapter = adapter_for(case.make())
-    rows = tuple(replace(row, order=_Transposed()) for row in adapter.groups["blocks"])
+    rows = tuple(replace(row, order=token_order("b (w h) c")) for row in adapter.groups["blocks"])
     with pytest.raises(UnsupportedModelError, match="a shift to the"):
         localvit.check_adapter(case.make(), replace(adapter, groups={"blocks": rows}))
-
-
-class _Transposed:
-    """An order that takes rows for columns."""
-
-    def size(self, x: Tensor) -> None:
-        return None
-
-    def to_tokens(self, x: Tensor, grid: Grid) -> Tensor:
-        return x.unflatten(1, (grid.width, grid.height)).transpose(1, 2).flatten(1, 2)
-
-    def from_tokens(self, tokens: Tensor, grid: Grid) -> Tensor:
-        return tokens.unflatten(1, (grid.height, grid.width)).transpose(1, 2).flatten(1, 2)
 
 
 def test_bad_adapters_are_refused():
@@ -247,9 +276,10 @@ def test_bad_adapters_are_refused():
         localvit.register_adapter(adapter)
     with pytest.raises(ConfigError, match=r"groups=\['others'\] is not accepted; use 'blocks' first"):
         localvit.register_adapter(replace(adapter, classes=("a.B",), groups={"others": ()}))
-    row = replace(adapter.groups["blocks"][0], grid=None)
-    with pytest.raises(ConfigError, match="grid=None is not accepted; use a grid, or an order that reads it"):
-        localvit.register_adapter(replace(adapter, classes=("a.B",), groups={"blocks": (row,)}))
+    for order in (None, token_order("b (h1 w1) (h2 w2) c", h2=2, w2=2)):
+        row = replace(adapter.groups["blocks"][0], grid=None, order=order)
+        with pytest.raises(ConfigError, match="grid=None is not accepted; use a grid, or an order"):
+            localvit.register_adapter(replace(adapter, classes=("a.B",), groups={"blocks": (row,)}))
 
 
 # --- bad input -----------------------------------------------------------------------------------------
