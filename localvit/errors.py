@@ -1,6 +1,7 @@
 """Errors that name a value and what is accepted."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,7 +39,7 @@ def at_least(config: Any, prefix: str, low: float, *names: str) -> None:
 
 
 def check_at_least(least: float, **values: float) -> None:
-    """Refuse numbers that are too small, NaN or infinite.
+    """Refuse numbers that are too small, NaN or infinite, and integers of more than 63 bits.
 
     Raises:
         ConfigError: naming the first.
@@ -46,6 +47,8 @@ def check_at_least(least: float, **values: float) -> None:
     for name, value in values.items():
         if not least <= value < float("inf"):
             raise ConfigError(f"{name}={value!r} is not accepted; use at least {least:g}")
+        if isinstance(value, int) and value > sys.maxsize:
+            raise ConfigError(f"{name}={value} is not accepted; use {least:g} to {sys.maxsize}")
 
 
 def one_line(error: BaseException) -> str:

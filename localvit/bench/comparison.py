@@ -27,13 +27,17 @@ from localvit.bench.result import Comparison, Setting, Side
 from localvit.config import Precision
 from localvit.cost import count_macs, count_parameters
 from localvit.engines import ExportInfo
-from localvit.errors import ConfigError
+from localvit.errors import ConfigError, at_least
 from localvit.inference import FUSED, OpenModel, fused, open_model
 from localvit.models import VARIANTS, check_forward
 from localvit.runtime import DTYPES, autocast, pick_device
 
 SHORTEST = 0.02
 """Seconds of a turn, in which shorter calls are repeated."""
+
+
+# Threads beyond any machine; OpenMP ends the process if it cannot start them.
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +76,10 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("size", 1), ("threads", 1), ("rounds", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name}={value} is not accepted; use at least {least}")
+            if getattr(self, name) is not None:
+                at_least(self, "", least, name)
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise ConfigError(f"threads={self.threads} is not accepted; use 1 to {MOST_THREADS}")
         if self.against is None and self.model not in VARIANTS:
             raise ConfigError(f"against: no baseline of {self.model!r} is known; name another model")
 

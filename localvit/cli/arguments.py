@@ -15,13 +15,14 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
-from localvit.errors import first_line
+from localvit.errors import first_line, one_line
 
 T = TypeVar("T")
 _STUDY = {"scipy": "scipy", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "jinja2": "jinja2"}
@@ -54,12 +55,25 @@ def parse(options: type[T], program: str, arguments: Sequence[str], about: str |
     shown, complaint = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(complaint):
-            return tyro.cli(options, prog=program, description=about, args=list(arguments))
+            parsed = tyro.cli(options, prog=program, description=about, args=list(arguments))
     except SystemExit as end:
         if end.code in (0, None):
             print(_layout(shown.getvalue()))
             return None
         raise UsageError(f"{_gist(complaint.getvalue())}; see {program} --help") from None
+    _check_integers(parsed)
+    return parsed
+
+
+def _check_integers(options: Any) -> None:
+    """Refuse integers that PyTorch cannot hold."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_integers(value)
+        elif isinstance(value, int) and abs(value) > sys.maxsize:
+            flag = "--" + field.name.replace("_", "-")
+            raise UsageError(f"{flag} {value} is not accepted; use at most {sys.maxsize}")
 
 
 def command_line(verbs: Sequence[str], options: Any) -> str:
@@ -138,6 +152,16 @@ def one_line_errors() -> Iterator[None]:
         raise  # of the reader of the output
     except OSError as error:
         raise Failure(disk_message(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        raise Failure(f"memory ran out: {one_line(error)}; use a smaller batch, image or model") from error
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out; PyTorch has a class for that on GPUs only."""
+    kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return kind or "allocate memory" in str(error)
 
 
 def disk_message(error: OSError) -> str:

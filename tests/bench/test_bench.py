@@ -233,6 +233,14 @@ def test_engines_of_files(engine, short, capsys):
     assert found["peak_memory"] is None  # it keeps its memory: nothing would be seen
 
 
+def test_memory_that_runs_out_is_one_line(short, capsys):
+    assert main(["bench", NAME, "--batch", str(10**13), "--rounds", "2"]) == 1
+    out, err = capsys.readouterr()
+    assert "memory ran out" in err
+    assert "use a smaller batch, image or model" in err
+    assert (out, err.count("\n")) == ("", 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -240,6 +248,7 @@ def test_engines_of_files(engine, short, capsys):
         ([NAME, "--batch", "0"], "batch_size=0 is not accepted; use at least 1"),
         ([NAME, "--rounds", "1"], "rounds=1 is not accepted; use at least 2"),
         ([NAME, "--threads", "0"], "threads=0 is not accepted; use at least 1"),
+        ([NAME, "--threads", "5000"], "threads=5000 is not accepted; use 1 to 1024"),
         ([NAME, "--device", "tpu9"], "device='tpu9' cannot be used here"),
         ([NAME, "--engine", "tensorrt"], "--engine"),
         ([NAME, "--train", "--engine", "fused"], "engine='fused' is not accepted in training"),

@@ -143,6 +143,9 @@ def test_processes_and_shards_write_the_same_files(job, tmp_path, monkeypatch, c
         assert "torchrun" in capsys.readouterr().err
 
 
+COUNTS = ("batch-size", "top-k", "workers")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -152,6 +155,7 @@ def test_processes_and_shards_write_the_same_files(job, tmp_path, monkeypatch, c
         (["--shard", "2/2"], "shard 2/2 is not accepted; use 0/2 to 1/2"),
         (["--shard", "second"], "--shard second is not accepted"),
         (["--top-k", "0"], "top_k=0 is not accepted; use at least 1"),
+        *((["--" + name, str(2**64)], f"--{name} {2**64} is not accepted; use at most") for name in COUNTS),
     ],
 )
 def test_wrong_use_is_one_line(job, arguments, message, capsys, tmp_path, monkeypatch):

@@ -57,6 +57,7 @@ def test_default_locality_is_not_no_locality():
         ("epochs=1.5", r"^epochs: 1\.5 is not accepted; use an integer"),
         ("epochs=true", r"^epochs: True is not accepted; use an integer"),
         ("epochs=0", r"epochs=0 is not accepted; use at least 1"),
+        (f"batch_size={2**63}", rf"^batch_size={2**63} is not accepted; use 1 to {2**63 - 1}"),
         ("workers=-1", r"workers=-1 is not accepted; use at least 0"),
         ("schedule.name=cosin", r"^schedule\.name: 'cosin' is not accepted; use 'cosine', 'tanh'"),
         ("schedule.warmup_epochs=100", r"warmup_epochs=100 is not accepted; use less than 100"),
