@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from localvit.errors import Failed
 
-class WriteFailed(RuntimeError):
+
+class WriteFailed(Failed):
     """Result that could not be written, for example because the disk is full."""
 
 

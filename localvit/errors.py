@@ -66,7 +66,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text)
 
 
-class TrainingFailed(RuntimeError):
+class Failed(RuntimeError):
+    """An expected failure after the start; the message names the thing and the remedy."""
+
+
+class TrainingFailed(Failed):
     """Failure of a training run; the message says where it stopped and why.
 
     Attributes:

@@ -16,7 +16,7 @@ BANNED = re.compile(
     r"|somebody|nobody|stands? back|brings? along|of one's own|this very|says? so)\b|(?<!`)``(?!`)"
 )
 NOUN_CLAUSE = re.compile(r"(What|Whether|Whose|How|Where|Why|Which|When|Who|Of|Those|That)\b")
-ERRORS = ("ConfigError", "DataError", "UsageError", "Failure", "TrainingFailed", "ExportFailed")
+ERRORS = ("ConfigError", "DataError", "UsageError", "Failed", "TrainingFailed", "ExportFailed")
 FORM = re.compile(r".+ is not accepted[^;]*; use .+|.+; .+", re.S)
 RELAYED = re.compile(r"\{(\w+\()?(error|reason|at|text)\)?\}(\{hint\}|, or .+| \(.+\))?$|^\{before\}")
 """Messages that end in another one, which has the remedy."""

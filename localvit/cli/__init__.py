@@ -19,8 +19,8 @@ import select
 import sys
 from collections.abc import Sequence
 
-from localvit.cli.arguments import Failure, UsageError, disk_message, parse
-from localvit.errors import printable
+from localvit.cli.arguments import UsageError, disk_message, parse
+from localvit.errors import Failed, printable
 
 VERBS = {
     "demo": ("localvit.cli.demo", "compare a small model with and without locality, and write a report"),
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
-    except (UsageError, Failure) as error:
+    except (UsageError, Failed) as error:
         _flush()
         print(f"localvit: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from localvit.errors import first_line, one_line
+from localvit.errors import ConfigError, Failed, first_line, one_line
 
 T = TypeVar("T")
 _STUDY = {"scipy": "scipy", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "jinja2": "jinja2"}
@@ -41,10 +41,6 @@ _REMEDIES = {
 
 class UsageError(Exception):
     """Error of wrong use: one line, exit code 2, nothing was written."""
-
-
-class Failure(Exception):
-    """Expected failure after the start: one line, exit code 1."""
 
 
 def parse(options: type[T], program: str, arguments: Sequence[str], about: str | None = None) -> T | None:
@@ -137,25 +133,20 @@ def check_output(output: str | None) -> None:
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn the library's errors for users into those of the command line."""
-    from localvit.atomic import WriteFailed
-    from localvit.data import DataError, UnreadableImage
-    from localvit.errors import ConfigError, TrainingFailed
-    from localvit.export import ExportFailed, ParityError
+    from localvit.data import DataError
 
     try:
         yield
     except (ConfigError, DataError) as error:
         raise UsageError(str(error)) from error
-    except (UnreadableImage, TrainingFailed, ExportFailed, ParityError, WriteFailed) as error:
-        raise Failure(str(error)) from error
     except BrokenPipeError:
         raise  # of the reader of the output
     except OSError as error:
-        raise Failure(disk_message(error)) from error
+        raise Failed(disk_message(error)) from error
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if isinstance(error, Failed) or not _out_of_memory(error):
             raise
-        raise Failure(f"memory ran out: {one_line(error)}; use a smaller batch, image or model") from error
+        raise Failed(f"memory ran out: {one_line(error)}; use a smaller batch, image or model") from error
 
 
 def _out_of_memory(error: BaseException) -> bool:

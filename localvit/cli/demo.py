@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from localvit.cli.arguments import (
-    Failure,
     UsageError,
     check_extra,
     check_output,
@@ -66,8 +65,6 @@ def run(options: Options) -> int:
     _check(options)
     console = Console()
     with one_line_errors():
-        from localvit.studies.execution import StudyFailed
-
         check_output(options.output)
         folder = Path(options.output or _default_output(options.data))
         try:
@@ -75,8 +72,6 @@ def run(options: Options) -> int:
                 _tune(options, folder / "tuning", console)
             else:
                 _compare(options, folder, console)
-        except StudyFailed as error:
-            raise Failure(str(error)) from error
         except KeyboardInterrupt:
             print(f"stopped; finished runs are in {folder}, and the same command resumes")
             return 130

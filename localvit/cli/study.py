@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from localvit.cli.arguments import (
-    Failure,
     UsageError,
     check_extra,
     check_output,
@@ -238,7 +237,6 @@ def describe(study: Study, summary: StudySummary) -> str:
 
 def _run(options: RunOptions, console: Console) -> int:
     from localvit.studies import run_study
-    from localvit.studies.execution import StudyFailed
 
     for flag, value, least in (
         ("seeds", options.seeds, 2),
@@ -268,8 +266,6 @@ def _run(options: RunOptions, console: Console) -> int:
             reuse=[Path(other) for other in options.reuse],
             console=console,
         )
-    except StudyFailed as error:
-        raise Failure(str(error)) from error
     except KeyboardInterrupt:
         left = "its jobs keep running, " if options.cluster == "slurm" else ""
         print(f"stopped; {left}finished runs are in {folder}, and the same command resumes")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         DataError as DataError,
         Preprocessing as Preprocessing,
     )
+    from localvit.data.ghostscript import disable_ghostscript as disable_ghostscript
     from localvit.data.identity import file_reader as file_reader, image_name as image_name
     from localvit.data.images import (
         Images as Images,
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
         Sample as Sample,
         UnreadableImage as UnreadableImage,
         decode as decode,
-        disable_ghostscript as disable_ghostscript,
     )
     from localvit.data.listing import check_regular as check_regular, list_files as list_files
     from localvit.data.loading import (

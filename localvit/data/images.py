@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import EpsImagePlugin, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from localvit.data.config import DataError
+from localvit.errors import Failed
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -53,7 +54,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, appen
 _torch_decode = getattr(torch.ops.image, "decode_jpeg", None)
 
 
-class UnreadableImage(RuntimeError):
+class UnreadableImage(Failed):
     """Image that cannot be decoded.
 
     Attributes:
@@ -85,15 +86,6 @@ class Images(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
     def read_pixels(self, index: int, mode: Mode) -> tuple[UInt8[torch.Tensor, "C H W"], int]: ...
-
-
-def disable_ghostscript() -> None:
-    """Keep Pillow from starting Ghostscript in this process.
-
-    `FORMATS` restricts the images that this package opens. Data sets of torchvision and of the Hugging Face
-    hub open images themselves, in every format that Pillow has.
-    """
-    EpsImagePlugin.gs_binary = False
 
 
 @lru_cache(maxsize=1)

@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from localvit.data.augment import TrainTransform
 from localvit.data.config import AugmentConfig, DataError, Preprocessing
-from localvit.data.images import Mode, Part, Sample, UnreadableImage, disable_ghostscript
+from localvit.data.ghostscript import disable_ghostscript
+from localvit.data.images import Mode, Part, Sample, UnreadableImage
 
 _MODES: dict[int, Mode] = {1: "L", 3: "RGB"}
 _GRACE_SECONDS = 30

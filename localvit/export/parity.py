@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from localvit.engines import Size
+from localvit.errors import Failed
 
 TOLERANCE = 1e-4
 """Accepted difference, relative to the largest logit.
@@ -76,7 +77,7 @@ class Parity:
         return all(case.passed for case in self.cases)
 
 
-class ParityError(RuntimeError):
+class ParityError(Failed):
     """Error of a file that computes something other than the model; the file was deleted.
 
     Attributes:

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from localvit.atomic import WriteFailed, sync, temporary_prefix
 from localvit.engines import EngineKind, ExportInfo, Size, check_packages, open_engine
-from localvit.errors import ConfigError, first_line
+from localvit.errors import ConfigError, Failed, first_line
 from localvit.export.onnx import check_onnx, write_onnx
 from localvit.export.openvino import write_openvino
 from localvit.export.parity import TOLERANCE, Parity, ParityError, check_parity, random_inputs, real_inputs
@@ -49,7 +49,7 @@ FORMATS: dict[FormatName, Format] = {
 }
 
 
-class ExportFailed(RuntimeError):
+class ExportFailed(Failed):
     """Failure of the exporter or the engine with this model."""
 
 

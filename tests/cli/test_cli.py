@@ -13,7 +13,8 @@ from PIL import Image
 
 from localvit.atomic import write_atomically
 from localvit.cli import VERBS, main
-from localvit.cli.arguments import Failure, one_line_errors, parse
+from localvit.cli.arguments import one_line_errors, parse
+from localvit.errors import Failed
 
 TINY = [
     *("--recipe", "digits", "--epochs", "1", "--batch-size", "64", "--device", "cpu"),
@@ -293,12 +294,12 @@ def test_a_crash_keeps_its_traceback(monkeypatch, tmp_path):
 def test_what_the_system_refuses_is_one_line_with_file_and_remedy(number, message):
     code = getattr(errno, number)
     for file, shown in (("a\udcff", r"'a\\udcff'"), (b"a", "'a'"), (None, "the output")):
-        with pytest.raises(Failure, match=f"^{shown}: {message}$"), one_line_errors():
+        with pytest.raises(Failed, match=f"^{shown}: {message}$"), one_line_errors():
             raise OSError(code, os.strerror(code), file)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, full_disk):
-    with full_disk(2), pytest.raises(Failure, match=r"study\.json': File too large"), one_line_errors():
+    with full_disk(2), pytest.raises(Failed, match=r"study\.json': File too large"), one_line_errors():
         write_atomically(tmp_path / "study.json", "more than that")
     assert not list(tmp_path.iterdir())
 

@@ -28,6 +28,18 @@ print("loaded:", [name for name in {SLOW!r} if name in sys.modules])
     assert fresh(code).endswith("loaded: []\n")
 
 
+@pytest.mark.parametrize("words", [("study", "list"), ("study", "new", "ours")], ids=" ".join)
+def test_reading_and_writing_questions_needs_no_torch(words, tmp_path):
+    code = f"""
+import os, sys
+from localvit.cli import main
+os.chdir({str(tmp_path)!r})
+assert main({[*words]!r}) == 0
+print("loaded:", [name for name in ("torch", "timm", "numpy") if name in sys.modules])
+"""
+    assert fresh(code).endswith("loaded: []\n")
+
+
 def test_importing_the_package_loads_nothing_slow():
     code = f"import sys, localvit; print([name for name in {SLOW!r} if name in sys.modules])"
     assert fresh(code) == "[]\n"

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from localvit.data import disable_ghostscript, open_splits
-from localvit.errors import ConfigError, one_line
+from localvit.errors import ConfigError, Failed, one_line
 from localvit.runtime import pick_device
 from localvit.studies.design import Study, StudyRun, StudySummary, check_study
 from localvit.studies.execution import cluster as clusters
@@ -28,7 +28,7 @@ from localvit.studies.execution.jobs import living
 from localvit.studies.execution.records import Record, perform
 
 
-class StudyFailed(RuntimeError):
+class StudyFailed(Failed):
     """Failure of a study; the message has the failed runs and the reasons."""
 
 
