@@ -1,4 +1,4 @@
-"""How fast one core prepares training images, against torchvision's ImageFolder on the same JPEGs.
+"""Time the preparation of training images on one core, and torchvision's ImageFolder on the same JPEGs.
 
     python benchmarks/data.py                                  # JPEGs of its own
     python benchmarks/data.py --data FOLDER_OR_TAR ...         # class_name/image.jpg

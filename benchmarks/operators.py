@@ -1,4 +1,4 @@
-"""Which operators take the time: the profile behind the rows of benchmarks/speed.py.
+"""Profile the operators behind the rows of benchmarks/speed.py.
 
     python benchmarks/operators.py                 # LocalViT-T, DeiT-T, a pyramid's FFNs; some minutes
     python benchmarks/operators.py --batch 1 --batch 8

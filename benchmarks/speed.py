@@ -1,4 +1,4 @@
-"""How fast LocalViT-T is beside DeiT-T on this CPU: inference, training, memory, growth.
+"""Compare LocalViT-T with DeiT-T on this CPU: inference, training, memory, growth.
 
     make bench                                        # some minutes
     python benchmarks/speed.py --quick --output /tmp  # does it run? two rounds of the smallest batch
@@ -240,7 +240,7 @@ def step_growth(name: str, batch: int) -> int | None:
 
 
 def in_a_fresh_process(function: Callable[..., Any], *args: object) -> Any:
-    """What ``function`` returns where nobody before it has left memory that it may use."""
+    """Call `function` in a new process, which has no freed memory to reuse."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
@@ -268,8 +268,8 @@ def roof(batch: int, rounds: int) -> dict[str, object]:
 
 
 def by_route(rounds: int, rows: int = 1576, inside: int = 192, out: int = 768) -> str:
-    """How fast the libraries compute a linear layer of the feed-forward network at batch 8: what there is to
-    gain over timm's model depends on it."""
+    """Time a linear layer of the feed-forward network at batch 8 in each library: the possible gain over
+    timm's model depends on it."""
     products = matmuls(rows, inside, out, CPU, torch.float32)
     works = {each.words.partition(",")[0]: without_gradients(each.work) for each in products}
     seconds = interleaved(works, rounds, at_least=SHORTEST)

@@ -1,4 +1,4 @@
-"""timm's own ``tests/test_models.py`` on every name of ours, and a list of what passed.
+"""Run timm's own `tests/test_models.py` on every name of ours, and list the outcomes.
 
 The file is not part of this repository: take it from timm's at the installed version's tag.
 

@@ -270,7 +270,7 @@ def test_configurations_survive_yaml_and_json(values):
 
 
 def built_or_refused(make):
-    """Whether nothing else happens, in particular no other error."""
+    """Return whether `make` succeeds or fails in one line; any other error is raised."""
     told = ""
     try:
         make()

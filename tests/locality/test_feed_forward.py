@@ -88,7 +88,7 @@ def golden_cases() -> list[str]:
 
 
 def golden_config(constructor: dict) -> LocalityConfig:
-    """What the reference's constructor arguments mean (golden facts: the activation string decides)."""
+    """Translate the reference's constructor arguments (golden facts: the activation string decides)."""
     act, depthwise = constructor["act"], not constructor["wo_dp_conv"]
     gate = {"se": "se", "eca": "eca", "ecah": "eca_hard"}.get(act.partition("+")[2], "none")
     return LocalityConfig(

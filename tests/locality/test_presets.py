@@ -134,7 +134,7 @@ def test_every_preset_is_held_to_something():
 
 
 def plain_path(name: str, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-    """What a class token gets from the point-wise layers of a design without norms: an ordinary MLP."""
+    """Compute the class token by the point-wise layers of a design without norms: an ordinary MLP."""
     hidden = pw(weights, "fc1", x)
     if PRESETS[name].glu == "none":
         return pw(weights, "fc2", gelu(hidden))

@@ -52,7 +52,7 @@ def dynamic(init) -> nn.Module:
 
 
 def fresh(model: nn.Module, x: Tensor) -> Tensor:
-    """What a model that has seen nothing but ``x`` answers."""
+    """Return the output of a model that has seen only `x`."""
     other = make(init=model.localization.plan.config.init, dynamic_img_size=True)
     other.load_state_dict(model.state_dict())
     with torch.no_grad():

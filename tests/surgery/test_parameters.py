@@ -1,4 +1,4 @@
-"""Which parameters are locality's: against the difference of two models."""
+"""Parameters of locality, compared with the difference of two models."""
 
 import pytest
 import timm

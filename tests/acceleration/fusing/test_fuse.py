@@ -533,7 +533,7 @@ INTEL, AMD = "vendor_id\t: GenuineIntel\n", "vendor_id\t: AuthenticAMD\nmodel na
 
 
 def set_processor(monkeypatch, text: str | None) -> None:
-    """What the system says of it; ``None``: there is no such file."""
+    """Let the system say `text` about the processor; `None`: the file does not exist."""
 
     def read_text(self, encoding):
         if text is None:

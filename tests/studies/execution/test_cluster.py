@@ -67,7 +67,7 @@ def slurm(tmp_path, monkeypatch):
 
 
 def finish(folder, slurm, *runs):
-    """What the jobs do, here, and the end of all of them."""
+    """Run the jobs here, to their end."""
     for run in runs:
         perform(run.config, folder.of(run))
     slurm.clear()
