@@ -117,9 +117,6 @@ ABILITIES = {
     "selective checkpointing": Ability(_selective, train=True, config=PAPER, own=True),
 }
 
-LOST: set[tuple[str, str]] = set()
-"""Known losses: case and ability."""
-
 
 def outcome(plain: nn.Module, images: Tensor, ability: Ability) -> tuple[Outcome, str]:
     """Try an ability; return the outcome, and why the localized model lacks it.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.surgery.abilities import ABILITIES, LOST, outcome
+from tests.surgery.abilities import ABILITIES, outcome
 from tests.surgery.cases import CASES, QUICK
 
 
@@ -11,4 +11,4 @@ from tests.surgery.cases import CASES, QUICK
 def test_no_ability_is_lost(name, ability):
     case = CASES[name]
     found, reason = outcome(case.make(), case.images(), ABILITIES[ability])
-    assert (found == "lost") == ((name, ability) in LOST), reason
+    assert found != "lost", reason

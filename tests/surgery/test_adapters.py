@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 import localvit
 from localvit import ConfigError, LocalityConfig, UnsupportedModelError
-from localvit.locality import Grid, HiddenLocality, from_raster_order, to_raster_order
+from localvit.locality import (
+    Grid,
+    GridRecord,
+    HiddenLocality,
+    LocalityFeedForward,
+    from_raster_order,
+    to_raster_order,
+)
 from localvit.surgery.adapters import adapter_for, adapters, groups_of
 from localvit.surgery.ffns import class_name
 from localvit.surgery.orders import CHANNELS_FIRST, CHANNELS_LAST, strided, token_order
@@ -203,6 +210,27 @@ def test_patterns_are_those_of_einops(kind):
     }[kind]
     assert tokens.shape == shape
     assert tokens[at] == (96 + 5 * 12 + 7) * 3 + 2
+
+
+@pytest.mark.parametrize("init", ["paper", "preserve"])
+@pytest.mark.parametrize("kind", ORDERS)
+def test_every_order_in_torchscript(kind, init):
+    """Also against the plain order of the same tokens."""
+    order, shape = ORDERS[kind]
+    record, config = GridRecord(), LocalityConfig(init=init)
+    record.size = (8, 12)
+    ffn = {
+        "paper": lambda **kw: LocalityFeedForward(3, config, hidden_dim=8, **kw),
+        "preserve": lambda **kw: HiddenLocality(3, nn.Identity(), config, **kw),
+    }[init]
+    ours, plain = ffn(grid_record=record, order=order).eval(), ffn(grid_record=record).eval()
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    plain.load_state_dict(ours.state_dict())
+    x, grid = torch.randn(shape), Grid(8, 12)
+    expected = from_raster_order(plain(to_raster_order(x, order, grid)), order, grid)
+    torch.testing.assert_close(ours(x), expected)
+    torch.testing.assert_close(torch.jit.script(ours)(x), expected)
 
 
 @pytest.mark.parametrize(
