@@ -7,6 +7,8 @@ from typing import Any
 from localvit.errors import ConfigError
 from localvit.locality import TokenOrder
 
+_AXIS = r"\([\w ]+\)|\w+"
+
 
 def token_order(pattern: str, **sizes: int) -> TokenOrder:
     """Return the order of an FFN's tokens.
@@ -21,21 +23,18 @@ def token_order(pattern: str, **sizes: int) -> TokenOrder:
     Raises:
         ConfigError: for another pattern, or sizes that do not belong to it.
     """
-    groups = [group.strip("()").split() for group in re.findall(r"\([^()]*\)|\w+", pattern)]
+    groups = [group.strip("()").split() for group in re.findall(_AXIS, pattern)]
     names = [name for group in groups for name in group]
     parts = [
-        sorted((name for name in names if re.fullmatch(rf"{axis}\d*", name)), key=_number) for axis in "hw"
+        [name for name in sorted(names, key=_number) if re.fullmatch(rf"{axis}\d*", name)] for axis in "hw"
     ]
     order = ["b", *parts[0], *parts[1], "c"]
     free = [[name for name in part if name not in sizes] for part in parts]
-    if (
-        len(set(names)) < len(names)
-        or sorted(order) != sorted(names)
-        or [len(part) for part in free] != [1, 1]
-    ):
+    known = len(set(names)) == len(names) and set(names) == set(order) and ["c"] in groups
+    if not known or re.sub(_AXIS, "", pattern).strip() or any(len(part) != 1 for part in free):
         raise ConfigError(
             f"pattern={pattern!r} with sizes {sizes} is not accepted; use b, c, h and w (or h1, h2, ..., w1, "
-            "w2, ...) once each, with sizes for all h and w but one each"
+            "w2, ...) once each, c alone, and sizes for all h and w but one each"
         )
     if unknown := [f"{name}={size}" for name, size in sizes.items() if name not in names or size < 1]:
         raise ConfigError(f"{unknown[0]} is not accepted for pattern={pattern!r}; use sizes of its h and w")
@@ -49,14 +48,14 @@ def token_order(pattern: str, **sizes: int) -> TokenOrder:
         joined=[len(group) for group in groups],
         cell=[math.prod(sizes.get(name, 1) for name in part) for part in parts],
         grid_axes=[groups.index([name]) for name in (rows, columns)]
-        if len(names) == 4 == len(groups)
+        if len(groups) == len(names) == 4
         else [],
         channel_axis=groups.index(["c"]),
     )
 
 
 def _number(name: str) -> int:
-    return int(name[1:] or 0)
+    return int(name[1:]) if name[1:].isdecimal() else 0
 
 
 # Feature maps have the grid in their shape.
