@@ -139,12 +139,12 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (ConfigError, DataError) as error:
         raise UsageError(str(error)) from error
-    except BrokenPipeError:
-        raise  # of the reader of the output
+    except (BrokenPipeError, Failed):
+        raise  # the reader of the output ended; or already an error of the command line
     except OSError as error:
         raise Failed(disk_message(error)) from error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, Failed) or not _out_of_memory(error):
+        if not _out_of_memory(error):
             raise
         raise Failed(f"memory ran out: {one_line(error)}; use a smaller batch, image or model") from error
 

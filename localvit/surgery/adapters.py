@@ -336,7 +336,7 @@ def _site(
     if is_conv(ffn, structure) and order in (None, CHANNELS_LAST):
         order = CHANNELS_FIRST
     source = None
-    if grid is not None and not (order is not None and order.grid_axes):
+    if grid is not None and not (order and order.grid_axes):
         source = _source(modules, path, numbers, grid)
     if isinstance(prefix, str):
         prefix = int(getattr(model, prefix))

@@ -186,9 +186,10 @@ ORDERS = {
 @pytest.mark.parametrize("kind", ORDERS)
 def test_views_are_inverse(kind):
     order, shape = ORDERS[kind]
-    for grid, x in ((Grid(8, 12), torch.randn(shape)), (Grid(8, 12), torch.randn(0, *shape[1:]))):
+    grid = Grid(8, 12)
+    for images, x in ((2, torch.randn(shape)), (0, torch.randn(0, *shape[1:]))):
         tokens = to_raster_order(x, order, grid)
-        assert tokens.shape[1:] == (96, 3)
+        assert tokens.shape == (images, 96, 3)
         assert torch.equal(from_raster_order(tokens, order, grid), x)
 
 
@@ -308,9 +309,10 @@ def test_bad_adapters_are_refused():
         localvit.register_adapter(adapter)
     with pytest.raises(ConfigError, match=r"groups=\['others'\] is not accepted; use 'blocks' first"):
         localvit.register_adapter(replace(adapter, classes=("a.B",), groups={"others": ()}))
+    message = "grid=None is not accepted; use a grid, or an order that reads it"
     for order in (None, token_order("b (h1 w1) (h2 w2) c", h2=2, w2=2)):
         row = replace(adapter.groups["blocks"][0], grid=None, order=order)
-        with pytest.raises(ConfigError, match="grid=None is not accepted; use a grid, or an order"):
+        with pytest.raises(ConfigError, match=message):
             localvit.register_adapter(replace(adapter, classes=("a.B",), groups={"blocks": (row,)}))
 
 

@@ -59,12 +59,12 @@ class PackedLinear(InferenceOnly, nn.Linear):
 
 def packed_rows(weight: Tensor) -> int | None:
     """Return the fewest rows for which a layer with this weight should be packed (`None`: never)."""
-    vendor, numel = processor("vendor_id"), weight.numel()
-    ours = weight.device.type == "cpu" and weight.dtype == torch.float32 and numel >= _SMALLEST
-    if vendor is None or not ours or not packed_available():
+    ours = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= _SMALLEST
+    vendor = processor("vendor_id") if ours else None  # reads a file
+    if vendor is None or not packed_available():
         return None
     if vendor == "GenuineIntel":
-        return _INTEL_ROWS if numel in _INTEL_WEIGHTS else None
+        return _INTEL_ROWS if weight.numel() in _INTEL_WEIGHTS else None
     return 1
 
 
