@@ -185,12 +185,17 @@ def _workers(count: int, threads: int) -> Iterator[list[Executor]]:
 
 def _worker(slot: int, threads: int) -> Executor:
     """Start one process in a pool of its own, so that its death breaks no other."""
-    # Spawned, because a fork of a process whose torch has started threads can hang.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker, initargs=(slot, threads))
+    # A fork of this process can hang, because its torch may have started threads. The server has imported
+    # everything and started none, so its forks need neither the seconds nor the memory of an import.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    start = (slot, threads, dict(os.environ))
+    return ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker, initargs=start)
 
 
-def _start_worker(slot: int, threads: int) -> None:
+def _start_worker(slot: int, threads: int, environment: dict[str, str]) -> None:
+    os.environ.clear()  # that of the server, which may be older
+    os.environ.update(environment)
     disable_ghostscript()
     gpus = torch.cuda.device_count()  # does not start CUDA
     if gpus:

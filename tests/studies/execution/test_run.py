@@ -22,6 +22,7 @@ from localvit.studies.execution.folder import StudyFolder
 from localvit.studies.execution.run import run_missing
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
+worker = run_module._worker  # which that fixture replaces
 
 
 @pytest.fixture
@@ -200,6 +201,16 @@ if __name__ == "__main__":
     study = demo_study(resolve("digits", {settings!r}), 2, None)
     run_missing(StudyFolder(Path(sys.argv[1]), study), jobs=1)
 """
+
+
+@pytest.mark.parametrize("value", ["one", "two", None])
+def test_a_worker_has_the_environment_of_its_start(monkeypatch, value):
+    """Also a later one, whose server is older."""
+    monkeypatch.delenv("LOCALVIT_TEST", raising=False)
+    if value is not None:
+        monkeypatch.setenv("LOCALVIT_TEST", value)
+    with worker(0, 1) as started:
+        assert started.submit(os.getenv, "LOCALVIT_TEST").result() == value
 
 
 def test_workers_end_with_a_killed_parent(tmp_path, settings):
