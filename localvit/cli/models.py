@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,36 +29,41 @@ class Options:
     supported: tyro.conf.FlagCreatePairsOff[bool] = False
     """list the timm architectures that localvit.localize accepts, and why it refuses the others"""
     check: tyro.conf.FlagCreatePairsOff[bool] = False
-    """with --supported: compute the table again, and compare it with the one that comes with localvit"""
+    """count again, and compare with the table that comes with localvit"""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """print JSON"""
 
 
 def run(options: Options) -> int:
-    """Print the table or a card; return 0."""
-    import dataclasses
-    import json
-
+    """Print a table or a card; return 0, with `check` 1 for a difference."""
     if options.supported:
         return _supported(options)
+    from localvit.models import registry
+
+    cards = list(registry().values()) if options.name is None else [_known(options.name)]
     if options.check:
-        raise UsageError("--check is not accepted here; use it with --supported")
-    from localvit.models import model_card, names, registry
-
-    if options.name is not None:
-        chosen = model_card(_known(options.name))
-        print(json.dumps(dataclasses.asdict(chosen), indent=2) if options.json else "\n".join(_card(chosen)))
-        return 0
-    from rich.console import Console
-    from rich.progress import track
-
-    quiet = Console(stderr=True)  # counting takes some seconds
-    entries = list(track(registry(), "counting", total=len(names()), console=quiet, transient=True))
+        return _check(cards)
     if options.json:
-        print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=2))
+        shown: object = [dataclasses.asdict(card.entry) for card in cards]
+        print(json.dumps(shown if options.name is None else dataclasses.asdict(cards[0]), indent=2))
+    elif options.name is None:
+        _print_table([card.entry for card in cards])
     else:
-        _print_table(entries)
+        print("\n".join(_card(cards[0])))
     return 0
+
+
+def _check(cards: Sequence[ModelCard]) -> int:
+    """Count models again; return 1 if one differs from its card."""
+    from localvit.models import count
+
+    return _print_changes(card.entry.name for card in cards if count(card.entry.name) != card)
+
+
+def _print_changes(changed: Iterable[str]) -> int:
+    lines = [f"{name}: the table that comes with localvit differs" for name in changed]
+    print("\n".join(lines) or "no difference")
+    return int(bool(lines))
 
 
 def _supported(options: Options) -> int:
@@ -69,12 +77,7 @@ def _supported(options: Options) -> int:
     if options.check:
         chosen = {entry.architecture for entry in entries}
         again = scan_supported(n for n in timm_architectures() if n in chosen or options.name is None)
-        changed = sorted({e.architecture for e in set(entries) ^ set(again)})
-        print(
-            "\n".join(f"{name}: the table that comes with localvit differs" for name in changed)
-            or "no difference"
-        )
-        return 1 if changed else 0
+        return _print_changes(sorted({e.architecture for e in set(entries) ^ set(again)}))
     if options.json:
         print(to_json(entries), end="")
     elif options.name is None:
@@ -88,14 +91,13 @@ def _supported(options: Options) -> int:
     return 0
 
 
-def _known(name: str) -> str:
-    import difflib
+def _known(name: str) -> ModelCard:
+    from localvit.models import registry
 
-    from localvit.models import names
-
-    if name in names():
-        return name
-    near = difflib.get_close_matches(name, names(), n=1)
+    cards = registry()
+    if name in cards:
+        return cards[name]
+    near = difflib.get_close_matches(name, cards, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "`localvit models` lists the names"
     raise UsageError(f"the model {name!r} is not in the table; {hint}")
 
@@ -161,6 +163,4 @@ def _lines(entry: ModelEntry) -> Iterator[str]:
 
 
 def _settings(values: object) -> str:
-    import json
-
     return json.dumps(values)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         preprocessing_for as preprocessing_for,
     )
     from localvit.models.config import ModelConfig as ModelConfig
+    from localvit.models.counting import count as count, heads as heads, names as names
     from localvit.models.delta import (
         add_to_digest as add_to_digest,
         base_digest as base_digest,
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from localvit.models.listing import (
         ModelCard as ModelCard,
         ModelEntry as ModelEntry,
-        heads as heads,
-        model_card as model_card,
-        names as names,
         registry as registry,
     )
     from localvit.models.published import (

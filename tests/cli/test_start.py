@@ -28,8 +28,11 @@ print("loaded:", [name for name in {SLOW!r} if name in sys.modules])
     assert fresh(code).endswith("loaded: []\n")
 
 
-@pytest.mark.parametrize("words", [("study", "list"), ("study", "new", "ours")], ids=" ".join)
-def test_reading_and_writing_questions_needs_no_torch(words, tmp_path):
+LIGHT = [("study", "list"), ("study", "new", "ours"), ("models",), ("models", "localvit_pvt_tiny")]
+
+
+@pytest.mark.parametrize("words", LIGHT, ids=" ".join)
+def test_a_verb_that_only_reads_and_writes_text_needs_no_torch(words, tmp_path):
     code = f"""
 import os, sys
 from localvit.cli import main
