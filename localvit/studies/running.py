@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from localvit.inference import open_model
 from localvit.models import preprocessing_for
 from localvit.runtime import pick_device
 from localvit.structure import to_json
-from localvit.studies.design import Study, StudyRun
+from localvit.studies.design import Study
 from localvit.studies.execution import (
     THREADS,
     Cluster,
@@ -77,7 +78,10 @@ def run_study(
     write_report(report)
     if failures:
         waits = not retry and any(store.outcome(run).state == "failed" for run in failures)
-        raise _failed(failures, len(study.runs()), waits)
+        advice = "add --retry to repeat them" if waits else "the same command resumes them"
+        reasons = "; ".join(f"{run.arm} seed {run.seed}: {reason}" for run, reason in failures.items())
+        number = len(study.runs())
+        raise StudyFailed(f"{len(failures)} of {number} runs failed ({reasons}); {advice}")
     return report
 
 
@@ -87,9 +91,10 @@ def time_arms(store: StudyFolder) -> None:
     first = {run.arm: run for run in study.runs() if run.seed == study.seeds[0]}
     if not all((store.of(run) / "best").exists() for run in first.values()):
         return
-    path, keys = store.path / SPEED, [run.key for run in first.values()]
-    if _timed(store.path) == keys:
-        return
+    keys = tuple(run.key for run in first.values())
+    with suppress(ConfigError):  # a damaged file is measured again
+        if read_speed(store.path).keys == keys:
+            return
     device = pick_device(study.base.device)
     models = {name: open_model(store.of(run), device).model for name, run in first.items()}
     sizes = {
@@ -97,19 +102,4 @@ def time_arms(store: StudyFolder) -> None:
     }
     found = images_per_second(models, sizes, device=device)
     words = machine(THREADS if device.type == "cpu" else torch.get_num_threads())
-    values = Speed(images_per_second=found, machine=words, keys=tuple(keys))
-    write_atomically(path, to_json(values))
-
-
-def _timed(folder: Path) -> list[str]:
-    """Return the keys of the runs whose models were timed; none if the file is missing or damaged."""
-    try:
-        return list(read_speed(folder).keys)
-    except ConfigError:
-        return []
-
-
-def _failed(failures: Mapping[StudyRun, str], number: int, waits: bool) -> StudyFailed:
-    reasons = "; ".join(f"{run.arm} seed {run.seed}: {reason}" for run, reason in failures.items())
-    advice = "add --retry to repeat them" if waits else "the same command resumes them"
-    return StudyFailed(f"{len(failures)} of {number} runs failed ({reasons}); {advice}")
+    write_atomically(store.path / SPEED, to_json(Speed(images_per_second=found, machine=words, keys=keys)))
