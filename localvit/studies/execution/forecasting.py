@@ -81,16 +81,12 @@ def forecast(folder: StudyFolder, summary: StudySummary, jobs: int, device: str 
         ConfigError: if a record cannot be read.
     """
     outcomes = {run: folder.outcome(run) for run in folder.study.runs()}
-    images = summary.images.value
-    whole = None if images is None else float(images) / folder.study.base.data.fraction
-
-    def cost(run: StudyRun) -> float | None:
-        config = run.config
-        if whole is None:
-            return None
-        return _PASSES * summary.arms[run.arm].macs * whole * config.data.fraction * config.epochs
-
-    macs = {run: cost(run) for run in outcomes}
+    macs: dict[StudyRun, float | None] = dict.fromkeys(outcomes)
+    if summary.images.value is not None:
+        whole = float(summary.images.value) / folder.study.base.data.fraction
+        for run in outcomes:
+            config = run.config
+            macs[run] = _PASSES * summary.arms[run.arm].macs * whole * config.data.fraction * config.epochs
     done = [(run, o.record) for run, o in outcomes.items() if o.record is not None and macs[run]]
     if done:
         speed = sum(macs[run] or 0.0 for run, _ in done) / sum(record.seconds for _, record in done)
