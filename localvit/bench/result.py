@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
 import timm
 import torch
@@ -91,7 +89,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two models timed alternately. Every field is a JSON value (`to_dict`).
+    """Two models timed alternately. Every field is a JSON value.
 
     Attributes:
         ratio: Time of `model` by time of `against` in each round; below 1, `model` is faster.
@@ -113,10 +111,6 @@ class Comparison:
     peak_gflops: float
     peak_matmul: str
     setting: Setting
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return dataclasses.asdict(self)
 
 
 def _versions() -> dict[str, str]:

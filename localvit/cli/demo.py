@@ -10,8 +10,10 @@ import tyro
 from localvit.cli.arguments import (
     UsageError,
     check_extra,
+    check_least,
     check_output,
     command_line,
+    given,
     one_line_errors,
 )
 
@@ -85,13 +87,7 @@ def _check(options: Options) -> None:
         UsageError: naming the option.
     """
     check_extra("demo")
-    for flag, value, least in (
-        ("seeds", options.seeds, 2),
-        ("jobs", options.jobs, 1),
-        ("tune-seeds", options.tune_seeds, 1),
-    ):
-        if value < least:
-            raise UsageError(f"--{flag} {value} is not accepted; use at least {least}")
+    check_least(seeds=(options.seeds, 2), jobs=(options.jobs, 1), tune_seeds=(options.tune_seeds, 1))
     if not options.tune_factors or min(options.tune_factors) <= 0:
         raise UsageError(f"--tune-factors {options.tune_factors} is not accepted; use positive numbers")
 
@@ -99,8 +95,7 @@ def _check(options: Options) -> None:
 def _base(options: Options) -> TrainConfig:
     from localvit.config import resolve
 
-    data = {"train": options.data} | ({"test": options.val_data} if options.val_data is not None else {})
-    return resolve(_recipe(options), options.set, {"data": data})
+    return resolve(_recipe(options), options.set, {"data": given(train=options.data, test=options.val_data)})
 
 
 def _recipe(options: Options) -> str:

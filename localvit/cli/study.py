@@ -13,6 +13,7 @@ import tyro
 from localvit.cli.arguments import (
     UsageError,
     check_extra,
+    check_least,
     check_output,
     command_line,
     one_line_errors,
@@ -153,13 +154,19 @@ def run(options: List | New | Show | RunOptions | ReportOptions | Compare | Expo
             case List():
                 _list(console)
             case New(name=name):
-                _new(name, console)
+                from localvit.studies.design import write_question
+
+                path = write_question(name)
+                _print(console, f"written: {path}; run it with localvit study run {shlex.quote(str(path))}")
             case RunOptions():
                 return _run(options, console)
             case Show():
                 _show(options, console)
             case ReportOptions(folder=folder):
-                _report(folder, console)
+                from localvit.studies.reporting import read_report, write_report
+
+                write_report(report := read_report(Path(folder)))
+                print_report(report, console)
             case Compare(first=first, second=second):
                 from localvit.studies.reporting import compare_studies
 
@@ -187,13 +194,6 @@ def _list(console: Console) -> None:
     for name in list_questions():
         question = load_question(name)
         _print(console, f"{name:<14} {question.question} ({len(question.arms) + 1} arms)")
-
-
-def _new(name: str, console: Console) -> None:
-    from localvit.studies.design import write_question
-
-    path = write_question(name)
-    _print(console, f"written: {path}; run it with localvit study run {shlex.quote(str(path))}")
 
 
 def _study(options: Asked, seeds: int) -> Study:
@@ -238,13 +238,8 @@ def describe(study: Study, summary: StudySummary) -> str:
 def _run(options: RunOptions, console: Console) -> int:
     from localvit.studies import run_study
 
-    for flag, value, least in (
-        ("seeds", options.seeds, 2),
-        ("jobs", _HERE if options.jobs is None else options.jobs, 1),
-        ("threads", options.threads, 1),
-    ):
-        if value < least:
-            raise UsageError(f"--{flag} {value} is not accepted; use at least {least}")
+    here = _HERE if options.jobs is None else options.jobs
+    check_least(seeds=(options.seeds, 2), jobs=(here, 1), threads=(options.threads, 1))
     cluster = cluster_of(options, options.jobs)
     study = _study(options, options.seeds)
     check_output(options.output)
@@ -259,7 +254,7 @@ def _run(options: RunOptions, console: Console) -> int:
             study,
             folder,
             command=command_line(("study", "run"), options),
-            jobs=options.jobs or _HERE,
+            jobs=here,
             threads=options.threads,
             cluster=cluster,
             retry=options.retry,
@@ -291,14 +286,6 @@ def _dry_run(
         waiting = ("new", "begun", "failed") if options.retry else ("new", "begun")
         lines += cluster.describe(folder, [r for r, o in found.outcomes.items() if o.state in waiting])
     _print(console, "\n".join(lines))
-
-
-def _report(folder: str, console: Console) -> None:
-    from localvit.studies.reporting import read_report, write_report
-
-    report = read_report(Path(folder))
-    write_report(report)
-    print_report(report, console)
 
 
 def _print(console: Console, text: str) -> None:

@@ -80,6 +80,7 @@ def read_report(folder: Path) -> StudyReport:
     store = StudyFolder(folder, study)
     records, wrong = store.readable()
     summary = check_study(study, classes)
+    rates = folder / TUNING
     speed: Speed = _or_warn(wrong, lambda: read_speed(folder), Speed())
     return StudyReport(
         folder=folder,
@@ -87,7 +88,7 @@ def read_report(folder: Path) -> StudyReport:
         summary=summary,
         records=records,
         findings=findings(study, records, speed.images_per_second),
-        tuning=_or_warn(wrong, lambda: _tuning(folder), None),
+        tuning=_or_warn(wrong, lambda: load_tuning(rates) if rates.exists() else None, None),
         command=command,
         speed_machine=speed.machine,
         kernels=_or_warn(wrong, lambda: read_kernels(store, records, summary.classes), ()),
@@ -165,10 +166,6 @@ def _depthwise(path: Path, sites: list[str]) -> dict[str, np.ndarray]:
 def _strongest(weights: np.ndarray) -> np.ndarray:
     norms = np.sqrt((weights**2).sum((1, 2)))
     return weights[np.argsort(-norms, kind="stable")[:SHOWN_KERNELS]]
-
-
-def _tuning(folder: Path) -> Tuning | None:
-    return load_tuning(folder / TUNING) if (folder / TUNING).exists() else None
 
 
 def _or_warn(warnings: list[str], read: Callable[[], Any], otherwise: Any) -> Any:
