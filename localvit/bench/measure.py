@@ -106,7 +106,7 @@ def _repeated(work: Work, times: int) -> Work:
         for _ in range(times):
             work()
 
-    return work if times == 1 else repeated
+    return repeated
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ from localvit.config import Precision
 from localvit.runtime import DTYPES
 from localvit.version import __version__
 
+_VERSIONS = {"localvit": __version__, "torch": torch.__version__, "timm": timm.__version__}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -36,7 +38,7 @@ class Setting:
     instructions: str = field(default_factory=torch.backends.cpu.get_cpu_capability)
     allocator: str = field(default_factory=allocator)
     environment: dict[str, str] = field(default_factory=environment)
-    versions: dict[str, str] = field(default_factory=lambda: _versions())
+    versions: dict[str, str] = field(default_factory=_VERSIONS.copy)
     dtype: str = "float32"
 
     @classmethod
@@ -111,7 +113,3 @@ class Comparison:
     peak_gflops: float
     peak_matmul: str
     setting: Setting
-
-
-def _versions() -> dict[str, str]:
-    return {"localvit": __version__, "torch": torch.__version__, "timm": timm.__version__}

@@ -80,7 +80,7 @@ class Show(Asked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(OnCluster, Asked):
+class Run(OnCluster, Asked):
     """Train every arm with every seed, compare, and write a report.
 
     The same command resumes; more seeds or arms reuse finished runs.
@@ -105,7 +105,7 @@ class RunOptions(OnCluster, Asked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions:
+class Report:
     """Write report.html and report.md again; this needs only results.jsonl."""
 
     folder: Folder
@@ -132,18 +132,10 @@ class Export:
     """format of the output"""
 
 
-Options = (
-    Annotated[List, tyro.conf.subcommand("list")]
-    | Annotated[New, tyro.conf.subcommand("new")]
-    | Annotated[Show, tyro.conf.subcommand("show")]
-    | Annotated[RunOptions, tyro.conf.subcommand("run")]
-    | Annotated[ReportOptions, tyro.conf.subcommand("report")]
-    | Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
-)
+Options = List | New | Show | Run | Report | Compare | Export
 
 
-def run(options: List | New | Show | RunOptions | ReportOptions | Compare | Export) -> int:
+def run(options: Options) -> int:
     """Run a subcommand; return 0."""
     from rich.console import Console
 
@@ -158,11 +150,11 @@ def run(options: List | New | Show | RunOptions | ReportOptions | Compare | Expo
 
                 path = write_question(name)
                 _print(console, f"written: {path}; run it with localvit study run {shlex.quote(str(path))}")
-            case RunOptions():
+            case Run():
                 return _run(options, console)
             case Show():
                 _show(options, console)
-            case ReportOptions(folder=folder):
+            case Report(folder=folder):
                 from localvit.studies.reporting import read_report, write_report
 
                 write_report(report := read_report(Path(folder)))
@@ -235,7 +227,7 @@ def describe(study: Study, summary: StudySummary) -> str:
     return "\n".join(lines)
 
 
-def _run(options: RunOptions, console: Console) -> int:
+def _run(options: Run, console: Console) -> int:
     from localvit.studies import run_study
 
     here = _HERE if options.jobs is None else options.jobs
@@ -269,9 +261,7 @@ def _run(options: RunOptions, console: Console) -> int:
     return 0
 
 
-def _dry_run(
-    study: Study, path: Path, options: RunOptions, cluster: Cluster | None, console: Console
-) -> None:
+def _dry_run(study: Study, path: Path, options: Run, cluster: Cluster | None, console: Console) -> None:
     from localvit.studies.design import check_study
     from localvit.studies.execution import StudyFolder, forecast
 
