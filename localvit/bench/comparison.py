@@ -88,7 +88,6 @@ def compare(config: BenchConfig, progress: Callable[[range], Iterable[int]] = it
     """Time two models and the fastest matrix product alternately.
 
     Args:
-        config: The benchmark.
         progress: Wrapper of the rounds, as in `measure.interleaved`.
 
     Raises:

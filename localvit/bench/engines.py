@@ -64,10 +64,8 @@ def open_on(
     Exported files are compared with the model first, on random images, and are deleted once opened.
 
     Args:
-        engine: The engine.
         model: Model in evaluation mode. It is moved to `device`, and otherwise unchanged.
         info: Metadata of the file.
-        device: Device that computes.
 
     Raises:
         ConfigError: if nothing in the model has a fast form.

@@ -77,7 +77,6 @@ def interleaved(
 
     Args:
         works: Name -> work.
-        rounds: Number of rounds.
         timer: Timer of one call.
         warm_up: Untimed calls of each beforehand (compilation, caches, first allocations).
         at_least: Seconds of a turn; shorter work is repeated within it, and its mean is reported.

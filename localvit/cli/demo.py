@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from localvit.config import TrainConfig
-    from localvit.studies.execution import Tuning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +135,10 @@ def _tune(options: Options, folder: Path, console: Console) -> None:
 def _compare(options: Options, folder: Path, console: Console) -> None:
     from localvit.cli.study import print_report
     from localvit.studies import demo, run_study
+    from localvit.studies.execution import load_tuning, shipped_tuning
 
-    tuning = _tuning(options, folder)
+    own = folder / "tuning" / "tuning.json"
+    tuning = load_tuning(own) if own.exists() else shipped_tuning(_recipe(options))
     study = demo.demo_study(_base(options), options.seeds, tuning)
     made = run_study(
         study,
@@ -148,11 +149,3 @@ def _compare(options: Options, folder: Path, console: Console) -> None:
         console=console,
     )
     print_report(made, console)
-
-
-def _tuning(options: Options, folder: Path) -> Tuning | None:
-    """Return the user's tuning in this folder, else that of the recipe."""
-    from localvit.studies.execution import load_tuning, shipped_tuning
-
-    own = folder / "tuning" / "tuning.json"
-    return load_tuning(own) if own.exists() else shipped_tuning(_recipe(options))

@@ -86,7 +86,6 @@ def open_run(config: TrainConfig, images: int | None = None) -> OpenRun:
     """Build model and optimizer of `config`, without published weights, and count its data.
 
     Args:
-        config: The run.
         images: Number of training images. `None`: they are counted.
 
     Raises:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from localvit.atomic import write_atomically
 from localvit.bench import machine
-from localvit.errors import ConfigError
+from localvit.errors import ConfigError, check_at_least
 from localvit.inference import open_model
 from localvit.models import preprocessing_for
 from localvit.runtime import pick_device
@@ -57,8 +57,7 @@ def run_study(
             written.
         StudyFailed: if runs failed; the others are saved and reported.
     """
-    if len(study.seeds) < 2:
-        raise ConfigError(f"seeds={len(study.seeds)} is not accepted; use at least 2")
+    check_at_least(2, seeds=len(study.seeds))
     store = StudyFolder(folder, study)
     failures = run_missing(
         store,

@@ -61,7 +61,6 @@ def check_study(study: Study, classes: int | None = None) -> StudySummary:
     """Build every arm's model without memory, and compare it with its control's.
 
     Args:
-        study: The study.
         classes: Number of classes; `None`: that of the data.
 
     Raises:

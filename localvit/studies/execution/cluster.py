@@ -25,7 +25,7 @@ import torch
 
 from localvit.config import TrainConfig
 from localvit.data import disable_ghostscript
-from localvit.errors import ConfigError, TrainingInterrupted, one_line
+from localvit.errors import ConfigError, TrainingInterrupted, at_least, one_line
 from localvit.runs import FolderInUse
 from localvit.runtime import stop_on_signals
 from localvit.studies.design import Resources, Study, StudyRun
@@ -55,17 +55,13 @@ class Cluster:
     parallel: int | None = None
 
     def __post_init__(self) -> None:
-        if self.parallel is not None and self.parallel < 1:
-            raise ConfigError(f"parallel={self.parallel} is not accepted; use at least 1")
-        if self.parallel is not None and self.kind == "local":
-            raise ConfigError(f"parallel={self.parallel} is not accepted for local jobs; leave it out")
+        if self.parallel is not None:
+            at_least(self, "", 1, "parallel")
+            if self.kind == "local":
+                raise ConfigError(f"parallel={self.parallel} is not accepted for local jobs; leave it out")
 
     def check(self, study: Study, threads: int = 1) -> None:
         """Refuse a study that cannot be submitted from here.
-
-        Args:
-            study: The study, whose arms may have resources of their own.
-            threads: Threads of each run.
 
         Raises:
             ConfigError: naming the missing thing.
@@ -200,12 +196,7 @@ def work(
     An interrupt leaves the jobs running; the next call finds them.
 
     Args:
-        cluster: The cluster.
-        missing: Unfinished runs.
-        folder: Folder of the study.
-        threads: Threads of each run.
         failures: Mapping that gets the failed runs, with the reason.
-        display: Display of the progress.
 
     Raises:
         ConfigError: as `Cluster.submit` and `living`.

@@ -21,7 +21,6 @@ class Display:
 
     Args:
         console: Console; `None` shows nothing.
-        folder: Folder of the study.
         summary: Summary with the cost of each arm.
         done: Finished runs.
         failures: Failed runs that are not repeated.

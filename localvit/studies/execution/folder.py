@@ -61,7 +61,6 @@ class StudyFolder:
 
     Args:
         path: The folder; created at the first write.
-        study: The study.
 
     Raises:
         ConfigError: if the folder holds another study or other files. Seeds and resources may differ, and
@@ -96,7 +95,6 @@ class StudyFolder:
         """Create the folder, write the study, and lock out other processes.
 
         Args:
-            command: Command of the study.
             classes: Number of classes of its data, for reports on other machines.
 
         Raises:

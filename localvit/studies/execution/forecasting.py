@@ -14,7 +14,7 @@ from localvit.cost import count_macs, giga
 from localvit.data import random_scope
 from localvit.models import build_model, preprocessing_for
 from localvit.runtime import pick_device
-from localvit.studies.design import StudyRun, StudySummary
+from localvit.studies.design import Study, StudyRun, StudySummary
 from localvit.studies.execution.folder import Outcome, StudyFolder
 
 _PASSES = 3  # A backward pass costs about two forward passes.
@@ -92,20 +92,19 @@ def forecast(folder: StudyFolder, summary: StudySummary, jobs: int, device: str 
         speed = sum(macs[run] or 0.0 for run, _ in done) / sum(record.seconds for _, record in done)
         basis = f"from the {len(done)} runs that are done: {speed / 1e9:.2f} GMACs/s each"
     else:
-        speed = measured_speed(folder, summary, device)
+        speed = measured_speed(folder.study, summary.classes, device)
         basis = f"measured here on random images, without loading: {speed / 1e9:.2f} GMACs/s for one run"
     return Forecast(outcomes=outcomes, macs=macs, macs_per_second=speed, basis=basis, jobs=jobs)
 
 
-def measured_speed(folder: StudyFolder, summary: StudySummary, device_name: str | None = None) -> float:
+def measured_speed(study: Study, classes: int, device_name: str | None) -> float:
     """Measure the multiply-accumulates per second of a few steps of the base, on a GPU or a CPU thread."""
-    study = folder.study
     config = study.config(study.arms[0], study.seeds[0])
     device = pick_device(device_name or config.device)
     with using_threads(1):
         with random_scope():
             plain = dataclasses.replace(config.model, pretrained=False)
-            model = build_model(plain, summary.classes).to(device)
+            model = build_model(plain, classes).to(device)
         size = preprocessing_for(model, config.data).input_size
         macs = count_macs(model.eval(), size)
         count = min(config.batch_size, _MOST_IMAGES, max(2, int(_MACS_OF_A_MEASUREMENT / macs)))

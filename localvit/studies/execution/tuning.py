@@ -87,9 +87,7 @@ def tune(
         folder: Folder of the runs; the same call resumes.
         factors: First search grid, as multiples of the base's learning rate.
         seeds: Number of seeds; three average out most of the luck of one.
-        jobs: Worker processes.
         command: Command that is saved in the result.
-        console: Console for progress.
 
     Raises:
         ConfigError, DataError: as `run.run_missing`.

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from localvit.studies.design import Study, StudyRun
 from localvit.studies.execution import Record
@@ -98,11 +98,6 @@ class Findings:
     contrasts: tuple[Contrast, ...]
     test_images: int | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, with the verdicts."""
-        values = dataclasses.asdict(self)
-        return {**values, "verdicts": [verdict(contrast, self) for contrast in self.contrasts]}
-
     def arm(self, name: str) -> ArmResult:
         """Return the arm of that name."""
         return next(arm for arm in self.arms if arm.name == name)
@@ -114,8 +109,7 @@ def findings(
     """Compare the arms of a study that have records.
 
     Args:
-        study: The study.
-        records: Records of its finished runs.
+        records: Records of the finished runs.
         inference_speed: Arm -> images per second.
     """
     arms = {

@@ -120,7 +120,8 @@ def _made_with(record: Record) -> str:
 
 def _summary(report: StudyReport) -> str:
     values = {
-        **report.findings.to_dict(),
+        **plain(report.findings),
+        "verdicts": verdicts(report),
         "study": report.study.to_dict(),
         "confounders": {name: list(arm.confounders) for name, arm in report.summary.arms.items()},
         "warnings": list(report.warnings),
