@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import signal
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import sleep
@@ -209,24 +209,22 @@ def work(
         alive = alive_of(jobs.values())  # before the outcomes: a run may finish between the two
         gone = set() if alive is None else {run for run, job in jobs.items() if job not in alive}
         # Missing twice, because files may be seen later than the queue.
-        for run in _settled(jobs, gone & ended, folder, failures, display):
-            del jobs[run]
+        _settle(jobs, gone & ended, folder, failures, display)
         ended = gone
         display.refresh(list(jobs))
         if jobs:
             sleep(POLL[cluster.kind])
 
 
-def _settled(
-    jobs: Mapping[StudyRun, Job],
+def _settle(
+    jobs: dict[StudyRun, Job],
     ended: Collection[StudyRun],
     folder: StudyFolder,
     failures: dict[StudyRun, str],
     display: Display,
-) -> list[StudyRun]:
-    """Return the runs that need no more waiting: finished, failed, or without a job."""
-    settled = []
-    for run, job in jobs.items():
+) -> None:
+    """Remove the runs that need no more waiting: finished, failed, or without a job."""
+    for run, job in list(jobs.items()):
         outcome = folder.outcome(run)
         if outcome.record is not None:
             display.finished(run, outcome.record)
@@ -237,5 +235,4 @@ def _settled(
             display.failed(run, failures[run])
         else:
             continue
-        settled.append(run)
-    return settled
+        del jobs[run]

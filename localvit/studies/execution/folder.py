@@ -82,8 +82,9 @@ class StudyFolder:
         there, here = read_study(path).to_dict(), self.study.to_dict()
         shared = there["arms"].keys() & here["arms"].keys()
         old, new = (
-            {"base": s["base"], "arms": {n: _asked(s["arms"][n]) for n in shared}} for s in (there, here)
-        )
+            {"base": s["base"], "arms": {n: s["arms"][n] | {"resources": {}} for n in shared}}
+            for s in (there, here)
+        )  # resources do not decide results
         for field, values in differences(old, new).items():
             raise ConfigError(
                 f"{str(path)!r} holds another study: {field} is {values[0]!r} there and {values[1]!r} here; "
@@ -246,11 +247,6 @@ def read_besides(path: Path) -> tuple[str, int | None]:
     values = _read(path)
     command, classes = (values.get(name) for name in _BESIDES)
     return str(command or ""), classes if isinstance(classes, int) else None
-
-
-def _asked(arm: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of an arm's JSON that decides its results."""
-    return {name: value for name, value in arm.items() if name != "resources"}
 
 
 def _read(folder: Path) -> dict[str, Any]:

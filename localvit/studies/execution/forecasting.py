@@ -42,27 +42,20 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """Describe the forecast."""
-        found = [
-            f"{number:>4}  {run.key}  {run.arm} seed {run.seed}: {self._cost(run)}, {self._state(run)}"
-            for number, run in enumerate(self.outcomes, 1)
-        ]
-        open_runs = [run for run, outcome in self.outcomes.items() if outcome.state != "done"]
-        total = [self.macs[run] for run in open_runs]
+        found = []
+        for number, (run, outcome) in enumerate(self.outcomes.items(), 1):
+            macs = self.macs[run]
+            cost = "unknown cost" if macs is None else f"{giga(macs)}MACs, {self._time(macs)}"
+            state = f"failed: {outcome.reason}" if outcome.state == "failed" else outcome.state
+            found.append(f"{number:>4}  {run.key}  {run.arm} seed {run.seed}: {cost}, {state}")
+        total = [self.macs[run] for run, outcome in self.outcomes.items() if outcome.state != "done"]
         known = [macs for macs in total if macs is not None]
         text = "unknown time" if len(known) < len(total) else self._time(sum(known) / self.jobs)
         return [
             *found,
-            f"{len(open_runs)} of {len(self.outcomes)} runs to do: about {text} with {self.jobs} at a time, "
+            f"{len(total)} of {len(self.outcomes)} runs to do: about {text} with {self.jobs} at a time, "
             f"validation not counted ({self.basis})",
         ]
-
-    def _cost(self, run: StudyRun) -> str:
-        macs = self.macs[run]
-        return "unknown cost" if macs is None else f"{giga(macs)}MACs, {self._time(macs)}"
-
-    def _state(self, run: StudyRun) -> str:
-        outcome = self.outcomes[run]
-        return f"failed: {outcome.reason}" if outcome.state == "failed" else outcome.state
 
     def _time(self, macs: float) -> str:
         return str(timedelta(seconds=round(macs / self.macs_per_second)))

@@ -178,21 +178,18 @@ def _or_warn(warnings: list[str], read: Callable[[], Any], otherwise: Any) -> An
 
 def _mixed(records: Mapping[StudyRun, Record]) -> list[str]:
     """Warn of results from different conditions."""
-    values: list[tuple[str, Callable[[Record], str]]] = [
-        (
-            "versions",
-            lambda record: ", ".join(f"{k} {v}" for k, v in record.versions.items() if k != "python"),
-        ),
-        ("commits", lambda record: (record.commit or "none")[:12]),
-        ("machines", lambda record: record.machine),
-        ("test splits", lambda record: f"{record.test.images:,} images"),
+    runs = records.values()
+    conditions = {
+        "versions": {", ".join(f"{k} {v}" for k, v in run.versions.items() if k != "python") for run in runs},
+        "commits": {(run.commit or "none")[:12] for run in runs},
+        "machines": {run.machine for run in runs},
+        "test splits": {f"{run.test.images:,} images" for run in runs},
+    }
+    return [
+        f"Mixed {what}: the runs have {' / '.join(sorted(found))}."
+        for what, found in conditions.items()
+        if len(found) > 1
     ]
-    found = []
-    for what, of in values:
-        different = sorted({of(record) for record in records.values()})
-        if len(different) > 1:
-            found.append(f"Mixed {what}: the runs have {' / '.join(different)}.")
-    return found
 
 
 def _missing(study: Study, records: Mapping[StudyRun, Record]) -> list[str]:
