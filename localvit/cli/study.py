@@ -270,11 +270,12 @@ def _dry_run(study: Study, path: Path, options: Run, cluster: Cluster | None, co
     summary = check_study(study)
     folder = StudyFolder(path, study)
     jobs = options.jobs or (len(study.runs()) if cluster else _HERE)
-    found = forecast(folder, summary, jobs, device="cpu" if cluster else None)
-    lines = [describe(study, summary), f"data: {summary.images}", *found.lines()]
+    lines = [describe(study, summary), f"data: {summary.images}"]
+    lines += forecast(folder, summary, jobs, device="cpu" if cluster else None)
     if cluster is not None:
         waiting = ("new", "begun", "failed") if options.retry else ("new", "begun")
-        lines += cluster.describe(folder, [r for r, o in found.outcomes.items() if o.state in waiting])
+        left = [run for run in study.runs() if folder.outcome(run).state in waiting]
+        lines += cluster.describe(folder, left)
     _print(console, "\n".join(lines))
 
 

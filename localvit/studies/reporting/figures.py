@@ -112,13 +112,12 @@ def forest(found: Findings, metric: str) -> str:
 
     Contrasts without a difference are left out; filled marks are those that are shown after correction.
     """
-    contrasts = [contrast for contrast in found.contrasts if contrast.difference is not None]
+    contrasts = [(each, each.difference.estimate) for each in found.contrasts if each.difference]
     with mpl.rc_context(_STYLE):
         canvas, axes = _canvas(1.2 + 0.5 * len(contrasts))
         axes.axvline(0, color=_FAINT, linewidth=1)
-        for i, contrast in enumerate(contrasts):
-            assert contrast.difference is not None
-            mean, colour = contrast.difference.estimate, COLOURS[1 if contrast.shown else 0]
+        for i, (contrast, mean) in enumerate(contrasts):
+            colour = COLOURS[1 if contrast.shown else 0]
             arm, control = (found.arm(name).scores for name in (contrast.arm, contrast.control))
             each = [arm[seed] - control[seed] for seed in contrast.seeds]
             axes.plot(
@@ -128,7 +127,7 @@ def forest(found: Findings, metric: str) -> str:
                 axes.plot((mean.low, mean.high), (i, i), color=colour, linewidth=2)
             fill = colour if contrast.shown else _PAPER
             axes.plot(mean.mean, i, "o", color=colour, markerfacecolor=fill, markersize=6)
-        names = [f"{contrast.arm}\nagainst {contrast.control}" for contrast in contrasts]
+        names = [f"{contrast.arm}\nagainst {contrast.control}" for contrast, _ in contrasts]
         axes.set_yticks(range(len(contrasts)), names, fontsize=9)
         label = f"difference in {metric}\non the test split (percentage points)"
         axes.set(ylim=(len(contrasts) - 0.3, -0.5), xlabel=label)
