@@ -153,7 +153,10 @@ def run(options: Options) -> int:
             case Run():
                 return _run(options, console)
             case Show():
-                _show(options, console)
+                from localvit.studies.design import check_study
+
+                study = _study(options, 1)
+                _print(console, describe(study, check_study(study)))
             case Report(folder=folder):
                 from localvit.studies.reporting import read_report, write_report
 
@@ -198,13 +201,6 @@ def _study(options: Asked, seeds: int) -> Study:
     if options.match is not None:
         study = dataclasses.replace(study, match=options.match)
     return matched(study)
-
-
-def _show(options: Show, console: Console) -> None:
-    from localvit.studies.design import check_study
-
-    study = _study(options, 1)
-    _print(console, describe(study, check_study(study)))
 
 
 def describe(study: Study, summary: StudySummary) -> str:

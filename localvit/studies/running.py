@@ -78,7 +78,7 @@ def run_study(
     if failures:
         waits = not retry and any(store.outcome(run).state == "failed" for run in failures)
         advice = "add --retry to repeat them" if waits else "the same command resumes them"
-        reasons = "; ".join(f"{run.arm} seed {run.seed}: {reason}" for run, reason in failures.items())
+        reasons = "; ".join(f"{run}: {reason}" for run, reason in failures.items())
         number = len(study.runs())
         raise StudyFailed(f"{len(failures)} of {number} runs failed ({reasons}); {advice}")
     return report

@@ -64,6 +64,9 @@ class StudyRun:
         """Name of the configuration, equal for runs whose results should be equal."""
         return key_of(plain(self.config))
 
+    def __str__(self) -> str:
+        return f"{self.arm} seed {self.seed}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:

@@ -104,12 +104,11 @@ class Cluster:
     def describe(self, folder: StudyFolder, runs: Collection[StudyRun]) -> list[str]:
         """Describe the jobs of unfinished runs."""
         there = living(folder)
-        known = [run for run in runs if run in there]
-        lines = [f"{run.arm} seed {run.seed}: queued or running as job {there[run].id}" for run in known]
+        lines = [f"{run}: queued or running as job {there[run].id}" for run in runs if run in there]
         limit = f", at most {self.parallel} at a time" if self.parallel else ""
         new = [run for run in runs if run not in there]
         for resources, members in self.arrays(folder.study, new).items():
-            names = ", ".join(f"{run.arm} seed {run.seed}" for run in members)
+            names = ", ".join(map(str, members))
             lines.append(f"{self.kind}: an array of {len(members)} jobs{limit}, each {resources}: {names}")
         return lines
 

@@ -62,14 +62,14 @@ class Display:
         """Show a finished run and its result."""
         self.records[run] = record
         self._print(
-            f"{len(self.records):>3}/{len(self.runs)}  {run.arm} seed {run.seed}: validation top-1 "
+            f"{len(self.records):>3}/{len(self.runs)}  {run}: validation top-1 "
             f"{record.validation.top1:.2f} % (best epoch {record.best_epoch}), {record.seconds:.0f} s"
         )
 
     def failed(self, run: StudyRun, reason: str) -> None:
         """Show a failed run and the reason."""
         self.failures.add(run)
-        self._print(f"failed   {run.arm} seed {run.seed}: {reason}")
+        self._print(f"failed   {run}: {reason}")
 
     def _table(self) -> Table:
         metric = self.folder.study.metric

@@ -153,7 +153,7 @@ class StudyFolder:
             try:
                 record = self.outcome(run).record
             except ConfigError as error:
-                wrong.append(f"{run.arm} seed {run.seed} is left out: {error}")
+                wrong.append(f"{run} is left out: {error}")
                 continue
             if record is not None:
                 records[run] = record

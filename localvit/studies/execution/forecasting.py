@@ -50,7 +50,7 @@ def forecast(folder: StudyFolder, summary: StudySummary, jobs: int, device: str 
     for number, (run, outcome) in enumerate(outcomes.items(), 1):
         cost = f"{giga(macs[run])}MACs, {duration(macs[run])}" if macs else "unknown cost"
         state = f"failed: {outcome.reason}" if outcome.state == "failed" else outcome.state
-        lines.append(f"{number:>4}  {run.key}  {run.arm} seed {run.seed}: {cost}, {state}")
+        lines.append(f"{number:>4}  {run.key}  {run}: {cost}, {state}")
     left = [run for run, outcome in outcomes.items() if outcome.state != "done"]
     text = duration(sum(macs[run] for run in left) / jobs) if macs or not left else "unknown time"
     total = f"{len(left)} of {len(outcomes)} runs to do: about {text} with {jobs} at a time"

@@ -115,7 +115,7 @@ def parse_record(values: Any, where: str, run: StudyRun) -> Record:
     except ConfigError as error:
         raise ConfigError(f"{where} is not a record: {error}; restore it") from error
     if not key_of(config) == record.key == run.key:
-        raise ConfigError(f"{where} does not belong to {run.arm} seed {run.seed}; restore it")
+        raise ConfigError(f"{where} does not belong to {run}; restore it")
     if record.digest != _digest(values):
         raise ConfigError(f"{where} was changed after it was written; restore it")
     return record
