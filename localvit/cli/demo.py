@@ -59,11 +59,14 @@ class Options:
 
 def run(options: Options) -> int:
     """Compare, or tune; return 0."""
+    check_extra("demo")
+    check_least(seeds=(options.seeds, 2), jobs=(options.jobs, 1), tune_seeds=(options.tune_seeds, 1))
+    if not options.tune_factors or min(options.tune_factors) <= 0:
+        raise UsageError(f"--tune-factors {options.tune_factors} is not accepted; use positive numbers")
     from pathlib import Path
 
     from rich.console import Console
 
-    _check(options)
     console = Console()
     with one_line_errors():
         check_output(options.output)
@@ -77,18 +80,6 @@ def run(options: Options) -> int:
             print(f"stopped; finished runs are in {folder}, and the same command resumes")
             return 130
     return 0
-
-
-def _check(options: Options) -> None:
-    """Refuse wrong options before anything heavy is imported.
-
-    Raises:
-        UsageError: naming the option.
-    """
-    check_extra("demo")
-    check_least(seeds=(options.seeds, 2), jobs=(options.jobs, 1), tune_seeds=(options.tune_seeds, 1))
-    if not options.tune_factors or min(options.tune_factors) <= 0:
-        raise UsageError(f"--tune-factors {options.tune_factors} is not accepted; use positive numbers")
 
 
 def _base(options: Options) -> TrainConfig:
