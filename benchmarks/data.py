@@ -13,9 +13,11 @@ localvit is faster. Results: benchmarks/results/data_<machine>_<date>.{md,json}.
 import argparse
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,7 @@ from writing import write
 
 import localvit
 from localvit.bench.host import machine
-from localvit.bench.measure import Quartiles, Work, cpu_time, interleaved, ratio
+from localvit.bench.measure import Quartiles, Work, interleaved, ratio, wall_clock
 from localvit.data.config import AugmentConfig, DataConfig
 from localvit.data.images import Part
 from localvit.data.loading import train_loader
@@ -112,7 +114,9 @@ def measure(name: str, folder: Path, images: int, rounds: int) -> list[dict[str,
         sides = plain(folder, chosen, interpolation), ours(folder, chosen, interpolation)
         count = sides[1]()
         assert count == sides[0]() == len(chosen) // BATCH * BATCH
-        seconds = interleaved(dict(zip(("plain", "localvit"), sides, strict=True)), rounds, timer=cpu_time)
+        # The CPU seconds of this process, on which other programs have little influence.
+        timer = partial(wall_clock, clock=time.process_time)
+        seconds = interleaved(dict(zip(("plain", "localvit"), sides, strict=True)), rounds, timer=timer)
         found = ratio(seconds["plain"], seconds["localvit"])
         speeds = {side: count / Quartiles.of(taken).median for side, taken in seconds.items()}
         about = {"images": name, "median_size": sizes.tolist(), "interpolation": interpolation}

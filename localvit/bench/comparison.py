@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localvit.bench.engines import FORMS, EngineName, check_engine, keeps_memory, open_on
+from localvit.bench.engines import FILES, FORMS, EngineName, check_engine, open_on
 from localvit.bench.host import memory_growth
 from localvit.bench.measure import (
     Quartiles,
@@ -83,17 +83,11 @@ class BenchConfig:
         if self.against is None and self.model not in VARIANTS:
             raise ConfigError(f"against: no baseline of {self.model!r} is known; name another model")
 
-    @property
-    def baseline(self) -> str:
-        """Name of the other model."""
-        return self.against or VARIANTS[self.model].base
-
 
 def compare(config: BenchConfig, progress: Callable[[range], Iterable[int]] = iter) -> Comparison:
     """Time two models and the fastest matrix product alternately.
 
     Args:
-        config: The benchmark.
         progress: Wrapper of the rounds, as in `measure.interleaved`.
 
     Raises:
@@ -105,13 +99,13 @@ def compare(config: BenchConfig, progress: Callable[[range], Iterable[int]] = it
     for engine in engines.values():
         check_engine(engine or "eager", device, train=config.train, precision=config.precision)
     with using_threads(config.threads):
-        names = {"model": config.model, "against": config.baseline}
+        names = {"model": config.model, "against": config.against or VARIANTS[config.model].base}
         opened = {side: load(name, config) for side, name in names.items()}
         ready = {side: _prepare(each, engines[side], config, device) for side, each in opened.items()}
         peak = fastest_matmul(device, DTYPES[config.precision])
-        memory = {side: _memory(each.work, each.engine, device) for side, each in ready.items()}
+        memory = {side: _memory(work, known["engine"], device) for side, (work, known) in ready.items()}
         seconds = interleaved(
-            {**{side: each.work for side, each in ready.items()}, "peak": without_gradients(peak.work)},
+            {side: work for side, (work, _) in ready.items()} | {"peak": without_gradients(peak.work)},
             config.rounds,
             timer=timer_for(device),
             at_least=SHORTEST,
@@ -120,14 +114,11 @@ def compare(config: BenchConfig, progress: Callable[[range], Iterable[int]] = it
         sides = {
             side: Side(
                 model=names[side],
-                engine=each.engine,
-                form=each.form,
-                input_size=opened[side].preprocessing.input_size,
-                **each.costs,
-                **figures(config, each.costs["gmacs"], seconds[side], seconds["peak"], peak),
+                **known,
+                **figures(config, known["gmacs"], seconds[side], seconds["peak"], peak),
                 peak_memory=memory[side],
             )
-            for side, each in ready.items()
+            for side, (_, known) in ready.items()
         }
         return Comparison(
             ratio=ratio(seconds["model"], seconds["against"]),
@@ -186,39 +177,36 @@ def load(name: str, config: BenchConfig) -> OpenModel:
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Ready:
-    """Model on its engine: its work, its form in words, and its cost by field of `Side`."""
-
-    engine: EngineName
-    form: str
-    work: Work
-    costs: dict[str, Any]
-
-
 def _prepare(
     opened: OpenModel, engine: EngineName | None, config: BenchConfig, device: torch.device
-) -> _Ready:
-    """Put a model on an engine, by default its fused form if it has one."""
-    macs = count_macs(opened.model.eval(), opened.preprocessing.input_size)
-    costs = {"parameters": count_parameters(opened.model), "gmacs": macs / 1e9}
-    images = torch.randn(config.batch_size, *opened.preprocessing.input_size, device=device)
+) -> tuple[Work, dict[str, Any]]:
+    """Put a model on an engine, by default its fused form if it has one.
+
+    Returns:
+        Its work, and the fields of `Side` that are known before it is timed.
+    """
+    size, form = opened.preprocessing.input_size, ""
+    macs, parameters = count_macs(opened.model.eval(), size), count_parameters(opened.model)
+    images = torch.randn(config.batch_size, *size, device=device)
     if config.train:
         engine = engine or "eager"
         model: Any = opened.model.to(device)
         model = torch.compile(model) if engine == "compile" else model
         work = training_step(model, images, config.precision)
-        return _Ready(engine=engine, form=FORMS[engine], work=work, costs=costs)
-    if engine is None and config.fuse:
-        opened = fused(replace(opened, model=opened.model.to(device)))
-        engine, form = ("fused" if opened.form == FUSED else "eager"), opened.form
-        compute: Callable[[Tensor], Tensor] = opened.model
     else:
-        engine = engine or "eager"
-        info = ExportInfo.of(opened.preprocessing, architecture=opened.source, num_classes=opened.num_classes)
-        compute, form = open_on(engine, opened.model, info, device), FORMS[engine]
-    work = without_gradients(lambda: _forward(compute, images, config.precision))
-    return _Ready(engine=engine, form=form, work=work, costs=costs)
+        if engine is None and config.fuse:
+            opened = fused(replace(opened, model=opened.model.to(device)))
+            engine, form = ("fused" if opened.form == FUSED else "eager"), opened.form
+            compute: Callable[[Tensor], Tensor] = opened.model
+        else:
+            engine = engine or "eager"
+            info = ExportInfo.of(
+                opened.preprocessing, architecture=opened.source, num_classes=opened.num_classes
+            )
+            compute = open_on(engine, opened.model, info, device)
+        work = without_gradients(lambda: _forward(compute, images, config.precision))
+    known = {"engine": engine, "form": form or FORMS[engine], "input_size": size}
+    return work, known | {"parameters": parameters, "gmacs": macs / 1e9}
 
 
 def _forward(model: Callable[[Tensor], Tensor], images: Tensor, precision: Precision) -> Tensor:
@@ -244,8 +232,8 @@ def training_step(model: nn.Module, images: Tensor, precision: Precision = "fp32
 
 
 def _memory(work: Work, engine: EngineName, device: torch.device) -> int | None:
-    if keeps_memory(engine):
-        return None
+    if engine in FILES:
+        return None  # it keeps memory between calls, which hides that of a call
     work()  # compile, allocate persistent memory
     work()
     return memory_growth(work, device)

@@ -29,7 +29,8 @@ FORMS: dict[EngineName, str] = {
 }
 """Engine -> its form in words."""
 
-_FORMATS: dict[str, FormatName] = {"onnxruntime": "onnx", "openvino": "openvino"}
+FILES: dict[str, FormatName] = {"onnxruntime": "onnx", "openvino": "openvino"}
+"""Engine of files -> format."""
 
 
 def check_engine(
@@ -47,17 +48,12 @@ def check_engine(
         raise ConfigError(f"engine={engine!r} is not accepted in training; use 'eager' or 'compile'")
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("precision='fp16' is not accepted on a CPU; use 'bf16'")
-    if engine in _FORMATS:
+    if engine in FILES:
         if precision != "fp32":
             raise ConfigError(f"precision={precision!r} is not accepted for engine={engine!r}; use 'fp32'")
         if device.type != "cpu":
             raise ConfigError(f"device={str(device)!r} is not accepted for engine={engine!r}; use 'cpu'")
-        check_packages(f"engine {engine!r}", *FORMATS[_FORMATS[engine]].packages)
-
-
-def keeps_memory(engine: EngineName) -> bool:
-    """Return whether the engine keeps working memory between calls, which hides that of a call."""
-    return engine in _FORMATS
+        check_packages(f"engine {engine!r}", *FORMATS[FILES[engine]].packages)
 
 
 def open_on(
@@ -68,16 +64,14 @@ def open_on(
     Exported files are compared with the model first, on random images, and are deleted once opened.
 
     Args:
-        engine: The engine.
         model: Model in evaluation mode. It is moved to `device`, and otherwise unchanged.
         info: Metadata of the file.
-        device: Device that computes.
 
     Raises:
         ConfigError: if nothing in the model has a fast form.
         ExportFailed, ParityError: as `localvit.export.export_model`.
     """
-    if engine in _FORMATS:
+    if engine in FILES:
         return _exported(engine, model, info)
     model = model.to(device).eval()
     if engine == "eager":
@@ -89,7 +83,7 @@ def open_on(
 
 
 def _exported(engine: EngineName, model: nn.Module, info: ExportInfo) -> Callable[[Tensor], Tensor]:
-    format, threads = _FORMATS[engine], torch.get_num_threads()
+    format, threads = FILES[engine], torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"model{FORMATS[format].suffixes[0]}"
         noise = torch.randn(3, *info.input_size)

@@ -32,18 +32,11 @@ class Quartiles:
         return f"{self.median:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
-def wall_clock(work: Work) -> float:
-    """Measure the elapsed seconds."""
-    start = time.perf_counter()
+def wall_clock(work: Work, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Measure the elapsed seconds, or those of another clock."""
+    start = clock()
     work()
-    return time.perf_counter() - start
-
-
-def cpu_time(work: Work) -> float:
-    """Measure the CPU seconds of this process, on which other programs have little influence."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
+    return clock() - start
 
 
 def cuda_time(work: Work) -> float:
@@ -77,7 +70,6 @@ def interleaved(
 
     Args:
         works: Name -> work.
-        rounds: Number of rounds.
         timer: Timer of one call.
         warm_up: Untimed calls of each beforehand (compilation, caches, first allocations).
         at_least: Seconds of a turn; shorter work is repeated within it, and its mean is reported.
@@ -106,7 +98,7 @@ def _repeated(work: Work, times: int) -> Work:
         for _ in range(times):
             work()
 
-    return work if times == 1 else repeated
+    return repeated
 
 
 @contextlib.contextmanager

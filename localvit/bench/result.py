@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
 import timm
 import torch
@@ -14,6 +12,8 @@ from localvit.bench.measure import Quartiles
 from localvit.config import Precision
 from localvit.runtime import DTYPES
 from localvit.version import __version__
+
+_VERSIONS = {"localvit": __version__, "torch": torch.__version__, "timm": timm.__version__}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Setting:
     instructions: str = field(default_factory=torch.backends.cpu.get_cpu_capability)
     allocator: str = field(default_factory=allocator)
     environment: dict[str, str] = field(default_factory=environment)
-    versions: dict[str, str] = field(default_factory=lambda: _versions())
+    versions: dict[str, str] = field(default_factory=_VERSIONS.copy)
     dtype: str = "float32"
 
     @classmethod
@@ -91,7 +91,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two models timed alternately. Every field is a JSON value (`to_dict`).
+    """Two models timed alternately. Every field is a JSON value.
 
     Attributes:
         ratio: Time of `model` by time of `against` in each round; below 1, `model` is faster.
@@ -113,11 +113,3 @@ class Comparison:
     peak_gflops: float
     peak_matmul: str
     setting: Setting
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return dataclasses.asdict(self)
-
-
-def _versions() -> dict[str, str]:
-    return {"localvit": __version__, "torch": torch.__version__, "timm": timm.__version__}

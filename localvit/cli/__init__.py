@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 from localvit.cli.arguments import UsageError, disk_message, parse
 from localvit.errors import Failed, printable
+from localvit.version import __version__
 
 VERBS = {
     "demo": ("localvit.cli.demo", "compare a small model with and without locality, and write a report"),
@@ -82,7 +83,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(_help())
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        print(_version())
+        print(f"localvit {__version__}")
         return 0
     verb = _verb(arguments[0])
     module = importlib.import_module(VERBS[verb][0])
@@ -127,18 +128,5 @@ def _verb(name: str) -> str:
 def _help() -> str:
     width = max(map(len, VERBS))
     lines = [f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items()]
-    return "\n".join(
-        [
-            "usage: localvit VERB [options]",
-            "",
-            *lines,
-            "",
-            "localvit VERB --help shows the options of a verb.",
-        ]
-    )
-
-
-def _version() -> str:
-    from localvit.version import __version__
-
-    return f"localvit {__version__}"
+    usage, hint = "usage: localvit VERB [options]", "localvit VERB --help shows the options of a verb."
+    return "\n".join([usage, "", *lines, "", hint])

@@ -18,6 +18,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any, TypeVar
 
 import tyro
@@ -109,6 +110,23 @@ def model_arguments(settings: Sequence[str]) -> dict[str, Any]:
     return arguments
 
 
+def given(**flags: Any) -> dict[str, Any]:
+    """Return the flags that were given, which are those that are not `None`."""
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def check_least(**flags: tuple[int, int]) -> None:
+    """Refuse numbers that are too small: flag -> (value, least).
+
+    Raises:
+        UsageError: naming the first.
+    """
+    for name, (value, least) in flags.items():
+        if value < least:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} {value} is not accepted; use at least {least}")
+
+
 def check_extra(verb: str) -> None:
     """Refuse to start without the packages that studies need.
 
@@ -185,13 +203,6 @@ def _layout(text: str) -> str:
 
 def _gist(boxed: str) -> str:
     """Return the first paragraph inside tyro's frame, without its title."""
-    lines = [line.strip(" │╭╮╰╯─\t") for line in boxed.splitlines()]
-    body = lines[1:]
-    while body and not body[0].strip("-"):
-        body = body[1:]
-    paragraph: list[str] = []
-    for line in body:
-        if not line.strip("-"):
-            break
-        paragraph.append(line)
-    return " ".join(paragraph) or "wrong arguments"
+    lines = [line.strip(" │╭╮╰╯─\t") for line in boxed.splitlines()[1:]]
+    filled = groupby(lines, key=lambda line: bool(line.strip("-")))
+    return next((" ".join(paragraph) for words, paragraph in filled if words), "wrong arguments")

@@ -76,7 +76,7 @@ def run(options: Options) -> int:
         quiet = Console(stderr=True)
         found = compare(config, lambda rounds: track(rounds, "timing", console=quiet, transient=True))
     if options.json:
-        print(json.dumps(found.to_dict(), indent=1))
+        print(json.dumps(dataclasses.asdict(found), indent=1))
     else:
         _print(found)
     return 0

@@ -45,7 +45,6 @@ def cluster_of(options: OnCluster, parallel: int | None) -> Cluster | None:
     """Return the cluster of the options, or `None`.
 
     Args:
-        options: The options.
         parallel: Maximum number of jobs at a time.
 
     Raises:

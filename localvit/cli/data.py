@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from localvit.cli.arguments import one_line_errors
+from localvit.cli.arguments import given, one_line_errors
 from localvit.errors import printable
 
 if TYPE_CHECKING:
@@ -47,11 +47,14 @@ def run(options: Options) -> int:
     from localvit.config import resolve
     from localvit.data import equal_contents, open_splits
 
-    given: dict[str, object] = {"train": options.data, "test": options.val_data, "root": options.data_root}
-    given |= {"allow_overlap": options.allow_overlap or None}
+    data = given(
+        train=options.data,
+        test=options.val_data,
+        root=options.data_root,
+        allow_overlap=options.allow_overlap or None,
+    )
     with one_line_errors():
-        values = {name: value for name, value in given.items() if value is not None}
-        config = resolve(None, options.set, {"data": values})
+        config = resolve(None, options.set, {"data": data})
         splits = open_splits(config.data, seed=options.seed)
         _print(splits)
         parts = {"train": splits.train, "test": splits.test, "validation": splits.validation}

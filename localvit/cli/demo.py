@@ -10,8 +10,10 @@ import tyro
 from localvit.cli.arguments import (
     UsageError,
     check_extra,
+    check_least,
     check_output,
     command_line,
+    given,
     one_line_errors,
 )
 
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from localvit.config import TrainConfig
-    from localvit.studies.execution import Tuning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +59,14 @@ class Options:
 
 def run(options: Options) -> int:
     """Compare, or tune; return 0."""
+    check_extra("demo")
+    check_least(seeds=(options.seeds, 2), jobs=(options.jobs, 1), tune_seeds=(options.tune_seeds, 1))
+    if not options.tune_factors or min(options.tune_factors) <= 0:
+        raise UsageError(f"--tune-factors {options.tune_factors} is not accepted; use positive numbers")
     from pathlib import Path
 
     from rich.console import Console
 
-    _check(options)
     console = Console()
     with one_line_errors():
         check_output(options.output)
@@ -78,29 +82,10 @@ def run(options: Options) -> int:
     return 0
 
 
-def _check(options: Options) -> None:
-    """Refuse wrong options before anything heavy is imported.
-
-    Raises:
-        UsageError: naming the option.
-    """
-    check_extra("demo")
-    for flag, value, least in (
-        ("seeds", options.seeds, 2),
-        ("jobs", options.jobs, 1),
-        ("tune-seeds", options.tune_seeds, 1),
-    ):
-        if value < least:
-            raise UsageError(f"--{flag} {value} is not accepted; use at least {least}")
-    if not options.tune_factors or min(options.tune_factors) <= 0:
-        raise UsageError(f"--tune-factors {options.tune_factors} is not accepted; use positive numbers")
-
-
 def _base(options: Options) -> TrainConfig:
     from localvit.config import resolve
 
-    data = {"train": options.data} | ({"test": options.val_data} if options.val_data is not None else {})
-    return resolve(_recipe(options), options.set, {"data": data})
+    return resolve(_recipe(options), options.set, {"data": given(train=options.data, test=options.val_data)})
 
 
 def _recipe(options: Options) -> str:
@@ -141,8 +126,10 @@ def _tune(options: Options, folder: Path, console: Console) -> None:
 def _compare(options: Options, folder: Path, console: Console) -> None:
     from localvit.cli.study import print_report
     from localvit.studies import demo, run_study
+    from localvit.studies.execution import load_tuning, shipped_tuning
 
-    tuning = _tuning(options, folder)
+    own = folder / "tuning" / "tuning.json"
+    tuning = load_tuning(own) if own.exists() else shipped_tuning(_recipe(options))
     study = demo.demo_study(_base(options), options.seeds, tuning)
     made = run_study(
         study,
@@ -153,11 +140,3 @@ def _compare(options: Options, folder: Path, console: Console) -> None:
         console=console,
     )
     print_report(made, console)
-
-
-def _tuning(options: Options, folder: Path) -> Tuning | None:
-    """Return the user's tuning in this folder, else that of the recipe."""
-    from localvit.studies.execution import load_tuning, shipped_tuning
-
-    own = folder / "tuning" / "tuning.json"
-    return load_tuning(own) if own.exists() else shipped_tuning(_recipe(options))

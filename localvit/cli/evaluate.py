@@ -102,14 +102,20 @@ def run(options: Options) -> int:
 
 
 def _check_files(options: Options) -> None:
+    """Refuse files of another kind, and those that exist or cannot be created."""
     for flag, path, suffixes in (
         ("output", options.output, (".json", ".csv")),
         ("confusion", options.confusion, (".png",)),
     ):
-        if path is not None:
-            if not path.endswith(suffixes):
-                raise UsageError(f"--{flag} {path} is not accepted; use a name in {' or '.join(suffixes)}")
-            check_new_file(path, flag)
+        if path is None:
+            continue
+        if not path.endswith(suffixes):
+            raise UsageError(f"--{flag} {path} is not accepted; use a name in {' or '.join(suffixes)}")
+        if os.path.lexists(path):
+            raise UsageError(f"--{flag} {path}: the file exists; choose another name")
+        folder = os.path.dirname(path) or "."
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            raise UsageError(f"--{flag} {path}: {folder} is not a writable folder; choose another")
 
 
 def _write(options: Options, result: Evaluation) -> None:
@@ -118,13 +124,11 @@ def _write(options: Options, result: Evaluation) -> None:
     from localvit.atomic import write_atomically, writing
     from localvit.evaluation import as_csv, as_json, draw_confusion
 
-    if options.output is not None:
-        form = as_json if options.output.endswith(".json") else as_csv
-        with writing(options.output):
-            write_atomically(Path(options.output), form(result))
-    if options.confusion is not None:
-        with writing(options.confusion):
-            write_atomically(Path(options.confusion), draw_confusion(result))
+    form = as_csv if str(options.output).endswith(".csv") else as_json
+    for path, make in ((options.output, form), (options.confusion, draw_confusion)):
+        if path is not None:
+            with writing(path):
+                write_atomically(Path(path), make(result))
 
 
 def _print(result: Evaluation) -> None:
@@ -160,16 +164,3 @@ def _print_classes(result: Evaluation) -> None:
         name = row.label if row.description == row.label else f"{row.label} {row.description}"
         table.add_row(*(Text(printable(t)) for t in (name, str(row.images), f"{row.top1:.2f}", confused)))
     Console().print(table)
-
-
-def check_new_file(path: str, flag: str = "output") -> None:
-    """Refuse a file that exists or cannot be created.
-
-    Raises:
-        UsageError: naming the file.
-    """
-    folder = os.path.dirname(path) or "."
-    if os.path.lexists(path):
-        raise UsageError(f"--{flag} {path}: the file exists; choose another name")
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UsageError(f"--{flag} {path}: {folder} is not a writable folder; choose another")

@@ -12,8 +12,6 @@ from localvit.cli.arguments import UsageError, model_arguments, one_line_errors
 if TYPE_CHECKING:
     from localvit.export import Parity
 
-_TOLERANCE = 1e-4
-
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -42,7 +40,7 @@ class Options:
     """(rare) real images for the comparison (as for train), of which three are used"""
     data_root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """(rare) folder of timm's named data sets"""
-    tolerance: Annotated[float, tyro.conf.arg(metavar="RATIO")] = _TOLERANCE
+    tolerance: Annotated[float, tyro.conf.arg(metavar="RATIO")] = 1e-4
     """(rare) accepted difference, relative to the largest logit"""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """replace FILE"""

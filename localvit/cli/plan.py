@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import tyro
@@ -48,7 +48,7 @@ def run(options: Options) -> int:
         )
         figures = plan_run(configuration(options), machine, options.images)
     if options.json:
-        print(json.dumps([figure.to_dict() for figure in figures], indent=1))
+        print(json.dumps([asdict(figure) for figure in figures], indent=1))
     else:
         print(*figures, sep="\n")
     return 0

@@ -13,6 +13,7 @@ import tyro
 from localvit.cli.arguments import (
     UsageError,
     check_extra,
+    check_least,
     check_output,
     command_line,
     one_line_errors,
@@ -79,7 +80,7 @@ class Show(Asked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(OnCluster, Asked):
+class Run(OnCluster, Asked):
     """Train every arm with every seed, compare, and write a report.
 
     The same command resumes; more seeds or arms reuse finished runs.
@@ -104,7 +105,7 @@ class RunOptions(OnCluster, Asked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions:
+class Report:
     """Write report.html and report.md again; this needs only results.jsonl."""
 
     folder: Folder
@@ -131,18 +132,10 @@ class Export:
     """format of the output"""
 
 
-Options = (
-    Annotated[List, tyro.conf.subcommand("list")]
-    | Annotated[New, tyro.conf.subcommand("new")]
-    | Annotated[Show, tyro.conf.subcommand("show")]
-    | Annotated[RunOptions, tyro.conf.subcommand("run")]
-    | Annotated[ReportOptions, tyro.conf.subcommand("report")]
-    | Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
-)
+Options = List | New | Show | Run | Report | Compare | Export
 
 
-def run(options: List | New | Show | RunOptions | ReportOptions | Compare | Export) -> int:
+def run(options: Options) -> int:
     """Run a subcommand; return 0."""
     from rich.console import Console
 
@@ -153,13 +146,22 @@ def run(options: List | New | Show | RunOptions | ReportOptions | Compare | Expo
             case List():
                 _list(console)
             case New(name=name):
-                _new(name, console)
-            case RunOptions():
+                from localvit.studies.design import write_question
+
+                path = write_question(name)
+                _print(console, f"written: {path}; run it with localvit study run {shlex.quote(str(path))}")
+            case Run():
                 return _run(options, console)
             case Show():
-                _show(options, console)
-            case ReportOptions(folder=folder):
-                _report(folder, console)
+                from localvit.studies.design import check_study
+
+                study = _study(options, 1)
+                _print(console, describe(study, check_study(study)))
+            case Report(folder=folder):
+                from localvit.studies.reporting import read_report, write_report
+
+                write_report(report := read_report(Path(folder)))
+                print_report(report, console)
             case Compare(first=first, second=second):
                 from localvit.studies.reporting import compare_studies
 
@@ -189,13 +191,6 @@ def _list(console: Console) -> None:
         _print(console, f"{name:<14} {question.question} ({len(question.arms) + 1} arms)")
 
 
-def _new(name: str, console: Console) -> None:
-    from localvit.studies.design import write_question
-
-    path = write_question(name)
-    _print(console, f"written: {path}; run it with localvit study run {shlex.quote(str(path))}")
-
-
 def _study(options: Asked, seeds: int) -> Study:
     from localvit.studies.design import load_question, matched
 
@@ -206,13 +201,6 @@ def _study(options: Asked, seeds: int) -> Study:
     if options.match is not None:
         study = dataclasses.replace(study, match=options.match)
     return matched(study)
-
-
-def _show(options: Show, console: Console) -> None:
-    from localvit.studies.design import check_study
-
-    study = _study(options, 1)
-    _print(console, describe(study, check_study(study)))
 
 
 def describe(study: Study, summary: StudySummary) -> str:
@@ -235,16 +223,11 @@ def describe(study: Study, summary: StudySummary) -> str:
     return "\n".join(lines)
 
 
-def _run(options: RunOptions, console: Console) -> int:
+def _run(options: Run, console: Console) -> int:
     from localvit.studies import run_study
 
-    for flag, value, least in (
-        ("seeds", options.seeds, 2),
-        ("jobs", _HERE if options.jobs is None else options.jobs, 1),
-        ("threads", options.threads, 1),
-    ):
-        if value < least:
-            raise UsageError(f"--{flag} {value} is not accepted; use at least {least}")
+    here = _HERE if options.jobs is None else options.jobs
+    check_least(seeds=(options.seeds, 2), jobs=(here, 1), threads=(options.threads, 1))
     cluster = cluster_of(options, options.jobs)
     study = _study(options, options.seeds)
     check_output(options.output)
@@ -259,7 +242,7 @@ def _run(options: RunOptions, console: Console) -> int:
             study,
             folder,
             command=command_line(("study", "run"), options),
-            jobs=options.jobs or _HERE,
+            jobs=here,
             threads=options.threads,
             cluster=cluster,
             retry=options.retry,
@@ -274,9 +257,7 @@ def _run(options: RunOptions, console: Console) -> int:
     return 0
 
 
-def _dry_run(
-    study: Study, path: Path, options: RunOptions, cluster: Cluster | None, console: Console
-) -> None:
+def _dry_run(study: Study, path: Path, options: Run, cluster: Cluster | None, console: Console) -> None:
     from localvit.studies.design import check_study
     from localvit.studies.execution import StudyFolder, forecast
 
@@ -285,20 +266,13 @@ def _dry_run(
     summary = check_study(study)
     folder = StudyFolder(path, study)
     jobs = options.jobs or (len(study.runs()) if cluster else _HERE)
-    found = forecast(folder, summary, jobs, device="cpu" if cluster else None)
-    lines = [describe(study, summary), f"data: {summary.images}", *found.lines()]
+    lines = [describe(study, summary), f"data: {summary.images}"]
+    lines += forecast(folder, summary, jobs, device="cpu" if cluster else None)
     if cluster is not None:
         waiting = ("new", "begun", "failed") if options.retry else ("new", "begun")
-        lines += cluster.describe(folder, [r for r, o in found.outcomes.items() if o.state in waiting])
+        left = [run for run in study.runs() if folder.outcome(run).state in waiting]
+        lines += cluster.describe(folder, left)
     _print(console, "\n".join(lines))
-
-
-def _report(folder: str, console: Console) -> None:
-    from localvit.studies.reporting import read_report, write_report
-
-    report = read_report(Path(folder))
-    write_report(report)
-    print_report(report, console)
 
 
 def _print(console: Console, text: str) -> None:

@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from localvit.cli.arguments import UsageError, one_line_errors
+from localvit.cli.arguments import UsageError, given, one_line_errors
 
-_SECTIONS = ("model", "data", "optim")
 _TOP = ("output", "epochs", "batch_size", "seed", "workers", "device")
 
 
@@ -112,31 +111,23 @@ def configuration(options: ConfigOptions) -> Any:
 
     if options.recipe is None and options.data is None and not options.set:
         raise UsageError("the training data is missing; add --data SRC or --recipe NAME")
-    settings = list(options.set)
-    model: dict[str, Any] = {"name": options.model, "pretrained": options.pretrained or None}
+    settings, locality, blocks = list(options.set), None, None
     if options.locality is not None:
         # A flag replaces the recipe's locality and is not merged with it.
         settings.append("model.locality=null")
         words: dict[str, Any] = {"default": {}, "none": None}
         value = options.locality
-        model["locality"] = words[value] if value in words else parse_yaml(value, f"--locality {value!r}")
+        locality = words[value] if value in words else parse_yaml(value, f"--locality {value!r}")
     if options.blocks is not None:
-        model["blocks"] = parse_yaml(options.blocks, f"--blocks {options.blocks!r}")
-    given = {
-        "model": model,
-        "data": {
-            "train": options.data,
-            "test": options.val_data,
-            "root": options.data_root,
-            "allow_overlap": options.allow_overlap or None,
-        },
-        "optim": {"lr": options.lr},
-        **{name: getattr(options, name) for name in _TOP},
-    }
-    return resolve(options.recipe, settings, _drop_missing(given))
-
-
-def _drop_missing(values: dict[str, Any]) -> dict[str, Any]:
-    """Remove flags that were not given, and empty sections."""
-    kept = {k: _drop_missing(v) if k in _SECTIONS else v for k, v in values.items()}
-    return {k: v for k, v in kept.items() if v is not None and not (k in _SECTIONS and not v)}
+        blocks = parse_yaml(options.blocks, f"--blocks {options.blocks!r}")
+    model = given(name=options.model, pretrained=options.pretrained or None, locality=locality, blocks=blocks)
+    data = given(
+        train=options.data,
+        test=options.val_data,
+        root=options.data_root,
+        allow_overlap=options.allow_overlap or None,
+    )
+    top = {name: getattr(options, name) for name in _TOP}
+    # No empty section: it would be a value.
+    sections = given(model=model or None, data=data or None, optim=given(lr=options.lr) or None, **top)
+    return resolve(options.recipe, settings, sections)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -39,10 +39,6 @@ class Figure:
     how: str
     unit: str = ""
     basis: Basis = "computed"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return field -> JSON value."""
-        return asdict(self)
 
     def __str__(self) -> str:
         text = "unknown" if self.value is None else str(self.value)
@@ -90,7 +86,6 @@ def open_run(config: TrainConfig, images: int | None = None) -> OpenRun:
     """Build model and optimizer of `config`, without published weights, and count its data.
 
     Args:
-        config: The run.
         images: Number of training images. `None`: they are counted.
 
     Raises:

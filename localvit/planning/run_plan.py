@@ -49,8 +49,6 @@ def plan_run(config: TrainConfig, machine: Machine, images: int | None = None) -
     """Return steps, hours, memory, data rate and file sizes of `config` on `machine`.
 
     Args:
-        config: The run.
-        machine: The machine.
         images: Number of training images, if the data is not available. `None`: they are counted; without a
             recipe's folder `imagenet`, it is the published number minus the held-out images.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from localvit.config import TrainConfig
-from localvit.errors import ConfigError
 from localvit.locality import LocalityConfig
 from localvit.studies.design import Arm, Study
 from localvit.studies.execution import Tuning
@@ -21,14 +20,9 @@ def demo_study(base: TrainConfig, seeds: int, tuning: Tuning | None) -> Study:
 
     Args:
         base: Configuration of both arms.
-        seeds: Number of seeds, at least 2: one pair has no spread to judge a difference by.
+        seeds: Number of seeds.
         tuning: Tuning of both learning rates; `None` keeps that of the base.
-
-    Raises:
-        ConfigError: for fewer than two seeds.
     """
-    if seeds < 2:
-        raise ConfigError(f"seeds={seeds} is not accepted; use at least 2")
     rates = tuning.chosen if tuning else {}
     arms = tuple(
         Arm(name=arm.name, changes=arm.changes | {"optim.lr": rates.get(arm.name, base.optim.lr)})

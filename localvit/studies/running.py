@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -10,12 +11,12 @@ from rich.console import Console
 
 from localvit.atomic import write_atomically
 from localvit.bench import machine
-from localvit.errors import ConfigError
+from localvit.errors import ConfigError, check_at_least
 from localvit.inference import open_model
 from localvit.models import preprocessing_for
 from localvit.runtime import pick_device
 from localvit.structure import to_json
-from localvit.studies.design import Study, StudyRun
+from localvit.studies.design import Study
 from localvit.studies.execution import (
     THREADS,
     Cluster,
@@ -56,8 +57,7 @@ def run_study(
             written.
         StudyFailed: if runs failed; the others are saved and reported.
     """
-    if len(study.seeds) < 2:
-        raise ConfigError(f"seeds={len(study.seeds)} is not accepted; use at least 2")
+    check_at_least(2, seeds=len(study.seeds))
     store = StudyFolder(folder, study)
     failures = run_missing(
         store,
@@ -77,7 +77,10 @@ def run_study(
     write_report(report)
     if failures:
         waits = not retry and any(store.outcome(run).state == "failed" for run in failures)
-        raise _failed(failures, len(study.runs()), waits)
+        advice = "add --retry to repeat them" if waits else "the same command resumes them"
+        reasons = "; ".join(f"{run}: {reason}" for run, reason in failures.items())
+        number = len(study.runs())
+        raise StudyFailed(f"{len(failures)} of {number} runs failed ({reasons}); {advice}")
     return report
 
 
@@ -87,9 +90,10 @@ def time_arms(store: StudyFolder) -> None:
     first = {run.arm: run for run in study.runs() if run.seed == study.seeds[0]}
     if not all((store.of(run) / "best").exists() for run in first.values()):
         return
-    path, keys = store.path / SPEED, [run.key for run in first.values()]
-    if _timed(store.path) == keys:
-        return
+    keys = tuple(run.key for run in first.values())
+    with suppress(ConfigError):  # a damaged file is measured again
+        if read_speed(store.path).keys == keys:
+            return
     device = pick_device(study.base.device)
     models = {name: open_model(store.of(run), device).model for name, run in first.items()}
     sizes = {
@@ -97,19 +101,4 @@ def time_arms(store: StudyFolder) -> None:
     }
     found = images_per_second(models, sizes, device=device)
     words = machine(THREADS if device.type == "cpu" else torch.get_num_threads())
-    values = Speed(images_per_second=found, machine=words, keys=tuple(keys))
-    write_atomically(path, to_json(values))
-
-
-def _timed(folder: Path) -> list[str]:
-    """Return the keys of the runs whose models were timed; none if the file is missing or damaged."""
-    try:
-        return list(read_speed(folder).keys)
-    except ConfigError:
-        return []
-
-
-def _failed(failures: Mapping[StudyRun, str], number: int, waits: bool) -> StudyFailed:
-    reasons = "; ".join(f"{run.arm} seed {run.seed}: {reason}" for run, reason in failures.items())
-    advice = "add --retry to repeat them" if waits else "the same command resumes them"
-    return StudyFailed(f"{len(failures)} of {number} runs failed ({reasons}); {advice}")
+    write_atomically(store.path / SPEED, to_json(Speed(images_per_second=found, machine=words, keys=keys)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from localvit.config import differences
+from localvit.config import TrainConfig, differences
 from localvit.cost import count_parameters, counted_macs, on_meta
 from localvit.errors import ConfigError
 from localvit.locality import LocalityConfig
@@ -31,7 +32,6 @@ class ArmSummary:
     """Summary of an arm's model.
 
     Attributes:
-        arm: Its name.
         parameters: Number of parameters.
         macs: Multiply-accumulates for one image.
         tokens: Patch and prefix tokens at the first block; `None` if the model does not report them.
@@ -40,7 +40,6 @@ class ArmSummary:
         matched: Description of its matched budget; empty without one.
     """
 
-    arm: str
     parameters: int
     macs: int
     tokens: int | None
@@ -62,7 +61,6 @@ def check_study(study: Study, classes: int | None = None) -> StudySummary:
     """Build every arm's model without memory, and compare it with its control's.
 
     Args:
-        study: The study.
         classes: Number of classes; `None`: that of the data.
 
     Raises:
@@ -71,22 +69,16 @@ def check_study(study: Study, classes: int | None = None) -> StudySummary:
     images, counted = _count_data(study)
     number = classes or int(counted.value or 1)
     built = {arm.name: _built(study, arm, number) for arm in study.arms}
-    arms: dict[str, ArmSummary] = {}
+    arms = {}
     for arm in study.arms:
-        control = study.arm(study.control_of(arm))
-        configs = [study.config(each, study.seeds[0]) for each in (control, arm)]
-        theirs, own = built[control.name], built[arm.name]
-        models, costs = (theirs.model, own.model), (theirs[1:], own[1:])
-        pair = configs[0].model, configs[1].model
-        same = configs[0] == configs[1]
+        control, own = built[study.control_of(arm)], built[arm.name]
         arms[arm.name] = ArmSummary(
-            arm=arm.name,
             parameters=own.params,
             macs=own.macs,
             tokens=_tokens(own.model),
-            differs=_differing(study, control, arm),
-            confounders=() if same else _confounders(arm, pair, models, costs, number),
-            matched=_matched_text(study, arm, *costs),
+            differs=_differing(control.config, own.config),
+            confounders=tuple(_confounders(control, own, number)),
+            matched=_matched_text(study, arm, control, own),
         )
     return StudySummary(arms=arms, images=images, classes=number)
 
@@ -123,8 +115,9 @@ def locality_sites(config: ModelConfig, classes: int) -> dict[str, bool]:
 
 
 class _Built(NamedTuple):
-    """Model of an arm on the meta device, and its cost."""
+    """Configuration of an arm, its model on the meta device, and the model's cost."""
 
+    config: TrainConfig
     model: nn.Module
     params: int
     macs: int
@@ -137,7 +130,7 @@ def _built(study: Study, arm: Arm, classes: int) -> _Built:
     with counted_macs() as macs:
         check_forward(model, config.model.name, preprocessing_for(model, config.data).input_size)
     build_optimizer(model, config.optim, config.batch_size)
-    return _Built(model, count_parameters(model), macs())
+    return _Built(config, model, count_parameters(model), macs())
 
 
 def _count_data(study: Study) -> tuple[Figure, Figure]:
@@ -158,20 +151,14 @@ def _plan_of(config: ModelConfig, classes: int) -> Plan:
 
 def _match_width(study: Study, arm: Arm, target: int, classes: int) -> Arm:
     """Return the arm with the width whose cost is nearest to `target`, unless it is within `TOLERANCE`."""
-
-    first = getattr(_built(study, arm, classes), study.match)
-    if abs(first / target - 1) <= TOLERANCE:
+    first = _built(study, arm, classes)
+    if abs(getattr(first, study.match) / target - 1) <= TOLERANCE:
         return arm
-    config = study.config(arm, study.seeds[0]).model
-    path, value = _knob(arm, config, _build(config, classes))
-
-    def with_step(step: int) -> Arm:
-        changes = arm.changes | {path: value(step)}
-        return dataclasses.replace(arm, changes=changes, adjusted=(*arm.adjusted, path))
+    path, value = _knob(arm, first)
 
     @functools.cache
     def cost(step: int) -> int:
-        return int(getattr(_built(study, with_step(step), classes), study.match))
+        return int(getattr(_built(study, _adjusted(arm, path, value(step)), classes), study.match))
 
     nearest = _nearest(cost, target)
     if abs(cost(nearest) / target - 1) > TOLERANCE:
@@ -179,52 +166,47 @@ def _match_width(study: Study, arm: Arm, target: int, classes: int) -> Arm:
             f"arm {arm.name!r} cannot match the {study.match} of its control ({target:,}) within "
             f"{TOLERANCE:.0%}: the nearest is {cost(nearest):,} at {path}={value(nearest):g}; use match: none"
         )
-    return with_step(nearest)
+    return _adjusted(arm, path, value(nearest))
 
 
-def _knob(arm: Arm, config: ModelConfig, model: nn.Module) -> tuple[str, Callable[[int], float]]:
+def _adjusted(arm: Arm, path: str, value: float) -> Arm:
+    """Return the arm with a field set to match a budget."""
+    return dataclasses.replace(arm, changes=arm.changes | {path: value}, adjusted=(*arm.adjusted, path))
+
+
+def _knob(arm: Arm, built: _Built) -> tuple[str, Callable[[int], float]]:
     """Return the field that changes an arm's width, and its value at each step, ascending."""
-    dim = int(getattr(model, "embed_dim", 0) or 64)
-    path = "model.args.mlp_ratio" if config.locality is None else "model.locality.expansion"
-    asked = config.locality is not None and config.locality.expansion is not None
+    locality, modules = built.config.model.locality, built.model.modules()
+    path = "model.args.mlp_ratio" if locality is None else "model.locality.expansion"
+    asked = locality is not None and locality.expansion is not None
     if path in arm.changes or (asked and "model.locality" in arm.changes):
-        heads = next(m.num_heads for m in model.modules() if isinstance(getattr(m, "num_heads", None), int))
+        heads = next(m.num_heads for m in modules if isinstance(getattr(m, "num_heads", None), int))
         return "model.args.embed_dim", lambda step: step * heads
+    dim = int(getattr(built.model, "embed_dim", 0) or 64)
     return path, lambda step: step / dim  # one hidden channel more
 
 
 def _nearest(cost: Callable[[int], int], target: int) -> int:
     """Return the step from 1 to `_MOST_STEPS` whose ascending cost is nearest to `target`."""
-    high = 1
-    while high < _MOST_STEPS and cost(high) < target:
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(middle) < target else (low, middle)
-    return min((step for step in (low, high) if step > 0), key=lambda step: abs(cost(step) - target))
+    steps = range(1, _MOST_STEPS + 1)
+    at = bisect.bisect_left(steps, target, key=cost)
+    return min(steps[max(0, at - 1) : at + 1], key=lambda step: abs(cost(step) - target))
 
 
 def _match_epochs(study: Study, arm: Arm, control: Arm, classes: int) -> Arm:
     """Return the arm with the number of epochs that costs as much as its control's training."""
-    own, theirs = (_built(study, each, classes).macs for each in (arm, control))
-    epochs = max(1, round(study.config(control, study.seeds[0]).epochs * theirs / own))
-    if epochs == study.config(arm, study.seeds[0]).epochs:
-        return arm
-    changes = arm.changes | {"epochs": epochs}
-    return dataclasses.replace(arm, changes=changes, adjusted=(*arm.adjusted, "epochs"))
+    own, theirs = (_built(study, each, classes) for each in (arm, control))
+    epochs = max(1, round(theirs.config.epochs * theirs.macs / own.macs))
+    return arm if epochs == own.config.epochs else _adjusted(arm, "epochs", epochs)
 
 
-def _matched_text(study: Study, arm: Arm, control: tuple[int, int], own: tuple[int, int]) -> str:
+def _matched_text(study: Study, arm: Arm, control: _Built, own: _Built) -> str:
     parts = [f"{path}={arm.changes[path]:g}" for path in arm.adjusted]
     if study.match == "none" and not parts:
         return ""
-    change = [
-        f"{what} {here / there - 1:+.1%}"
-        for what, there, here in zip(("parameters", "MACs"), control, own, strict=True)
-    ]
     how = f" by {', '.join(parts)}" if parts else " without a change"
-    return f"{arm.name}: matched{how}; {', '.join(change)} against its control"
+    parameters, macs = own.params / control.params - 1, own.macs / control.macs - 1
+    return f"{arm.name}: matched{how}; parameters {parameters:+.1%}, MACs {macs:+.1%} against its control"
 
 
 def _tokens(model: nn.Module) -> int | None:
@@ -236,52 +218,45 @@ def _tokens(model: nn.Module) -> int | None:
     return None
 
 
-def _confounders(
-    arm: Arm,
-    configs: tuple[ModelConfig, ModelConfig],
-    models: tuple[nn.Module, nn.Module],
-    sizes: tuple[tuple[int, int], tuple[int, int]],
-    classes: int,
-) -> tuple[str, ...]:
-    """Describe differences between an arm and its control, the second of each pair, in other fields."""
-    control, own = configs
-    before, after = map(heads, models)
+def _confounders(control: _Built, own: _Built, classes: int) -> list[str]:
+    """Describe differences between an arm and its control in fields that it does not name."""
+    before, after = heads(control.model), heads(own.model)
     found = [] if before == after else [f"Heads differ: {before} in the control, {after} here."]
-    plain = own.name == control.name and control.locality is None and own.locality is not None
-    if plain:
-        sentences = confounders(_plan_of(own, classes), float(own.args.get("drop_path_rate", 0.0)))
-        found += [
-            s for s in sentences if not s.startswith("Not matched")
-        ]  # counted below, for all arms alike
-    elif control.locality is not None and own.locality is not None:
-        found += _following(arm, control.locality, own.locality)
-    tokens = [_tokens(model) for model in models]
+    base, model = control.config.model, own.config.model
+    if model.name == base.name and base.locality is None and model.locality is not None:
+        sentences = confounders(_plan_of(model, classes), float(model.args.get("drop_path_rate", 0.0)))
+        # Counted below, for all arms alike.
+        found += [sentence for sentence in sentences if not sentence.startswith("Not matched")]
+    elif base.locality is not None and model.locality is not None:
+        found += _following(base.locality, model.locality)
+    tokens = [_tokens(each.model) for each in (control, own)]
     if tokens[0] != tokens[1]:
         found.append(f"Tokens differ: {tokens[0]} in the control, {tokens[1]} here.")
-    for what, there, here in zip(("parameters", "multiply-accumulates"), *sizes, strict=True):
+    for what, there, here in (
+        ("parameters", control.params, own.params),
+        ("multiply-accumulates", control.macs, own.macs),
+    ):
         if abs(here / there - 1) > TOLERANCE:
             found.append(
                 f"Not matched in {what}: {there:,} in the control, {here:,} here ({here / there - 1:+.1%})."
             )
-    return tuple(found)
+    return found
 
 
-def _differing(study: Study, control: Arm, arm: Arm) -> dict[str, tuple[Any, ...]]:
+def _differing(control: TrainConfig, own: TrainConfig) -> dict[str, tuple[Any, ...]]:
     """Return the fields that differ; those of locality one by one where both have it."""
-    configs = [study.config(each, study.seeds[0]) for each in (control, arm)]
-    found = differences(*map(plain, configs))
-    pair = [config.model.locality for config in configs]
-    if "model.locality" in found and None not in pair:
-        del found["model.locality"]
-        fields = differences(*(dataclasses.asdict(locality) for locality in pair if locality))
+    found = differences(plain(control), plain(own))
+    there, here = control.model.locality, own.model.locality
+    if there and here and found.pop("model.locality", None):
+        fields = differences(dataclasses.asdict(there), dataclasses.asdict(here))
         found |= {f"model.locality.{name}": values for name, values in fields.items()}
     return found
 
 
-def _following(arm: Arm, control: LocalityConfig, own: LocalityConfig) -> list[str]:
+def _following(control: LocalityConfig, own: LocalityConfig) -> list[str]:
     """Return fields of locality that differ because others decide them."""
-    resolved = [dataclasses.asdict(locality.resolve()) for locality in (control, own)]
-    named = {f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(control, f.name)}
+    named = differences(dataclasses.asdict(control), dataclasses.asdict(own))
+    resolved = (dataclasses.asdict(locality.resolve()) for locality in (control, own))
     return [
         f"{name} follows from the fields that differ: {there!r} in the control, {here!r} here."
         for name, (there, here) in differences(*resolved).items()

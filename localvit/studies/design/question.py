@@ -38,7 +38,7 @@ from localvit.structure import build, plain, read_yaml
 from localvit.studies.design.study import Arm, Budget, Claim, Match, Metric, Study, replace_fields
 
 _FILES = (".yaml", ".yml")
-_AGAINST, _RESOURCES = "against", "resources"
+_HERE = resources.files("localvit.studies.design")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +88,6 @@ class Question:
             for what in ("expected", "reported"):
                 _check_known(f"claim.{what}", getattr(self.claim, what), [self.control, *self.arms])
 
-    def scale_names(self) -> list[str]:
-        """Names of the scales of this question."""
-        return list(dict.fromkeys([*_shared_scales(), *self.scales]))
-
     def study(self, scale: str, seeds: int, settings: Sequence[str] = (), **data: str | None) -> Study:
         """Return the study at a scale, with seeds 0, 1, ...
 
@@ -104,19 +100,14 @@ class Question:
         Raises:
             ConfigError: for an unknown scale, field or value, and as `Study`.
         """
-        own, recipe = self._scale(scale), self._recipe(scale)
-        base = replace_fields(recipe, self.base)
-        for changes in (_shared_scales().get(scale, Scale()).base, own.base):
-            base = replace_fields(base, changes)
+        base = self._base(scale)
         for setting in settings:
             base = merge(base, parse_setting(setting))
-        given = {name: value for name, value in data.items() if value is not None}
+        given = {f"data.{name}": value for name, value in data.items() if value is not None}
         return Study(
             question=self.question,
-            base=build(
-                TrainConfig, merge(base, {"data": given} if given else {})
-            ),  # an empty mapping is a value
-            arms=(Arm(name=self.control), *(self._arm(name, own) for name in self.arms)),
+            base=build(TrainConfig, replace_fields(base, given)),
+            arms=(Arm(name=self.control), *(self._arm(name, scale) for name in self.arms)),
             seeds=tuple(range(seeds)),
             metric=self.metric,
             match=self.match,
@@ -126,26 +117,29 @@ class Question:
             claim=self.claim,
         )
 
-    def _scale(self, scale: str) -> Scale:
-        if scale not in self.scale_names():
-            raise unknown(f"question {self.name!r}, scale", scale, self.scale_names())
-        return self.scales.get(scale, Scale())
-
-    def _recipe(self, scale: str) -> dict[str, Any]:
-        recipe = self._scale(scale).recipe or _shared_scales().get(scale, Scale()).recipe
+    def _base(self, scale: str) -> dict[str, Any]:
+        every = build(dict[str, Scale], _read("scales.yaml"))
+        if scale not in every.keys() | self.scales.keys():
+            raise unknown(f"question {self.name!r}, scale", scale, dict.fromkeys([*every, *self.scales]))
+        shared, own = every.get(scale, Scale()), self.scales.get(scale, Scale())
+        recipe = own.recipe or shared.recipe
         if recipe is None:
             raise ConfigError(f"question {self.name!r}: scales.{scale}.recipe is missing; add it")
-        return dict(plain(build(TrainConfig, load_recipe(recipe))))
+        base: dict[str, Any] = plain(build(TrainConfig, load_recipe(recipe)))
+        for changes in (self.base, shared.base, own.base):
+            base = replace_fields(base, changes)
+        return base
 
-    def _arm(self, name: str, scale: Scale) -> Arm:
-        changes = {**self.arms[name], **scale.arms.get(name, {})}
-        control, resources = changes.pop(_AGAINST, None), changes.pop(_RESOURCES, {})
+    def _arm(self, name: str, scale: str) -> Arm:
+        changes = {**self.arms[name], **self.scales.get(scale, Scale()).arms.get(name, {})}
+        control, resources = changes.pop("against", None), changes.pop("resources", {})
         return Arm(name=name, control=control, changes=changes, resources=resources)
 
 
 def list_questions() -> list[str]:
     """Return the names of the package's questions."""
-    return sorted(f.name.removesuffix(".yaml") for f in _folder().iterdir() if f.name.endswith(".yaml"))
+    names = (file.name for file in _HERE.joinpath("questions").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def write_question(name: str) -> Path:
@@ -162,7 +156,7 @@ def write_question(name: str) -> Path:
         WriteFailed: if it cannot be written.
     """
     path = Path(name if name.endswith(_FILES) else f"{name}.yaml")
-    text = resources.files("localvit.studies.design").joinpath("new.yaml").read_text(encoding="utf-8")
+    text = _HERE.joinpath("new.yaml").read_text(encoding="utf-8")
     if os.path.lexists(path):
         raise ConfigError(f"{str(path)!r} exists; choose another name")
     with writing(path, "name another place"):
@@ -179,8 +173,7 @@ def load_question(question: str) -> Question:
     if question.endswith(_FILES):
         values, name = read_yaml(question), Path(question).stem
     elif question in list_questions():
-        with resources.as_file(_folder() / f"{question}.yaml") as path:
-            values, name = read_yaml(path), question
+        values, name = _read(f"questions/{question}.yaml"), question
     else:
         error = unknown("study", question, list_questions())
         raise ConfigError(f"{error} (accepted: {', '.join(list_questions())}, or a .yaml file)")
@@ -196,10 +189,6 @@ def _check_known(where: str, names: Collection[str], known: Collection[str]) -> 
             raise unknown(where, name, known)
 
 
-def _shared_scales() -> dict[str, Scale]:
-    with resources.as_file(resources.files("localvit.studies.design") / "scales.yaml") as path:
-        return build(dict[str, Scale], read_yaml(path))
-
-
-def _folder() -> Any:
-    return resources.files("localvit.studies.design") / "questions"
+def _read(name: str) -> dict[str, Any]:
+    with resources.as_file(_HERE.joinpath(name)) as path:
+        return read_yaml(path)

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from localvit.errors import ConfigError
+from localvit.errors import ConfigError, at_least
 from localvit.structure import build, plain
-
-_LEAST = {"minutes": 1, "gpus": 0, "cpus": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +38,8 @@ class Resources:
     setup: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)} is not accepted; use at least {least}")
+        for name, least in (("minutes", 1), ("gpus", 0), ("cpus", 1)):
+            at_least(self, "", least, name)
         if self.gpus > 1:
             raise ConfigError(f"gpus={self.gpus} is not accepted; use 0 or 1")
         if self.memory is not None and self.memory <= 0:

@@ -64,6 +64,9 @@ class StudyRun:
         """Name of the configuration, equal for runs whose results should be equal."""
         return key_of(plain(self.config))
 
+    def __str__(self) -> str:
+        return f"{self.arm} seed {self.seed}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
@@ -129,9 +132,8 @@ class Study:
                 if own in arm.changes:
                     raise ConfigError(f"arm {arm.name!r} changes {own!r}, which the study sets; leave it out")
             key = key_of(plain(self.config(arm, self.seeds[0])))
-            if key in names:
-                raise ConfigError(f"arms {names[key]!r} and {arm.name!r} are equal; leave one out")
-            names[key] = arm.name
+            if (first := names.setdefault(key, arm.name)) != arm.name:
+                raise ConfigError(f"arms {first!r} and {arm.name!r} are equal; leave one out")
 
     def _check_names(self) -> None:
         known = [arm.name for arm in self.arms]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import signal
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import sleep
@@ -25,7 +25,7 @@ import torch
 
 from localvit.config import TrainConfig
 from localvit.data import disable_ghostscript
-from localvit.errors import ConfigError, TrainingInterrupted, one_line
+from localvit.errors import ConfigError, TrainingInterrupted, at_least, one_line
 from localvit.runs import FolderInUse
 from localvit.runtime import stop_on_signals
 from localvit.studies.design import Resources, Study, StudyRun
@@ -55,17 +55,13 @@ class Cluster:
     parallel: int | None = None
 
     def __post_init__(self) -> None:
-        if self.parallel is not None and self.parallel < 1:
-            raise ConfigError(f"parallel={self.parallel} is not accepted; use at least 1")
-        if self.parallel is not None and self.kind == "local":
-            raise ConfigError(f"parallel={self.parallel} is not accepted for local jobs; leave it out")
+        if self.parallel is not None:
+            at_least(self, "", 1, "parallel")
+            if self.kind == "local":
+                raise ConfigError(f"parallel={self.parallel} is not accepted for local jobs; leave it out")
 
     def check(self, study: Study, threads: int = 1) -> None:
         """Refuse a study that cannot be submitted from here.
-
-        Args:
-            study: The study, whose arms may have resources of their own.
-            threads: Threads of each run.
 
         Raises:
             ConfigError: naming the missing thing.
@@ -108,12 +104,11 @@ class Cluster:
     def describe(self, folder: StudyFolder, runs: Collection[StudyRun]) -> list[str]:
         """Describe the jobs of unfinished runs."""
         there = living(folder)
-        known = [run for run in runs if run in there]
-        lines = [f"{run.arm} seed {run.seed}: queued or running as job {there[run].id}" for run in known]
+        lines = [f"{run}: queued or running as job {there[run].id}" for run in runs if run in there]
         limit = f", at most {self.parallel} at a time" if self.parallel else ""
         new = [run for run in runs if run not in there]
         for resources, members in self.arrays(folder.study, new).items():
-            names = ", ".join(f"{run.arm} seed {run.seed}" for run in members)
+            names = ", ".join(map(str, members))
             lines.append(f"{self.kind}: an array of {len(members)} jobs{limit}, each {resources}: {names}")
         return lines
 
@@ -200,12 +195,7 @@ def work(
     An interrupt leaves the jobs running; the next call finds them.
 
     Args:
-        cluster: The cluster.
-        missing: Unfinished runs.
-        folder: Folder of the study.
-        threads: Threads of each run.
         failures: Mapping that gets the failed runs, with the reason.
-        display: Display of the progress.
 
     Raises:
         ConfigError: as `Cluster.submit` and `living`.
@@ -218,24 +208,22 @@ def work(
         alive = alive_of(jobs.values())  # before the outcomes: a run may finish between the two
         gone = set() if alive is None else {run for run, job in jobs.items() if job not in alive}
         # Missing twice, because files may be seen later than the queue.
-        for run in _settled(jobs, gone & ended, folder, failures, display):
-            del jobs[run]
+        _settle(jobs, gone & ended, folder, failures, display)
         ended = gone
         display.refresh(list(jobs))
         if jobs:
             sleep(POLL[cluster.kind])
 
 
-def _settled(
-    jobs: Mapping[StudyRun, Job],
+def _settle(
+    jobs: dict[StudyRun, Job],
     ended: Collection[StudyRun],
     folder: StudyFolder,
     failures: dict[StudyRun, str],
     display: Display,
-) -> list[StudyRun]:
-    """Return the runs that need no more waiting: finished, failed, or without a job."""
-    settled = []
-    for run, job in jobs.items():
+) -> None:
+    """Remove the runs that need no more waiting: finished, failed, or without a job."""
+    for run, job in list(jobs.items()):
         outcome = folder.outcome(run)
         if outcome.record is not None:
             display.finished(run, outcome.record)
@@ -246,5 +234,4 @@ def _settled(
             display.failed(run, failures[run])
         else:
             continue
-        settled.append(run)
-    return settled
+        del jobs[run]

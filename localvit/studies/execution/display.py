@@ -21,7 +21,6 @@ class Display:
 
     Args:
         console: Console; `None` shows nothing.
-        folder: Folder of the study.
         summary: Summary with the cost of each arm.
         done: Finished runs.
         failures: Failed runs that are not repeated.
@@ -41,7 +40,7 @@ class Display:
         self.folder, self.summary, self.jobs = folder, summary, jobs
         self.runs = folder.study.runs()
         self.records, self.failures = dict(done), set(failures)
-        self.pending: dict[StudyRun, int | None] = {}
+        self.pending: dict[StudyRun, int] = {}
         self.live = Live(console=self.console, transient=True, auto_refresh=False)
 
     def __enter__(self) -> Display:
@@ -55,21 +54,22 @@ class Display:
 
     def refresh(self, pending: Sequence[StudyRun]) -> None:
         """Draw the table with the progress of pending runs."""
-        self.pending = {run: _epochs_done(self.folder, run) for run in pending}
+        statuses = {run: read_run(self.folder.of(run)).status for run in pending}
+        self.pending = {run: status.epochs_done if status else 0 for run, status in statuses.items()}
         self.live.update(self._table(), refresh=True)
 
     def finished(self, run: StudyRun, record: Record) -> None:
         """Show a finished run and its result."""
         self.records[run] = record
         self._print(
-            f"{len(self.records):>3}/{len(self.runs)}  {run.arm} seed {run.seed}: validation top-1 "
+            f"{len(self.records):>3}/{len(self.runs)}  {run}: validation top-1 "
             f"{record.validation.top1:.2f} % (best epoch {record.best_epoch}), {record.seconds:.0f} s"
         )
 
     def failed(self, run: StudyRun, reason: str) -> None:
         """Show a failed run and the reason."""
         self.failures.add(run)
-        self._print(f"failed   {run.arm} seed {run.seed}: {reason}")
+        self._print(f"failed   {run}: {reason}")
 
     def _table(self) -> Table:
         metric = self.folder.study.metric
@@ -79,7 +79,7 @@ class Display:
             table.add_column(name, justify="left" if name == "arm" else "right")
         for arm in self.folder.study.arms:
             scores = [getattr(r.test, metric) for run, r in self.records.items() if run.arm == arm.name]
-            epochs = [f"{done or 0}" for run, done in self.pending.items() if run.arm == arm.name]
+            epochs = [str(done) for run, done in self.pending.items() if run.arm == arm.name]
             failed = sum(run.arm == arm.name for run in self.failures)
             mean = f"{statistics.fmean(scores):.2f}" if scores else ""
             table.add_row(arm.name, str(len(scores)), ", ".join(epochs), str(failed or ""), mean)
@@ -91,7 +91,7 @@ class Display:
         if not spent:
             return None
         open_runs = [run for run in self.runs if run not in self.records and run not in self.failures]
-        left = sum(self._work(run, run.config.epochs - (self.pending.get(run) or 0)) for run in open_runs)
+        left = sum(self._work(run, run.config.epochs - self.pending.get(run, 0)) for run in open_runs)
         return left * sum(record.seconds for record in self.records.values()) / spent / self.jobs
 
     def _work(self, run: StudyRun, epochs: int) -> float:
@@ -99,9 +99,3 @@ class Display:
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def _epochs_done(folder: StudyFolder, run: StudyRun) -> int | None:
-    """Return the finished epochs of a run; `None` if it has not started."""
-    status = read_run(folder.of(run)).status
-    return None if status is None else status.epochs_done

@@ -23,9 +23,9 @@ from localvit.atomic import write_atomically
 from localvit.config import differences
 from localvit.errors import ConfigError
 from localvit.runs import locked, read_run
-from localvit.structure import parse_json, read_json, to_json
+from localvit.structure import parse_json, plain, read_json, to_json
 from localvit.studies.design import Study, StudyRun, study_from_dict
-from localvit.studies.execution.records import Record, parse_record, read_record
+from localvit.studies.execution.records import Record, parse_record, read_record, remedy
 
 _OWN = ("runs", "results.jsonl", "report.html", "report.md", "summary.json", "speed.json")
 _FAILURE = "failure.json"
@@ -61,7 +61,6 @@ class StudyFolder:
 
     Args:
         path: The folder; created at the first write.
-        study: The study.
 
     Raises:
         ConfigError: if the folder holds another study or other files. Seeds and resources may differ, and
@@ -83,8 +82,9 @@ class StudyFolder:
         there, here = read_study(path).to_dict(), self.study.to_dict()
         shared = there["arms"].keys() & here["arms"].keys()
         old, new = (
-            {"base": s["base"], "arms": {n: _asked(s["arms"][n]) for n in shared}} for s in (there, here)
-        )
+            {"base": s["base"], "arms": {n: s["arms"][n] | {"resources": {}} for n in shared}}
+            for s in (there, here)
+        )  # resources do not decide results
         for field, values in differences(old, new).items():
             raise ConfigError(
                 f"{str(path)!r} holds another study: {field} is {values[0]!r} there and {values[1]!r} here; "
@@ -96,7 +96,6 @@ class StudyFolder:
         """Create the folder, write the study, and lock out other processes.
 
         Args:
-            command: Command of the study.
             classes: Number of classes of its data, for reports on other machines.
 
         Raises:
@@ -131,7 +130,7 @@ class StudyFolder:
         if record is not None:
             return Outcome("done", record)
         if (folder / _FAILURE).exists():
-            with _remedy(f"delete {str(folder)!r} to redo it"):
+            with remedy(f"delete {str(folder)!r} to redo it"):
                 return Outcome("failed", reason=read_json(Failure, folder / _FAILURE).reason)
         status = read_run(folder).status
         if status is not None and status.state == "failed":
@@ -154,7 +153,7 @@ class StudyFolder:
             try:
                 record = self.outcome(run).record
             except ConfigError as error:
-                wrong.append(f"{run.arm} seed {run.seed} is left out: {error}")
+                wrong.append(f"{run} is left out: {error}")
                 continue
             if record is not None:
                 records[run] = record
@@ -186,37 +185,40 @@ class StudyFolder:
     def write_results(self) -> None:
         """Write `results.jsonl`: each record with its arm and seed."""
         rows = [
-            to_json({"arm": run.arm, "seed": run.seed, **record.to_dict()}, indent=None)
+            to_json({"arm": run.arm, "seed": run.seed, **plain(record)}, indent=None)
             for run, record in self.readable()[0].items()
         ]
         write_atomically(self.path / "results.jsonl", "".join(f"{row}\n" for row in rows))
 
     def _garbled(self) -> list[str]:
-        path, wrong = self.path / "results.jsonl", []
-        if not path.exists() or (self.path / "runs").exists():  # else it is rewritten from runs/
-            return []
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        if (self.path / "runs").exists():
+            return []  # the file is rewritten from runs/
+        wrong = []
+        for where, line in self._lines():
             try:
                 parse_json(line)
             except ConfigError:
-                wrong.append(f"line {number} of {str(path)!r} is not a record")
+                wrong.append(f"{where} is not a record")
         return wrong
 
     def _kept(self, run: StudyRun) -> Record | None:
-        path = self.path / "results.jsonl"
-        if not path.exists():
-            return None
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-            where = f"line {number} of {str(path)!r}"
+        for where, line in self._lines():
             if f'"{run.key}"' not in line:
                 continue
-            with _remedy("restore it or delete the file"):
+            with remedy("restore it or delete the file"):
                 row = parse_json(line, where)
             if not isinstance(row, dict):
                 raise ConfigError(f"{where} is not a record; restore it or delete the file")
             if (row.pop("arm", None), row.pop("seed", None)) == (run.arm, run.seed):
                 return parse_record(row, where, run)
         return None
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        """Yield the place and the text of each line of `results.jsonl`."""
+        path = self.path / "results.jsonl"
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for number, line in enumerate(text.splitlines(), 1):
+            yield f"line {number} of {str(path)!r}", line
 
 
 def note_failure(folder: Path, reason: str) -> None:
@@ -231,7 +233,7 @@ def read_study(path: Path) -> Study:
     Raises:
         ConfigError: if it has none.
     """
-    values = _read(path / "study.json")
+    values = _read(path)
     for name in _BESIDES:
         values.pop(name, None)
     try:
@@ -242,27 +244,14 @@ def read_study(path: Path) -> Study:
 
 def read_besides(path: Path) -> tuple[str, int | None]:
     """Read the command of the study in a folder, and the number of classes, if known."""
-    values = _read(path / "study.json")
+    values = _read(path)
     command, classes = (values.get(name) for name in _BESIDES)
     return str(command or ""), classes if isinstance(classes, int) else None
 
 
-def _asked(arm: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of an arm's JSON that decides its results."""
-    return {name: value for name, value in arm.items() if name != "resources"}
-
-
-def _read(path: Path) -> dict[str, Any]:
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "study.json"
     if not path.exists():
         raise ConfigError(f"{str(path)!r} does not exist; choose the folder of a study")
-    with _remedy("restore it"):
+    with remedy("restore it"):
         return read_json(dict[str, Any], path)
-
-
-@contextmanager
-def _remedy(remedy: str) -> Iterator[None]:
-    """Add a remedy to an error."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{error}; {remedy}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -14,62 +13,16 @@ from localvit.cost import count_macs, giga
 from localvit.data import random_scope
 from localvit.models import build_model, preprocessing_for
 from localvit.runtime import pick_device
-from localvit.studies.design import StudyRun, StudySummary
-from localvit.studies.execution.folder import Outcome, StudyFolder
+from localvit.studies.design import Study, StudyRun, StudySummary
+from localvit.studies.execution.folder import StudyFolder
 
 _PASSES = 3  # A backward pass costs about two forward passes.
 _MACS_OF_A_MEASUREMENT = 2e9
 _MOST_IMAGES = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class Forecast:
-    """Forecast of a study.
-
-    Attributes:
-        outcomes: Outcome of each run, in order.
-        macs: Multiply-accumulates of the training of each; `None` if the number of images is unknown.
-        macs_per_second: Speed of one run.
-        basis: Source of that number, in words.
-        jobs: Runs at a time.
-    """
-
-    outcomes: dict[StudyRun, Outcome]
-    macs: dict[StudyRun, float | None]
-    macs_per_second: float
-    basis: str
-    jobs: int
-
-    def lines(self) -> list[str]:
-        """Describe the forecast."""
-        found = [
-            f"{number:>4}  {run.key}  {run.arm} seed {run.seed}: {self._cost(run)}, {self._state(run)}"
-            for number, run in enumerate(self.outcomes, 1)
-        ]
-        open_runs = [run for run, outcome in self.outcomes.items() if outcome.state != "done"]
-        total = [self.macs[run] for run in open_runs]
-        known = [macs for macs in total if macs is not None]
-        text = "unknown time" if len(known) < len(total) else self._time(sum(known) / self.jobs)
-        return [
-            *found,
-            f"{len(open_runs)} of {len(self.outcomes)} runs to do: about {text} with {self.jobs} at a time, "
-            f"validation not counted ({self.basis})",
-        ]
-
-    def _cost(self, run: StudyRun) -> str:
-        macs = self.macs[run]
-        return "unknown cost" if macs is None else f"{giga(macs)}MACs, {self._time(macs)}"
-
-    def _state(self, run: StudyRun) -> str:
-        outcome = self.outcomes[run]
-        return f"failed: {outcome.reason}" if outcome.state == "failed" else outcome.state
-
-    def _time(self, macs: float) -> str:
-        return str(timedelta(seconds=round(macs / self.macs_per_second)))
-
-
-def forecast(folder: StudyFolder, summary: StudySummary, jobs: int, device: str | None = None) -> Forecast:
-    """Forecast the cost of a study from its folder and models; nothing is written.
+def forecast(folder: StudyFolder, summary: StudySummary, jobs: int, device: str | None = None) -> list[str]:
+    """Describe a study's runs in order, with their costs, and the time of those to do; nothing is written.
 
     Args:
         folder: Folder of the study; it need not exist.
@@ -81,35 +34,48 @@ def forecast(folder: StudyFolder, summary: StudySummary, jobs: int, device: str 
         ConfigError: if a record cannot be read.
     """
     outcomes = {run: folder.outcome(run) for run in folder.study.runs()}
-    images = summary.images.value
-    whole = None if images is None else float(images) / folder.study.base.data.fraction
-
-    def cost(run: StudyRun) -> float | None:
-        config = run.config
-        if whole is None:
-            return None
-        return _PASSES * summary.arms[run.arm].macs * whole * config.data.fraction * config.epochs
-
-    macs = {run: cost(run) for run in outcomes}
-    done = [(run, o.record) for run, o in outcomes.items() if o.record is not None and macs[run]]
+    macs = _training_macs(folder.study, summary)
+    done = {run: o.record.seconds for run, o in outcomes.items() if o.record is not None and run in macs}
     if done:
-        speed = sum(macs[run] or 0.0 for run, _ in done) / sum(record.seconds for _, record in done)
+        speed = sum(macs[run] for run in done) / sum(done.values())
         basis = f"from the {len(done)} runs that are done: {speed / 1e9:.2f} GMACs/s each"
     else:
-        speed = measured_speed(folder, summary, device)
+        speed = measured_speed(folder.study, summary.classes, device)
         basis = f"measured here on random images, without loading: {speed / 1e9:.2f} GMACs/s for one run"
-    return Forecast(outcomes=outcomes, macs=macs, macs_per_second=speed, basis=basis, jobs=jobs)
+
+    def duration(macs: float) -> str:
+        return str(timedelta(seconds=round(macs / speed)))
+
+    lines = []
+    for number, (run, outcome) in enumerate(outcomes.items(), 1):
+        cost = f"{giga(macs[run])}MACs, {duration(macs[run])}" if macs else "unknown cost"
+        state = f"failed: {outcome.reason}" if outcome.state == "failed" else outcome.state
+        lines.append(f"{number:>4}  {run.key}  {run}: {cost}, {state}")
+    left = [run for run, outcome in outcomes.items() if outcome.state != "done"]
+    text = duration(sum(macs[run] for run in left) / jobs) if macs or not left else "unknown time"
+    total = f"{len(left)} of {len(outcomes)} runs to do: about {text} with {jobs} at a time"
+    return [*lines, f"{total}, validation not counted ({basis})"]
 
 
-def measured_speed(folder: StudyFolder, summary: StudySummary, device_name: str | None = None) -> float:
+def _training_macs(study: Study, summary: StudySummary) -> dict[StudyRun, float]:
+    """Return the multiply-accumulates of each run's training; empty if the number of images is unknown."""
+    if summary.images.value is None:
+        return {}
+    whole = float(summary.images.value) / study.base.data.fraction
+    return {
+        run: _PASSES * summary.arms[run.arm].macs * whole * run.config.data.fraction * run.config.epochs
+        for run in study.runs()
+    }
+
+
+def measured_speed(study: Study, classes: int, device_name: str | None) -> float:
     """Measure the multiply-accumulates per second of a few steps of the base, on a GPU or a CPU thread."""
-    study = folder.study
     config = study.config(study.arms[0], study.seeds[0])
     device = pick_device(device_name or config.device)
     with using_threads(1):
         with random_scope():
             plain = dataclasses.replace(config.model, pretrained=False)
-            model = build_model(plain, summary.classes).to(device)
+            model = build_model(plain, classes).to(device)
         size = preprocessing_for(model, config.data).input_size
         macs = count_macs(model.eval(), size)
         count = min(config.batch_size, _MOST_IMAGES, max(2, int(_MACS_OF_A_MEASUREMENT / macs)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,9 @@ class Record:
     machine: str
     digest: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return field -> JSON value."""
-        return dataclasses.asdict(self)
-
     def sealed(self) -> Record:
         """Return the record with its digest."""
-        return dataclasses.replace(self, digest=_digest(self.to_dict()))
+        return dataclasses.replace(self, digest=_digest(plain(self)))
 
 
 def perform(config: TrainConfig, folder: Path) -> Record:
@@ -118,7 +115,7 @@ def parse_record(values: Any, where: str, run: StudyRun) -> Record:
     except ConfigError as error:
         raise ConfigError(f"{where} is not a record: {error}; restore it") from error
     if not key_of(config) == record.key == run.key:
-        raise ConfigError(f"{where} does not belong to {run.arm} seed {run.seed}; restore it")
+        raise ConfigError(f"{where} does not belong to {run}; restore it")
     if record.digest != _digest(values):
         raise ConfigError(f"{where} was changed after it was written; restore it")
     return record
@@ -133,10 +130,17 @@ def read_record(folder: Path, run: StudyRun) -> Record | None:
     path = folder / RECORD
     if not path.exists():
         return None
-    try:
+    with remedy(f"delete {str(folder)!r} to redo it"):
         return parse_record(read_json(dict[str, Any], path), repr(str(path)), run)
+
+
+@contextmanager
+def remedy(advice: str) -> Iterator[None]:
+    """Add a remedy to an error."""
+    try:
+        yield
     except ConfigError as error:
-        raise ConfigError(f"{error}; delete {str(folder)!r} to redo it") from error
+        raise ConfigError(f"{error}; {advice}") from error
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -33,7 +33,6 @@ def images_per_second(
         models: Name -> model; they stay on `device` in evaluation mode.
         input_sizes: Name -> (channels, height, width) of its images.
         batch_size: Images in a forward pass.
-        rounds: Number of rounds.
         device: Device; a CPU uses `THREADS`.
     """
     images = {name: torch.rand(batch_size, *input_sizes[name], device=device) for name in models}

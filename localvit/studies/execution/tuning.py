@@ -18,11 +18,11 @@ from rich.console import Console
 
 from localvit.atomic import write_atomically
 from localvit.config import TrainConfig, differences, from_older, identity_fields, merge
-from localvit.errors import ConfigError
 from localvit.runtime import versions
 from localvit.structure import build, read_json, to_json
 from localvit.studies.design import Arm, Study
 from localvit.studies.execution.folder import StudyFolder
+from localvit.studies.execution.records import remedy
 from localvit.studies.execution.run import Failures, StudyFailed, run_missing
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -87,9 +87,7 @@ def tune(
         folder: Folder of the runs; the same call resumes.
         factors: First search grid, as multiples of the base's learning rate.
         seeds: Number of seeds; three average out most of the luck of one.
-        jobs: Worker processes.
         command: Command that is saved in the result.
-        console: Console for progress.
 
     Raises:
         ConfigError, DataError: as `run.run_missing`.
@@ -134,10 +132,8 @@ def load_tuning(path: Path) -> Tuning:
     Raises:
         ConfigError: if it is invalid.
     """
-    try:
+    with remedy("restore the tuning"):
         return read_json(Tuning, path)
-    except ConfigError as error:
-        raise ConfigError(f"{error}; restore the tuning") from error
 
 
 def shipped_tuning(recipe: str) -> Tuning | None:

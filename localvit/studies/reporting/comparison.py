@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from localvit.studies.design import Study, StudyRun
 from localvit.studies.execution import Record
@@ -74,9 +74,9 @@ class Contrast:
     control: str
     seeds: tuple[int, ...]
     difference: Difference | None
-    p_adjusted: float | None
+    p_adjusted: float | None = None
     seeds_needed: int | None
-    claim: ClaimVerdict | None
+    claim: ClaimVerdict | None = None
 
     @property
     def shown(self) -> bool:
@@ -98,11 +98,6 @@ class Findings:
     contrasts: tuple[Contrast, ...]
     test_images: int | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, with the verdicts."""
-        values = dataclasses.asdict(self)
-        return {**values, "verdicts": [verdict(contrast, self) for contrast in self.contrasts]}
-
     def arm(self, name: str) -> ArmResult:
         """Return the arm of that name."""
         return next(arm for arm in self.arms if arm.name == name)
@@ -114,8 +109,7 @@ def findings(
     """Compare the arms of a study that have records.
 
     Args:
-        study: The study.
-        records: Records of its finished runs.
+        records: Records of the finished runs.
         inference_speed: Arm -> images per second.
     """
     arms = {
@@ -124,18 +118,20 @@ def findings(
         if any(run.arm == arm.name for run in records)
     }
     sizes = [record.test.images for record in records.values()]
-    pairs = [(arms[a.name], arms[c.name]) for a, c in study.contrasts() if {a.name, c.name} <= arms.keys()]
-    common = [tuple(s for s in study.seeds if s in arm.scores and s in other.scores) for arm, other in pairs]
-    differences = [_difference(*pair, seeds, sizes) for pair, seeds in zip(pairs, common, strict=True)]
-    adjusted = holm([d.p_value if d else None for d in differences])
     contrasts = [
-        _contrast(study, (arm.name, control.name), seeds, difference, p_adjusted)
-        for (arm, control), seeds, difference, p_adjusted in zip(
-            pairs, common, differences, adjusted, strict=True
-        )
+        _contrast(arms[arm.name], arms[control.name], sizes)
+        for arm, control in study.contrasts()
+        if {arm.name, control.name} <= arms.keys()
     ]
+    adjusted = holm([each.difference.p_value if each.difference else None for each in contrasts])
+    expected = study.claim.expected if study.claim else {}
     return Findings(
-        arms=tuple(arms.values()), contrasts=tuple(contrasts), test_images=sizes[0] if sizes else None
+        arms=tuple(arms.values()),
+        contrasts=tuple(
+            _judged(contrast, p_adjusted, expected.get(contrast.arm))
+            for contrast, p_adjusted in zip(contrasts, adjusted, strict=True)
+        ),
+        test_images=sizes[0] if sizes else None,
     )
 
 
@@ -145,32 +141,28 @@ def verdict(contrast: Contrast, found: Findings) -> str:
     seeds = f"{len(contrast.seeds)} seed{'s' if len(contrast.seeds) != 1 else ''}"
     if difference is None:
         return f"{name} against {control}: no result with {seeds}; at least 2 are needed."
-    mean = difference.estimate.mean
-    found_text = f"{points(mean, sign=True)} (95 % interval {interval(difference.estimate, sign=True)})"
-    if difference.p_value is None or contrast.p_adjusted is None:
+    mean, several = difference.estimate.mean, len(found.contrasts)
+    corrected = f" after correction for {several} comparisons" if several > 1 else ""
+    numbers = (
+        f"{mean:+.2f} points (95 % interval {interval(difference.estimate, sign=True)}), "
+        f"{p_text(contrast.p_adjusted)}{corrected}"
+    )
+    if contrast.p_adjusted is None:
         sentence = (
-            f"{name} against {control}: undecided. The difference was {points(mean, sign=True)} with each of "
+            f"{name} against {control}: undecided. The difference was {mean:+.2f} points with each of "
             f"{seeds}; without spread there is no t-test."
         )
     elif contrast.shown:
-        sentence = (
-            f"{name} is {'better' if mean > 0 else 'worse'} than {control}: {found_text}, "
-            f"{p_text(contrast.p_adjusted)}{_corrected(found)}, {seeds}."
-        )
+        sentence = f"{name} is {'better' if mean > 0 else 'worse'} than {control}: {numbers}, {seeds}."
     else:
+        needed = contrast.seeds_needed or f"more than {MOST_SEEDS:,}"
         sentence = (
-            f"{name} and {control} are not distinguishable with {seeds}: {found_text}, "
-            f"{p_text(contrast.p_adjusted)}{_corrected(found)}. "
-            f"A true difference below {points(difference.detectable or 0)} would have been missed more than "
-            f"{100 * (1 - POWER):.0f} % of the time. Showing {WORTH_SEEING:g} points would take "
-            f"{_needed(contrast)}."
+            f"{name} and {control} are not distinguishable with {seeds}: {numbers}. "
+            f"A true difference below {difference.detectable or 0:.2f} points would have been missed more "
+            f"than {100 * (1 - POWER):.0f} % of the time. Showing {WORTH_SEEING:g} points would take "
+            f"{needed} seeds."
         )
     return sentence + _ceiling(found, (name, control))
-
-
-def points(value: float, *, sign: bool = False) -> str:
-    """Format points: `"1.25 points"`."""
-    return f"{value:{'+' if sign else ''}.2f} points"
 
 
 def interval(value: Estimate, *, sign: bool = False) -> str:
@@ -207,54 +199,36 @@ def _arm_result(
     )
 
 
-def _difference(
-    arm: ArmResult, control: ArmResult, seeds: Sequence[int], sizes: Sequence[int]
-) -> Difference | None:
+def _contrast(arm: ArmResult, control: ArmResult, sizes: Sequence[int]) -> Contrast:
     """Compare two arms by their numbers of correct images; `sizes` are those of all test splits."""
-    if len(seeds) < 2:
-        return None
-    images = math.lcm(*sizes)  # equal sizes, unless an arm changes the split
-    own, other = ([round(each.scores[seed] * images / 100) for seed in seeds] for each in (arm, control))
-    return paired_difference(own, other, images)
-
-
-def _contrast(
-    study: Study,
-    pair: tuple[str, str],
-    seeds: tuple[int, ...],
-    difference: Difference | None,
-    p_adjusted: float | None,
-) -> Contrast:
-    spread = difference is not None and difference.p_value is not None
-    made = Contrast(
-        arm=pair[0],
-        control=pair[1],
+    seeds = tuple(seed for seed in arm.scores if seed in control.scores)
+    difference = None
+    if len(seeds) > 1:
+        images = math.lcm(*sizes)  # equal sizes, unless an arm changes the split
+        own, other = ([round(each.scores[seed] * images / 100) for seed in seeds] for each in (arm, control))
+        difference = paired_difference(own, other, images)
+    varies = difference is not None and difference.p_value is not None
+    return Contrast(
+        arm=arm.name,
+        control=control.name,
         seeds=seeds,
         difference=difference,
-        p_adjusted=p_adjusted,
-        seeds_needed=seeds_needed(difference.estimate.sd, WORTH_SEEING) if difference and spread else None,
-        claim=None,
+        seeds_needed=seeds_needed(difference.estimate.sd, WORTH_SEEING) if difference and varies else None,
     )
-    expected = study.claim.expected.get(pair[0]) if study.claim else None
-    if expected is None or difference is None:
+
+
+def _judged(contrast: Contrast, p_adjusted: float | None, expected: str | None) -> Contrast:
+    """Return the contrast with its corrected p-value, and with a verdict if there is a claim about it."""
+    made = dataclasses.replace(contrast, p_adjusted=p_adjusted)
+    if expected is None or made.difference is None:
         return made
-    agrees = (difference.estimate.mean > 0) == (expected == "better")
+    agrees = (made.difference.estimate.mean > 0) == (expected == "better")
     decided: ClaimVerdict = "reproduced" if agrees else "contradicted"
     return dataclasses.replace(made, claim=decided if made.shown else "not shown at this scale")
 
 
-def _corrected(found: Findings) -> str:
-    return f" after correction for {len(found.contrasts)} comparisons" if len(found.contrasts) > 1 else ""
-
-
-def _needed(contrast: Contrast) -> str:
-    number = contrast.seeds_needed
-    return f"more than {MOST_SEEDS:,} seeds" if number is None else f"{number} seeds"
-
-
 def _ceiling(found: Findings, names: tuple[str, str]) -> str:
-    arms = [found.arm(name) for name in names]
-    means = {arm.name: arm.mean.mean for arm in arms if arm.mean is not None}
+    means = {name: mean.mean for name in names if (mean := found.arm(name).mean) is not None}
     high = [f"{name} {mean:.1f} %" for name, mean in means.items() if mean >= CEILING]
     if not high:
         return ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from localvit.config import differences, identity_fields
+from localvit.structure import plain
 from localvit.studies.reporting.comparison import interval
 from localvit.studies.reporting.report import StudyReport, read_report
 from localvit.studies.reporting.statistics import unpaired_difference
@@ -64,7 +65,7 @@ def _csv(report: StudyReport) -> str:
     for run, record in report.records.items():
         test = {f"test_{name}": getattr(record.test, name) for name in ("top1", "top5", "loss")}
         own = {"arm": run.arm, "seed": run.seed, "validation_top1": record.validation.top1}
-        writer.writerow(record.to_dict() | test | own)
+        writer.writerow(plain(record) | test | own)
     return file.getvalue()
 
 

@@ -8,7 +8,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -31,6 +31,7 @@ MARKS = "DosP^v<X*p"
 """Marks of the arms in their order, for the same readers."""
 
 _INK, _FAINT, _PAPER = "#010203", "#040506", "#070809"  # become `currentColor` and the page's variables
+_WIDTH = 4.8  # inches
 _KERNEL_COLUMNS = 12
 _VARIABLES = {
     _INK: "currentColor",
@@ -92,7 +93,7 @@ def learning_curves(records: Mapping[str, Sequence[Record]]) -> str:
         records: Arm -> its records, at least one.
     """
     with mpl.rc_context(_STYLE):
-        canvas, axes = _canvas(4.8, 3.2 + 0.2 * (len(records) // 3))
+        canvas, axes = _canvas(3.2 + 0.2 * (len(records) // 3))
         for (name, runs), colour in zip(records.items(), itertools.cycle(COLOURS), strict=False):
             curves = np.array([[epoch["validation_top1"] for epoch in run.history] for run in runs])
             epochs = np.arange(1, curves.shape[1] + 1)
@@ -111,13 +112,12 @@ def forest(found: Findings, metric: str) -> str:
 
     Contrasts without a difference are left out; filled marks are those that are shown after correction.
     """
-    contrasts = [contrast for contrast in found.contrasts if contrast.difference is not None]
+    contrasts = [(each, each.difference.estimate) for each in found.contrasts if each.difference]
     with mpl.rc_context(_STYLE):
-        canvas, axes = _canvas(4.8, 1.2 + 0.5 * len(contrasts))
+        canvas, axes = _canvas(1.2 + 0.5 * len(contrasts))
         axes.axvline(0, color=_FAINT, linewidth=1)
-        for i, contrast in enumerate(contrasts):
-            assert contrast.difference is not None
-            mean, colour = contrast.difference.estimate, COLOURS[1 if contrast.shown else 0]
+        for i, (contrast, mean) in enumerate(contrasts):
+            colour = COLOURS[1 if contrast.shown else 0]
             arm, control = (found.arm(name).scores for name in (contrast.arm, contrast.control))
             each = [arm[seed] - control[seed] for seed in contrast.seeds]
             axes.plot(
@@ -127,25 +127,24 @@ def forest(found: Findings, metric: str) -> str:
                 axes.plot((mean.low, mean.high), (i, i), color=colour, linewidth=2)
             fill = colour if contrast.shown else _PAPER
             axes.plot(mean.mean, i, "o", color=colour, markerfacecolor=fill, markersize=6)
-        names = [f"{contrast.arm}\nagainst {contrast.control}" for contrast in contrasts]
+        names = [f"{contrast.arm}\nagainst {contrast.control}" for contrast, _ in contrasts]
         axes.set_yticks(range(len(contrasts)), names, fontsize=9)
         label = f"difference in {metric}\non the test split (percentage points)"
         axes.set(ylim=(len(contrasts) - 0.3, -0.5), xlabel=label)
         return _svg(canvas, "forest")
 
 
-Cost = Literal["macs", "parameters", "inference_speed"]
-_COSTS: dict[Cost, str] = {
+_COSTS = {
     "macs": "multiply-accumulates per image",
     "parameters": "number of parameters",
     "inference_speed": "inference speed (images/s)",
 }
 
 
-def against_cost(found: Findings, cost: Cost, metric: str) -> str:
+def against_cost(found: Findings, cost: str, metric: str) -> str:
     """Draw the accuracy of each arm against its cost, with its interval."""
     with mpl.rc_context(_STYLE):
-        canvas, axes = _canvas(4.8, 3.2 + 0.2 * (len(found.arms) // 3))
+        canvas, axes = _canvas(3.2 + 0.2 * (len(found.arms) // 3))
         for i, arm in enumerate(found.arms):
             mean, spread = _score(arm)
             look: Any = {"fmt": MARKS[i % len(MARKS)], "color": COLOURS[i % len(COLOURS)], "markersize": 6}
@@ -176,7 +175,7 @@ def _kernel_figure(kernels: Kernels) -> Figure:
     mosaic = _mosaic(kernels.weights)
     rows, columns = mosaic.shape
     with mpl.rc_context(_STYLE):
-        canvas = Canvas(figsize=(4.8, 4.8 * rows / columns))
+        canvas = Canvas(figsize=(_WIDTH, _WIDTH * rows / columns))
         axes = canvas.add_axes((0, 0, 1, 1))
         axes.pcolormesh(mosaic, cmap="RdBu_r", vmin=-1, vmax=1)
         axes.invert_yaxis()
@@ -195,8 +194,8 @@ def _mosaic(weights: np.ndarray) -> np.ndarray:
     return mosaic
 
 
-def _canvas(width: float, height: float) -> tuple[Canvas, Axes]:
-    canvas = Canvas(figsize=(width, height), layout="constrained")
+def _canvas(height: float) -> tuple[Canvas, Axes]:
+    canvas = Canvas(figsize=(_WIDTH, height), layout="constrained")
     return canvas, canvas.subplots()
 
 

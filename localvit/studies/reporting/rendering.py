@@ -49,10 +49,18 @@ def write_report(report: StudyReport) -> None:
 
 def render(report: StudyReport) -> Rendered:
     """Render a report in all its forms."""
+    summary = {
+        **plain(report.findings),
+        "verdicts": verdicts(report),
+        "study": report.study.to_dict(),
+        "confounders": {name: list(arm.confounders) for name, arm in report.summary.arms.items()},
+        "warnings": list(report.warnings),
+        "command": report.command,
+    }
     return Rendered(
         html=_render(report, "html", figures(report)),
         markdown=re.sub(r"\n{3,}", "\n\n", _render(report, "markdown", [])).strip() + "\n",
-        summary=_summary(report),
+        summary=to_json(summary),
     )
 
 
@@ -116,14 +124,3 @@ def _origin(records: Sequence[Record]) -> dict[str, str] | None:
 def _made_with(record: Record) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     return f"{versions}, commit {record.commit[:12]}" if record.commit else versions
-
-
-def _summary(report: StudyReport) -> str:
-    values = {
-        **report.findings.to_dict(),
-        "study": report.study.to_dict(),
-        "confounders": {name: list(arm.confounders) for name, arm in report.summary.arms.items()},
-        "warnings": list(report.warnings),
-        "command": report.command,
-    }
-    return to_json(values)

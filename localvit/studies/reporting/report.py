@@ -80,6 +80,7 @@ def read_report(folder: Path) -> StudyReport:
     store = StudyFolder(folder, study)
     records, wrong = store.readable()
     summary = check_study(study, classes)
+    rates = folder / TUNING
     speed: Speed = _or_warn(wrong, lambda: read_speed(folder), Speed())
     return StudyReport(
         folder=folder,
@@ -87,7 +88,7 @@ def read_report(folder: Path) -> StudyReport:
         summary=summary,
         records=records,
         findings=findings(study, records, speed.images_per_second),
-        tuning=_or_warn(wrong, lambda: _tuning(folder), None),
+        tuning=_or_warn(wrong, lambda: load_tuning(rates) if rates.exists() else None, None),
         command=command,
         speed_machine=speed.machine,
         kernels=_or_warn(wrong, lambda: read_kernels(store, records, summary.classes), ()),
@@ -167,10 +168,6 @@ def _strongest(weights: np.ndarray) -> np.ndarray:
     return weights[np.argsort(-norms, kind="stable")[:SHOWN_KERNELS]]
 
 
-def _tuning(folder: Path) -> Tuning | None:
-    return load_tuning(folder / TUNING) if (folder / TUNING).exists() else None
-
-
 def _or_warn(warnings: list[str], read: Callable[[], Any], otherwise: Any) -> Any:
     try:
         return read()
@@ -181,21 +178,18 @@ def _or_warn(warnings: list[str], read: Callable[[], Any], otherwise: Any) -> An
 
 def _mixed(records: Mapping[StudyRun, Record]) -> list[str]:
     """Warn of results from different conditions."""
-    values: list[tuple[str, Callable[[Record], str]]] = [
-        (
-            "versions",
-            lambda record: ", ".join(f"{k} {v}" for k, v in record.versions.items() if k != "python"),
-        ),
-        ("commits", lambda record: (record.commit or "none")[:12]),
-        ("machines", lambda record: record.machine),
-        ("test splits", lambda record: f"{record.test.images:,} images"),
+    runs = records.values()
+    conditions = {
+        "versions": {", ".join(f"{k} {v}" for k, v in run.versions.items() if k != "python") for run in runs},
+        "commits": {(run.commit or "none")[:12] for run in runs},
+        "machines": {run.machine for run in runs},
+        "test splits": {f"{run.test.images:,} images" for run in runs},
+    }
+    return [
+        f"Mixed {what}: the runs have {' / '.join(sorted(found))}."
+        for what, found in conditions.items()
+        if len(found) > 1
     ]
-    found = []
-    for what, of in values:
-        different = sorted({of(record) for record in records.values()})
-        if len(different) > 1:
-            found.append(f"Mixed {what}: the runs have {' / '.join(different)}.")
-    return found
 
 
 def _missing(study: Study, records: Mapping[StudyRun, Record]) -> list[str]:

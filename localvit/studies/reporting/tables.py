@@ -53,16 +53,9 @@ def result_table(report: StudyReport) -> Table:
     """Return the main table: the score of each arm, and its difference from its control."""
     found = report.findings
     contrasts = {contrast.arm: contrast for contrast in found.contrasts}
-    head = [
-        "arm",
-        f"test {METRICS[report.study.metric]}, % [95 % interval]",
-        "control",
-        "difference, points",
-        "p",
-    ]
-    return Table(
-        head, [[arm.name, _score(arm), *_contrast_cells(contrasts.get(arm.name))] for arm in found.arms]
-    )
+    rows = [[arm.name, _score(arm), *_contrast_cells(contrasts.get(arm.name))] for arm in found.arms]
+    score = f"test {METRICS[report.study.metric]}, % [95 % interval]"
+    return Table(["arm", score, "control", "difference, points", "p"], rows)
 
 
 def result_notes(report: StudyReport) -> str:

@@ -12,6 +12,7 @@ from localvit.models.build import build_model
 from localvit.structure import plain
 from localvit.studies.demo import ARMS, demo_study
 from localvit.studies.design.study import Arm, Study, key_of
+from localvit.studies.running import run_study
 
 
 def test_arms_differ_in_locality_only_without_tuned_rates(study):
@@ -81,9 +82,10 @@ def test_names_of_arms_can_stand_in_files():
         Arm(name="a/b")
 
 
-def test_one_pair_is_no_comparison(tiny):
+def test_one_pair_is_no_comparison(tiny, tmp_path):
     with pytest.raises(ConfigError, match="seeds=1 is not accepted"):
-        demo_study(tiny, 1, None)
+        run_study(demo_study(tiny, 1, None), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_arm_without_locality_differs_from_one_with_its_defaults(tiny):

@@ -15,6 +15,7 @@ from rich.console import Console
 from localvit.atomic import WriteFailed
 from localvit.cli.study import print_report
 from localvit.config.files import resolve
+from localvit.structure import to_json
 from localvit.studies.demo import ARMS, demo_study
 from localvit.studies.design.study import Claim
 from localvit.studies.execution import run as run_module, tuning as tuning_module
@@ -163,7 +164,7 @@ def test_mixed_versions_are_said_so(report, monkeypatch, copy):
     folder = StudyFolder(copy, report.study)
     run, record = next(iter(report.records.items()))
     old = dataclasses.replace(record, versions={"localvit": "0.0.1"}, commit="abc").sealed()
-    (folder.of(run) / "record.json").write_text(json.dumps(old.to_dict()))
+    (folder.of(run) / "record.json").write_text(to_json(old))
     found = read_report(copy).warnings
     assert [warning.partition(":")[0] for warning in found] == ["Mixed versions", "Mixed commits"]
 
