@@ -267,7 +267,8 @@ def _dry_run(study: Study, path: Path, options: Run, cluster: Cluster | None, co
     folder = StudyFolder(path, study)
     jobs = options.jobs or (len(study.runs()) if cluster else _HERE)
     lines = [describe(study, summary), f"data: {summary.images}"]
-    lines += forecast(folder, summary, jobs, device="cpu" if cluster else None)
+    reuse = [Path(other) for other in options.reuse]
+    lines += forecast(folder, summary, jobs, "cpu" if cluster else None, reuse)
     if cluster is not None:
         waiting = ("new", "begun", "failed") if options.retry else ("new", "begun")
         left = [run for run in study.runs() if folder.outcome(run).state in waiting]

@@ -249,7 +249,9 @@ def _differing(control: TrainConfig, own: TrainConfig) -> dict[str, tuple[Any, .
     there, here = control.model.locality, own.model.locality
     if there and here and found.pop("model.locality", None):
         fields = differences(dataclasses.asdict(there), dataclasses.asdict(here))
-        found |= {f"model.locality.{name}": values for name, values in fields.items()}
+        used = differences(dataclasses.asdict(there.resolve()), dataclasses.asdict(here.resolve()))
+        # A field that is not set has the value that `init` decides, if it decides one.
+        found |= {f"model.locality.{name}": used.get(name, values) for name, values in fields.items()}
     return found
 
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -82,11 +82,16 @@ class Question:
     name: str | None = None
 
     def __post_init__(self) -> None:
+        arms = [self.control, *self.arms]
         for scale, changed in self.scales.items():
+            if changed.recipe is None and scale not in (shared := _shared_scales()):
+                raise ConfigError(f"scales.{scale}.recipe is missing; add it, or use {', '.join(shared)}")
             _check_known(f"scales.{scale}.arms", changed.arms, self.arms)
+            _check_against(f"scales.{scale}.arms", changed.arms, arms)
+        _check_against("arms", self.arms, arms)
         if self.claim:
             for what in ("expected", "reported"):
-                _check_known(f"claim.{what}", getattr(self.claim, what), [self.control, *self.arms])
+                _check_known(f"claim.{what}", getattr(self.claim, what), arms)
 
     def study(self, scale: str, seeds: int, settings: Sequence[str] = (), **data: str | None) -> Study:
         """Return the study at a scale, with seeds 0, 1, ...
@@ -118,13 +123,12 @@ class Question:
         )
 
     def _base(self, scale: str) -> dict[str, Any]:
-        every = build(dict[str, Scale], _read("scales.yaml"))
+        every = _shared_scales()
         if scale not in every.keys() | self.scales.keys():
             raise unknown(f"question {self.name!r}, scale", scale, dict.fromkeys([*every, *self.scales]))
         shared, own = every.get(scale, Scale()), self.scales.get(scale, Scale())
         recipe = own.recipe or shared.recipe
-        if recipe is None:
-            raise ConfigError(f"question {self.name!r}: scales.{scale}.recipe is missing; add it")
+        assert recipe is not None  # checked above
         base: dict[str, Any] = plain(build(TrainConfig, load_recipe(recipe)))
         for changes in (self.base, shared.base, own.base):
             base = replace_fields(base, changes)
@@ -187,6 +191,16 @@ def _check_known(where: str, names: Collection[str], known: Collection[str]) -> 
     for name in names:
         if name not in known:
             raise unknown(where, name, known)
+
+
+def _check_against(where: str, arms: Mapping[str, Mapping[str, Any]], known: Collection[str]) -> None:
+    for name, changes in arms.items():
+        if "against" in changes:
+            _check_known(f"{where}.{name}.against", [str(changes["against"])], known)
+
+
+def _shared_scales() -> dict[str, Scale]:
+    return build(dict[str, Scale], _read("scales.yaml"))
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ report.html, report.md, summary.json
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,10 @@ from localvit.structure import parse_json, plain, read_json, to_json
 from localvit.studies.design import Study, StudyRun, study_from_dict
 from localvit.studies.execution.records import Record, parse_record, read_record, remedy
 
-_OWN = ("runs", "results.jsonl", "report.html", "report.md", "summary.json", "speed.json")
+_REPORT = ("report.html", "report.md", "summary.json", "speed.json")
+_REPORT = ("report.html", "report.md", "summary.json", "speed.json")
+_OTHER = ("runs", "results.jsonl", *_REPORT, "config.yaml", "status.json")
+"""Files of another study or of a run (`localvit.runs`)."""
 _FAILURE = "failure.json"
 _BESIDES = ("command", "classes")  # further keys of study.json
 
@@ -75,7 +78,9 @@ class StudyFolder:
     def _refuse_other(self) -> None:
         path = self.path
         if not (path / "study.json").exists():
-            held = [name for name in _OWN if (path / name).exists()]
+            if path.exists() and not path.is_dir():
+                raise ConfigError(f"output={str(path)!r} is not a folder; choose another name")
+            held = [name for name in _OTHER if (path / name).exists()]
             if held:
                 raise ConfigError(f"{str(path)!r} holds {held[0]} but no study.json; choose another folder")
             return
@@ -136,6 +141,14 @@ class StudyFolder:
         if status is not None and status.state == "failed":
             return Outcome("failed", reason=status.error or "unknown")
         return Outcome("new" if status is None else "begun")
+
+    def outcome_with(self, run: StudyRun, reuse: Sequence[Path]) -> Outcome:
+        """Return the outcome of a run; a new run that is done in one of these folders of studies is done."""
+        found = self.outcome(run)
+        if found.state != "new":
+            return found
+        records = (read_record(other / "runs" / run.key, run) for other in reuse)
+        return next((Outcome("done", record) for record in records if record), found)
 
     def finished(self) -> dict[StudyRun, Record]:
         """Return the records of the finished runs, in the study's order.
@@ -240,6 +253,16 @@ def read_study(path: Path) -> Study:
         return study_from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{str(path / 'study.json')!r} is not a study: {error}; restore it") from error
+
+
+def check_reuse(folders: Sequence[Path]) -> None:
+    """Refuse folders that hold no study.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for folder in folders:
+        read_study(folder)
 
 
 def read_besides(path: Path) -> tuple[str, int | None]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -14,14 +16,20 @@ from localvit.data import random_scope
 from localvit.models import build_model, preprocessing_for
 from localvit.runtime import pick_device
 from localvit.studies.design import Study, StudyRun, StudySummary
-from localvit.studies.execution.folder import StudyFolder
+from localvit.studies.execution.folder import StudyFolder, check_reuse
 
 _PASSES = 3  # A backward pass costs about two forward passes.
 _MACS_OF_A_MEASUREMENT = 2e9
 _MOST_IMAGES = 64
 
 
-def forecast(folder: StudyFolder, summary: StudySummary, jobs: int, device: str | None = None) -> list[str]:
+def forecast(
+    folder: StudyFolder,
+    summary: StudySummary,
+    jobs: int,
+    device: str | None = None,
+    reuse: Sequence[Path] = (),
+) -> list[str]:
     """Describe a study's runs in order, with their costs, and the time of those to do; nothing is written.
 
     Args:
@@ -29,11 +37,13 @@ def forecast(folder: StudyFolder, summary: StudySummary, jobs: int, device: str 
         summary: Summary of `checks.check_study`.
         jobs: Runs at a time.
         device: Device for a measurement, if nothing has run yet; `None`: the study's.
+        reuse: As in `run_missing`.
 
     Raises:
-        ConfigError: if a record cannot be read.
+        ConfigError: if a record cannot be read, or a folder to reuse is none of a study.
     """
-    outcomes = {run: folder.outcome(run) for run in folder.study.runs()}
+    check_reuse(reuse)
+    outcomes = {run: folder.outcome_with(run, reuse) for run in folder.study.runs()}
     macs = _training_macs(folder.study, summary)
     done = {run: o.record.seconds for run, o in outcomes.items() if o.record is not None and run in macs}
     if done:

@@ -23,7 +23,7 @@ from localvit.runtime import pick_device
 from localvit.studies.design import Study, StudyRun, StudySummary, check_study
 from localvit.studies.execution import cluster as clusters
 from localvit.studies.execution.display import Display
-from localvit.studies.execution.folder import Outcome, StudyFolder
+from localvit.studies.execution.folder import Outcome, StudyFolder, check_reuse
 from localvit.studies.execution.jobs import living
 from localvit.studies.execution.records import Record, perform
 
@@ -65,10 +65,11 @@ def run_missing(
         console: Console for progress; `None` shows nothing.
 
     Raises:
-        ConfigError, DataError: if an arm cannot be trained, a record cannot be read, another process works
-            in the folder or nothing can be submitted from here; nothing was written. Or if the cluster
-            refuses the jobs, or jobs exist and `cluster` is `None`.
+        ConfigError, DataError: if an arm cannot be trained, a record or a folder to reuse cannot be read,
+            another process works in the folder or nothing can be submitted from here; nothing was written.
+            Or if the cluster refuses the jobs, or jobs exist and `cluster` is `None`.
     """
+    check_reuse(reuse)
     if cluster is not None:
         cluster.check(folder.study, threads)
     summary = check_ready(folder.study, here=cluster is None)

@@ -190,7 +190,7 @@ def _arm_result(
     return ArmResult(
         name=name,
         scores=scores,
-        mean=estimate(list(scores.values())) if len(scores) > 1 else None,
+        mean=estimate(list(scores.values()), (0.0, 100.0)) if len(scores) > 1 else None,
         parameters=first.parameters,
         macs=first.macs,
         training_speed=statistics.median(record.images_per_second for record in own.values()),

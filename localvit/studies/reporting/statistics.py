@@ -63,8 +63,8 @@ class Difference:
     detectable: float | None
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Estimate the mean of `values`.
+def estimate(values: Sequence[float], within: tuple[float, float] = (-np.inf, np.inf)) -> Estimate:
+    """Estimate the mean of `values`, which is known to be `within` these ends.
 
     Raises:
         ValueError: for fewer than two values, or one that is not finite.
@@ -73,6 +73,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     if not np.ptp(x):
         return Estimate(mean=float(x[0]), low=None, high=None, sd=0.0, n=len(x))
     low, high = map(float, stats.ttest_1samp(x, 0.0).confidence_interval(CONFIDENCE))
+    low, high = max(low, within[0]), min(high, within[1])
     return Estimate(mean=float(x.mean()), low=low, high=high, sd=float(x.std(ddof=1)), n=len(x))
 
 

@@ -70,6 +70,11 @@ def test_heads_and_tokens_and_fields_that_follow():
     )
 
 
+def test_a_field_that_is_not_set_is_shown_as_what_the_design_decides():
+    own = Arm(name="own", control="local", changes={"model.locality": {"gate": "none"}})
+    assert check_study(study(LOCAL, own)).arms["own"].differs == {"model.locality.gate": ("se", "none")}
+
+
 @pytest.mark.parametrize("match", ["params", "macs"])
 def test_budgets_are_matched_by_the_expansion_within_one_per_cent(match):
     wide = Arm(name="wide", changes={"model.locality": {"kernel_size": 5}})

@@ -99,7 +99,7 @@ def test_the_question_that_is_written_runs_as_it_is(tmp_path, monkeypatch, capsy
     make_images(tmp_path / "images")
     assert main(["study", "new", "mine"]) == 0
     assert "localvit study run mine.yaml" in capsys.readouterr().out
-    assert "#   localvit study run mine.yaml " in (tmp_path / "mine.yaml").read_text()
+    assert "#   localvit study run mine.yaml\n" in (tmp_path / "mine.yaml").read_text()
     shrunk = [word for setting in SETTINGS for word in ("--set", setting)]
     assert main(["study", "run", "mine.yaml", "--seeds", "2", "--data", "images", *shrunk]) == 0
     report = (tmp_path / "runs" / "mine-digits" / "report.md").read_text()

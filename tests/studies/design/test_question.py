@@ -87,10 +87,11 @@ CLAIM = "claim: {text: t, source: s, "
         ("{epochs: 60}", "{epoch: 60}", "arms.long.epoch: .*did you mean 'epochs'"),
         ("{epochs: 60}", "{}", "arms 'short' and 'long' are equal"),
         ("{epochs: 60}", "60", "arms.long: 60 is not accepted; use a mapping"),
-        ("against: long", "against: logn", "control: the arm 'logn' does not exist"),
+        ("against: long", "against: logn", "arms.longer.against: 'logn' does not exist; did you mean 'long'"),
         ("longer: {epochs: 90}", "longest: {epochs: 90}", "scales.mine.arms: 'longest' does not exist"),
         ("recipe: digits", "recipe: digit", "did you mean 'digits'"),
-        ("recipe: digits, ", "", "scales.mine.recipe is missing"),
+        ("recipe: digits, ", "", "scales.mine.recipe is missing; add it, or use digits, small, paper"),
+        ("{epochs: 90}", "{against: lon}", "scales.mine.arms.longer.against: 'lon' does not exist"),
         ("match: none", "match: time", "match: 'time' is not accepted; use 'none', 'params' or 'macs'"),
         (
             "match: none",

@@ -17,8 +17,10 @@ from localvit.config.files import resolve
 from localvit.errors import ConfigError, TrainingFailed
 from localvit.runs.lock import locked
 from localvit.studies.demo import demo_study
+from localvit.studies.design.checks import check_study
 from localvit.studies.execution import run as run_module
 from localvit.studies.execution.folder import StudyFolder
+from localvit.studies.execution.forecasting import forecast
 from localvit.studies.execution.run import run_missing
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -114,10 +116,32 @@ def test_another_study_is_refused_and_left_alone(folder, tiny):
     assert (folder.path / "study.json").read_text() == before
 
 
-def test_a_folder_of_something_else_is_refused(study, tmp_path):
-    (tmp_path / "runs").mkdir()
-    with pytest.raises(ConfigError, match=r"holds runs but no study\.json"):
+@pytest.mark.parametrize("file", ["runs", "results.jsonl", "config.yaml", "status.json"])
+def test_a_folder_of_something_else_is_refused(study, tmp_path, file):
+    """Such as a study without its file, or a run."""
+    (tmp_path / file).mkdir()
+    with pytest.raises(ConfigError, match=rf"holds {file} but no study\.json"):
         StudyFolder(tmp_path, study)
+
+
+def test_a_file_is_not_a_folder(study, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"output='.*file' is not a folder; choose another name"):
+        StudyFolder(tmp_path / "file", study)
+
+
+@pytest.mark.parametrize("call", [run_missing, lambda *words, **kwords: forecast(*words, None, 1, **kwords)])
+def test_only_a_study_is_reused(folder, tmp_path, call):
+    with pytest.raises(ConfigError, match=r"nothing/study\.json' does not exist; choose the folder"):
+        call(folder, reuse=[tmp_path / "nothing"])
+
+
+def test_a_forecast_counts_what_is_reused(folder, tmp_path):
+    run_missing(folder)
+    other, summary = StudyFolder(tmp_path / "other", folder.study), check_study(folder.study)
+    assert "4 of 4 runs to do" in forecast(other, summary, 1)[-1]
+    assert "0 of 4 runs to do" in forecast(other, summary, 1, reuse=[folder.path])[-1]
+    assert not other.path.exists()
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"config": {"epochz": 3}}', b"\x80{", b"[" * 9000])
@@ -195,6 +219,7 @@ import sys
 from pathlib import Path
 from localvit.studies.demo import demo_study
 from localvit.studies.execution.folder import StudyFolder
+from localvit.studies.execution.forecasting import forecast
 from localvit.studies.execution.run import run_missing
 from localvit.config import resolve
 if __name__ == "__main__":

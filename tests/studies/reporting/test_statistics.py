@@ -32,6 +32,8 @@ def test_mean_and_interval_by_hand():
     half = 4.302652729911275 / math.sqrt(3)
     assert found.low == pytest.approx(2 - half)
     assert found.high == pytest.approx(2 + half)
+    bounded = estimate([1.0, 2.0, 3.0], (0.0, 4.0))
+    assert (bounded.low, bounded.high, bounded.sd) == (0.0, 4.0, found.sd)
 
 
 def test_paired_difference_by_hand():
