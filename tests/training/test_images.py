@@ -105,10 +105,10 @@ def test_the_replacement_depends_on_the_draw_alone(images):
 def test_a_process_that_loads_and_dies_is_named_in_one_line(tiny, tmp_path, monkeypatch):
     main, real = os.getpid(), loading.BatchDataset._prepare
 
-    def deadly(self, draw, out):
-        if os.getpid() != main and isinstance(draw, loading.SampleSpec) and draw.image_index == 7:
+    def deadly(self, index, out):
+        if os.getpid() != main and index == 7:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, draw, out)
+        return real(self, index, out)
 
     monkeypatch.setattr(loading.BatchDataset, "_prepare", deadly)
     with pytest.raises(TrainingFailed, match=r"a data worker died \(DataLoader worker") as caught:
