@@ -74,7 +74,6 @@ class Images(Protocol):
     """Labelled images by index; `labels[i]` indexes `class_names` and needs no decoding.
 
     `origin` identifies the set, as far as its files do not, and is the same whenever the set is opened.
-    `read_pixels` returns `self[index][0].convert(mode)` as (C, H, W) uint8: the same bits, perhaps faster.
     """
 
     class_names: tuple[str, ...]
@@ -85,7 +84,13 @@ class Images(Protocol):
 
     def __getitem__(self, index: int) -> Sample: ...
 
-    def read_pixels(self, index: int, mode: Mode) -> tuple[UInt8[torch.Tensor, "C H W"], int]: ...
+    def read_pixels(self, index: int, mode: Mode) -> tuple[UInt8[torch.Tensor, "C H W"], int]:
+        """Return `self[index]` with its image converted to `mode`, as (C, H, W) uint8.
+
+        A set may do it faster, with the same bits.
+        """
+        image, label = self[index]
+        return to_pixels(image, mode), label
 
 
 @lru_cache(maxsize=1)
@@ -234,7 +239,7 @@ def _naming(name: str) -> Iterator[None]:
         raise UnreadableImage(name, " ".join(str(error).split()) or type(error).__name__) from error
 
 
-class ReaderImages:
+class ReaderImages(Images):
     """Images of a timm reader.
 
     Args:
@@ -273,19 +278,7 @@ class ReaderImages:
             return self.reader[index][0], name
 
 
-class _Decoded:
-    """Images that are available as Pillow images only."""
-
-    def __getitem__(self, index: int) -> Sample:
-        raise NotImplementedError
-
-    def read_pixels(self, index: int, mode: Mode) -> tuple[UInt8[torch.Tensor, "C H W"], int]:
-        """Return pixels and label (see `Images`)."""
-        image, label = self[index]
-        return to_pixels(image, mode), label
-
-
-class TorchvisionImages(_Decoded):
+class TorchvisionImages(Images):
     """Images of a torchvision data set, which does its own decoding."""
 
     def __init__(self, dataset: Any, name: str, split: str = "") -> None:
@@ -307,7 +300,7 @@ class TorchvisionImages(_Decoded):
             return plain(self.dataset[index][0]), self.labels[index]
 
 
-class ArrayImages(_Decoded):
+class ArrayImages(Images):
     """Gray images in memory.
 
     Args:
