@@ -287,7 +287,7 @@ class TorchvisionImages(Images):
         if labels is None:  # some sets keep (file, label) pairs under one of these names
             pairs = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None) or dataset.index
             labels = [pair[-2] if isinstance(pair[-1], str) else pair[-1] for pair in pairs]
-        self.labels: Sequence[int] = [int(label) for label in labels]
+        self.labels = [int(label) for label in labels]
         names = getattr(dataset, "classes", None) or range(max(self.labels) + 1)
         # torchvision's ImageNet has a tuple of synonyms for each class.
         self.class_names = tuple(", ".join(n) if isinstance(n, tuple) else str(n) for n in names)
@@ -327,17 +327,21 @@ class Part(Dataset[Sample]):
         images: The set.
         indices: (N,) indices of the subset's images, in order.
         class_names: Classes that the labels index; every class of `images` must be among them.
+        source: Name of the source of `images`, for the message.
 
     Raises:
         DataError: if `images` has a class that `class_names` lacks.
     """
 
-    def __init__(self, images: Images, indices: np.ndarray, class_names: Sequence[str]) -> None:
+    def __init__(
+        self, images: Images, indices: np.ndarray, class_names: Sequence[str], source: str | None = None
+    ) -> None:
         position = {name: i for i, name in enumerate(class_names)}
         unknown = [name for name in images.class_names if name not in position]
         if unknown:
+            where = "" if source is None else f"{source!r}: "
             raise DataError(
-                f"class {unknown[0]!r} is not among the {len(class_names)} known classes "
+                f"{where}class {unknown[0]!r} is not among the {len(class_names)} known classes "
                 f"({', '.join(class_names[:5])}, ...); {len(unknown)} classes are unknown"
             )
         self.images, self.indices, self.class_names = images, indices, tuple(class_names)

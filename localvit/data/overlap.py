@@ -41,9 +41,9 @@ def shared(part: Part, other: Part) -> np.ndarray:
     return np.flatnonzero(np.isin(places(part), places(other)))
 
 
-def everything(images: Images) -> Part:
-    """Return all images of a set."""
-    return Part(images, np.arange(len(images)), images.class_names)
+def everything(images: Images, class_names: Sequence[str] | None = None, source: str | None = None) -> Part:
+    """Return all images of a set, by default with the classes of the set; other arguments as `Part`."""
+    return Part(images, np.arange(len(images)), class_names or images.class_names, source)
 
 
 def check_disjoint(config: DataConfig, splits: Mapping[str, Part]) -> list[str]:

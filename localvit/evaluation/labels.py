@@ -86,10 +86,7 @@ def label_by_outputs(images: Part, source: str, model: OpenModel, class_map: str
             "without names; name them with class_map"
         )
     names = next((names for names in choices if _each_once(images.class_names, names)), choices[0])
-    try:
-        return Part(images.images, images.indices, names)
-    except DataError as error:
-        raise DataError(f"{source!r}: {error}") from error
+    return Part(images.images, images.indices, names, source)
 
 
 def _each_once(wanted: Sequence[str], names: Sequence[str]) -> bool:

@@ -140,10 +140,7 @@ def _own_test_split(model: OpenModel, saved: SavedRun, config: DataConfig, chang
             notes.append(f"overlap allowed: {text}")
     names = before.class_names if before else model.model.pretrained_cfg.get("label_names")  # type: ignore[union-attr, operator]
     source = run.data.test or run.data.train
-    try:
-        images = Part(splits.test.images, splits.test.indices, names or splits.class_names)
-    except DataError as error:
-        raise DataError(f"{source!r}: {error}") from error
+    images = Part(splits.test.images, splits.test.indices, names or splits.class_names, source)
     return Reported(source=source, images=images, notes=tuple(notes))
 
 
