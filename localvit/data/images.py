@@ -244,14 +244,14 @@ class ReaderImages(Images):
 
     Args:
         reader: The reader.
-        class_names: Name of each class.
+        class_names: Name of each class; none if they have numbers only.
         labels: Class of each image.
         origin: Name of this set, the same whenever it is opened.
     """
 
     def __init__(self, reader: Any, class_names: Sequence[str], labels: Sequence[int], origin: str) -> None:
-        self.reader, self.class_names, self.labels = reader, tuple(class_names), labels
-        self.origin = origin
+        self.reader, self.labels, self.origin = reader, labels, origin
+        self.class_names = tuple(class_names) or tuple(map(str, range(max(labels) + 1)))
 
     def __len__(self) -> int:
         return len(self.labels)
