@@ -100,13 +100,6 @@ def accepted_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-@lru_cache(maxsize=1)
-def image_suffixes() -> tuple[str, ...]:
-    """Return the suffixes of the accepted formats, such as `.webp`."""
-    formats = accepted_formats()
-    return tuple(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
-
-
 def decode(file: BinaryIO | str, name: str) -> Image.Image:
     """Decode an image file to 8 bits a channel (see `plain`); for an animation, its first frame.
 

@@ -12,11 +12,11 @@ from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from PIL import Image
 from timm.data.readers import img_extensions
-from timm.data.readers.reader import Reader
 
 from localvit.data.config import DataError
-from localvit.data.images import MAX_BYTES, image_suffixes
+from localvit.data.images import MAX_BYTES, accepted_formats
 from localvit.data.order import name_order
 
 _IGNORED = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"}
@@ -83,7 +83,9 @@ def is_image(name: str) -> bool:
 
 @lru_cache
 def _suffixes(timms: tuple[str, ...]) -> dict[str, None]:
-    return dict.fromkeys((*timms, *image_suffixes()))
+    formats = accepted_formats()
+    own = (suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+    return dict.fromkeys((*timms, *own))
 
 
 def is_hidden(name: str) -> bool:
@@ -156,8 +158,8 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
         raise DataError(f"folder {folder!r} cannot be read: {error.strerror}; check it") from error
 
 
-class FileReader(Reader):
-    """Reader of image files with timm's interface, for any process.
+class FileReader:
+    """Reader of image files as `ReaderImages` uses timm's readers, for any process.
 
     It stores arrays, not one object per file, because there may be millions of files. timm's readers keep one
     file open, which forked data workers share. Here each read opens the file again (about 20 microseconds).
@@ -174,7 +176,6 @@ class FileReader(Reader):
     """
 
     def __init__(self, base: str, items: Sequence[Item], notes: Sequence[str] = ()) -> None:
-        super().__init__()
         self.base, self.notes = base, tuple(notes)
         self.names = [item.name for item in items]
         self.places = np.array([item.place for item in items], dtype=np.uint64).reshape(-1, 3)
@@ -198,13 +199,9 @@ class FileReader(Reader):
             file.seek((int(self.places[index, 2]) if number >= 0 else 0) + start)
             return file.read(size - start if length is None else length)
 
-    def _filename(self, index: int, basename: bool = False, absolute: bool = True) -> str:
-        name = self.names[index]
-        return os.path.basename(name) if basename else self.base + name if absolute else name
-
-    def filename(self, index: int, basename: bool = False, absolute: bool = True) -> str:
-        """Return the name of a file, with the path of its source unless `absolute=False`."""
-        return self._filename(index, basename, absolute)
+    def filename(self, index: int, absolute: bool = True) -> str:
+        """Return the name of a file, with the path of its source if `absolute`."""
+        return self.base + self.names[index] if absolute else self.names[index]
 
 
 def class_images(tree: Tree, *, allow_links: bool = False) -> tuple[FileReader, list[str], list[int]]:
@@ -223,16 +220,14 @@ def class_images(tree: Tree, *, allow_links: bool = False) -> tuple[FileReader, 
     """
     _check_depth(tree)
     items = sorted(tree.items, key=lambda item: name_order(item.name))
-    kept, links = items, 0
-    if not allow_links:
-        kept = list(_once(tree.source, items))
-        links = len(items) - len(kept)
-    texts = {item.name.partition("/")[0]: "" for item in kept}
-    texts = {folder: label_text(folder) for folder in sorted(texts, key=name_order)}
+    kept = items if allow_links else list(_once(tree.source, items))
+    folders = [item.name.partition("/")[0] for item in kept]
+    texts = {folder: label_text(folder) for folder in set(folders)}
     names = sorted(set(texts.values()), key=name_order)
     index = {name: i for i, name in enumerate(names)}
-    labels = [index[texts[item.name.partition("/")[0]]] for item in kept]
-    return FileReader(tree.base, kept, tuple(_notes(tree, links))), names, labels
+    labels = [index[texts[folder]] for folder in folders]
+    notes = list(_notes(tree, links=len(items) - len(kept)))
+    return FileReader(tree.base, kept, notes), names, labels
 
 
 def label_text(folder: str) -> str:
