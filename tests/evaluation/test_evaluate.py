@@ -16,7 +16,7 @@ from localvit.evaluation import evaluate
 from localvit.evaluation.calibration import calibration, expected_calibration_error, wilson_interval
 from localvit.evaluation.files import as_csv, as_json, confusion_matrix, draw_confusion
 from localvit.evaluation.labels import read_class_map
-from localvit.evaluation.top_k import TopKPredictions, by_class, confusion_counts
+from localvit.evaluation.top_k import TopKPredictions, by_class
 from localvit.inference import open_model
 from tests.images import export_model, make_images
 
@@ -337,7 +337,7 @@ def test_calibration_error_is_what_a_slow_count_finds(answers):
 
 def test_classes_and_confusions_by_hand():
     targets, guesses = np.array([0, 0, 0, 0, 2, 2]), np.array([0, 1, 3, 1, 2, 2])
-    classes, confusions = by_class(confusion_counts(targets, guesses), list("abcd"), list("ABCD"))
+    classes, confusions = by_class(targets, guesses, list("abcd"), list("ABCD"))
     assert [(r.label, r.description, r.images, r.right, r.top1) for r in classes] == [
         ("a", "A", 4, 1, 25.0),
         ("c", "C", 2, 2, 100.0),
