@@ -178,8 +178,9 @@ def evaluate(
         device = "cpu"  # exported files run there
     with open_world(device) as world:
         model = open_model(checkpoint, world.device, engine=engine, fuse=fuse)
-        found = reported_images(model, data, config, class_map, world=world, allow_change=allow_change)
-        images = found.images
+        source, images, notes = reported_images(
+            model, data, config, class_map, world=world, allow_change=allow_change
+        )
         real = read_real_labels(real_labels, images, model) if real_labels is not None else None
         prepared = preprocessing_for(model.model, config)
         loader = eval_loader(
@@ -196,12 +197,12 @@ def evaluate(
     return Evaluation(
         checkpoint=checkpoint,
         form=model.form,
-        data=found.source,
+        data=source,
         metrics=metrics,
         real=_count_real(predictions.guesses, real.numpy()) if real is not None else None,
         restricted=restrict,
         preprocessing=prepared,
-        notes=found.notes,
+        notes=notes,
         **_conclusions(metrics, predictions, images, model),
     )
 
