@@ -7,8 +7,6 @@ from typing import Literal
 
 from localvit.errors import ConfigError
 
-Interpolation = Literal["nearest", "bilinear", "bicubic"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
@@ -100,7 +98,7 @@ class DataConfig:
     fraction: float = 1.0
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    interpolation: Interpolation | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
     crop_pct: float | None = None
     allow_overlap: bool = False
 

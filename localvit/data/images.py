@@ -46,7 +46,6 @@ FORMATS = (
     *("QOI", "ICO", "PCX", "SGI", "TGA"),  # the last one has no signature, so it is tried last
 )
 """Accepted image formats, by Pillow's names. PostScript is left out: Pillow starts a program for it."""
-_CHANNELS = {"L": 1, "RGB": 3}
 # Such images are refused here, so a warning adds nothing. Filters of the user come first.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
 # The operator itself: its wrapper `torchvision.io.decode_jpeg` warns since 0.29 that both will be removed.
@@ -130,7 +129,7 @@ def decode_pixels(data: bytes, name: str, mode: Mode) -> UInt8[torch.Tensor, "C 
         try:
             # A copy, because torch does not accept read-only memory.
             content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            pixels: torch.Tensor = _torch_decode(content, _CHANNELS[mode])
+            pixels: torch.Tensor = _torch_decode(content, Image.getmodebands(mode))
             return pixels
         except RuntimeError:
             pass  # Pillow reports what is wrong with it

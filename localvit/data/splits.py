@@ -73,18 +73,16 @@ def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
         remaining, test = _hold_out(train, remaining, names, config.holdout, FIXED_SEED)
         notes.append(_note("test", test, config.train, "the same for every seed"))
 
-    own_validation = _own_validation(available, config, test)
     if config.validation is not None:
         validation = open_test_split(config.validation, config, names)
-    elif own_validation is not None:
+    elif (own_validation := _own_validation(available, config, test)) is not None:
         validation = everything(own_validation, names, config.train)
     else:
         remaining, validation = _hold_out(train, remaining, names, config.holdout, seed)
         notes.append(_note("validation", validation, config.train, f"chosen by seed {seed}"))
     notes += check_disjoint(config, {"train": everything(train), "test": test, "validation": validation})
-    opened = {id(images): images for images in (train, test.images, validation.images)}
-    asides = [note for images in opened.values() for note in getattr(file_reader(images), "notes", ())]
-    notes += dict.fromkeys(asides)
+    readers = map(file_reader, (train, test.images, validation.images))
+    notes += dict.fromkeys(note for reader in readers for note in getattr(reader, "notes", ()))
     if config.fraction < 1.0:
         total = len(remaining)
         remaining = nested_subset(np.asarray(train.labels), remaining, config.fraction)
@@ -117,9 +115,7 @@ def open_test_split(source: str, config: DataConfig, class_names: Sequence[str] 
 
 def _own_validation(available: dict[str, Opener], config: DataConfig, test: Part) -> Images | None:
     """Open the validation split of the training source, unless `config.test` has images of it."""
-    if config.validation is not None or "validation" not in available:
-        return None
-    if config.test is None and "test" not in available:
+    if "validation" not in available or (config.test is None and "test" not in available):
         return None
     images = available["validation"]()
     if config.test is not None and len(shared(test, everything(images))):
