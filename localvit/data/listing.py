@@ -180,8 +180,7 @@ class FileReader:
         self.names = [item.name for item in items]
         self.places = np.array([item.place for item in items], dtype=np.uint64).reshape(-1, 3)
         self.sizes = np.array([item.size for item in items], dtype=np.int64)
-        archives = {item.path: i for i, item in enumerate(items) if item.path != base + item.name}
-        self._paths = list(archives)
+        self._paths = list(dict.fromkeys(item.path for item in items if item.path != base + item.name))
         number = {path: i for i, path in enumerate(self._paths)}
         self._archive = np.array([number.get(item.path, -1) for item in items], dtype=np.int32)
 
@@ -190,14 +189,14 @@ class FileReader:
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, None]:
         # At most one byte more than is accepted, so that whoever decodes it can refuse it.
-        return io.BytesIO(self.read(index, length=min(int(self.sizes[index]), MAX_BYTES + 1))), None
+        return io.BytesIO(self.read(index, 0, min(int(self.sizes[index]), MAX_BYTES + 1))), None
 
-    def read(self, index: int, start: int = 0, length: int | None = None) -> bytes:
-        """Read the content of a file, or a part of it."""
-        number, size = self._archive[index], int(self.sizes[index])
+    def read(self, index: int, start: int, length: int) -> bytes:
+        """Read a part of a file."""
+        number = self._archive[index]
         with open(self._paths[number] if number >= 0 else self.filename(index), "rb") as file:
-            file.seek((int(self.places[index, 2]) if number >= 0 else 0) + start)
-            return file.read(size - start if length is None else length)
+            file.seek(int(self.places[index, 2]) + start)
+            return file.read(length)
 
     def filename(self, index: int, absolute: bool = True) -> str:
         """Return the name of a file, with the path of its source if `absolute`."""

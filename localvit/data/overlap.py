@@ -120,8 +120,7 @@ def _equal_pairs(part: Part, other: Part, most: int | None) -> list[tuple[int, i
     """Return pairs of positions, in `part` and in `other`, of different files with equal content."""
     sizes = [file_reader(p.images).sizes[p.indices] for p in (part, other)]  # type: ignore[union-attr]
     mine, theirs = (np.flatnonzero(np.isin(a, b)).tolist() for a, b in (sizes, sizes[::-1]))
-    links = set(shared(part, other).tolist())
-    mine = [position for position in mine if position not in links]
+    mine = np.setdiff1d(mine, shared(part, other)).tolist()  # without links
     if most is not None and len(mine) + len(theirs) > most:
         return None
     pairs: list[tuple[int, int]] = []
@@ -140,9 +139,9 @@ def _by_digest(part: Part, positions: Sequence[int], length: int | None) -> dict
     for position in positions:
         index = int(part.indices[position])
         size = int(reader.sizes[index])
-        start = 0 if length is None else max(0, (size - length) // 2)
+        part_size = size if length is None else min(length, size)
         try:
-            content = reader.read(index, start, None if length is None else min(length, size - start))
+            content = reader.read(index, (size - part_size) // 2, part_size)
         except OSError:
             continue  # reported with its name when it is loaded as an image
         found[hashlib.sha256(size.to_bytes(8, "big") + content).digest()].append(position)
