@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -168,7 +169,7 @@ class BatchDataset(Dataset[Any]):
     """Data set that reads, transforms and stacks a whole batch at a time.
 
     Args:
-        read: Function from an index to an image, in the model's mode (gray or RGB), and its target.
+        read: Function from an index to an image and its target.
         length: Number of images.
         transform: Function that transforms such an image and writes it to its slot in the batch.
         size: (C, H, W) of a transformed image.
@@ -287,9 +288,9 @@ def eval_loader(
         crop_pct=preprocessing.crop_pct,
         crop_mode=preprocessing.crop_mode,
     )
-    read = partial(_read_converted, images, mode=_mode(preprocessing))
+    prepare = partial(_convert_into, transform, _mode(preprocessing))
     length: int = len(images)  # type: ignore[arg-type]
-    dataset = BatchDataset(read, length, partial(_transform_into, transform), preprocessing.input_size)
+    dataset = BatchDataset(images.__getitem__, length, prepare, preprocessing.input_size)
     own = range(rank, len(dataset), world_size)
     return _loader(dataset, workers, pin_memory, batch_size=batch_size, sampler=own)
 
@@ -301,13 +302,8 @@ def _mode(preprocessing: Preprocessing) -> Mode:
     return _MODES[channels]
 
 
-def _read_converted(images: Dataset[Sample], index: int, mode: Mode) -> Sample:
-    image, target = images[index]
-    return image.convert(mode), target
-
-
-def _transform_into(transform: Callable[[Any], torch.Tensor], image: Any, out: torch.Tensor) -> None:
-    out.copy_(transform(image))
+def _convert_into(transform: Any, mode: Mode, image: Image.Image, out: torch.Tensor) -> None:
+    out.copy_(transform(image.convert(mode)))
 
 
 def _unchanged(batch: Batch) -> Batch:

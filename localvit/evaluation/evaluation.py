@@ -199,7 +199,7 @@ def evaluate(
         form=model.form,
         data=source,
         metrics=metrics,
-        real=_count_real(predictions.guesses, real.numpy()) if real is not None else None,
+        real=_count_real(predictions.guesses, real) if real is not None else None,
         restricted=restrict,
         preprocessing=prepared,
         notes=notes,
