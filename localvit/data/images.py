@@ -79,7 +79,8 @@ class Images(Protocol):
     labels: Sequence[int]
     origin: str
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> Sample: ...
 
@@ -245,9 +246,6 @@ class ReaderImages(Images):
         self.reader, self.labels, self.origin = reader, labels, origin
         self.class_names = tuple(class_names) or tuple(map(str, range(max(labels) + 1)))
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getitem__(self, index: int) -> Sample:
         file, name = self._open(index)
         with file:
@@ -284,9 +282,6 @@ class TorchvisionImages(Images):
         # torchvision's ImageNet has a tuple of synonyms for each class.
         self.class_names = tuple(", ".join(n) if isinstance(n, tuple) else str(n) for n in names)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getitem__(self, index: int) -> Sample:
         with _naming(f"number {index} of {self.name}"):
             return plain(self.dataset[index][0]), self.labels[index]
@@ -304,9 +299,6 @@ class ArrayImages(Images):
     def __init__(self, pixels: np.ndarray, labels: Sequence[int], class_names: Sequence[str]) -> None:
         self.pixels, self.labels, self.class_names = pixels, labels, tuple(class_names)
         self.origin = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
-
-    def __len__(self) -> int:
-        return len(self.pixels)
 
     def __getitem__(self, index: int) -> Sample:
         return Image.fromarray(self.pixels[index]), int(self.labels[index])

@@ -16,7 +16,7 @@ from PIL import Image
 from timm.data.readers import img_extensions
 
 from localvit.data.config import DataError
-from localvit.data.images import MAX_BYTES, accepted_formats
+from localvit.data.images import MAX_BYTES, ReaderImages, accepted_formats
 from localvit.data.order import name_order
 
 _IGNORED = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"}
@@ -99,12 +99,8 @@ def accepted_names() -> str:
 
 
 def sub_folders(folder: str) -> list[str]:
-    """Return the names of the visible folders in a folder, in natural order.
-
-    Raises:
-        DataError: if it cannot be read.
-    """
-    return sorted((entry.name for entry in _entries(folder) if entry.is_dir()), key=name_order)
+    """Return the names of the visible folders in a folder, in natural order; errors as `entries`."""
+    return sorted((entry.name for entry in entries(folder) if entry.is_dir()), key=name_order)
 
 
 def walk(folder: str) -> Tree:
@@ -118,7 +114,7 @@ def walk(folder: str) -> Tree:
     waiting = [("", frozenset({(top.st_dev, top.st_ino)}))]
     while waiting:
         prefix, above = waiting.pop()
-        for entry in _entries(os.path.join(folder, prefix)):
+        for entry in entries(os.path.join(folder, prefix)):
             name = f"{prefix}{entry.name}"
             try:
                 status = entry.stat()
@@ -150,10 +146,15 @@ def check_regular(path: str, mode: int) -> None:
         raise DataError(f"{path!r} is not a regular file; remove it or name a file")
 
 
-def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
+def entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    """Yield the visible files and folders in a folder.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
     try:
-        with os.scandir(folder) as entries:
-            yield from (entry for entry in entries if not is_hidden(entry.name))
+        with os.scandir(folder) as found:
+            yield from (entry for entry in found if not is_hidden(entry.name))
     except OSError as error:
         raise DataError(f"folder {folder!r} cannot be read: {error.strerror}; check it") from error
 
@@ -203,8 +204,8 @@ class FileReader:
         return self.base + self.names[index] if absolute else self.names[index]
 
 
-def class_images(tree: Tree, *, allow_links: bool = False) -> tuple[FileReader, list[str], list[int]]:
-    """Return the images of class folders: reader, class names, and label of each image.
+def class_images(tree: Tree, *, allow_links: bool, notes: Sequence[str]) -> ReaderImages:
+    """Return the images of class folders.
 
     The order is the natural one of names, so it does not depend on the file system. A file that has two
     names in one class is one image.
@@ -212,6 +213,7 @@ def class_images(tree: Tree, *, allow_links: bool = False) -> tuple[FileReader, 
     Args:
         tree: The content of the source.
         allow_links: Accept a file in two classes, as two images.
+        notes: Sentences about what else was left out.
 
     Raises:
         DataError: if there are no images, an image is not directly in a class folder, a class folder has no
@@ -225,8 +227,8 @@ def class_images(tree: Tree, *, allow_links: bool = False) -> tuple[FileReader, 
     names = sorted(set(texts.values()), key=name_order)
     index = {name: i for i, name in enumerate(names)}
     labels = [index[texts[folder]] for folder in folders]
-    notes = list(_notes(tree, links=len(items) - len(kept)))
-    return FileReader(tree.base, kept, notes), names, labels
+    reader = FileReader(tree.base, kept, [*notes, *_notes(tree, links=len(items) - len(kept))])
+    return ReaderImages(reader, names, labels, origin=tree.base)
 
 
 def label_text(folder: str) -> str:

@@ -12,14 +12,7 @@ from timm.data import create_dataset
 
 from localvit.data.config import DataConfig, DataError
 from localvit.data.images import ArrayImages, Images, ReaderImages, TorchvisionImages
-from localvit.data.listing import (
-    Tree,
-    class_images,
-    is_hidden,
-    is_image,
-    sub_folders,
-    walk,
-)
+from localvit.data.listing import Tree, class_images, entries, is_image, sub_folders, walk
 from localvit.data.order import name_order
 from localvit.data.split_names import split_folders, split_of
 from localvit.data.tar import open_shards, read_tar
@@ -156,8 +149,7 @@ def _folder_splits(folder: str, config: DataConfig) -> dict[str, Opener]:
     found, notes = split_folders(folder, inner)
     if not found:
         return {"all": partial(_open_tree, partial(walk, folder), config)}
-    beside = sum(is_image(entry.name) for entry in os.scandir(folder) if not is_hidden(entry.name))
-    if beside:
+    if beside := sum(is_image(entry.name) for entry in entries(folder)):
         notes.append(f"{folder!r}: images outside its splits are left out ({beside})")
     return {
         split: partial(_open_tree, partial(walk, os.path.join(folder, name)), config, notes)
@@ -182,10 +174,7 @@ def _tar_splits(path: str, config: DataConfig) -> dict[str, Opener]:
 
 
 def _open_tree(read: Callable[[], Tree], config: DataConfig, notes: Sequence[str] = ()) -> ReaderImages:
-    tree = read()
-    reader, names, labels = class_images(tree, allow_links=config.allow_overlap)
-    reader.notes = (*notes, *reader.notes)
-    return ReaderImages(reader, names, labels, origin=tree.base)
+    return class_images(read(), allow_links=config.allow_overlap, notes=notes)
 
 
 def _open_torchvision(source: str, split: str, config: DataConfig) -> Images:
