@@ -106,9 +106,8 @@ def equal_contents(splits: Mapping[str, Part], most: int | None = _MOST_DIGESTS)
                 "split, so contents were not compared; run `localvit data check` to compare them"
             )
         elif pairs:
-            mine, theirs = (
-                image_name(p, i) for p, i in zip((parts[name], parts[other]), pairs[0], strict=True)
-            )
+            i, j = pairs[0]
+            mine, theirs = image_name(parts[name], i), image_name(parts[other], j)
             notes.append(
                 f"warning: {len(pairs)} of {len(parts[name])} {name} images have the same content as {other} "
                 f"images, such as {mine!r} and {theirs!r}; remove the copies"
