@@ -76,7 +76,7 @@ def test_shapes_hold_from_the_file_to_the_report(checked, tmp_path):
     next(iter(eval_loader(open_test_split(data, DataConfig()), PREPROCESSING, batch_size=2)))
     assert checked >= {
         "evaluation.top_k.add",
-        "evaluation.top_k.confusion_counts",
+        "evaluation.top_k.by_class",
         "evaluation.calibration.calibration",
         "evaluation.metrics.add",
         "evaluation.files.confusion_matrix",

@@ -7,8 +7,6 @@ from typing import Literal
 
 from localvit.errors import ConfigError
 
-Interpolation = Literal["nearest", "bilinear", "bicubic"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
@@ -82,10 +80,7 @@ class DataConfig:
         fraction: Fraction of the training images of each class to train on. Subsets are nested: a smaller
             one is part of every larger one. They do not depend on the seed. Splits are held out before, so
             they are the same for every fraction.
-        mean: Mean of each channel, for pixels in 0..1. `None`: the model's own.
-        std: Standard deviation of each channel. `None`: the model's own.
-        interpolation: Interpolation of the resizing. `None`: the model's own.
-        crop_pct: Fraction of the resized image that the evaluation crop keeps. `None`: the model's own;
+        mean, std, interpolation, crop_pct: As in `Preprocessing`; `None`: the model's own. A `crop_pct` of
             1.0 suits images that already have the model's size.
         allow_overlap: Accept images that are in two splits, or in two classes. They are counted in the notes
             of the result, because its accuracy is then partly that of images trained on.
@@ -103,7 +98,7 @@ class DataConfig:
     fraction: float = 1.0
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    interpolation: Interpolation | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
     crop_pct: float | None = None
     allow_overlap: bool = False
 

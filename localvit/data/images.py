@@ -46,7 +46,6 @@ FORMATS = (
     *("QOI", "ICO", "PCX", "SGI", "TGA"),  # the last one has no signature, so it is tried last
 )
 """Accepted image formats, by Pillow's names. PostScript is left out: Pillow starts a program for it."""
-_CHANNELS = {"L": 1, "RGB": 3}
 # Such images are refused here, so a warning adds nothing. Filters of the user come first.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
 # The operator itself: its wrapper `torchvision.io.decode_jpeg` warns since 0.29 that both will be removed.
@@ -74,18 +73,24 @@ class Images(Protocol):
     """Labelled images by index; `labels[i]` indexes `class_names` and needs no decoding.
 
     `origin` identifies the set, as far as its files do not, and is the same whenever the set is opened.
-    `read_pixels` returns `self[index][0].convert(mode)` as (C, H, W) uint8: the same bits, perhaps faster.
     """
 
     class_names: tuple[str, ...]
     labels: Sequence[int]
     origin: str
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> Sample: ...
 
-    def read_pixels(self, index: int, mode: Mode) -> tuple[UInt8[torch.Tensor, "C H W"], int]: ...
+    def read_pixels(self, index: int, mode: Mode) -> tuple[UInt8[torch.Tensor, "C H W"], int]:
+        """Return `self[index]` with its image converted to `mode`, as (C, H, W) uint8.
+
+        A set may do it faster, with the same bits.
+        """
+        image, label = self[index]
+        return to_pixels(image, mode), label
 
 
 @lru_cache(maxsize=1)
@@ -93,13 +98,6 @@ def accepted_formats() -> tuple[str, ...]:
     """Return those of `FORMATS` that the installed Pillow has; an older one lacks AVIF, for example."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-@lru_cache(maxsize=1)
-def image_suffixes() -> tuple[str, ...]:
-    """Return the suffixes of the accepted formats, such as `.webp`."""
-    formats = accepted_formats()
-    return tuple(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def decode(file: BinaryIO | str, name: str) -> Image.Image:
@@ -132,7 +130,7 @@ def decode_pixels(data: bytes, name: str, mode: Mode) -> UInt8[torch.Tensor, "C 
         try:
             # A copy, because torch does not accept read-only memory.
             content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            pixels: torch.Tensor = _torch_decode(content, _CHANNELS[mode])
+            pixels: torch.Tensor = _torch_decode(content, Image.getmodebands(mode))
             return pixels
         except RuntimeError:
             pass  # Pillow reports what is wrong with it
@@ -234,22 +232,19 @@ def _naming(name: str) -> Iterator[None]:
         raise UnreadableImage(name, " ".join(str(error).split()) or type(error).__name__) from error
 
 
-class ReaderImages:
+class ReaderImages(Images):
     """Images of a timm reader.
 
     Args:
         reader: The reader.
-        class_names: Name of each class.
+        class_names: Name of each class; none if they have numbers only.
         labels: Class of each image.
         origin: Name of this set, the same whenever it is opened.
     """
 
     def __init__(self, reader: Any, class_names: Sequence[str], labels: Sequence[int], origin: str) -> None:
-        self.reader, self.class_names, self.labels = reader, tuple(class_names), labels
-        self.origin = origin
-
-    def __len__(self) -> int:
-        return len(self.labels)
+        self.reader, self.labels, self.origin = reader, labels, origin
+        self.class_names = tuple(class_names) or tuple(map(str, range(max(labels) + 1)))
 
     def __getitem__(self, index: int) -> Sample:
         file, name = self._open(index)
@@ -273,19 +268,7 @@ class ReaderImages:
             return self.reader[index][0], name
 
 
-class _Decoded:
-    """Images that are available as Pillow images only."""
-
-    def __getitem__(self, index: int) -> Sample:
-        raise NotImplementedError
-
-    def read_pixels(self, index: int, mode: Mode) -> tuple[UInt8[torch.Tensor, "C H W"], int]:
-        """Return pixels and label (see `Images`)."""
-        image, label = self[index]
-        return to_pixels(image, mode), label
-
-
-class TorchvisionImages(_Decoded):
+class TorchvisionImages(Images):
     """Images of a torchvision data set, which does its own decoding."""
 
     def __init__(self, dataset: Any, name: str, split: str = "") -> None:
@@ -294,20 +277,17 @@ class TorchvisionImages(_Decoded):
         if labels is None:  # some sets keep (file, label) pairs under one of these names
             pairs = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None) or dataset.index
             labels = [pair[-2] if isinstance(pair[-1], str) else pair[-1] for pair in pairs]
-        self.labels: Sequence[int] = [int(label) for label in labels]
+        self.labels = [int(label) for label in labels]
         names = getattr(dataset, "classes", None) or range(max(self.labels) + 1)
         # torchvision's ImageNet has a tuple of synonyms for each class.
         self.class_names = tuple(", ".join(n) if isinstance(n, tuple) else str(n) for n in names)
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def __getitem__(self, index: int) -> Sample:
         with _naming(f"number {index} of {self.name}"):
             return plain(self.dataset[index][0]), self.labels[index]
 
 
-class ArrayImages(_Decoded):
+class ArrayImages(Images):
     """Gray images in memory.
 
     Args:
@@ -320,9 +300,6 @@ class ArrayImages(_Decoded):
         self.pixels, self.labels, self.class_names = pixels, labels, tuple(class_names)
         self.origin = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
 
-    def __len__(self) -> int:
-        return len(self.pixels)
-
     def __getitem__(self, index: int) -> Sample:
         return Image.fromarray(self.pixels[index]), int(self.labels[index])
 
@@ -334,17 +311,21 @@ class Part(Dataset[Sample]):
         images: The set.
         indices: (N,) indices of the subset's images, in order.
         class_names: Classes that the labels index; every class of `images` must be among them.
+        source: Name of the source of `images`, for the message.
 
     Raises:
         DataError: if `images` has a class that `class_names` lacks.
     """
 
-    def __init__(self, images: Images, indices: np.ndarray, class_names: Sequence[str]) -> None:
+    def __init__(
+        self, images: Images, indices: np.ndarray, class_names: Sequence[str], source: str | None = None
+    ) -> None:
         position = {name: i for i, name in enumerate(class_names)}
         unknown = [name for name in images.class_names if name not in position]
         if unknown:
+            where = "" if source is None else f"{source!r}: "
             raise DataError(
-                f"class {unknown[0]!r} is not among the {len(class_names)} known classes "
+                f"{where}class {unknown[0]!r} is not among the {len(class_names)} known classes "
                 f"({', '.join(class_names[:5])}, ...); {len(unknown)} classes are unknown"
             )
         self.images, self.indices, self.class_names = images, indices, tuple(class_names)

@@ -12,11 +12,11 @@ from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from PIL import Image
 from timm.data.readers import img_extensions
-from timm.data.readers.reader import Reader
 
 from localvit.data.config import DataError
-from localvit.data.images import MAX_BYTES, image_suffixes
+from localvit.data.images import MAX_BYTES, ReaderImages, accepted_formats
 from localvit.data.order import name_order
 
 _IGNORED = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"}
@@ -83,7 +83,9 @@ def is_image(name: str) -> bool:
 
 @lru_cache
 def _suffixes(timms: tuple[str, ...]) -> dict[str, None]:
-    return dict.fromkeys((*timms, *image_suffixes()))
+    formats = accepted_formats()
+    own = (suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+    return dict.fromkeys((*timms, *own))
 
 
 def is_hidden(name: str) -> bool:
@@ -97,12 +99,8 @@ def accepted_names() -> str:
 
 
 def sub_folders(folder: str) -> list[str]:
-    """Return the names of the visible folders in a folder, in natural order.
-
-    Raises:
-        DataError: if it cannot be read.
-    """
-    return sorted((entry.name for entry in _entries(folder) if entry.is_dir()), key=name_order)
+    """Return the names of the visible folders in a folder, in natural order; errors as `entries`."""
+    return sorted((entry.name for entry in entries(folder) if entry.is_dir()), key=name_order)
 
 
 def walk(folder: str) -> Tree:
@@ -116,7 +114,7 @@ def walk(folder: str) -> Tree:
     waiting = [("", frozenset({(top.st_dev, top.st_ino)}))]
     while waiting:
         prefix, above = waiting.pop()
-        for entry in _entries(os.path.join(folder, prefix)):
+        for entry in entries(os.path.join(folder, prefix)):
             name = f"{prefix}{entry.name}"
             try:
                 status = entry.stat()
@@ -148,16 +146,21 @@ def check_regular(path: str, mode: int) -> None:
         raise DataError(f"{path!r} is not a regular file; remove it or name a file")
 
 
-def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
+def entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    """Yield the visible files and folders in a folder.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
     try:
-        with os.scandir(folder) as entries:
-            yield from (entry for entry in entries if not is_hidden(entry.name))
+        with os.scandir(folder) as found:
+            yield from (entry for entry in found if not is_hidden(entry.name))
     except OSError as error:
         raise DataError(f"folder {folder!r} cannot be read: {error.strerror}; check it") from error
 
 
-class FileReader(Reader):
-    """Reader of image files with timm's interface, for any process.
+class FileReader:
+    """Reader of image files as `ReaderImages` uses timm's readers, for any process.
 
     It stores arrays, not one object per file, because there may be millions of files. timm's readers keep one
     file open, which forked data workers share. Here each read opens the file again (about 20 microseconds).
@@ -174,13 +177,11 @@ class FileReader(Reader):
     """
 
     def __init__(self, base: str, items: Sequence[Item], notes: Sequence[str] = ()) -> None:
-        super().__init__()
         self.base, self.notes = base, tuple(notes)
         self.names = [item.name for item in items]
         self.places = np.array([item.place for item in items], dtype=np.uint64).reshape(-1, 3)
         self.sizes = np.array([item.size for item in items], dtype=np.int64)
-        archives = {item.path: i for i, item in enumerate(items) if item.path != base + item.name}
-        self._paths = list(archives)
+        self._paths = list(dict.fromkeys(item.path for item in items if item.path != base + item.name))
         number = {path: i for i, path in enumerate(self._paths)}
         self._archive = np.array([number.get(item.path, -1) for item in items], dtype=np.int32)
 
@@ -189,26 +190,22 @@ class FileReader(Reader):
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, None]:
         # At most one byte more than is accepted, so that whoever decodes it can refuse it.
-        return io.BytesIO(self.read(index, length=min(int(self.sizes[index]), MAX_BYTES + 1))), None
+        return io.BytesIO(self.read(index, 0, min(int(self.sizes[index]), MAX_BYTES + 1))), None
 
-    def read(self, index: int, start: int = 0, length: int | None = None) -> bytes:
-        """Read the content of a file, or a part of it."""
-        number, size = self._archive[index], int(self.sizes[index])
+    def read(self, index: int, start: int, length: int) -> bytes:
+        """Read a part of a file."""
+        number = self._archive[index]
         with open(self._paths[number] if number >= 0 else self.filename(index), "rb") as file:
-            file.seek((int(self.places[index, 2]) if number >= 0 else 0) + start)
-            return file.read(size - start if length is None else length)
+            file.seek(int(self.places[index, 2]) + start)
+            return file.read(length)
 
-    def _filename(self, index: int, basename: bool = False, absolute: bool = True) -> str:
-        name = self.names[index]
-        return os.path.basename(name) if basename else self.base + name if absolute else name
-
-    def filename(self, index: int, basename: bool = False, absolute: bool = True) -> str:
-        """Return the name of a file, with the path of its source unless `absolute=False`."""
-        return self._filename(index, basename, absolute)
+    def filename(self, index: int, absolute: bool = True) -> str:
+        """Return the name of a file, with the path of its source if `absolute`."""
+        return self.base + self.names[index] if absolute else self.names[index]
 
 
-def class_images(tree: Tree, *, allow_links: bool = False) -> tuple[FileReader, list[str], list[int]]:
-    """Return the images of class folders: reader, class names, and label of each image.
+def class_images(tree: Tree, *, allow_links: bool, notes: Sequence[str]) -> ReaderImages:
+    """Return the images of class folders.
 
     The order is the natural one of names, so it does not depend on the file system. A file that has two
     names in one class is one image.
@@ -216,6 +213,7 @@ def class_images(tree: Tree, *, allow_links: bool = False) -> tuple[FileReader, 
     Args:
         tree: The content of the source.
         allow_links: Accept a file in two classes, as two images.
+        notes: Sentences about what else was left out.
 
     Raises:
         DataError: if there are no images, an image is not directly in a class folder, a class folder has no
@@ -223,16 +221,14 @@ def class_images(tree: Tree, *, allow_links: bool = False) -> tuple[FileReader, 
     """
     _check_depth(tree)
     items = sorted(tree.items, key=lambda item: name_order(item.name))
-    kept, links = items, 0
-    if not allow_links:
-        kept = list(_once(tree.source, items))
-        links = len(items) - len(kept)
-    texts = {item.name.partition("/")[0]: "" for item in kept}
-    texts = {folder: label_text(folder) for folder in sorted(texts, key=name_order)}
+    kept = items if allow_links else list(_once(tree.source, items))
+    folders = [item.name.partition("/")[0] for item in kept]
+    texts = {folder: label_text(folder) for folder in set(folders)}
     names = sorted(set(texts.values()), key=name_order)
     index = {name: i for i, name in enumerate(names)}
-    labels = [index[texts[item.name.partition("/")[0]]] for item in kept]
-    return FileReader(tree.base, kept, tuple(_notes(tree, links))), names, labels
+    labels = [index[texts[folder]] for folder in folders]
+    reader = FileReader(tree.base, kept, [*notes, *_notes(tree, links=len(items) - len(kept))])
+    return ReaderImages(reader, names, labels, origin=tree.base)
 
 
 def label_text(folder: str) -> str:

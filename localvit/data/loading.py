@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -56,14 +57,6 @@ class Batch(NamedTuple):
     targets: torch.Tensor
     indices: list[int]
     unreadable: dict[int, UnreadableImage]
-
-
-class LoadedSample(NamedTuple):
-    """One image of a batch: its index and its target, or an error."""
-
-    image: int
-    target: int
-    error: UnreadableImage | None = None
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -104,10 +97,8 @@ class EpochBatchSampler(Sampler[list[SampleSpec]]):
 
     Args:
         length: Number of images.
-        batch_size: Images in a batch, over all processes.
-        seed: The run's seed.
+        batch_size, seed, rank: As `train_loader`.
         repeats: Number of times that an image occurs in a row.
-        rank: Index of this process, for its shard of every batch (see `share`).
         world_size: Number of processes; it divides `batch_size`.
 
     Raises:
@@ -178,7 +169,7 @@ class BatchDataset(Dataset[Any]):
     """Data set that reads, transforms and stacks a whole batch at a time.
 
     Args:
-        read: Function from an index to an image, in the model's mode (gray or RGB), and its target.
+        read: Function from an index to an image and its target.
         length: Number of images.
         transform: Function that transforms such an image and writes it to its slot in the batch.
         size: (C, H, W) of a transformed image.
@@ -199,47 +190,42 @@ class BatchDataset(Dataset[Any]):
     def __getitems__(self, specs: Sequence[SampleSpec | int]) -> Batch:
         # torch's DataLoader calls this once a batch, so the random states are saved once a batch.
         images = torch.empty(len(specs), *self.size)
+        good: dict[int, tuple[int, int]] = {}  # row -> index and target of its image
+        unreadable: dict[int, UnreadableImage] = {}
         with random_scope():
-            attempts = [list(self._readable(*pair)) for pair in zip(specs, images, strict=True)]
-        good = [row for row, loaded in enumerate(attempts) if loaded[-1].error is None]
-        found = [attempts[row][-1] for row in good]
+            for row, spec in enumerate(specs):
+                for index in self._candidates(spec):
+                    try:
+                        good[row] = index, self._prepare(index, images[row])
+                        break
+                    except UnreadableImage as error:
+                        # Returned, not raised: an exception of a data worker arrives as a long traceback.
+                        unreadable[index] = error
         return Batch(
-            images=images if len(good) == len(specs) else images[good],
-            targets=torch.tensor([loaded.target for loaded in found], dtype=torch.int64),
-            indices=[loaded.image for loaded in found],
-            unreadable={
-                one.image: one.error for loaded in attempts for one in loaded if one.error is not None
-            },
+            images=images if len(good) == len(specs) else images[list(good)],
+            targets=torch.tensor([target for _, target in good.values()], dtype=torch.int64),
+            indices=[index for index, _ in good.values()],
+            unreadable=unreadable,
         )
 
-    def _readable(self, spec: SampleSpec | int, out: torch.Tensor) -> Iterator[LoadedSample]:
-        """Yield the image; if it is unreadable and in training, yield the error and then another image.
+    def _candidates(self, spec: SampleSpec | int) -> Iterator[int]:
+        """Yield the index of the image and, in training, of those to try in its place if it is unreadable.
 
-        The other image depends on the sample's seed alone. The batch keeps its size, and is the same in every
-        process and after a resume.
+        The random states are seeded for each. The other images depend on the sample's seed alone, so the
+        batch keeps its size, and is the same in every process and after a resume.
         """
-        loaded = self._prepare(spec, out)
-        yield loaded
-        for _ in range(_REPLACEMENTS):
-            if loaded.error is None or not isinstance(spec, SampleSpec):
-                return
-            spec = SampleSpec(derive_seed(spec.seed, "image") % len(self), derive_seed(spec.seed, "augment"))
-            loaded = self._prepare(spec, out)
-            yield loaded
-
-    def _prepare(self, spec: SampleSpec | int, out: torch.Tensor) -> LoadedSample:
-        if isinstance(spec, SampleSpec):
-            index = spec.image_index
+        if not isinstance(spec, SampleSpec):  # evaluation: nothing is random
+            yield spec
+            return
+        for _ in range(1 + _REPLACEMENTS):
             seed_all(spec.seed)
-        else:  # evaluation: nothing is random
-            index = spec
-        try:
-            image, target = self.read(index)
-        except UnreadableImage as error:
-            # Returned, not raised: an exception of a data worker arrives as a long traceback.
-            return LoadedSample(index, -1, error)
+            yield spec.image_index
+            spec = SampleSpec(derive_seed(spec.seed, "image") % len(self), derive_seed(spec.seed, "augment"))
+
+    def _prepare(self, index: int, out: torch.Tensor) -> int:
+        image, target = self.read(index)
         self.transform(image, out)
-        return LoadedSample(index, target)
+        return target
 
 
 def train_loader(
@@ -302,9 +288,9 @@ def eval_loader(
         crop_pct=preprocessing.crop_pct,
         crop_mode=preprocessing.crop_mode,
     )
-    read = partial(_read_converted, images, mode=_mode(preprocessing))
+    prepare = partial(_convert_into, transform, _mode(preprocessing))
     length: int = len(images)  # type: ignore[arg-type]
-    dataset = BatchDataset(read, length, partial(_transform_into, transform), preprocessing.input_size)
+    dataset = BatchDataset(images.__getitem__, length, prepare, preprocessing.input_size)
     own = range(rank, len(dataset), world_size)
     return _loader(dataset, workers, pin_memory, batch_size=batch_size, sampler=own)
 
@@ -316,13 +302,8 @@ def _mode(preprocessing: Preprocessing) -> Mode:
     return _MODES[channels]
 
 
-def _read_converted(images: Dataset[Sample], index: int, mode: Mode) -> Sample:
-    image, target = images[index]
-    return image.convert(mode), target
-
-
-def _transform_into(transform: Callable[[Any], torch.Tensor], image: Any, out: torch.Tensor) -> None:
-    out.copy_(transform(image))
+def _convert_into(transform: Any, mode: Mode, image: Image.Image, out: torch.Tensor) -> None:
+    out.copy_(transform(image.convert(mode)))
 
 
 def _unchanged(batch: Batch) -> Batch:
@@ -344,18 +325,13 @@ def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any)
 
 
 def _start_worker(_worker: int) -> None:
-    """Set up a data worker."""
-    disable_ghostscript()
-    _leave_signals_to_the_parent()
+    """Set up a data worker, which leaves signals that reach a whole job to the training process.
 
-
-def _leave_signals_to_the_parent() -> None:
-    """Leave signals that reach a whole job to the training process, which ends its data workers itself.
-
-    The training process may still need batches to finish its step. A data worker ignores Ctrl-C. SLURM sends
-    SIGTERM to all processes; a data worker then exits after half a minute, so that a parent that ends it by
-    this signal does not wait forever.
+    That process ends its data workers itself, and may still need batches to finish its step. A data worker
+    ignores Ctrl-C. SLURM sends SIGTERM to all processes; a data worker then exits after half a minute, so
+    that a parent that ends it by this signal does not wait forever.
     """
+    disable_ghostscript()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
 

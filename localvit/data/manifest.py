@@ -6,8 +6,7 @@ import base64
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -138,15 +137,10 @@ class Manifest:
 
 
 def make_manifest(splits: Splits, config: DataConfig) -> Manifest:
-    """Return the manifest of the splits of a run.
-
-    Args:
-        splits: The splits.
-        config: Their sources.
-    """
+    """Return the manifest of the splits of a run, which were opened from `config`."""
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     named = sum(map(len, parts.values())) <= _MOST_NAMES
-    sources = {f.name: getattr(config, f.name) for f in fields(config) if f.name in (*parts, "root")}
+    sources = {name: getattr(config, name) for name in ("train", "test", "validation", "root")}
     return Manifest(
         class_names=splits.class_names,
         splits={name: split_record(part, named=named) for name, part in parts.items()},
@@ -160,8 +154,9 @@ def make_manifest(splits: Splits, config: DataConfig) -> Manifest:
 
 def split_record(part: Part, *, named: bool) -> SplitRecord:
     """Return the record of a split, with names if `named`."""
-    entries, labels = list(_entries(part)), part.labels
-    reader = file_reader(part.images)
+    reader, labels = file_reader(part.images), part.labels
+    # A slash and no name: the number of an image without a file.
+    entries = [f"{reader.names[i]}/{reader.sizes[i]}" if reader else f"{i}/" for i in part.indices.tolist()]
     classes: dict[str, ClassRecord] = {}
     for label in np.unique(labels):
         own = "\0".join(entries[i] for i in np.flatnonzero(labels == label)).encode(errors="surrogateescape")
@@ -174,13 +169,6 @@ def split_record(part: Part, *, named: bool) -> SplitRecord:
         classes=classes,
         names=base64.b64encode(zlib.compress(text, 9)).decode() if named else None,
     )
-
-
-def _entries(part: Part) -> Iterator[str]:
-    reader = file_reader(part.images)
-    for index in part.indices.tolist():
-        # A slash and no name: the number of an image without a file.
-        yield f"{reader.names[index]}/{reader.sizes[index]}" if reader else f"{index}/"
 
 
 def _name(entry: str) -> str:

@@ -41,9 +41,9 @@ def shared(part: Part, other: Part) -> np.ndarray:
     return np.flatnonzero(np.isin(places(part), places(other)))
 
 
-def everything(images: Images) -> Part:
-    """Return all images of a set."""
-    return Part(images, np.arange(len(images)), images.class_names)
+def everything(images: Images, class_names: Sequence[str] | None = None, source: str | None = None) -> Part:
+    """Return all images of a set, by default with the classes of the set; other arguments as `Part`."""
+    return Part(images, np.arange(len(images)), class_names or images.class_names, source)
 
 
 def check_disjoint(config: DataConfig, splits: Mapping[str, Part]) -> list[str]:
@@ -106,9 +106,8 @@ def equal_contents(splits: Mapping[str, Part], most: int | None = _MOST_DIGESTS)
                 "split, so contents were not compared; run `localvit data check` to compare them"
             )
         elif pairs:
-            mine, theirs = (
-                image_name(p, i) for p, i in zip((parts[name], parts[other]), pairs[0], strict=True)
-            )
+            i, j = pairs[0]
+            mine, theirs = image_name(parts[name], i), image_name(parts[other], j)
             notes.append(
                 f"warning: {len(pairs)} of {len(parts[name])} {name} images have the same content as {other} "
                 f"images, such as {mine!r} and {theirs!r}; remove the copies"
@@ -120,8 +119,7 @@ def _equal_pairs(part: Part, other: Part, most: int | None) -> list[tuple[int, i
     """Return pairs of positions, in `part` and in `other`, of different files with equal content."""
     sizes = [file_reader(p.images).sizes[p.indices] for p in (part, other)]  # type: ignore[union-attr]
     mine, theirs = (np.flatnonzero(np.isin(a, b)).tolist() for a, b in (sizes, sizes[::-1]))
-    links = set(shared(part, other).tolist())
-    mine = [position for position in mine if position not in links]
+    mine = np.setdiff1d(mine, shared(part, other)).tolist()  # without links
     if most is not None and len(mine) + len(theirs) > most:
         return None
     pairs: list[tuple[int, int]] = []
@@ -140,9 +138,9 @@ def _by_digest(part: Part, positions: Sequence[int], length: int | None) -> dict
     for position in positions:
         index = int(part.indices[position])
         size = int(reader.sizes[index])
-        start = 0 if length is None else max(0, (size - length) // 2)
+        part_size = size if length is None else min(length, size)
         try:
-            content = reader.read(index, start, None if length is None else min(length, size - start))
+            content = reader.read(index, (size - part_size) // 2, part_size)
         except OSError:
             continue  # reported with its name when it is loaded as an image
         found[hashlib.sha256(size.to_bytes(8, "big") + content).digest()].append(position)

@@ -12,17 +12,11 @@ from timm.data import create_dataset
 
 from localvit.data.config import DataConfig, DataError
 from localvit.data.images import ArrayImages, Images, ReaderImages, TorchvisionImages
-from localvit.data.listing import (
-    Tree,
-    class_images,
-    is_hidden,
-    is_image,
-    sub_folders,
-    walk,
-)
+from localvit.data.listing import Tree, class_images, entries, is_image, sub_folders, walk
 from localvit.data.order import name_order
 from localvit.data.split_names import split_folders, split_of
 from localvit.data.tar import open_shards, read_tar
+from localvit.errors import first_line
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -48,26 +42,18 @@ def find_splits(source: str, config: DataConfig) -> dict[str, Opener]:
     Raises:
         DataError: if there is no such source.
     """
-    prefix, slash, name = source.partition("/")
+    prefix, slash, _ = source.partition("/")
     if source == "digits":
         return {split: partial(open_digits, split) for split in ("train", "test")}
     if os.path.isdir(source):
         return _folder_splits(source, config)
     if os.path.isfile(source) and source.lower().endswith(".tar"):
         return _tar_splits(source, config)
-    if slash and prefix == "torch" and name not in ("folder", "image_folder"):
-        return {
-            "train": partial(_open_torchvision, source, "train", config),
-            "test": partial(_open_torchvision, source, "validation", config),
-        }
-    if slash and prefix in ("hfds", "wds"):
-        splits = {
-            "train": config.train_split,
-            "validation": config.validation_split,
-            "test": config.test_split,
-        }
-        opener = _open_hub if prefix == "hfds" else _open_shards
-        return {key: partial(opener, source, split, config) for key, split in splits.items() if split}
+    openers = {"torch": _open_torchvision, "hfds": _open_hub, "wds": _open_shards}
+    if slash and prefix in openers and source not in ("torch/folder", "torch/image_folder"):
+        own = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
+        splits = {"train": "train", "test": "validation"} if prefix == "torch" else own
+        return {key: partial(openers[prefix], source, name, config) for key, name in splits.items() if name}
     raise DataError(f"data source {source!r} does not exist; accepted: {ACCEPTED}")
 
 
@@ -163,8 +149,7 @@ def _folder_splits(folder: str, config: DataConfig) -> dict[str, Opener]:
     found, notes = split_folders(folder, inner)
     if not found:
         return {"all": partial(_open_tree, partial(walk, folder), config)}
-    beside = sum(is_image(entry.name) for entry in os.scandir(folder) if not is_hidden(entry.name))
-    if beside:
+    if beside := sum(is_image(entry.name) for entry in entries(folder)):
         notes.append(f"{folder!r}: images outside its splits are left out ({beside})")
     return {
         split: partial(_open_tree, partial(walk, os.path.join(folder, name)), config, notes)
@@ -189,10 +174,7 @@ def _tar_splits(path: str, config: DataConfig) -> dict[str, Opener]:
 
 
 def _open_tree(read: Callable[[], Tree], config: DataConfig, notes: Sequence[str] = ()) -> ReaderImages:
-    tree = read()
-    reader, names, labels = class_images(tree, allow_links=config.allow_overlap)
-    reader.notes = (*notes, *reader.notes)
-    return ReaderImages(reader, names, labels, origin=tree.base)
+    return class_images(read(), allow_links=config.allow_overlap, notes=notes)
 
 
 def _open_torchvision(source: str, split: str, config: DataConfig) -> Images:
@@ -202,7 +184,7 @@ def _open_torchvision(source: str, split: str, config: DataConfig) -> Images:
         dataset = create_dataset(source, root=config.root, split=split, download=config.download)
     except (AssertionError, RuntimeError, OSError) as error:
         hint = "" if config.download else "; data.download=true downloads it"
-        raise DataError(f"data source {source!r} in {config.root!r}: {_first_line(error)}{hint}") from error
+        raise DataError(f"data source {source!r} in {config.root!r}: {first_line(error)}{hint}") from error
     return TorchvisionImages(dataset, source, split)
 
 
@@ -214,12 +196,10 @@ def _open_hub(source: str, split: str, config: DataConfig) -> ReaderImages:
             f"data source {source!r} needs the package datasets; run: pip install datasets"
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise DataError(f"data source {source!r}, split {split!r}: {_first_line(error)}") from error
+        raise DataError(f"data source {source!r}, split {split!r}: {first_line(error)}") from error
     labels = [int(label) for label in reader.iter_targets()]
     names = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
-    return ReaderImages(
-        reader, names or [str(i) for i in range(max(labels) + 1)], labels, f"{source}:{split}"
-    )
+    return ReaderImages(reader, names, labels, f"{source}:{split}")
 
 
 def _open_shards(source: str, split: str, config: DataConfig) -> ReaderImages:
@@ -228,7 +208,3 @@ def _open_shards(source: str, split: str, config: DataConfig) -> ReaderImages:
             f"data.root={config.root!r} is not accepted for {source!r}; use the folder that has its shards"
         )
     return open_shards(config.root, split, f"{source}:{split}")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -66,25 +66,23 @@ def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
     notes: list[str] = []
 
     if config.test is not None:
-        test = _open_given(config.test, config, names)
+        test = open_test_split(config.test, config, names)
     elif own := _first(available, ("test", "validation")):
-        test = _all_of(own(), config.train, names)
+        test = everything(own(), names, config.train)
     else:
         remaining, test = _hold_out(train, remaining, names, config.holdout, FIXED_SEED)
         notes.append(_note("test", test, config.train, "the same for every seed"))
 
-    own_validation = _own_validation(available, config, test)
     if config.validation is not None:
-        validation = _open_given(config.validation, config, names)
-    elif own_validation is not None:
-        validation = _all_of(own_validation, config.train, names)
+        validation = open_test_split(config.validation, config, names)
+    elif (own_validation := _own_validation(available, config, test)) is not None:
+        validation = everything(own_validation, names, config.train)
     else:
         remaining, validation = _hold_out(train, remaining, names, config.holdout, seed)
         notes.append(_note("validation", validation, config.train, f"chosen by seed {seed}"))
     notes += check_disjoint(config, {"train": everything(train), "test": test, "validation": validation})
-    opened = {id(images): images for images in (train, test.images, validation.images)}
-    asides = [note for images in opened.values() for note in getattr(file_reader(images), "notes", ())]
-    notes += dict.fromkeys(asides)
+    readers = map(file_reader, (train, test.images, validation.images))
+    notes += dict.fromkeys(note for reader in readers for note in getattr(reader, "notes", ()))
     if config.fraction < 1.0:
         total = len(remaining)
         remaining = nested_subset(np.asarray(train.labels), remaining, config.fraction)
@@ -100,30 +98,24 @@ def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
     )
 
 
-def open_test_split(source: str, config: DataConfig) -> Part:
+def open_test_split(source: str, config: DataConfig, class_names: Sequence[str] | None = None) -> Part:
     """Open the test split of a source: `test`, else `validation`, else all images of a source without splits.
 
     Args:
         source: The source.
         config: Settings for `root` and the names of splits.
+        class_names: Classes that the labels index; `None`: those of the source.
 
     Raises:
         DataError: as for `open_splits`.
     """
     images = _open(find_splits(source, config), ("test", "validation", "all"), source)
-    return _all_of(images, source, images.class_names)
-
-
-def _open_given(source: str, config: DataConfig, names: Sequence[str]) -> Part:
-    images = _open(find_splits(source, config), ("test", "validation", "all"), source)
-    return _all_of(images, source, names)
+    return everything(images, class_names, source)
 
 
 def _own_validation(available: dict[str, Opener], config: DataConfig, test: Part) -> Images | None:
     """Open the validation split of the training source, unless `config.test` has images of it."""
-    if config.validation is not None or "validation" not in available:
-        return None
-    if config.test is None and "test" not in available:
+    if "validation" not in available or (config.test is None and "test" not in available):
         return None
     images = available["validation"]()
     if config.test is not None and len(shared(test, everything(images))):
@@ -142,13 +134,6 @@ def _open(available: dict[str, Opener], keys: Sequence[str], source: str) -> Ima
             f"{source!r} has the splits {', '.join(available)}; it needs one of {', '.join(keys)}"
         )
     return opener()
-
-
-def _all_of(images: Images, source: str, names: Sequence[str]) -> Part:
-    try:
-        return Part(images, np.arange(len(images)), names)
-    except DataError as error:
-        raise DataError(f"{source!r}: {error}") from error
 
 
 def _hold_out(

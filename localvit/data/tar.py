@@ -187,8 +187,7 @@ def open_shards(root: str, split: str, origin: str) -> ReaderImages:
         raise DataError(
             f"split {split!r} in {root!r}: its shards contain 0 images; accepted files: {accepted_names()}"
         )
-    reader = FileReader(os.path.join(root, ""), images)
-    return ReaderImages(reader, [str(i) for i in range(max(labels) + 1)], labels, origin)
+    return ReaderImages(FileReader(os.path.join(root, ""), images), (), labels, origin)
 
 
 def _label(file: BinaryIO, cls: tarfile.TarInfo | None, image: str, path: str) -> int:

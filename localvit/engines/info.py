@@ -40,12 +40,10 @@ class ExportInfo(Preprocessing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        wrong = {
-            "labels": self.labels is not None and len(self.labels) != self.num_classes,
-            "descriptions": self.descriptions is not None and len(self.descriptions) != self.num_classes,
-        }
-        for name in (name for name, is_wrong in wrong.items() if is_wrong):
-            raise ConfigError(f"{name}={getattr(self, name)!r} does not fit the other values; export again")
+        for name in ("labels", "descriptions"):
+            names = getattr(self, name)
+            if names is not None and len(names) != self.num_classes:
+                raise ConfigError(f"{name}={names!r} does not fit the other values; export again")
 
     @classmethod
     def of(
@@ -61,8 +59,8 @@ class ExportInfo(Preprocessing):
         import torch
 
         return cls(
+            **dataclasses.asdict(preprocessing),
             architecture=architecture,
-            **{field.name: getattr(preprocessing, field.name) for field in dataclasses.fields(Preprocessing)},
             num_classes=num_classes,
             labels=labels,
             descriptions=descriptions,

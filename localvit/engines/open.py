@@ -43,18 +43,13 @@ class ExportedModel:
     """Exported model on the CPU, in float32.
 
     Attributes:
-        kind: The engine that runs it.
         info: Preprocessing and outputs, from the file.
-        input_name, output_name: Names in the file.
         input_shape: (batch, C, H, W).
         output_shape: (batch, classes).
         compute: Function from float32 images to logits.
     """
 
-    kind: EngineKind
     info: ExportInfo
-    input_name: str
-    output_name: str
     input_shape: Shape
     output_shape: Shape
     compute: Callable[[Tensor], Tensor]
@@ -148,7 +143,7 @@ def _open_torch(file: str, threads: int | None) -> ExportedModel:
         with torch.no_grad():
             return module(images)
 
-    return ExportedModel("torch", info, str(entry), str(result), taken, given, compute)
+    return ExportedModel(info, taken, given, compute)
 
 
 def _open_onnxruntime(file: str, threads: int | None) -> ExportedModel:
@@ -164,8 +159,7 @@ def _open_onnxruntime(file: str, threads: int | None) -> ExportedModel:
     def compute(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run([result.name], {entry.name: images.numpy()})[0])
 
-    taken, given = _numbers(entry.shape), _numbers(result.shape)
-    return ExportedModel("onnxruntime", info, entry.name, result.name, taken, given, compute)
+    return ExportedModel(info, _numbers(entry.shape), _numbers(result.shape), compute)
 
 
 def _open_openvino(file: str, threads: int | None) -> ExportedModel:
@@ -190,7 +184,7 @@ def _open_openvino(file: str, threads: int | None) -> ExportedModel:
         tuple(side.get_length() if side.is_static else None for side in port.partial_shape)
         for port in (entry, result)
     )
-    return ExportedModel("openvino", info, entry.any_name, result.any_name, taken, given, compute)
+    return ExportedModel(info, taken, given, compute)
 
 
 def _numbers(shape: Any) -> Shape:

@@ -30,7 +30,7 @@ from localvit.evaluation.calibration import (
 from localvit.evaluation.labels import read_real_labels
 from localvit.evaluation.metrics import Metrics, Tally
 from localvit.evaluation.reported import reported_images
-from localvit.evaluation.top_k import ClassResult, Confusion, TopKPredictions, by_class, confusion_counts
+from localvit.evaluation.top_k import ClassResult, Confusion, TopKPredictions, by_class
 from localvit.inference import OpenModel, open_model
 from localvit.models import preprocessing_for
 from localvit.runtime import World, open_world
@@ -178,8 +178,9 @@ def evaluate(
         device = "cpu"  # exported files run there
     with open_world(device) as world:
         model = open_model(checkpoint, world.device, engine=engine, fuse=fuse)
-        found = reported_images(model, data, config, class_map, world=world, allow_change=allow_change)
-        images = found.images
+        source, images, notes = reported_images(
+            model, data, config, class_map, world=world, allow_change=allow_change
+        )
         real = read_real_labels(real_labels, images, model) if real_labels is not None else None
         prepared = preprocessing_for(model.model, config)
         loader = eval_loader(
@@ -196,12 +197,12 @@ def evaluate(
     return Evaluation(
         checkpoint=checkpoint,
         form=model.form,
-        data=found.source,
+        data=source,
         metrics=metrics,
-        real=_count_real(predictions.guesses, real.numpy()) if real is not None else None,
+        real=_count_real(predictions.guesses, real) if real is not None else None,
         restricted=restrict,
         preprocessing=prepared,
-        notes=found.notes,
+        notes=notes,
         **_conclusions(metrics, predictions, images, model),
     )
 
@@ -215,9 +216,8 @@ def _conclusions(
     bins = calibration(predictions.confidences, right)
     outputs = model.num_classes
     labels = [*images.class_names, *map(str, range(len(images.class_names), outputs))]
-    known = model.descriptions is not None and images.class_names == model.labels
-    descriptions = model.descriptions if known and model.descriptions else labels
-    classes, confusions = by_class(confusion_counts(images.labels, guesses), labels, descriptions)
+    descriptions = model.descriptions if images.class_names == model.labels else None
+    classes, confusions = by_class(images.labels, guesses, labels, descriptions or labels)
     return {
         "top1": wilson_interval(int(right.sum()), len(images)),
         "top5": wilson_interval(round(metrics.top5 * len(images) / 100), len(images)),

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet
 
 from localvit.data import DataError, Part, image_name
@@ -86,10 +85,7 @@ def label_by_outputs(images: Part, source: str, model: OpenModel, class_map: str
             "without names; name them with class_map"
         )
     names = next((names for names in choices if _each_once(images.class_names, names)), choices[0])
-    try:
-        return Part(images.images, images.indices, names)
-    except DataError as error:
-        raise DataError(f"{source!r}: {error}") from error
+    return Part(images.images, images.indices, names, source)
 
 
 def _each_once(wanted: Sequence[str], names: Sequence[str]) -> bool:
@@ -98,7 +94,7 @@ def _each_once(wanted: Sequence[str], names: Sequence[str]) -> bool:
     return all(counts[name] == 1 for name in wanted)
 
 
-def read_real_labels(path: str, images: Part, model: OpenModel) -> Int[torch.Tensor, "N most"]:
+def read_real_labels(path: str, images: Part, model: OpenModel) -> Int[np.ndarray, "N most"]:
     """Read the reassessed labels (ReaL) of the ILSVRC-2012 validation images.
 
     Beyer et al., "Are we done with ImageNet?", arXiv 2006.07159: an image may have several right classes; a
@@ -135,4 +131,4 @@ def read_real_labels(path: str, images: Part, model: OpenModel) -> Int[torch.Ten
     table = np.full((len(rows), max(map(len, rows), default=1)), -1, dtype=np.int64)
     for i, row in enumerate(rows):
         table[i, : len(row)] = row
-    return torch.from_numpy(table)
+    return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from localvit.data import (
@@ -27,21 +27,6 @@ from localvit.evaluation.labels import label_by_outputs
 from localvit.inference import OpenModel
 from localvit.runs import SavedRun, read_run
 from localvit.runtime import World
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reported:
-    """Images that a result is reported on.
-
-    Attributes:
-        source: Their source.
-        images: The images, labelled by the model's outputs.
-        notes: Sentences for the reader of the result: what was allowed, what could not be compared.
-    """
-
-    source: str
-    images: Part
-    notes: tuple[str, ...] = ()
 
 
 def open_equal_splits(config: DataConfig, seed: int, world: World) -> tuple[Splits, Manifest]:
@@ -76,13 +61,17 @@ def reported_images(
     *,
     world: World,
     allow_change: Collection[str] = (),
-) -> Reported:
+) -> tuple[str, Part, tuple[str, ...]]:
     """Return the images to report a result on.
 
     Args:
         model, data, class_map, allow_change: As `evaluate`.
         config: Settings of `data`, and `allow_overlap`.
         world: The processes, which must have the same images.
+
+    Returns:
+        Their source; the images, labelled by the model's outputs; and sentences for the reader of the result:
+        what was allowed, what could not be compared.
 
     Raises:
         ConfigError: if there are no such images, the run was trained on some of them, or they have changed.
@@ -91,18 +80,18 @@ def reported_images(
     saved = _saved_run(model)
     if data is not None:
         images = label_by_outputs(open_test_split(data, config), data, model, class_map)
-        notes = _compare_with_training(images, data, model, saved, config, world) if saved else []
         reader = file_reader(images.images)
-        found = Reported(source=data, images=images, notes=(*(reader.notes if reader else ()), *notes))
-    elif saved is None or model.run is None:
+        notes = [*reader.notes] if reader else []
+        notes += _compare_with_training(images, data, model, saved, config, world) if saved else []
+    elif saved is None:
         raise ConfigError(f"data=None: {model.source!r} is not a run's folder; name a data source")
     elif class_map is not None:
         raise ConfigError(f"class_map={class_map!r} needs data of another source; name a data source")
     else:
-        found = _own_test_split(model, saved, config, "data" in allow_change)
+        data, images, notes = _own_test_split(model, saved, config, "data" in allow_change)
     if world.size > 1:
-        _check_equal(split_record(found.images, named=False).fingerprint(), world)
-    return found
+        _check_equal(split_record(images, named=False).fingerprint(), world)
+    return data, images, tuple(notes)
 
 
 def _saved_run(model: OpenModel) -> SavedRun | None:
@@ -117,7 +106,9 @@ def _sources(saved: SavedRun) -> DataConfig:
     return saved.manifest.source(saved.config.data) if saved.manifest else saved.config.data
 
 
-def _own_test_split(model: OpenModel, saved: SavedRun, config: DataConfig, changes: bool) -> Reported:
+def _own_test_split(
+    model: OpenModel, saved: SavedRun, config: DataConfig, changes: bool
+) -> tuple[str, Part, list[str]]:
     run, before = saved.config, saved.manifest
     sources = _sources(saved)
     sources = replace(sources, allow_overlap=sources.allow_overlap or config.allow_overlap)
@@ -140,11 +131,7 @@ def _own_test_split(model: OpenModel, saved: SavedRun, config: DataConfig, chang
             notes.append(f"overlap allowed: {text}")
     names = before.class_names if before else model.model.pretrained_cfg.get("label_names")  # type: ignore[union-attr, operator]
     source = run.data.test or run.data.train
-    try:
-        images = Part(splits.test.images, splits.test.indices, names or splits.class_names)
-    except DataError as error:
-        raise DataError(f"{source!r}: {error}") from error
-    return Reported(source=source, images=images, notes=tuple(notes))
+    return source, Part(splits.test.images, splits.test.indices, names or splits.class_names, source), notes
 
 
 def _count_changes(saved: SavedRun, now: Manifest) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -106,35 +107,26 @@ class TopKPredictions:
         return self._confidences.cpu().numpy().astype(np.float64)
 
 
-def confusion_counts(
-    targets: Int[np.ndarray, " N"], guesses: Int[np.ndarray, " N"]
-) -> dict[tuple[int, int], int]:
-    """Count each pair (class, top-1 prediction): the confusion matrix without its zeros, in order.
-
-    Args:
-        targets: (N,) class of each image.
-        guesses: (N,) top-1 prediction.
-    """
-    pairs, counts = np.unique(np.stack([targets, guesses], axis=1), axis=0, return_counts=True)
-    return {(int(i), int(j)): int(n) for (i, j), n in zip(pairs, counts, strict=True)}
-
-
 def by_class(
-    counts: dict[tuple[int, int], int], labels: Sequence[str], descriptions: Sequence[str]
+    targets: Int[np.ndarray, " N"],
+    guesses: Int[np.ndarray, " N"],
+    labels: Sequence[str],
+    descriptions: Sequence[str],
 ) -> tuple[tuple[ClassResult, ...], tuple[Confusion, ...]]:
     """Return a row for each class that has images, and its confusions, the most frequent first.
 
     Args:
-        counts: See `confusion_counts`.
+        targets: (N,) class of each image.
+        guesses: (N,) top-1 prediction.
         labels: Label of every output.
         descriptions: Description of every output.
     """
-    rows: dict[int, dict[int, int]] = {}
-    for (target, guess), count in counts.items():
-        rows.setdefault(target, {})[guess] = count
+    rows: dict[int, Counter[int]] = {}
+    for target, guess in sorted(zip(targets.tolist(), guesses.tolist(), strict=True)):
+        rows.setdefault(target, Counter())[guess] += 1
     classes, confusions = [], []
     for target, row in rows.items():
-        images, right = sum(row.values()), row.get(target, 0)
+        images, right = row.total(), row[target]
         wrong = sorted((-count, guess) for guess, count in row.items() if guess != target)
         classes.append(
             ClassResult(

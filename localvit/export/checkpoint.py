@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +81,6 @@ def first_images(source: str, config: DataConfig, preprocessing: Preprocessing) 
 
     def load(size: Size) -> Tensor:
         sized = replace(preprocessing, input_size=(preprocessing.input_size[0], *size))
-        batches = map(readable, eval_loader(images, sized, batch_size=count))
-        return next(itertools.islice(batches, 1)).images
+        return readable(next(iter(eval_loader(images, sized, batch_size=count)))).images
 
     return load

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +71,16 @@ def export_program(model: nn.Module, info: ExportInfo) -> ExportedProgram:
         model: Model on the CPU, in evaluation mode.
         info: Metadata with the sizes.
     """
-    channels, *size = info.input_size
     shape: dict[int, Any] = {0: Dim("batch")}
     if info.size_step is not None:
-        # Traced at the larger, non-square size: a model may take a shortcut at its own size, and equal sides
-        # would become one symbol.
-        size = list(info.sizes[-1])
         shape |= {2: info.size_step * Dim("height"), 3: info.size_step * Dim("width")}
-    # Two images: torch.export treats 1 as a constant.
-    images = torch.zeros(2, channels, *size)
+    # Two images: torch.export treats 1 as a constant. If sizes are free, the larger, non-square one: a model
+    # may take a shortcut at its own size, and equal sides would become one symbol.
+    images = torch.zeros(2, info.input_size[0], *info.sizes[-1])
     with torch.no_grad():
-        program = torch.export.export(_fast(model), (images,), dynamic_shapes=(shape,), strict=False)
+        with suppress(ValueError):  # nothing in it has a fused form
+            model = fuse(model)
+        program = torch.export.export(model, (images,), dynamic_shapes=(shape,), strict=False)
     _forget_paths(program)
     return program
 
@@ -90,13 +90,6 @@ def _forget_paths(program: ExportedProgram) -> None:
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             node.meta.pop("stack_trace", None)
-
-
-def _fast(model: nn.Module) -> nn.Module:
-    try:
-        return fuse(model)
-    except ValueError:  # nothing in it has a fast form
-        return model
 
 
 def write_program(program: ExportedProgram, path: Path, info: ExportInfo) -> None:

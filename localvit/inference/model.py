@@ -215,9 +215,7 @@ def _locate(source: str) -> tuple[str, TrainConfig | None]:
                 known = all((run / name).is_file() for name in ("config.yaml", "status.json"))
                 return f"local-dir:{model}", read_run(run).config if known else None
         raise ConfigError(f"model {source!r} has no config.json or best/config.json; use a run's folder")
-    if source.startswith(_PREFIXES):
-        return source, None
-    if timm.is_model(source):
+    if source.startswith(_PREFIXES) or timm.is_model(source):
         return source, None
     if os.sep in source or source.startswith("."):
         raise ConfigError(f"model {source!r} does not exist; use a folder, a file or a timm name")

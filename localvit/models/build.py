@@ -137,8 +137,7 @@ def preprocessing_for(model: nn.Module, config: DataConfig) -> Preprocessing:
         ConfigError: if `mean` or `std` has not one number per channel of the model, or a value from its
             `config.json` is not accepted.
     """
-    names = ("mean", "std", "interpolation", "crop_pct")
-    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    given = {name: getattr(config, name) for name in ("mean", "std", "interpolation", "crop_pct")}
     try:
         found = resolve_input_data_config(model, {**given, "img_size": _built_for(model)})
     except ValueError as error:

@@ -91,10 +91,6 @@ def _tnt_key(key: str) -> str:
     return key
 
 
-def _adapt_vit(weights: dict[str, Any], model: Any) -> Mapping[str, Any]:
-    return vision_transformer.checkpoint_filter_fn(weights, model, interpolation="bicubic", antialias=True)
-
-
 FAMILIES = (
     Family(
         classes=(t2t_vit.T2TViT,),
@@ -131,6 +127,6 @@ FAMILIES = (
         marker=r"",
         bases=("deit_*",),
         own_keys=_key_by_key(lambda key: key),
-        adapt=_adapt_vit,
+        adapt=vision_transformer.checkpoint_filter_fn,
     ),
 )

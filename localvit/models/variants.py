@@ -7,7 +7,7 @@ creates any other localized model from its parts.
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 from urllib.error import URLError
@@ -200,19 +200,14 @@ def _whole(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     return dict(weights)
 
 
-def _register(entrypoint: Callable[..., nn.Module], name: str) -> None:
-    entrypoint.__name__ = name
-    entrypoint.__module__ = __name__
-    globals()[name] = register_model(entrypoint)
-
-
-def _entrypoint(name: str) -> Callable[..., nn.Module]:
+def _register(name: str) -> None:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return _create(name, pretrained, **kwargs)
 
-    return entrypoint
+    entrypoint.__name__ = name
+    globals()[name] = register_model(entrypoint)
 
 
 for _name in VARIANTS:
-    _register(_entrypoint(_name), _name)
-_register(localized, LOCALIZED)
+    _register(_name)
+register_model(localized)

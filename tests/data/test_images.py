@@ -4,7 +4,6 @@ import os
 import pickle
 import socket
 import struct
-import tarfile
 from functools import partial
 
 import numpy as np
@@ -19,7 +18,7 @@ from localvit.data.images import MAX_ASPECT, Part, UnreadableImage, decode, deco
 from localvit.data.loading import eval_loader
 from localvit.data.sources import find_splits
 from localvit.data.splits import open_splits, open_test_split
-from tests.data.conftest import plain_image
+from tests.data.conftest import plain_image, png, write_tar
 
 
 def gray(sample):
@@ -104,14 +103,9 @@ def test_unknown_source_names_what_is_accepted():
 def shards(tmp_path):
     """Two shards of five images for training, one for validation; the class is the parity."""
     for name, values in (("train-0", range(5)), ("train-1", range(5, 10)), ("val-0", range(10, 14))):
-        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
-            for value in values:
-                data = io.BytesIO()
-                plain_image(value).save(data, "PNG")
-                for suffix, content in (("png", data.getvalue()), ("cls", str(value % 2).encode())):
-                    member = tarfile.TarInfo(f"{value:04d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        pairs = [(f"{v:04d}", png(v), str(v % 2).encode()) for v in values]
+        members = [m for key, image, label in pairs for m in ((f"{key}.png", image), (f"{key}.cls", label))]
+        write_tar(tmp_path / f"{name}.tar", *members)
     return tmp_path
 
 

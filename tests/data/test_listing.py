@@ -1,7 +1,6 @@
 """Every image of a folder or archive is counted once, or the source is refused by name."""
 
 import contextlib
-import io
 import os
 import tarfile
 from pathlib import Path
@@ -15,15 +14,9 @@ from localvit.data.split_names import split_of
 from localvit.data.splits import open_splits, open_test_split
 from localvit.errors import ConfigError
 from localvit.inference.prediction import find_files
-from tests.data.conftest import plain_image
+from tests.data.conftest import png, write_tar
 
 CLASSES = {"a": 6, "b": 6}
-
-
-def png(value=7, form="PNG"):
-    data = io.BytesIO()
-    plain_image(value, side=16).save(data, form)
-    return data.getvalue()
 
 
 def packed(folder: Path, **options) -> Path:
@@ -61,7 +54,7 @@ both = pytest.mark.parametrize("kind", ["folder", "tar"])
 def test_hidden_files_are_left_out(make_folder, kind, name):
     folder = make_folder("d", CLASSES)
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_bytes(png())
+    (folder / name).write_bytes(png(7))
     splits, names = all_of(as_kind(folder, kind))
     assert splits.class_names == ("a", "b")
     assert len(names) == 12
@@ -86,13 +79,13 @@ def test_images_without_a_class_and_classes_without_images_are_refused(make_fold
         (folder / add).mkdir()
     else:
         (folder / add).parent.mkdir(exist_ok=True)
-        (folder / add).write_bytes(png())
+        (folder / add).write_bytes(png(7))
     with pytest.raises(DataError, match=message):
         all_of(as_kind(folder, kind))
 
 
 def test_a_folder_of_images_without_classes_is_refused(tmp_path):
-    (tmp_path / "0.png").write_bytes(png())
+    (tmp_path / "0.png").write_bytes(png(7))
     with pytest.raises(DataError, match=r"has images but no class folders \(1\)"):
         open_test_split(str(tmp_path), DataConfig())
 
@@ -296,7 +289,7 @@ def test_what_lies_beside_splits_is_noted(make_folder, tmp_path, kind):
     for name in ("train", "test"):
         make_folder(f"s/{name}", CLASSES)
     make_folder("s/extra", {"more": 2})
-    (tmp_path / "s" / "sample.png").write_bytes(png())
+    (tmp_path / "s" / "sample.png").write_bytes(png(7))
     splits, names = all_of(as_kind(tmp_path / "s", kind))
     assert len(names) == 24
     assert "folders that are not splits are left out ('extra')" in " ".join(splits.notes)
@@ -306,34 +299,19 @@ def test_what_lies_beside_splits_is_noted(make_folder, tmp_path, kind):
 # Archives
 
 
-def write(path, *members, end=True):
-    """A tar of (name, content, type or link) members, with or without its end mark."""
-    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
-        for name, content, *kind in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            if kind:
-                member.type, member.linkname = kind
-            tar.addfile(member, io.BytesIO(content))
-        used = tar.offset
-    if not end:
-        path.write_bytes(path.read_bytes()[:used])
-    return path
-
-
 def members(*classes, count=6, first=0):
     return [(f"{c}/{i}.png", png(10 * i + first)) for c in classes for i in range(count)]
 
 
 def test_of_two_members_with_one_name_the_last_one_counts(tmp_path):
-    path = write(tmp_path / "d.tar", *members("a", "b"), ("./a/0.png", png(99)))
+    path = write_tar(tmp_path / "d.tar", *members("a", "b"), ("./a/0.png", png(99)))
     part = open_test_split(str(path), DataConfig())
     assert len(part) == 12
     assert part[0][0].getpixel((0, 0)) == (99, 99, 99)
 
 
 def test_links_in_an_archive_are_images(tmp_path):
-    path = write(
+    path = write_tar(
         tmp_path / "d.tar",
         *members("a"),
         *((f"b/{i}.png", b"", tarfile.SYMTYPE, f"../keep/{i}.dat") for i in range(6)),
@@ -341,7 +319,7 @@ def test_links_in_an_archive_are_images(tmp_path):
     )
     with pytest.raises(DataError, match="no images in the class folder 'keep'"):
         open_test_split(str(path), DataConfig())
-    path = write(
+    path = write_tar(
         tmp_path / "d.tar",
         *members("a", "b"),
         *(
@@ -367,7 +345,7 @@ def test_links_in_an_archive_are_images(tmp_path):
     ],
 )  # fmt: skip
 def test_members_that_are_no_plain_files_are_named(tmp_path, member, message):
-    path = write(tmp_path / "d.tar", *members("a", "b"), member)
+    path = write_tar(tmp_path / "d.tar", *members("a", "b"), member)
     with pytest.raises(DataError, match=message):
         open_test_split(str(path), DataConfig())
 
@@ -382,8 +360,8 @@ def test_a_sparse_member_is_named(tmp_path):
 
 
 def test_archives_one_after_the_other_are_all_read(tmp_path):
-    one = write(tmp_path / "1.tar", *members("a", "b")).read_bytes()
-    two = write(tmp_path / "2.tar", *members("c", first=1)).read_bytes()
+    one = write_tar(tmp_path / "1.tar", *members("a", "b")).read_bytes()
+    two = write_tar(tmp_path / "2.tar", *members("c", first=1)).read_bytes()
     (tmp_path / "d.tar").write_bytes(one + two + one)
     part = open_test_split(str(tmp_path / "d.tar"), DataConfig())
     assert part.class_names == ("a", "b", "c")
@@ -392,7 +370,7 @@ def test_archives_one_after_the_other_are_all_read(tmp_path):
 
 
 def test_an_archive_that_is_cut_off_is_refused_wherever_it_ends(tmp_path):
-    whole = write(tmp_path / "d.tar", *members("a", "b", count=2), end=False).read_bytes()
+    whole = write_tar(tmp_path / "d.tar", *members("a", "b", count=2), end=False).read_bytes()
     for size in range(1, len(whole) + 1, 256):
         (tmp_path / "d.tar").write_bytes(whole[:size])
         with pytest.raises(DataError, match=r"d\.tar"):
@@ -403,7 +381,7 @@ def test_an_archive_that_is_cut_off_is_refused_wherever_it_ends(tmp_path):
 
 
 def test_one_flipped_byte_never_loses_an_image(tmp_path):
-    path = write(tmp_path / "d.tar", *members("a", "b", count=2))
+    path = write_tar(tmp_path / "d.tar", *members("a", "b", count=2))
     whole = path.read_bytes()
     refused = 0
     for position in range(0, len(whole), 37):
@@ -425,7 +403,7 @@ def test_one_flipped_byte_never_loses_an_image(tmp_path):
 
 @pytest.mark.parametrize("size", [b"\xff" * 12, b"\x80" + b"\x7f" * 11])
 def test_impossible_sizes_are_refused_at_once(tmp_path, size):
-    path = write(tmp_path / "d.tar", *members("a", "b"))
+    path = write_tar(tmp_path / "d.tar", *members("a", "b"))
     header = bytearray(path.read_bytes())
     header[124:136] = size
     header[148:156] = b" " * 8

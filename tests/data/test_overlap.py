@@ -12,6 +12,7 @@ from localvit.data.config import DataConfig, DataError
 from localvit.data.identity import image_name
 from localvit.data.overlap import equal_contents
 from localvit.data.splits import open_splits, open_test_split
+from tests.data.conftest import write_tar
 
 CLASSES = {"a": 10, "b": 10}
 TINY = [
@@ -189,16 +190,9 @@ def test_the_training_split_is_not_reported(split):
         open_splits(DataConfig(train="s", test="s/train"))
 
 
-def test_shards_in_two_splits_are_refused(make_tar, tmp_path):
-    import io
-    import tarfile
-
+def test_shards_in_two_splits_are_refused(tmp_path):
     for name in ("0.tar", "1.tar"):
-        with tarfile.open(tmp_path / name, "w") as tar:
-            for key, content in (("x.png", b""), ("x.cls", b"1"), ("y.png", b""), ("y.cls", b"0")):
-                member = tarfile.TarInfo(key)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+        write_tar(tmp_path / name, ("x.png", b""), ("x.cls", b"1"), ("y.png", b""), ("y.cls", b"0"))
     config = {"train": "wds/d", "root": str(tmp_path), "train_split": "{0..1}.tar", "holdout": 0.3}
     with pytest.raises(
         DataError, match=r"the test split of data\.train='wds/d' shares .* with data\.train='wds/d'"

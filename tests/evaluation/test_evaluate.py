@@ -16,8 +16,9 @@ from localvit.evaluation import evaluate
 from localvit.evaluation.calibration import calibration, expected_calibration_error, wilson_interval
 from localvit.evaluation.files import as_csv, as_json, confusion_matrix, draw_confusion
 from localvit.evaluation.labels import read_class_map
-from localvit.evaluation.top_k import TopKPredictions, by_class, confusion_counts
+from localvit.evaluation.top_k import TopKPredictions, by_class
 from localvit.inference import open_model
+from tests.data.conftest import png, write_tar
 from tests.images import export_model, make_images
 
 CPU = torch.device("cpu")
@@ -232,20 +233,10 @@ def test_a_pickled_class_map_is_not_opened(tmp_path):
 
 
 def test_numbered_classes_are_outputs(tmp_path):
-    import io
-    import tarfile
-
-    from PIL import Image
-
     checkpoint = export_model(tmp_path / "model", 6, list(CLASSES))
-    with tarfile.open(tmp_path / "val-0.tar", "w") as tar:
-        for i, label in enumerate([4, 1, 4]):
-            data = io.BytesIO()
-            Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(data, "PNG")
-            for suffix, content in (("png", data.getvalue()), ("cls", str(label).encode())):
-                member = tarfile.TarInfo(f"{i:04d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    labels = {"0": b"4", "1": b"1", "2": b"4"}
+    images = [(f"{key}.png", png(40 * int(key))) for key in labels]
+    write_tar(tmp_path / "val-0.tar", *images, *((f"{key}.cls", label) for key, label in labels.items()))
     config = DataConfig(root=str(tmp_path), test_split="val-0.tar")
     found = evaluate(checkpoint, "wds/images", config=config, device="cpu")
     assert [(row.label, row.images) for row in found.classes] == [("1", 1), ("4", 2)]
@@ -337,7 +328,7 @@ def test_calibration_error_is_what_a_slow_count_finds(answers):
 
 def test_classes_and_confusions_by_hand():
     targets, guesses = np.array([0, 0, 0, 0, 2, 2]), np.array([0, 1, 3, 1, 2, 2])
-    classes, confusions = by_class(confusion_counts(targets, guesses), list("abcd"), list("ABCD"))
+    classes, confusions = by_class(targets, guesses, list("abcd"), list("ABCD"))
     assert [(r.label, r.description, r.images, r.right, r.top1) for r in classes] == [
         ("a", "A", 4, 1, 25.0),
         ("c", "C", 2, 2, 100.0),

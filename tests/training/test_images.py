@@ -103,14 +103,14 @@ def test_the_replacement_depends_on_the_draw_alone(images):
 
 
 def test_a_process_that_loads_and_dies_is_named_in_one_line(tiny, tmp_path, monkeypatch):
-    main, real = os.getpid(), loading.BatchDataset._prepare
+    main, real = os.getpid(), loading.BatchDataset._candidates
 
-    def deadly(self, draw, out):
+    def deadly(self, draw):
         if os.getpid() != main and isinstance(draw, loading.SampleSpec) and draw.image_index == 7:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, draw, out)
+        return real(self, draw)
 
-    monkeypatch.setattr(loading.BatchDataset, "_prepare", deadly)
+    monkeypatch.setattr(loading.BatchDataset, "_candidates", deadly)
     with pytest.raises(TrainingFailed, match=r"a data worker died \(DataLoader worker") as caught:
         train(tiny("workers=1", f"output={tmp_path / 'run'}"))
     assert "\n" not in str(caught.value)
