@@ -19,7 +19,7 @@ from localvit.surgery.drop_path import separable
 from localvit.surgery.ffns import Ffn, class_name, ffn_of, is_conv, weight_of
 from localvit.surgery.grids import GridFrom
 from localvit.surgery.orders import CHANNELS_FIRST, CHANNELS_LAST
-from localvit.surgery.refusals import reason_for
+from localvit.surgery.refusals import REASONS
 
 # The group of FFNs that `localize` changes by default.
 MAIN_GROUP = "blocks"
@@ -37,7 +37,7 @@ class Block:
         at: Paths of these blocks in the model; `#` is any number.
         ffn: Name of the FFN in the block; `""` if the block itself has the layers.
         norm, layer_scale, drop_path: Names of the layers (or parameters) around the FFN in its residual
-            branch; `None` if there is none, or one that other branches use too.
+            branch; `None` if other branches use it too. A block that lacks the name has no such layer.
         order: Order of the tokens in the FFN; `None`: `(B, P + N, C)` in raster order. (A convolutional FFN
             has maps `(B, C, H, W)` in any case.)
         prefix: Number of prefix tokens in the FFN's input, or the model's attribute with it.
@@ -229,12 +229,11 @@ def adapter_for(model: nn.Module, adapter: ModelAdapter | None = None) -> ModelA
 
 def _reason(name: str) -> str:
     module = name.rpartition(".")[0]
-    reason = reason_for(module.removeprefix("timm.models.")) if module.startswith("timm.models.") else None
-    if reason is None:
-        reason = (
-            "it has no adapter; `localvit models --supported` lists the accepted classes, and "
-            "localvit.register_adapter adds one"
-        )
+    reason = REASONS.get(module.removeprefix("timm.models.")) if module.startswith("timm.models.") else None
+    reason = reason or (
+        "it has no adapter; `localvit models --supported` lists the accepted classes, and "
+        "localvit.register_adapter adds one"
+    )
     return f"{name} cannot be localized: {reason}"
 
 
