@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     LayerNorm,
     calculate_drop_path_rates,
@@ -368,17 +367,15 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: PyramidVisionTran
 
 
 def _cfg(name: str) -> dict[str, Any]:
-    """Return weights and evaluation of the reference: resize 256, crop 224 (classification/datasets.py)."""
+    """Return weights and evaluation of the reference: resize 256, crop 224 (classification/datasets.py).
+
+    What is left out has the default of timm's `PretrainedCfg`: bicubic, ImageNet's mean and deviation.
+    """
     return {
         "url": f"https://github.com/whai362/PVT/releases/download/v2/{name}.pth",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
         "fixed_input_size": True,
         "pool_size": (7, 7),
-        "interpolation": "bicubic",
         "crop_pct": 224 / 256,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stages.0.patch_embed.proj",
         "classifier": "head",
         "license": "apache-2.0",

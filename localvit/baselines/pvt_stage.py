@@ -1,4 +1,4 @@
-"""Layers of PVT v1: attention over a spatially reduced map, block, stage.
+"""Layers of PVT v1: block, stage. Attention over a spatially reduced map is timm's, of PVT v2.
 
 Sources, and a description of the stages: `localvit.baselines.pvt`. Shapes below: B batch, C channels, H and W
 sides of a map, N = H * W patch tokens, P prefix tokens (0 or 1).
@@ -8,17 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
-from timm.layers import (
-    DropPath,
-    LayerNorm,
-    Mlp,
-    PatchEmbed,
-    resample_abs_pos_embed,
-    to_ntuple,
-    use_fused_attn,
-)
+from timm.layers import DropPath, LayerNorm, Mlp, PatchEmbed, resample_abs_pos_embed, to_ntuple
 from timm.models import checkpoint
+from timm.models.pvt_v2 import Attention
 from torch import Tensor, nn
 
 
@@ -28,8 +20,8 @@ def to_map(tokens: Tensor, feat_size: tuple[int, int], num_prefix_tokens: int = 
     return patches.transpose(1, 2).reshape(patches.shape[0], -1, feat_size[0], feat_size[1])
 
 
-class Attention(nn.Module):
-    """Self-attention whose keys and values come from a spatially reduced copy of the tokens.
+class Block(nn.Module):
+    """Pre-norm transformer block; only its attention uses the size of the map.
 
     If `sr_ratio` does not divide the map, keys and values do not cover the remaining rows and columns, as in
     the reference. With the default ratios there is no remainder: they reduce every stage to the resolution of
@@ -38,67 +30,11 @@ class Attention(nn.Module):
     Args:
         dim: Token width.
         num_heads: Heads; must divide `dim`.
-        sr_ratio: Kernel and stride of the reducing convolution; 1 for plain attention. Prefix tokens need 1.
+        sr_ratio: Kernel and stride of the convolution that reduces the map for keys and values; 1 for plain
+            attention. Prefix tokens need 1.
         qkv_bias: Bias in the linear layers of query, key and value.
-        attn_drop, proj_drop: Dropout of attention weights and of the output.
+        attn_drop, proj_drop: Dropout of attention weights; after attention's projection and in the MLP.
     """
-
-    fused_attn: Final[bool]
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        sr_ratio: int = 1,
-        qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(
-                f"num_heads {num_heads} does not divide the embedding width {dim}; use a divisor"
-            )
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.scale = self.head_dim**-0.5
-        self.fused_attn = use_fused_attn()
-
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
-        self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio, **dd) if sr_ratio > 1 else None
-        # The reference's default eps, 1e-5, unlike the norms of the block.
-        self.norm = nn.LayerNorm(dim, **dd) if sr_ratio > 1 else nn.Identity()
-
-    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
-        """Compute attention: `(B, P + N, C) -> (B, P + N, C)`; `feat_size` is (H, W)."""
-        B, N, C = x.shape
-        q = self.q(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
-        if self.sr is not None:
-            x = self.sr(to_map(x, feat_size)).flatten(2).transpose(1, 2)
-            x = self.norm(x)
-        kv = self.kv(x).reshape(B, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        k, v = kv.unbind(0)
-
-        if self.fused_attn:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
-        else:
-            attn = (q * self.scale) @ k.transpose(-2, -1)
-            attn = self.attn_drop(attn.softmax(dim=-1))
-            x = attn @ v
-
-        x = x.transpose(1, 2).reshape(B, N, C)
-        return self.proj_drop(self.proj(x))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block; only its attention uses the size of the map."""
 
     def __init__(
         self,
@@ -110,18 +46,23 @@ class Block(nn.Module):
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
-        act_layer: type[nn.Module] = nn.GELU,
         norm_layer: Callable[..., nn.Module] = LayerNorm,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        if dim % num_heads:
+            raise ValueError(
+                f"num_heads {num_heads} does not divide the embedding width {dim}; use a divisor"
+            )
         self.norm1 = norm_layer(dim, **dd)
-        self.attn = Attention(dim, num_heads, sr_ratio, qkv_bias, attn_drop, proj_drop, **dd)
+        self.attn = Attention(
+            dim, num_heads, sr_ratio, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+        )
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed, trunc_normal_
 from timm.models import (
     VisionTransformer,
@@ -26,26 +25,9 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from localvit.baselines.tokens_to_token import (
-    SoftSplit,
-    TokenPerformer,
-    TokensToToken,
-    TokensType,
-    TokenTransformer,
-    layer_norm,
-)
+from localvit.baselines.tokens_to_token import TokensToToken, TokensType, layer_norm
 
-__all__ = [  # register_model adds the names of the models
-    "PUBLISHED",
-    "SoftSplit",
-    "T2TViT",
-    "TokenPerformer",
-    "TokenTransformer",
-    "TokensToToken",
-    "checkpoint_filter_fn",
-    "sinusoid_table",
-    "to_own_key",
-]
+__all__ = ["T2TViT"]  # register_model adds the names of the models
 
 
 def sinusoid_table(length: int, dim: int) -> Tensor:
@@ -205,28 +187,20 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: T2TViT) -> dict[str,
     return own
 
 
-def _sizes(
-    tokens_type: TokensType, embed_dim: int, depth: int, num_heads: int, mlp_ratio: float
-) -> dict[str, Any]:
-    return {
-        "tokens_type": tokens_type,
-        "embed_dim": embed_dim,
-        "depth": depth,
-        "num_heads": num_heads,
-        "mlp_ratio": mlp_ratio,
-    }
-
-
+_SIZES = ("tokens_type", "embed_dim", "depth", "num_heads", "mlp_ratio")
 VARIANTS: dict[str, dict[str, Any]] = {
-    "t2t_vit_7": _sizes("performer", 256, 7, 4, 2.0),
-    "t2t_vit_10": _sizes("performer", 256, 10, 4, 2.0),
-    "t2t_vit_12": _sizes("performer", 256, 12, 4, 2.0),
-    "t2t_vit_14": _sizes("performer", 384, 14, 6, 3.0),
-    "t2t_vit_19": _sizes("performer", 448, 19, 7, 3.0),
-    "t2t_vit_24": _sizes("performer", 512, 24, 8, 3.0),
-    "t2t_vit_t_14": _sizes("transformer", 384, 14, 6, 3.0),
-    "t2t_vit_t_19": _sizes("transformer", 448, 19, 7, 3.0),
-    "t2t_vit_t_24": _sizes("transformer", 512, 24, 8, 3.0),
+    name: dict(zip(_SIZES, sizes, strict=True))
+    for name, *sizes in (
+        ("t2t_vit_7", "performer", 256, 7, 4, 2.0),
+        ("t2t_vit_10", "performer", 256, 10, 4, 2.0),
+        ("t2t_vit_12", "performer", 256, 12, 4, 2.0),
+        ("t2t_vit_14", "performer", 384, 14, 6, 3.0),
+        ("t2t_vit_19", "performer", 448, 19, 7, 3.0),
+        ("t2t_vit_24", "performer", 512, 24, 8, 3.0),
+        ("t2t_vit_t_14", "transformer", 384, 14, 6, 3.0),
+        ("t2t_vit_t_19", "transformer", 448, 19, 7, 3.0),
+        ("t2t_vit_t_24", "transformer", 512, 24, 8, 3.0),
+    )
 }
 
 # Top-1 accuracy in percent on ImageNet-1k at 224 x 224: README.md of yitu-opensource/T2T-ViT.
@@ -244,19 +218,15 @@ PUBLISHED: dict[str, float] = {
 
 
 def _cfg(name: str) -> dict[str, Any]:
-    """Return timm's pretrained configuration, with the evaluation of the authors' default_cfgs."""
+    """Return timm's pretrained configuration, with the evaluation of the authors' default_cfgs; what is left
+    out has the default of timm's `PretrainedCfg`.
+    """
     family = "T2T_ViTt" if VARIANTS[name]["tokens_type"] == "transformer" else "T2T_ViT"
     file = f"{PUBLISHED[name]}_{family}_{VARIANTS[name]['depth']}.pth.tar"
     return {
         "url": f"https://github.com/yitu-opensource/T2T-ViT/releases/download/main/{file}",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
         "fixed_input_size": True,
-        "pool_size": None,
         "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": (),  # none: checkpoint_filter_fn adapts the input channels
         "classifier": "head",
         "license": "bsd-3-clause-clear",
@@ -268,22 +238,18 @@ def _cfg(name: str) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name) for name in VARIANTS})
 
 
-def _create(name: str, pretrained: bool, **kwargs: Any) -> T2TViT:
-    out_indices = kwargs.pop("out_indices", 3)
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' files contain one
-        return build_model_with_cfg(
-            T2TViT,
-            name,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-            **{**VARIANTS[name], **kwargs},
-        )
-
-
 def _register(name: str) -> None:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> T2TViT:
-        return _create(name, pretrained, **kwargs)
+        out_indices = kwargs.pop("out_indices", 3)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' files contain one
+            return build_model_with_cfg(
+                T2TViT,
+                name,
+                pretrained,
+                pretrained_filter_fn=checkpoint_filter_fn,
+                feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+                **{**VARIANTS[name], **kwargs},
+            )
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     globals()[name] = register_model(entrypoint)

@@ -6,7 +6,6 @@ patch. (`legacy=False`, timm's `tnt_s_patch16_224`, computes another function.)
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.tnt import TNT, checkpoint_filter_fn
 
@@ -14,16 +13,9 @@ __all__ = ["tnt_t_legacy_patch16_224"]
 
 default_cfgs = generate_default_cfgs(
     {
-        "tnt_t_legacy_patch16_224": {
+        "tnt_t_legacy_patch16_224": {  # evaluated by the defaults of timm's PretrainedCfg
             "url": "",
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
             "fixed_input_size": True,
-            "pool_size": None,
-            "interpolation": "bicubic",
-            "crop_pct": 0.875,
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
             "first_conv": "pixel_embed.proj",
             "classifier": "head",
             "paper_ids": "arXiv:2103.00112",

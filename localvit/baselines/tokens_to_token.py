@@ -5,7 +5,6 @@ Reference: yitu-opensource/T2T-ViT, `T2T_module` in `models/t2t_vit.py`, `models
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -65,34 +64,34 @@ def _positive_features(x: Tensor, w: Tensor) -> Tensor:
     return exponent.exp() / math.sqrt(w.shape[0])
 
 
-def _linear_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> Tensor:
+def _linear_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor) -> Tensor:
     dtype = v.dtype
     if dtype == torch.float16 or dtype == torch.bfloat16:
         k, q, v = k.float(), q.float(), v.float()
     w = w.to(k.dtype)
     k, q = _positive_features(k, w), _positive_features(q, w)
     total = q @ k.sum(dim=1).unsqueeze(-1)  # (B, N, 1)
-    return (q @ (k.transpose(1, 2) @ v) / (total + eps)).to(dtype)
+    return (q @ (k.transpose(1, 2) @ v) / (total + 1e-8)).to(dtype)
 
 
 @torch.fx.wrap
 @register_notrace_function
-def performer_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> Tensor:
+def performer_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor) -> Tensor:
     """Approximate softmax attention with positive random features, linear in N (FAVOR+, arXiv 2009.14794).
 
-    It computes in at least float32, even under autocast: in float16, `eps` is 0 and `exp(16)` infinite.
-    TorchScript cannot leave an autocast region; set the precision of a scripted model with `.half()`.
+    It computes in at least float32, even under autocast: in float16, the epsilon of the denominator is 0 and
+    `exp(16)` infinite. TorchScript cannot leave an autocast region; set the precision of a scripted model
+    with `.half()`.
 
     Args:
         k, q, v: Keys, queries and values `(B, N, C)`.
         w: Random directions `(m, C)`.
-        eps: Term added to the denominator.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  # alone, so that TorchScript skips what is inside
         if v.device.type != "meta" and torch.is_autocast_enabled(v.device.type):  # autocast knows no meta
             with torch.autocast(device_type=v.device.type, enabled=False):
-                return _linear_attention(k, q, v, w, eps)
-    return _linear_attention(k, q, v, w, eps)
+                return _linear_attention(k, q, v, w)
+    return _linear_attention(k, q, v, w)
 
 
 class TokenPerformer(nn.Module):
@@ -104,7 +103,6 @@ class TokenPerformer(nn.Module):
         dim: Width of the input tokens.
         token_dim: Width after the fused projection to key, query and value (in that order).
         drop: Dropout after the attention's projection and after the MLP; always 0.1 in the reference.
-        norm_layer: Constructor of both norms.
 
     Attributes:
         w: Random directions `(m, token_dim)`, `m = token_dim // 2` orthogonal rows of norm `sqrt(m)`, in a
@@ -117,18 +115,16 @@ class TokenPerformer(nn.Module):
         dim: int,
         token_dim: int,
         drop: float = 0.1,
-        norm_layer: Callable[..., nn.Module] = layer_norm,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.eps = 1e-8
-        self.norm1 = norm_layer(dim, **dd)
+        self.norm1 = layer_norm(dim, **dd)
         self.kqv = nn.Linear(dim, 3 * token_dim, **dd)
         self.proj = nn.Linear(token_dim, token_dim, **dd)
         self.proj_drop = nn.Dropout(drop)
-        self.norm2 = norm_layer(token_dim, **dd)
+        self.norm2 = layer_norm(token_dim, **dd)
         self.mlp = Mlp(token_dim, drop=(0.0, drop), **dd)
         self.register_buffer("w", torch.empty(token_dim // 2, token_dim, **dd))
         self.reset_parameters()
@@ -143,7 +139,7 @@ class TokenPerformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         k, q, v = self.kqv(self.norm1(x)).chunk(3, dim=-1)
-        y = performer_attention(k, q, v, self.w, self.eps)
+        y = performer_attention(k, q, v, self.w)
         x = v + self.proj_drop(self.proj(y))
         x = x + self.mlp(self.norm2(x))
         return x
@@ -180,7 +176,7 @@ class TokenTransformer(nn.Module):
     """Attention stage of quadratic cost: `(B, N, dim) -> (B, N, token_dim)`.
 
     Args:
-        dim, token_dim, norm_layer: See `TokenPerformer`.
+        dim, token_dim: See `TokenPerformer`.
         drop: Dropout after the attention's projection and in the MLP; 0 in the reference.
     """
 
@@ -189,15 +185,14 @@ class TokenTransformer(nn.Module):
         dim: int,
         token_dim: int,
         drop: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = layer_norm,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1 = norm_layer(dim, **dd)
+        self.norm1 = layer_norm(dim, **dd)
         self.attn = TokenAttention(dim, token_dim, drop, **dd)
-        self.norm2 = norm_layer(token_dim, **dd)
+        self.norm2 = layer_norm(token_dim, **dd)
         self.mlp = Mlp(token_dim, drop=drop, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -206,11 +201,7 @@ class TokenTransformer(nn.Module):
         return x
 
 
-# Class of the stage, and its dropout in the reference.
-_STAGES: dict[str, tuple[type[nn.Module], float]] = {
-    "performer": (TokenPerformer, 0.1),
-    "transformer": (TokenTransformer, 0.0),
-}
+_STAGES: dict[str, type[nn.Module]] = {"performer": TokenPerformer, "transformer": TokenTransformer}
 
 
 class TokensToToken(nn.Module):
@@ -230,7 +221,6 @@ class TokensToToken(nn.Module):
         token_dim: Width of the attention stages, at least 2.
         token_drop_rate: Dropout of the attention stages. `None`: the reference's (0.1 for the performer,
             else 0).
-        norm_layer: Constructor of the norms of the attention stages.
 
     Raises:
         ValueError: for an argument that is not accepted.
@@ -249,7 +239,6 @@ class TokensToToken(nn.Module):
         tokens_type: TokensType = "performer",
         token_dim: int = 64,
         token_drop_rate: float | None = None,
-        norm_layer: Callable[..., nn.Module] = layer_norm,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -265,14 +254,8 @@ class TokensToToken(nn.Module):
         if dynamic_img_pad:
             raise ValueError("dynamic_img_pad=True is not accepted; soft splits need no padding")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        stage, drop = _STAGES[tokens_type]
-        make_stage = partial(
-            stage,
-            token_dim=token_dim,
-            drop=drop if token_drop_rate is None else token_drop_rate,
-            norm_layer=norm_layer,
-            **dd,
-        )
+        drop = {} if token_drop_rate is None else {"drop": token_drop_rate}
+        make_stage = partial(_STAGES[tokens_type], token_dim=token_dim, **drop, **dd)
         self.patch_size = (16, 16)
         self.strict_img_size = strict_img_size
         self.nhwc = output_fmt == "NHWC"

@@ -206,9 +206,8 @@ class LocalityConfig:
 
         Defaults are left out so that a stored hash of this dictionary survives the addition of fields.
         """
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        changed = {f.name: values[f.name] for f in dataclasses.fields(self) if values[f.name] != f.default}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
+        values = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]
+        return {f.name: list(v) if isinstance(v, tuple) else v for f, v in values if v != f.default}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, older: bool = False) -> Self:

@@ -59,7 +59,7 @@ class GridRecord:
         return self.static_size if self.constant else self._size
 
     @size.setter
-    def size(self, size: tuple[int, int]) -> None:
+    def size(self, size: tuple[int, int] | None) -> None:
         self._size = size
 
     @property
@@ -304,14 +304,11 @@ class GridModule(nn.Module):
             return self.transform(x, grid) if y is None else y
 
 
-def recomputing() -> bool:
-    """Return whether a backward pass is running, as when activation checkpointing repeats a forward pass."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def statistics_once(module: nn.Module) -> AbstractContextManager[None]:
-    """Return a context that freezes running statistics if the forward pass is a repeated one."""
-    return _frozen_statistics(module) if recomputing() else nullcontext()
+    """Return a context that freezes running statistics if a backward pass is running, that is, if activation
+    checkpointing repeats a forward pass.
+    """
+    return nullcontext() if torch._C._current_graph_task_id() == -1 else _frozen_statistics(module)
 
 
 @contextmanager

@@ -14,12 +14,12 @@ from timm.models._input import get_model_input_config
 from torch import nn
 
 from localvit.errors import ConfigError, UnsupportedModelError
-from localvit.locality import TokenOrder
+from localvit.locality import GridRecord, TokenOrder
 from localvit.surgery.drop_path import separable
 from localvit.surgery.ffns import Ffn, class_name, ffn_of, is_conv, weight_of
-from localvit.surgery.grids import GridFrom, GridSource
+from localvit.surgery.grids import GridFrom
 from localvit.surgery.orders import CHANNELS_FIRST, CHANNELS_LAST
-from localvit.surgery.refusals import reason_for
+from localvit.surgery.refusals import REASONS
 
 # The group of FFNs that `localize` changes by default.
 MAIN_GROUP = "blocks"
@@ -37,7 +37,7 @@ class Block:
         at: Paths of these blocks in the model; `#` is any number.
         ffn: Name of the FFN in the block; `""` if the block itself has the layers.
         norm, layer_scale, drop_path: Names of the layers (or parameters) around the FFN in its residual
-            branch; `None` if there is none, or one that other branches use too.
+            branch; `None` if other branches use it too. A block that lacks the name has no such layer.
         order: Order of the tokens in the FFN; `None`: `(B, P + N, C)` in raster order. (A convolutional FFN
             has maps `(B, C, H, W)` in any case.)
         prefix: Number of prefix tokens in the FFN's input, or the model's attribute with it.
@@ -107,7 +107,7 @@ class FeedForwardSite:
         structure: Structure of the FFN.
         order: Order of its tokens; `None` for raster order.
         num_prefix_tokens: Number of prefix tokens in its input.
-        source: Source of the grid; `None` if the order reads it from the shape.
+        record: Record of the grid, which FFNs on one grid share; `None` if the order reads it from the shape.
         dead_patches: True if no later layer reads the patch tokens of this block's output.
     """
 
@@ -117,7 +117,7 @@ class FeedForwardSite:
     structure: Ffn
     order: TokenOrder | None
     num_prefix_tokens: int
-    source: GridSource | None
+    record: GridRecord | None
     dead_patches: bool = False
 
     @property
@@ -137,13 +137,11 @@ class FeedForwardSite:
     @property
     def around(self) -> tuple[str | None, str | None, str | None]:
         """Names of norm, LayerScale and drop-path; `None` for those that this block lacks."""
-        row, own = self.row, separable(self.block)
-        norm, scale = (
-            n if n and isinstance(getattr(self.block, n, None), (nn.Module, nn.Parameter)) else None
-            for n in (row.norm, row.layer_scale)
+        norm, scale, drop = (
+            n if isinstance(getattr(self.block, n or "", None), (nn.Module, nn.Parameter)) else None
+            for n in (self.row.norm, self.row.layer_scale, self.row.drop_path)
         )
-        drop = row.drop_path if own or getattr(self.block, row.drop_path or "", None) is not None else None
-        return norm, scale, drop
+        return norm, scale, self.row.drop_path if separable(self.block) else drop
 
     @property
     def slot(self) -> str:
@@ -231,12 +229,11 @@ def adapter_for(model: nn.Module, adapter: ModelAdapter | None = None) -> ModelA
 
 def _reason(name: str) -> str:
     module = name.rpartition(".")[0]
-    reason = reason_for(module.removeprefix("timm.models.")) if module.startswith("timm.models.") else None
-    if reason is None:
-        reason = (
-            "it has no adapter; `localvit models --supported` lists the accepted classes, and "
-            "localvit.register_adapter adds one"
-        )
+    reason = REASONS.get(module.removeprefix("timm.models.")) if module.startswith("timm.models.") else None
+    reason = reason or (
+        "it has no adapter; `localvit models --supported` lists the accepted classes, and "
+        "localvit.register_adapter adds one"
+    )
     return f"{name} cannot be localized: {reason}"
 
 
@@ -254,7 +251,8 @@ def groups_of(model: nn.Module, adapter: ModelAdapter) -> dict[str, list[FeedFor
             for name, sites in groups_of(inner, its).items()
         }
     modules = dict(model.named_modules(remove_duplicate=False))
-    groups = {name: _sites(model, modules, adapter, rows) for name, rows in adapter.groups.items()}
+    records: Records = {}
+    groups = {name: _sites(model, modules, records, adapter, rows) for name, rows in adapter.groups.items()}
     if not groups[MAIN_GROUP]:
         raise UnsupportedModelError(
             f"this {type(model).__name__} has no feed-forward network on a token grid"
@@ -286,8 +284,15 @@ def _of(value: Any, *args: Any) -> Any:
     return value(*args) if callable(value) else value
 
 
+Records = dict[tuple[nn.Module, GridFrom], GridRecord]
+
+
 def _sites(
-    model: nn.Module, modules: Mapping[str, nn.Module], adapter: ModelAdapter, rows: Sequence[Block]
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    records: Records,
+    adapter: ModelAdapter,
+    rows: Sequence[Block],
 ) -> list[FeedForwardSite]:
     sites = []
     for path, block in modules.items():
@@ -297,7 +302,7 @@ def _sites(
         kind = class_name(type(block))
         chosen = next(((row, numbers) for row, numbers in matching if row.kind == kind), None)
         if chosen is not None:
-            site = _site(model, modules, path, *chosen)
+            site = _site(model, modules, records, path, *chosen)
             sites += [] if site is None else [site]
         elif kind not in adapter.others:
             accepted = ", ".join(dict.fromkeys(row.kind.rpartition(".")[2] for row, _ in matching))
@@ -319,7 +324,12 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _site(
-    model: nn.Module, modules: Mapping[str, nn.Module], path: str, row: Block, numbers: tuple[int, ...]
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    records: Records,
+    path: str,
+    row: Block,
+    numbers: tuple[int, ...],
 ) -> FeedForwardSite | None:
     block = modules[path]
     if "forward" in vars(block):
@@ -335,21 +345,15 @@ def _site(
     order, prefix, grid = (_of(value, model, numbers) for value in (row.order, row.prefix, row.grid))
     if is_conv(ffn, structure) and order in (None, CHANNELS_LAST):
         order = CHANNELS_FIRST
-    source = None
+    record = None
     if grid is not None and not (order and order.grid_axes):
-        source = _source(modules, path, numbers, grid)
+        at = grid.at.format(*numbers)
+        source = modules[f"{path}{at}".removesuffix(".") if at.startswith(".") else at]
+        new = GridRecord(source, grid.static or "", grid.reads == "attribute", grid)
+        record = records.setdefault((source, grid), new)
     if isinstance(prefix, str):
         prefix = int(getattr(model, prefix))
-    return FeedForwardSite(path, block, row, structure, order, prefix, source)
-
-
-def _source(
-    modules: Mapping[str, nn.Module], path: str, numbers: tuple[int, ...], rule: GridFrom
-) -> GridSource:
-    if rule.at == ".":
-        return GridSource(modules[path], rule)
-    name = f"{path}{rule.at}" if rule.at.startswith(".") else rule.at.format(*numbers)
-    return GridSource(modules[name], rule)
+    return FeedForwardSite(path, block, row, structure, order, prefix, record)
 
 
 def image_size_of(model: nn.Module, adapter: ModelAdapter) -> tuple[int, int, int]:

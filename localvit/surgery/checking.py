@@ -7,7 +7,7 @@ found by a backward pass, must be one cell apart in the image.
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ def check_adapter(
     size = (size[0], *(image_size or size[1:]))
     groups = groups_of(model, adapter)
     also = dict.fromkeys(list(groups)[1:], _PRESERVE)
-    tokens = observe(runner(model, adapter), size, groups["blocks"]).tokens
+    _, tokens = observe(runner(model, adapter), size, groups["blocks"])
     local = copy.deepcopy(model)
     localize(local, _PRESERVE, also=also, adapter=adapter, count_macs=False)
     _check_exact(runner(model, adapter), runner(local, adapter), size)
@@ -217,22 +217,19 @@ def _by_token(site: FeedForwardSite, state: Tensor, images: int) -> Tensor:
 def _recorded(model: nn.Module, sites: list[FeedForwardSite]) -> Iterator[dict[str, list[Tensor]]]:
     """Record the states around the convolutions; attention returns zero, so that tokens do not mix."""
     states: dict[str, list[Tensor]] = {site.path: [] for site in sites}
-    handles, modules = [], dict(model.named_modules())
-    for site in sites:
-        local: Any = model.get_submodule(f"{site.path}.{site.slot}")
-        for layer in (local, local.then):
-            handles.append(
-                layer.register_forward_pre_hook(lambda _, args, to=states[site.path]: to.append(args[0]))
-            )
-        for path in (site.row.attention or "").split():
-            attention = modules.get(f"{site.name}.{path}")
-            if attention is not None:  # some blocks have none
-                handles.append(attention.register_forward_hook(_silence))
-    try:
+    modules = dict(model.named_modules())
+    with ExitStack() as stack:
+        for site in sites:
+            local: Any = model.get_submodule(f"{site.path}.{site.slot}")
+            for layer in (local, local.then):
+                stack.enter_context(
+                    layer.register_forward_pre_hook(lambda _, args, to=states[site.path]: to.append(args[0]))
+                )
+            for path in (site.row.attention or "").split():
+                attention = modules.get(f"{site.name}.{path}")
+                if attention is not None:  # some blocks have none
+                    stack.enter_context(attention.register_forward_hook(_silence))
         yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _silence(_: nn.Module, __: Any, output: Any) -> Any:

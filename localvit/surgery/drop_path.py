@@ -5,8 +5,9 @@ class of the block is changed in place; `localvit.restore` changes it back. Name
 not change.
 """
 
+import copy
+
 import torch
-from timm.layers import DropPath
 from timm.models import tnt
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ def separate_drop_path(block: nn.Module) -> None:
         return
     block.__class__ = BlockWithOwnDropPath
     for name in ("drop_path_mlp", "drop_path_mlp_in"):
-        block.add_module(name, _like(block.get_submodule("drop_path")))
+        block.add_module(name, copy.deepcopy(block.get_submodule("drop_path")))
 
 
 def join_drop_path(block: nn.Module) -> None:
@@ -52,9 +53,3 @@ def join_drop_path(block: nn.Module) -> None:
         del block.drop_path_mlp
         del block.drop_path_mlp_in
         block.__class__ = tnt.Block  # type: ignore[assignment]
-
-
-def _like(drop_path: nn.Module) -> nn.Module:
-    if isinstance(drop_path, DropPath):
-        return DropPath(drop_path.drop_prob, drop_path.scale_by_keep).train(drop_path.training)
-    return nn.Identity().train(drop_path.training)

@@ -29,14 +29,16 @@ def _family(classes: str, *rows: Block, others: str = "", groups: Any = None, **
 
 
 def _row(kind: str, at: str = "blocks.#", **fields: Any) -> Block:
-    """Return the row of the blocks `kind` at the paths `at`, both separated by spaces."""
-    return Block(_full(kind), tuple(at.split()), **fields)
+    """Return the row of the blocks `kind` at the paths `at`, both separated by spaces.
+
+    Layers around the FFN have timm's usual names by default; a block without such a layer needs no mention.
+    """
+    return Block(_full(kind), tuple(at.split()), **{"layer_scale": "ls2", **fields})
 
 
 def _vit(kind: str = "vision_transformer.Block", at: str = "blocks.#", **fields: Any) -> Block:
     """Return the row of a block of plain transformers."""
-    common = {"layer_scale": "ls2", "prefix": "num_prefix_tokens", "grid": _embedding}
-    return _row(kind, at, **{**common, **fields})
+    return _row(kind, at, **{"prefix": "num_prefix_tokens", "grid": _embedding, **fields})
 
 
 # --- grids, prefix tokens and orders that differ between the blocks of a model ---------------------------
@@ -123,20 +125,13 @@ def _encoders(name: str, kind: str, grid: GridFrom, **fields: Any) -> tuple[Mode
     )
 
 
-_ONLY_PRESERVE: dict[str, Any] = {
-    "ffn": "",
-    "norm": None,
-    "layer_scale": None,
-    "drop_path": None,
-    "attention": None,
-}
 _RELPOS = "vision_transformer_relpos"
 
 _PLAIN = (
     _family(
         "vision_transformer.VisionTransformer deit.VisionTransformerDistilled",
         _vit(),
-        _vit("vision_transformer.ResPostBlock", layer_scale=None),
+        _vit("vision_transformer.ResPostBlock"),
         _vit(
             _SEQUENTIAL,
             "blocks.#.ffns.#",
@@ -144,24 +139,18 @@ _PLAIN = (
             layer_scale="ls",
             drop_path="drop_path",
             parallel=True,
-            attention=None,
         ),
-        _vit("vision_transformer.ParallelScalingBlock", **_ONLY_PRESERVE),
-        _vit("vision_transformer.DiffParallelScalingBlock", **_ONLY_PRESERVE),
+        _vit("vision_transformer.ParallelScalingBlock", ffn=""),
+        _vit("vision_transformer.DiffParallelScalingBlock", ffn=""),
         others="vision_transformer.ParallelThingsBlock",
         dead=True,
     ),
-    _family(
-        "eva.Eva",
-        _vit("eva.EvaBlock", layer_scale="gamma_2"),
-        _vit("eva.EvaBlockPostNorm", layer_scale=None),
-        dead=True,
-    ),
+    _family("eva.Eva", _vit("eva.EvaBlock", layer_scale="gamma_2"), _vit("eva.EvaBlockPostNorm"), dead=True),
     _family("beit.Beit", _vit("beit.Block", layer_scale="gamma_2"), dead=True),
     _family(
         f"{_RELPOS}.VisionTransformerRelPos",
         _vit(f"{_RELPOS}.RelPosBlock"),
-        _vit(f"{_RELPOS}.ResPostRelPosBlock", layer_scale=None),
+        _vit(f"{_RELPOS}.ResPostRelPosBlock"),
         dead=True,
     ),
     _family(
@@ -172,27 +161,17 @@ _PLAIN = (
         dead=True,
         note="one size of images per batch: batches of patches with coordinates have no common grid",
     ),
-    _family("cait.Cait", _row("cait.LayerScaleBlock", layer_scale="gamma_2", drop_path=None, grid=_PATCHES)),
-    _family(
-        "convit.ConVit",
-        _row("convit.Block", drop_path=None, prefix=_convit_prefix, grid=_embedding),
-        dead=True,
-    ),
+    _family("cait.Cait", _row("cait.LayerScaleBlock", layer_scale="gamma_2", grid=_PATCHES)),
+    _family("convit.ConVit", _row("convit.Block", prefix=_convit_prefix, grid=_embedding), dead=True),
     _family("xcit.Xcit", _row("xcit.XCABlock", layer_scale="gamma2", grid=GridFrom(".", "integers"))),
     _family(
         "vision_transformer_sam.VisionTransformerSAM",
-        _row(
-            "vision_transformer_sam.Block", layer_scale="ls2", grid=GridFrom(".", "input"), attends="windows"
-        ),
+        _row("vision_transformer_sam.Block", grid=GridFrom(".", "input"), attends="windows"),
     ),
     *_encoders("deepseek_vit.DeepseekVit", "deepseek_vit.DeepseekVitBlock", _PATCHES),
     *_encoders("qwen3_vit.Qwen3Vit", "eva.EvaBlock", _PATCHES, layer_scale="gamma_2"),
     *_encoders(
-        "gemma4_vit.Gemma4Vit",
-        "gemma4_vit.Gemma4Block",
-        GridFrom("patch_embed", "patches"),
-        norm="norm3",
-        drop_path=None,
+        "gemma4_vit.Gemma4Vit", "gemma4_vit.Gemma4Block", GridFrom("patch_embed", "patches"), norm="norm3"
     ),
     _family(
         "crossvit.CrossVit",
@@ -206,7 +185,7 @@ _PLAIN = (
     ),
     _family(
         "hiera.Hiera",
-        _row("hiera.HieraBlock", layer_scale="ls2", order=_hiera_order, grid=_hiera_grid, attends="windows"),
+        _row("hiera.HieraBlock", order=_hiera_order, grid=_hiera_grid, attends="windows"),
         image_size="img_size",
     ),
     _family(
@@ -214,12 +193,7 @@ _PLAIN = (
         _vit(grid=GridFrom("patch_embed.soft_split2", "image", "grid_size")),
         groups={
             "tokens_to_token": tuple(
-                _row(
-                    f".baselines.tokens_to_token.{kind}",
-                    "patch_embed.attention#",
-                    drop_path=None,
-                    grid=_soft_split,
-                )
+                _row(f".baselines.tokens_to_token.{kind}", "patch_embed.attention#", grid=_soft_split)
                 for kind in ("TokenPerformer", "TokenTransformer")
             )
         },
@@ -309,20 +283,13 @@ _PYRAMIDS = (
     ),
     _family(
         "tiny_vit.TinyVit",
-        _row("tiny_vit.TinyVitBlock", _STAGES, norm=None, grid=GridFrom(".", "input"), attends="windows"),
+        _row("tiny_vit.TinyVitBlock", _STAGES, grid=GridFrom(".", "input"), attends="windows"),
         others="tiny_vit.MBConv",
     ),
     _family(
         "levit.Levit levit.LevitDistilled",
-        _row("levit.LevitBlock", _STAGES, norm=None, grid=_LEVIT),
-        _row(
-            "levit.LevitDownsample",
-            "stages.#.downsample",
-            norm=None,
-            drop_path="drop_path",
-            grid=_LEVIT,
-            attention=None,
-        ),
+        _row("levit.LevitBlock", _STAGES, grid=_LEVIT),
+        _row("levit.LevitDownsample", "stages.#.downsample", drop_path="drop_path", grid=_LEVIT),
         others="/torch.nn.modules.linear.Identity",
     ),
     _family(
@@ -330,7 +297,6 @@ _PYRAMIDS = (
         _row(
             "coat.SerialBlock",
             "serial_blocks#.#",
-            drop_path=None,
             prefix=1,
             grid=GridFrom(".factoratt_crpe", "pair"),
             attention="factoratt_crpe",
@@ -351,25 +317,14 @@ _PYRAMIDS = (
     ),
     _family(
         "csatv2.CSATv2",
-        _row(
-            "csatv2.TransformerBlock",
-            "stages.#.#",
-            layer_scale="ls2",
-            grid=GridFrom(".pos_embed", "pair"),
-        ),
+        _row("csatv2.TransformerBlock", "stages.#.#", grid=GridFrom(".pos_embed", "pair")),
         others="csatv2.Block /timm.layers.norm.LayerNorm2d /torch.nn.modules.conv.Conv2d",
         note="the FFNs of its spatial attention, which have one channel, are left alone",
     ),
     _family(
         "byobnet.ByobNet",
         *(
-            _row(
-                kind,
-                "stages.#.#.transformer.#",
-                layer_scale="ls2",
-                order=_mobilevit_order,
-                grid=_mobilevit_grid,
-            )
+            _row(kind, "stages.#.#.transformer.#", order=_mobilevit_order, grid=_mobilevit_grid)
             for kind in ("vision_transformer.Block", "mobilevit.LinearTransformerBlock")
         ),
     ),
@@ -380,12 +335,12 @@ _PYRAMIDS = (
 
 def _last(kind: str, at: str = _STAGES, **fields: Any) -> Block:
     """Return the row of a block whose FFN takes maps `(B, H, W, C)`, or computes `(B, C, H, W)`."""
-    return _row(kind, at, **{"order": CHANNELS_LAST, "layer_scale": "ls2", **fields})
+    return _row(kind, at, **{"order": CHANNELS_LAST, **fields})
 
 
 def _first(kind: str, at: str = _STAGES, **fields: Any) -> Block:
     """Return the row of a block with a convolutional FFN, often without norm."""
-    return _row(kind, at, **{"order": CHANNELS_FIRST, "norm": None, "attention": None, **fields})
+    return _row(kind, at, **{"order": CHANNELS_FIRST, **fields})
 
 
 _IN_MAXVIT = f"{_STAGES}.attn_block {_STAGES}.attn_grid"
@@ -425,7 +380,6 @@ _MAPS = (
             norm="norm",
             layer_scale="ls",
             drop_path="drop_path",
-            attention=None,
             attends="none",
         ),
         _last("maxxvit.PartitionAttentionCl", _IN_MAXVIT, attends="windows"),
@@ -441,50 +395,36 @@ _MAPS = (
     ),
     _family(
         "edgenext.EdgeNeXt",
-        _last("edgenext.ConvBlock", norm="norm", layer_scale="gamma", drop_path="drop_path", attention=None),
-        _last(
-            "edgenext.SplitTransposeBlock", norm="norm", layer_scale="gamma", drop_path=None, attention="xca"
-        ),
+        _last("edgenext.ConvBlock", norm="norm", layer_scale="gamma", drop_path="drop_path"),
+        _last("edgenext.SplitTransposeBlock", norm="norm", layer_scale="gamma", attention="xca"),
     ),
     _family(
         "efficientformer.EfficientFormer",
-        _first("efficientformer.MetaBlock2d", layer_scale="ls2"),
-        _row(
-            "efficientformer.MetaBlock1d",
-            _STAGES,
-            layer_scale="ls2",
-            grid=_DOWNSAMPLED,
-            attention="token_mixer",
-        ),
+        _first("efficientformer.MetaBlock2d"),
+        _row("efficientformer.MetaBlock1d", _STAGES, grid=_DOWNSAMPLED, attention="token_mixer"),
         others="efficientformer.Flat",
     ),
-    _family(
-        "efficientformer_v2.EfficientFormerV2",
-        _first("efficientformer_v2.EfficientFormerV2Block", layer_scale="ls2"),
-    ),
+    _family("efficientformer_v2.EfficientFormerV2", _first("efficientformer_v2.EfficientFormerV2Block")),
     _family(
         "efficientvim.EfficientViM efficientvim.EfficientViMDistilled",
-        _first("efficientvim.EfficientViMBlock", ffn="ffn", drop_path=None),
+        _first("efficientvim.EfficientViMBlock", ffn="ffn"),
     ),
     _family(
         "efficientvit_msra.EfficientVitMsra",
-        _first("efficientvit_msra.ResidualDrop", f"{_STAGES}.ffn0 {_STAGES}.ffn1", ffn="m", drop_path=None),
+        _first("efficientvit_msra.ResidualDrop", f"{_STAGES}.ffn0 {_STAGES}.ffn1", ffn="m"),
     ),
     _family(
         "fastvit.FastVit",
         _first("fastvit.RepMixerBlock", layer_scale="layer_scale", drop_path="drop_path"),
         _first("fastvit.AttentionBlock", layer_scale="layer_scale_2", attention="token_mixer"),
     ),
-    _family("shvit.SHViT", _first("shvit.BasicBlock", ffn="ffn.m", drop_path=None)),
+    _family("shvit.SHViT", _first("shvit.BasicBlock", ffn="ffn.m")),
     _family(
         "swiftformer.SwiftFormer",
-        _first("swiftformer.Block", ffn="linear", drop_path=None),
+        _first("swiftformer.Block", ffn="linear", attention=None),
         others="swiftformer.ConvEncoder",
     ),
-    _family(
-        "visformer.Visformer",
-        _first("visformer.Block", "stage#.#", norm="norm2", drop_path=None, attention="attn"),
-    ),
+    _family("visformer.Visformer", _first("visformer.Block", "stage#.#", norm="norm2", attention="attn")),
 )
 
 ADAPTERS: tuple[ModelAdapter, ...] = (*_PLAIN, *_PYRAMIDS, *_MAPS)

@@ -38,7 +38,6 @@ def _around(inner: str, module: str, names: str, **fields: Any) -> ModelAdapter:
 def _row(module: str, kind: str, at: str = "layers.#", **fields: Any) -> Block:
     common: dict[str, Any] = {
         "norm": "layernorm_after",
-        "drop_path": None,
         "prefix": 1,
         "grid": GridFrom("embeddings.patch_embeddings.projection", "output_map"),
         "attention": "attention",
@@ -147,7 +146,6 @@ def _resblock(kind: str) -> Block:
         ("transformer.resblocks.#",),
         norm="ln_2",
         layer_scale="ls_2",
-        drop_path=None,
         prefix=1,
         grid=GridFrom("conv1", "output_map"),
         layers=Ffn("c_proj", "c_fc", "c_proj"),

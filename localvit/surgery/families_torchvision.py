@@ -20,13 +20,7 @@ def _family(name: str, *rows: Block, **fields: Any) -> ModelAdapter:
 
 
 def _swin(kind: str) -> Block:
-    return Block(
-        _full(f"swin_transformer.{kind}"),
-        ("features.#.#",),
-        drop_path=None,
-        order=CHANNELS_LAST,
-        attends="windows",
-    )
+    return Block(_full(f"swin_transformer.{kind}"), ("features.#.#",), order=CHANNELS_LAST, attends="windows")
 
 
 def _partition(name: str) -> Block:
@@ -41,8 +35,6 @@ def _partition(name: str) -> Block:
         _full("maxvit.PartitionAttentionLayer"),
         (f"blocks.#.layers.#.layers.{name}",),
         ffn="mlp_layer",
-        norm=None,
-        drop_path=None,
         order=order,
         grid=GridFrom(".", "input_map"),
         attention="attn_layer",
@@ -64,7 +56,6 @@ ADAPTERS = (
             _full("vision_transformer.EncoderBlock"),
             ("encoder.layers.encoder_layer_#",),
             norm="ln_2",
-            drop_path=None,
             prefix=1,
             grid=GridFrom("conv_proj", "output_map"),
             attention="self_attention",

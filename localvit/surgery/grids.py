@@ -56,18 +56,6 @@ class GridFrom:
     multiple: int = 1
 
 
-@dataclass(frozen=True)
-class GridSource:
-    """Source of the grid of some FFNs: a module, and how its grid is read."""
-
-    module: nn.Module
-    rule: GridFrom
-
-    def new_record(self) -> GridRecord:
-        rule = self.rule
-        return GridRecord(self.module, rule.static or "", rule.reads == "attribute", rule)
-
-
 # TorchScript compiles a hook with the types of its module, and leaves out what scripts do not run.
 
 
@@ -161,24 +149,26 @@ _BEFORE: dict[str, Callable[..., None]] = {
 }
 
 
-def hook(source: GridSource, record: GridRecord) -> None:
-    """Let `record` have the grids of `source`."""
-    module, reads = source.module, source.rule.reads
+def hook(record: GridRecord) -> None:
+    """Let `record` have the grids of its source."""
+    module: Any = record.source
+    reads = record.rule.reads
     if reads == "attribute":
         return
-    module.grid_record = record  # type: ignore[assignment]
+    module.grid_record = record
     if reads in _AFTER:
         module.register_forward_hook(_AFTER[reads])
     else:
         module.register_forward_pre_hook(_BEFORE[reads], with_kwargs=reads == "argument")
 
 
-def unhook(modules: Iterable[nn.Module]) -> None:
-    """Undo `hook` in all `modules`."""
+def unhook(modules: Iterable[Any]) -> None:
+    """Undo `hook` in all `modules`; their records forget the last grid."""
     ours = {*_AFTER.values(), *_BEFORE.values()}
     for module in modules:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, function in hooks.items() if function in ours]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module.grid_record.size = None
                 del module.grid_record

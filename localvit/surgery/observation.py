@@ -1,7 +1,7 @@
 """One forward pass on the meta device: multiply-accumulates, and the tokens and grid of every FFN."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from localvit.cost import count_macs
 from localvit.errors import UnsupportedModelError
-from localvit.locality import Grid, GridRecord, to_raster_order
+from localvit.locality import Grid, to_raster_order
 from localvit.surgery.adapters import FeedForwardSite
-from localvit.surgery.grids import GridSource, hook, unhook
+from localvit.surgery.grids import hook, unhook
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,28 @@ class Tokens:
     further: tuple[Any, ...] = ()
 
 
-@dataclass(frozen=True)
-class Observed:
-    """Multiply-accumulates of the model for one image, and path of an FFN -> its tokens."""
-
-    macs: int
-    tokens: dict[str, Tokens]
-
-
-def observe(model: nn.Module, image_size: tuple[int, int, int], sites: Sequence[FeedForwardSite]) -> Observed:
+def observe(
+    model: nn.Module, image_size: tuple[int, int, int], sites: Sequence[FeedForwardSite]
+) -> tuple[int, dict[str, Tokens]]:
     """Run the model on the meta device for one image of `image_size` (channels, height, width).
+
+    Returns:
+        Multiply-accumulates of the model, and path of an FFN -> its tokens.
 
     Raises:
         UnsupportedModelError: if the tokens of an FFN are not those of its grid, or the model does not run it
             exactly once.
     """
-    records = {site.source: site.source.new_record() for site in sites if site.source}
     calls: dict[str, list[Any]] = {site.path: [] for site in sites}
-    with _evaluating(model), _recording(model, records), _watching(sites, records, calls):
+    with _evaluating(model), ExitStack() as stack:
+        stack.callback(unhook, model.modules())
+        for record in dict.fromkeys(site.record for site in sites):
+            if record is not None:
+                hook(record)
+        for site in sites:
+            _watch(site, calls[site.path], stack)
         macs = count_macs(model, image_size)
-    return Observed(macs, {site.path: _tokens(site, calls[site.path]) for site in sites})
+    return macs, {site.path: _tokens(site, calls[site.path]) for site in sites}
 
 
 @contextmanager
@@ -68,39 +70,21 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             vars(module).update(attributes)
 
 
-@contextmanager
-def _recording(model: nn.Module, records: dict[GridSource, GridRecord]) -> Iterator[None]:
-    try:
-        for source, record in records.items():
-            hook(source, record)
-        yield
-    finally:
-        unhook(model.modules())
+def _watch(site: FeedForwardSite, calls: list[Any], stack: ExitStack) -> None:
+    """Append arguments, grid and hidden state of the site's FFN to `calls` until `stack` closes."""
 
+    def on_input(_: nn.Module, args: Any) -> None:
+        axes = site.order.grid_axes if site.order else ()
+        grid = tuple(args[0].shape[axis] for axis in axes)
+        calls.append([args, grid or (site.record and site.record.size)])
 
-@contextmanager
-def _watching(
-    sites: Sequence[FeedForwardSite], records: dict[GridSource, GridRecord], calls: dict[str, list[Any]]
-) -> Iterator[None]:
-    handles = []
-    for site in sites:
-        record = records[site.source] if site.source else None
+    def on_hidden(_: nn.Module, args: Any) -> None:
+        if calls:
+            calls[-1].append(args[0])
 
-        def on_input(_: nn.Module, args: Any, site: Any = site, record: Any = record) -> None:
-            axes = site.order.grid_axes if site.order else ()
-            calls[site.path].append([args, tuple(args[0].shape[axis] for axis in axes) or record.size])
-
-        def on_hidden(_: nn.Module, args: Any, site: Any = site) -> None:
-            if calls[site.path]:
-                calls[site.path][-1].append(args[0])
-
-        handles.append(site.module.register_forward_pre_hook(on_input))
-        handles.append(site.module.get_submodule(site.structure.slot).register_forward_pre_hook(on_hidden))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    stack.enter_context(site.module.register_forward_pre_hook(on_input))
+    slot = site.module.get_submodule(site.structure.slot)
+    stack.enter_context(slot.register_forward_pre_hook(on_hidden))
 
 
 def _tokens(site: FeedForwardSite, calls: list[Any]) -> Tokens:

@@ -10,7 +10,7 @@ import torch
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
-from localvit.locality import GridRecord, HiddenLocality, LocalityConfig
+from localvit.locality import HiddenLocality, LocalityConfig
 from localvit.surgery.adapters import ModelAdapter
 from localvit.surgery.drop_path import join_drop_path, separate_drop_path
 from localvit.surgery.ffns import weight_of
@@ -88,16 +88,14 @@ def localize(
     """
     the_plan, changes = plan_changes(model, config, blocks, also, adapter, count=count_macs)
     seed = torch.initial_seed() if seed is None else seed
-    sources = dict.fromkeys(site.source for site, _ in changes)
-    records = {source: source.new_record() if source else None for source in sources}
-    built = [(change, _build(change, records[change.site.source], seed)) for change in changes]
+    built = [(change, _build(change, seed)) for change in changes]
 
     originals: dict[str, nn.Module | nn.Parameter] = {}
     for change, module in built:
         originals |= _install(change, module)
-    for source, record in records.items():
-        if source and record:
-            hook(source, record)
+    for record in dict.fromkeys(site.record for site, _ in changes):
+        if record is not None:
+            hook(record)
     done = Localization(the_plan, seed, originals if keep_originals else None)
     model.localization = done  # type: ignore[assignment]
     _record_for_saving(model, the_plan, blocks)
@@ -145,13 +143,13 @@ def add_locality(self: nn.Module, inputs: Tuple[Tensor]) -> Tuple[Tensor]:  # no
     return (self.locality(inputs[0]),)  # type: ignore[operator]
 
 
-def _build(change: PlannedChange, record: GridRecord | None, seed: int) -> nn.Module:
+def _build(change: PlannedChange, seed: int) -> nn.Module:
     site = change.site
     like = weight_of(site.module.get_submodule(site.structure.last))
     digest = hashlib.sha256(f"{seed}:{site.path}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(digest[:8], "little"))
-        module = replacement(change, record)()
+        module = replacement(change)
     return module.to(like.device, like.dtype).train(site.module.training)
 
 

@@ -38,7 +38,9 @@ def select_blocks(blocks: BlockSpec, depth: int) -> tuple[int, ...]:
         start, stop, parts = _FRACTIONS[blocks]
         chosen = list(range(round(depth * start / parts), round(depth * stop / parts)))
     else:
-        chosen = [index for item in _as_list(blocks) for index in _indices(item, blocks)]
+        if not isinstance(blocks, (list, tuple)):
+            raise ValueError(f"blocks={blocks!r} is not accepted; use a name or a list")
+        chosen = [index for item in blocks for index in _indices(item, blocks)]
     if not chosen:
         raise ValueError(f"blocks={blocks!r} selects no block; the model has {depth}")
     outside = [i for i in chosen if not 0 <= i < depth]
@@ -47,12 +49,6 @@ def select_blocks(blocks: BlockSpec, depth: int) -> tuple[int, ...]:
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"blocks={blocks!r} selects a block more than once; name each block once")
     return tuple(sorted(chosen))
-
-
-def _as_list(blocks: object) -> Sequence[object]:
-    if isinstance(blocks, (list, tuple)):
-        return blocks
-    raise ValueError(f"blocks={blocks!r} is not accepted; use a name or a list")
 
 
 def _indices(item: object, blocks: object) -> Sequence[int]:

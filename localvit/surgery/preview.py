@@ -1,6 +1,6 @@
 """Plan of a localization, made without changing the model."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from localvit.cost import count_parameters, macs_of, on_meta
 from localvit.errors import ConfigError, UnsupportedModelError
-from localvit.locality import Grid, GridRecord, HiddenLocality, LocalityConfig, LocalityFeedForward
+from localvit.locality import Grid, HiddenLocality, LocalityConfig, LocalityFeedForward
 from localvit.surgery.adapters import (
     MAIN_GROUP,
     FeedForwardSite,
@@ -21,7 +21,7 @@ from localvit.surgery.adapters import (
     note_of,
     runner,
 )
-from localvit.surgery.observation import Observed, Tokens, observe
+from localvit.surgery.observation import Tokens, observe
 from localvit.surgery.placement import BlockSpec, select_blocks
 
 
@@ -156,12 +156,12 @@ def plan_changes(
     for change in changes:
         _refuse_impossible(change)
 
-    observed: Observed | None = None
+    macs, tokens = None, dict[str, Tokens]()
     if count:
         runs, size = runner(model, adapter), image_size_of(model, adapter)
-        observed = observe(runs, size, [site for site, _ in changes])
-    costs: dict[Any, _Cost] = {}
-    sites = tuple(_plan_site(change, costs, observed) for change in changes)
+        macs, tokens = observe(runs, size, [site for site, _ in changes])
+    costs: dict[Any, Any] = {}
+    sites = tuple(_plan_site(change, costs, tokens.get(change.site.path)) for change in changes)
     the_plan = Plan(
         model=type(model).__name__,
         config=config,
@@ -170,7 +170,7 @@ def plan_changes(
         also=also,
         sites=sites,
         parameters=_total(count_parameters(model), [s.parameters for s in sites]),
-        macs=_total(observed.macs, [s.macs for s in sites]) if observed else None,
+        macs=None if macs is None else _total(macs, [s.macs for s in sites]),
         notes=tuple(_notes(note_of(model, adapter), changes)),
     )
     return the_plan, changes
@@ -200,7 +200,7 @@ def _notes(family: str | None, changes: Sequence[PlannedChange]) -> Iterator[str
         for site, config in changes
         if config.init == "paper"
         and not config.resolve().drop_path
-        and site.row.drop_path is None
+        and site.around[2] is None
         and isinstance(getattr(site.block, "drop_path", None), DropPath)
     ]
     if shared:
@@ -223,17 +223,17 @@ def refuse_wrapped(model: nn.Module, action: str = "localize") -> None:
         raise UnsupportedModelError(f"the model is compiled; {action} it before that")
 
 
-def replacement(change: PlannedChange, record: GridRecord | None = None) -> Callable[[], nn.Module]:
-    """Return a function that builds the new module of a site."""
+def replacement(change: PlannedChange) -> nn.Module:
+    """Build the new module of a site."""
     site, config = change
     width, hidden, _ = site.dims
-    common: dict[str, Any] = {"num_prefix_tokens": site.num_prefix_tokens, "grid_record": record}
+    common: dict[str, Any] = {"num_prefix_tokens": site.num_prefix_tokens, "grid_record": site.record}
     common["order"] = site.order
     if config.init == "paper":
-        return lambda: LocalityFeedForward(width, config, hidden_dim=hidden, **common)
+        return LocalityFeedForward(width, config, hidden_dim=hidden, **common)
     slot = site.module.get_submodule(site.structure.slot)
     then = slot if site.slot == site.structure.slot else nn.Identity()
-    return lambda: HiddenLocality(hidden, then, config, **common)
+    return HiddenLocality(hidden, then, config, **common)
 
 
 def discarded_layers(change: PlannedChange) -> tuple[str, ...]:
@@ -245,18 +245,10 @@ def discarded_layers(change: PlannedChange) -> tuple[str, ...]:
     return tuple(name for name, kept in keep if name is not None and not kept)
 
 
-class _Cost(NamedTuple):
-    """Cost of one FFN before and after; equal FFNs are counted once."""
-
-    new: nn.Module
-    parameters: tuple[int, int]
-    macs: tuple[int, int] | None
-
-
-def _plan_site(change: PlannedChange, costs: dict[Any, _Cost], observed: Observed | None) -> SitePlan:
+def _plan_site(change: PlannedChange, costs: dict[Any, Any], tokens: Tokens | None) -> SitePlan:
+    """Return the plan of one FFN; `costs` keeps results of `_cost`, so that equal FFNs are counted once."""
     site, config = change
     replaces = config.init == "paper"
-    tokens = observed.tokens[site.path] if observed else None
     shape = tokens and (tokens.input.shape, tokens.grid)
     key = (repr(site.module), site.dims, repr(site.order), shape, config)
     if key not in costs:
@@ -282,9 +274,12 @@ def _size(layer: nn.Module | nn.Parameter) -> int:
     return layer.numel() if isinstance(layer, nn.Parameter) else count_parameters(layer)
 
 
-def _cost(change: PlannedChange, tokens: Tokens | None) -> _Cost:
+def _cost(
+    change: PlannedChange, tokens: Tokens | None
+) -> tuple[nn.Module, tuple[int, int], tuple[int, int] | None]:
+    """Return the new module, and parameters and multiply-accumulates before and after."""
     site, config = change
-    new = on_meta(replacement(change))
+    new = on_meta(lambda: replacement(change))
     kept = 0 if config.init == "paper" else 1  # the old FFN stays, and the new module gets its hidden map
     old = count_parameters(site.module)
     macs = None
@@ -292,7 +287,7 @@ def _cost(change: PlannedChange, tokens: Tokens | None) -> _Cost:
         before = macs_of(site.module, tokens.input, *tokens.further) if site.row.ffn else 0
         x = tokens.hidden if kept else tokens.input
         macs = before, macs_of(new, x, Grid(*tokens.grid, site.num_prefix_tokens)) + kept * before
-    return _Cost(new, (old, count_parameters(new) + kept * old), macs)
+    return new, (old, count_parameters(new) + kept * old), macs
 
 
 def _total(before: int, changes: list[Any]) -> tuple[int, int]:

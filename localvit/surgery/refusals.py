@@ -12,13 +12,9 @@ _MODULES = {
     _DEPTHWISE: "convmixer convnext inception_next mambaout rdnet repvit starnet",
     _INVERTED: "cpubone efficientvit_mit lowformer",
 }
-_REASONS = {module: reason for reason, modules in _MODULES.items() for module in modules.split()} | {
+REASONS = {module: reason for reason, modules in _MODULES.items() for module in modules.split()} | {
     "iformer": "its feed-forward networks contain their residual branch, LayerScale and drop-path",
     "mlp_mixer": "its blocks mix tokens by linear layers over fixed positions, not by attention",
     "sequencer": "its blocks mix tokens by recurrent networks, not by attention",
 }
-
-
-def reason_for(module: str) -> str | None:
-    """Return the reason why the models of a module of timm (`"resnet"`) are refused, or `None`."""
-    return _REASONS.get(module)
+"""Module of timm (`"resnet"`) -> reason why its models are refused."""

@@ -12,7 +12,7 @@ from localvit.errors import UnsupportedModelError
 from localvit.locality import LocalityConfig
 from localvit.structure import build, parse_json, to_json
 from localvit.surgery.preview import plan_changes
-from localvit.surgery.refusals import reason_for
+from localvit.surgery.refusals import REASONS
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,8 @@ def scan_supported(names: Iterable[str]) -> list[SupportEntry]:
 
 def _scan(name: str) -> SupportEntry:
     module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
-    reason = reason_for(module)
-    if reason is not None:
-        return SupportEntry(name, module, False, 0, reason)
+    if module in REASONS:
+        return SupportEntry(name, module, False, 0, REASONS[module])
     model = on_meta(lambda: timm.create_model(name))
     kind = type(model).__name__
     try:

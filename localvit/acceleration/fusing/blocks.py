@@ -105,22 +105,12 @@ def fuse_block(block: Any) -> str | None:
     return None
 
 
-class _ReadsPrefix(InferenceOnly):
+class FastVisionTransformer(InferenceOnly, VisionTransformer):
     """Plain transformer whose head may read prefix tokens only: then the last block computes only those.
 
     This applies to `forward`; features are those of all tokens. With a hook on one of its modules, the last
     block computes all tokens.
     """
-
-    blocks: nn.Sequential
-    norm: Any
-    norm_pre: Any
-    patch_embed: Any
-    patch_drop: Any
-    num_prefix_tokens: Any
-
-    _pos_embed: Any
-    forward_head: Any
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         last = self.blocks[-1] if len(self.blocks) else None
@@ -134,13 +124,9 @@ class _ReadsPrefix(InferenceOnly):
         return self.forward_head(self.norm(last.prefix_tokens(x, self.num_prefix_tokens)))
 
 
-class FastVisionTransformer(_ReadsPrefix, VisionTransformer):
+class FastVisionTransformerDistilled(FastVisionTransformer, VisionTransformerDistilled):
     pass
 
 
-class FastVisionTransformerDistilled(_ReadsPrefix, VisionTransformerDistilled):
-    pass
-
-
-class FastT2TViT(_ReadsPrefix, T2TViT):
+class FastT2TViT(FastVisionTransformer, T2TViT):
     pass
