@@ -34,7 +34,7 @@ from writing import write
 import localvit
 from localvit.bench.host import machine
 from localvit.bench.measure import Quartiles, Work, interleaved, ratio, wall_clock
-from localvit.data.config import AugmentConfig, DataConfig
+from localvit.data.config import AugmentConfig, DataConfig, Preprocessing
 from localvit.data.images import Part
 from localvit.data.loading import train_loader
 from localvit.data.splits import open_test_split
@@ -93,7 +93,8 @@ def ours(folder: Path, chosen: np.ndarray, interpolation: str) -> Work:
     images = open_test_split(str(folder), DataConfig())
     part = Part(images.images, chosen, images.class_names)
     augment = AugmentConfig(color_jitter=None)
-    seen = {"input_size": (3, 224, 224), "mean": MEAN, "std": STD, "interpolation": interpolation}
+    size = {"input_size": (3, 224, 224), "crop_pct": 1.0, "crop_mode": "center"}
+    seen = Preprocessing(**size, mean=MEAN, std=STD, interpolation=interpolation)
     loader = train_loader(part, augment, seen, batch_size=BATCH, seed=0)
 
     def work() -> int:

@@ -83,11 +83,13 @@ class Manifest:
         class_names: Name of each output of the model.
         splits: `train`, `validation` and `test`.
         paths: Field of `DataConfig` -> absolute path, for sources that are files.
+        earlier: Training splits of the run before its data changed.
     """
 
     class_names: tuple[str, ...]
     splits: dict[str, SplitRecord]
     paths: dict[str, str]
+    earlier: tuple[SplitRecord, ...] = ()
 
     def __post_init__(self) -> None:
         if set(self.splits) != {"train", "validation", "test"}:
@@ -127,13 +129,17 @@ class Manifest:
             notes.append(f"{len(differ)} images changed, such as {some(sorted(map(_name, differ)))}")
         return notes
 
-    def trained(self, now: Manifest) -> list[str]:
-        """Return the names of images of the present test split that the run trained on, as far as known."""
-        train, test = self.splits["train"], now.splits["test"]
-        known, tested = train.entries(), test.entries()
-        if now.splits["train"].place != test.place or known is None or tested is None:
+    def trained(self, now: Manifest, split: str = "test") -> list[str]:
+        """Return the names of images of a present split that the run trained on, as far as known."""
+        if now.splits["train"].place != now.splits[split].place:
             return []
-        return sorted(map(_name, known & tested))
+        known = [record.entries() or set() for record in (self.splits["train"], *self.earlier)]
+        return sorted(map(_name, set().union(*known) & (now.splits[split].entries() or set())))
+
+    def continuing(self, before: Manifest) -> Manifest:
+        """Return the manifest of a run that began with the images of `before`."""
+        changed = self.splits["train"].classes != before.splits["train"].classes
+        return replace(self, earlier=(*before.earlier, *([before.splits["train"]] if changed else [])))
 
 
 def make_manifest(splits: Splits, config: DataConfig) -> Manifest:

@@ -77,8 +77,10 @@ class RunDirectory:
         self.status: RunStatus | None = None
         self._conditions: dict[str, Any] = {"versions": versions(), "world_size": world_size}
         self._allowed, self._stack, self._verified = allowed, stack, False
+        if not config.output:
+            raise ConfigError("output='' is not accepted; name a folder")
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        if not config.output or not existing.is_dir() or not os.access(existing, os.W_OK):
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise ConfigError(
                 f"output={config.output!r}: {str(existing)!r} is not a writable folder; choose another"
             )
@@ -112,6 +114,8 @@ class RunDirectory:
 
     def _decide(self) -> Decision:
         held, output = list(self._found), str(self.config.output)
+        if not held and (self.path / "study.json").exists():
+            raise ConfigError(f"output={output!r} already holds a study (study.json); choose another folder")
         if not held:
             return Decision(kind="new")
         if "config.yaml" not in held or ("status.json" not in held and len(held) > 1):

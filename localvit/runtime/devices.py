@@ -17,9 +17,11 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} does not exist; use auto, cpu or cuda") from error
+    try:
         torch.zeros(1, device=device).item()  # the meta device has no values
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise ConfigError(
-            f"device={name!r} cannot be used here: {one_line(error)}; use auto, cpu or cuda"
-        ) from error
+        reason = one_line(error).partition(". ")[0]
+        raise ConfigError(f"device={name!r} cannot be used here: {reason}; use auto, cpu or cuda") from error
     return device

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from localvit.errors import TrainingFailed, TrainingInterrupted
+from localvit.data import Manifest
+from localvit.errors import ConfigError, TrainingFailed, TrainingInterrupted
 from localvit.evaluation import Metrics
 from localvit.models import base_digest
 from localvit.runs import BestEpoch, Decision, RunDirectory, numbers
@@ -33,15 +34,19 @@ class Checkpointer:
         """Claim the directory, restore the state that was found, and make the files agree with it.
 
         Raises:
-            ConfigError: if the data or the state does not fit the run; nothing has been written in that case.
+            ConfigError: if the data or the state does not fit the run, or images that it trained on are in
+                another split now; nothing has been written in that case.
         """
         run, directory = self.run, self.directory
 
-        def claim() -> None:
-            if directory:
-                directory.claim(run.manifest.fingerprint())
+        def claim() -> tuple[str, ...]:
+            if directory is None:
+                return ()
+            directory.claim(run.manifest.fingerprint())
+            return self._compare_images(directory.saved.manifest)
 
-        run.world.broadcast_from_main(claim)
+        notes = run.world.broadcast_from_main(claim)
+        run.splits = dataclasses.replace(run.splits, notes=(*run.splits.notes, *notes))
         if decision.state is not None:
             run.restore(decision.state, decision.changes)
             decision.state.clear()  # frees the memory of its tensors
@@ -57,6 +62,34 @@ class Checkpointer:
                 now = run.load_best()
                 self._save_model("best")
                 run.engine.evaluated.load_state_dict(now)
+
+    def _compare_images(self, before: Manifest | None) -> tuple[str, ...]:
+        """Refuse images that the run has trained on in other splits, where they would flatter its results.
+
+        Images that are added, removed or renamed change which others are held out. Names are compared, as
+        far as the manifests have them.
+
+        Returns:
+            Notes on images that `data.allow_overlap` accepts.
+        """
+        run, notes = self.run, []
+        if before is None:
+            return ()
+        run.manifest = run.manifest.continuing(before)
+        for split in ("validation", "test"):
+            if trained := before.trained(run.manifest, split):
+                number = run.manifest.splits[split].count
+                text = (
+                    f"{len(trained)} of {number} {split} images were training images of this run before its "
+                    f"data changed, such as {trained[0]!r}"
+                )
+                if not run.config.data.allow_overlap:
+                    raise ConfigError(
+                        f"output={run.config.output!r}: {text}; choose another folder, or accept them with "
+                        "--allow-overlap"
+                    )
+                notes.append(f"overlap allowed: {text}")
+        return tuple(notes)
 
     def due(self) -> bool:
         """Return whether it is time to save the state."""

@@ -88,7 +88,7 @@ def train(
                     progress.resume(decision.warnings)
                 return _fit(run, checkpointer, progress, callbacks if world.is_main_process else ())
         except BaseException as error:
-            short = _explained(error, checkpointer)
+            short = _explained(_closed(run, error), checkpointer)
             checkpointer.failed(short or error)
             if short:
                 raise short from error
@@ -260,13 +260,25 @@ def _until_stop(loader: Iterable[Batch]) -> Iterator[Batch]:
         yield batch
 
 
+def _closed(run: TrainingRun, error: BaseException) -> BaseException:
+    """End the data workers; return the error of one that died, which PyTorch raises from a signal handler at
+    any instant, in place of what it caused (`EOFError` where an image was being received).
+    """
+    try:
+        run.close()
+    except RuntimeError as died:
+        return died
+    return error
+
+
 def _explained(error: BaseException, checkpointer: Checkpointer) -> TrainingFailed | None:
     """Return a one-line error for a known failure of PyTorch, else `None`."""
-    text = str(error)
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
-        reason = " ".join(text.split()).partition(". ")[0]
+    text = " ".join(str(error).split())
+    died = isinstance(error, RuntimeError) and text.startswith("DataLoader worker")
+    if died or isinstance(error, EOFError | ConnectionError):
+        reason = f" ({text.partition('. ')[0]})" if died else ""
         return TrainingFailed(
-            f"a data worker died ({reason}), perhaps for lack of memory; {checkpointer.last_state()}"
+            f"a data worker died{reason}, perhaps for lack of memory; {checkpointer.last_state()}"
         )
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
         return TrainingFailed(f"another process of this run ended; {checkpointer.last_state()}")

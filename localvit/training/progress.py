@@ -65,12 +65,13 @@ class TrainingProgress:
 
     def __enter__(self) -> Self:
         model, splits = self.run.config.model, self.run.splits
+        size = " x ".join(map(str, self.run.preprocessing.input_size[1:]))
         locality = " + locality" if model.locality is not None else ""
         parameters = count_parameters(self.run.engine.evaluated)
         self.console.print(
             f"{printable(model.name)}{locality}: {parameters / 1e6:.3g} M parameters; images: "
             f"{len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test; "
-            f"{splits.num_classes} classes",
+            f"{splits.num_classes} classes; {size} pixels",
             markup=False,
             highlight=False,
             soft_wrap=True,

@@ -112,12 +112,16 @@ class TrainingRun:
     def notes(self) -> tuple[str, ...]:
         """Sentences for the reader of the results: on the splits, and on the initial weights."""
         config, notes = self.config, list(self.splits.notes)
-        if ":" in config.model.name and not (
-            config.model.pretrained or config.model.args.get("checkpoint_path")
-        ):
+        random = not (config.model.pretrained or config.model.args.get("checkpoint_path"))
+        if random and ":" in config.model.name:
             notes.append(
                 f"model: random weights in the architecture of {config.model.name!r}; "
                 "model.pretrained=true (--pretrained) starts from its weights"
+            )
+        if random and config.train_only != "all":
+            notes.append(
+                f"warning: train_only={config.train_only!r} freezes random weights; model.pretrained=true "
+                "(--pretrained) starts from published ones"
             )
         steps = config.epochs * self.state.steps_per_epoch
         if config.ema_decay and (share := config.ema_decay**steps) > 0.5:

@@ -249,7 +249,7 @@ def test_memory_that_runs_out_is_one_line(short, capsys):
         ([NAME, "--rounds", "1"], "rounds=1 is not accepted; use at least 2"),
         ([NAME, "--threads", "0"], "threads=0 is not accepted; use at least 1"),
         ([NAME, "--threads", "5000"], "threads=5000 is not accepted; use 1 to 1024"),
-        ([NAME, "--device", "tpu9"], "device='tpu9' cannot be used here"),
+        ([NAME, "--device", "tpu9"], "device='tpu9' does not exist; use auto, cpu or cuda"),
         ([NAME, "--engine", "tensorrt"], "--engine"),
         ([NAME, "--train", "--engine", "fused"], "engine='fused' is not accepted in training"),
         ([NAME, "--precision", "fp16", "--device", "cpu"], "precision='fp16' is not accepted on a CPU"),

@@ -119,7 +119,7 @@ def test_plain_kernels_are_named(folder, monkeypatch):
         ("x.onnx", {}, "'x.onnx' does not exist"),
         ("x.txt", {"engine": "onnxruntime"}, "use .onnx"),
         ("test_vit", {"device": "meta"}, "device='meta' cannot be used here: .* use auto, cpu or cuda"),
-        ("test_vit", {"device": "tpu9"}, "device='tpu9' cannot be used here"),
+        ("test_vit", {"device": "tpu9"}, "device='tpu9' does not exist; use auto, cpu or cuda"),
     ],
 )
 def test_what_cannot_be_opened_is_one_line(source, options, message, tmp_path, monkeypatch):

@@ -211,9 +211,16 @@ def test_a_reader_reads_what_it_is_asked_for(tmp_path, finished, monkeypatch, pa
 
 def test_an_empty_name_is_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="output=''"):
+    with pytest.raises(ConfigError, match="output='' is not accepted; name a folder"):
         train(tiny("output=''"))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_of_a_study_is_refused(tiny, tmp_path):
+    (tmp_path / "study.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"already holds a study \(study.json\); choose another folder"):
+        train(tiny(f"output={tmp_path}"))
+    assert [path.name for path in tmp_path.iterdir()] == ["study.json"]
 
 
 def test_a_configuration_of_another_project_is_named(tiny, tmp_path):

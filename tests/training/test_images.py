@@ -1,10 +1,13 @@
 """Images that cannot be read, processes that load them and die, and one process per folder."""
 
+import dataclasses
 import errno
 import io
 import os
+import re
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,7 @@ from localvit.models.build import build_model, preprocessing_for
 from localvit.runs.lock import locked
 from localvit.training.loop import train
 from localvit.training.run import TrainingRun
-from tests.training.runs import TOUGH, start, status, story, updates_saved
+from tests.training.runs import TOUGH, start, status, stop_after, story, updates_saved
 
 
 @pytest.fixture
@@ -49,6 +52,25 @@ def images(tmp_path):
         return config, names[:spoilt]
 
     return configure
+
+
+def test_images_that_were_trained_on_are_refused_in_other_splits(images, tmp_path, monkeypatch):
+    """Without one image, others are held out."""
+    config, _ = images(0, "save_seconds=0")
+    stop_after(monkeypatch, config, 4)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
+    (tmp_path / "data" / "a" / "3.png").unlink()
+    said = r"[1-9] of . test images were training images of this run before its data changed, such as 'a/"
+    with pytest.raises(ConfigError, match=rf"(validation|test).*{said[-20:]}"):
+        train(config, allow_change=["data"])
+    assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
+    accepted = dataclasses.replace(config, data=dataclasses.replace(config.data, allow_overlap=True))
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.training.runs.train", partial(train, allow_change=["data"]))
+        stop_after(patch, accepted, 4)
+    train(accepted)  # and the images are remembered
+    notes = [note for note in status(tmp_path / "run")["notes"] if note.startswith("overlap allowed")]
+    assert [re.search(said, note) is not None for note in notes] == [False, True]
 
 
 def test_unreadable_images_are_replaced_named_and_counted(images, tmp_path, monkeypatch):
@@ -111,7 +133,7 @@ def test_a_process_that_loads_and_dies_is_named_in_one_line(tiny, tmp_path, monk
         return real(self, draw)
 
     monkeypatch.setattr(loading.BatchDataset, "_candidates", deadly)
-    with pytest.raises(TrainingFailed, match=r"a data worker died \(DataLoader worker") as caught:
+    with pytest.raises(TrainingFailed, match=r"a data worker died( \(DataLoader .*\))?, perhaps") as caught:
         train(tiny("workers=1", f"output={tmp_path / 'run'}"))
     assert "\n" not in str(caught.value)
     assert status(tmp_path / "run")["state"] == "failed"
