@@ -1,4 +1,4 @@
-"""Write `localvit/models/registry.jsonl` (`python -m benchmarks.registry`, half a minute)."""
+"""Write `localvit/models/cards.jsonl` (`python -m benchmarks.registry`, half a minute)."""
 
 from pathlib import Path
 
@@ -7,4 +7,4 @@ from localvit.structure import to_json
 
 if __name__ == "__main__":
     lines = [to_json(count(name), indent=None) + "\n" for name in names()]
-    (Path(__file__).parents[1] / "localvit/models/registry.jsonl").write_text("".join(lines))
+    (Path(__file__).parents[1] / "localvit/models/cards.jsonl").write_text("".join(lines))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from localvit.errors import Failed
+from localvit.errors import Failed, first_line
+
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class WriteFailed(Failed):
@@ -16,12 +19,12 @@ class WriteFailed(Failed):
 
 
 @contextmanager
-def writing(path: str | Path, remedy: str = "make room or name another place") -> Iterator[None]:
+def writing(path: str | Path, after: str = " or name another place") -> Iterator[None]:
     """Turn an `OSError` inside into an error that names the file.
 
     Args:
         path: The file.
-        remedy: Advice at the end of the message.
+        after: What follows the advice to make room, or to get permission.
 
     Raises:
         WriteFailed: for any `OSError`.
@@ -29,8 +32,9 @@ def writing(path: str | Path, remedy: str = "make room or name another place") -
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise WriteFailed(f"{str(path)!r} cannot be written: {reason}; {remedy}") from error
+        reason, full = error.strerror or first_line(error), error.errno in DISK_IS_FULL
+        advice = "make room" if full else "get permission"
+        raise WriteFailed(f"{str(path)!r} cannot be written: {reason}; {advice}{after}") from error
 
 
 def write_atomically(path: Path, *contents: str | bytes | memoryview) -> None:

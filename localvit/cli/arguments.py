@@ -23,13 +23,14 @@ from typing import Any, TypeVar
 
 import tyro
 
+from localvit.atomic import DISK_IS_FULL
 from localvit.errors import ConfigError, Failed, first_line, one_line
 
 T = TypeVar("T")
 _STUDY = {"scipy": "scipy", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "jinja2": "jinja2"}
 
 _REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and try again"),
+    **dict.fromkeys(DISK_IS_FULL, "make room and try again"),
     **dict.fromkeys(
         (errno.EROFS, errno.EACCES, errno.EPERM), "get permission to use it, or choose another place"
     ),
@@ -38,6 +39,20 @@ _REMEDIES = {
     ),
 }
 """Remedy for each error of the system."""
+
+_NOT_ACCEPTED = r"\1 \2 is not accepted; use "
+_REWORDED = {
+    r"Error parsing (\S+): .*invalid literal for int\(\) with base 10: '(.*?)'": _NOT_ACCEPTED + "an integer",
+    r"Error parsing (\S+): .*could not convert string to float: '(.*?)'": _NOT_ACCEPTED + "a number",
+    r"invalid choice '(.*?)' for argument '(.*?)'\. Expected one of \((.*?),?( 'None',?)?\)": (
+        r"\2 \1 is not accepted; use \3"
+    ),
+    r"Unrecognized options: (.*?) Perhaps you meant: (--\S+)": r"unrecognized options: \1; did you mean \2?",
+    r"Unrecognized options: ([^,\s]+).* Available subcommands: (.*?) For full": r"\1 is not accepted; use \2",
+    r"Expected one of \{(.*?)\}": r"a subcommand is missing; use \1",
+    r"Missing from [^:]*: (\S+) ": r"\1 is missing",
+}
+"""Messages of tyro -> ours."""
 
 
 class UsageError(Exception):
@@ -202,7 +217,11 @@ def _layout(text: str) -> str:
 
 
 def _gist(boxed: str) -> str:
-    """Return the first paragraph inside tyro's frame, without its title."""
+    """Say what is wrong in our words, else by the first paragraph inside tyro's frame, without its title."""
     lines = [line.strip(" │╭╮╰╯─\t") for line in boxed.splitlines()[1:]]
     filled = groupby(lines, key=lambda line: bool(line.strip("-")))
-    return next((" ".join(paragraph) for words, paragraph in filled if words), "wrong arguments")
+    paragraphs = [" ".join(paragraph) for words, paragraph in filled if words]
+    for theirs, ours in _REWORDED.items():
+        if found := re.match(theirs, " ".join(paragraphs)):
+            return found.expand(ours)
+    return next(iter(paragraphs), "wrong arguments")

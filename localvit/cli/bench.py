@@ -93,6 +93,8 @@ def _print(found: Comparison) -> None:
         f"{found.model.model} ({found.model.form}) / {found.against.model} ({found.against.form})",
         markup=False,
     )
+    if found.model.input_size != found.against.input_size:
+        console.print("note: the images of the two sides differ in size; --size PX makes them equal")
     table = Table(
         box=box.SIMPLE, padding=(0, 1, 0, 0), title=f"median \\[quartiles] of {found.rounds} rounds"
     )

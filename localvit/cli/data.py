@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,7 +12,7 @@ from localvit.cli.arguments import given, one_line_errors
 from localvit.errors import printable
 
 if TYPE_CHECKING:
-    from localvit.data import Splits
+    from localvit.data import Part, Splits
 
 _MOST_CLASSES = 40
 
@@ -20,8 +21,8 @@ _MOST_CLASSES = 40
 class Options:
     """Open data as a training run does: count classes, refuse overlap, compare the contents of all files.
 
-    Exit code 0 if nothing is wrong; 1 if files of two splits have equal contents; 2 if a run would be
-    refused. Nothing is written.
+    Exit code 0 if nothing is wrong; 1 if files of two splits have equal contents or an image cannot be
+    decoded; 2 if a run would be refused. Nothing is written.
 
     Example: localvit data check photos/train --val-data photos/test
     """
@@ -38,12 +39,14 @@ class Options:
     """seed of the run, which decides the validation split"""
     allow_overlap: tyro.conf.FlagCreatePairsOff[bool] = False
     """count images that are in two splits or two classes instead of refusing them"""
+    decode: tyro.conf.FlagCreatePairsOff[bool] = False
+    """decode every image too"""
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """any field of the configuration, e.g. data.validation=SRC or data.train_split=NAME"""
 
 
 def run(options: Options) -> int:
-    """Check; 0 if nothing is wrong, 1 for equal contents."""
+    """Check; 0 if nothing is wrong, 1 for equal contents or damaged images."""
     from localvit.config import resolve
     from localvit.data import equal_contents, open_splits
 
@@ -59,11 +62,31 @@ def run(options: Options) -> int:
         _print(splits)
         parts = {"train": splits.train, "test": splits.test, "validation": splits.validation}
         copies = equal_contents(parts, None)
-    for note in (*splits.notes, *copies):
+        damaged = _decode(parts) if options.decode else []
+    for note in (*splits.notes, *copies, *damaged):
         print(printable(note))
     if not copies:
         print("no files of two splits have equal contents")
-    return 1 if copies else 0
+    if options.decode and not damaged:
+        print("all images can be decoded")
+    return 1 if copies or damaged else 0
+
+
+def _decode(parts: Mapping[str, Part]) -> list[str]:
+    """Decode all images; return a sentence about each that is damaged."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from localvit.data import UnreadableImage
+
+    images = [(name, part, i) for name, part in parts.items() for i in range(len(part))]
+    damaged = []
+    for name, part, i in track(images, "decoding", console=Console(stderr=True), transient=True):
+        try:
+            part[i]
+        except UnreadableImage as error:
+            damaged.append(f"{name}: {error}")
+    return damaged
 
 
 def _print(splits: Splits) -> None:

@@ -95,9 +95,11 @@ def run(options: Options) -> int:
             allow_change=options.allow_change,
         )
     if os.environ.get("RANK", "0") == "0":
-        _print(result)  # before the files: a full disk then loses no numbers
-        with one_line_errors():
-            _write(options, result)
+        try:
+            with one_line_errors():
+                _write(options, result)
+        finally:  # a full disk loses no numbers, and a console whose reader has ended no file
+            _print(result)
     return 0
 
 

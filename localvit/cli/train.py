@@ -89,6 +89,8 @@ def run(options: Options) -> int:
             print(to_yaml(config), end="")
             print("# effective", *figures, sep="\n#   ")
             return 0
+        if config.data.train == "DATA":  # in recipes, it stands for --data
+            raise UsageError(f"recipe {options.recipe!r} names no data; add --data SRC")
         if config.output is None:
             raise UsageError("--output is missing; add --output FOLDER")
         callbacks = [TensorBoard()] if options.tensorboard else []

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from localvit.atomic import WriteFailed, sync, temporary_prefix
+from localvit.atomic import sync, temporary_prefix, writing
 from localvit.engines import EngineKind, ExportInfo, Size, check_packages, open_engine
 from localvit.errors import ConfigError, Failed, first_line
 from localvit.export.onnx import check_onnx, write_onnx
@@ -119,15 +119,16 @@ def export_model(
     info = dataclasses.replace(info, size_step=size_step(model) if dynamic_size else None)
     check_sizes(model, info)
     inputs = [*random_inputs(info.input_size[0], info.sizes), *real_inputs(real, info.sizes)]
-    with tempfile.TemporaryDirectory(prefix=temporary_prefix(path.name), dir=path.parent) as folder:
+    with (
+        writing(file),
+        tempfile.TemporaryDirectory(prefix=temporary_prefix(path.name), dir=path.parent) as folder,
+    ):
         new = Path(folder) / path.name
         try:
             form.write(export_program(model, info), new, info)
             parity = check_parity(model, open_engine(form.engine, new, threads), inputs, tolerance)
-        except OSError as error:
-            raise WriteFailed(
-                f"{str(file)!r} cannot be written: {first_line(error)}; make room or name another place"
-            ) from error
+        except OSError:
+            raise
         except Exception as error:  # exporters and engines raise exceptions of their own
             raise ExportFailed(f"{info.architecture} as {format}: {first_line(error)}") from error
         if not parity.passed:

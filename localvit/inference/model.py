@@ -217,6 +217,8 @@ def _locate(source: str) -> tuple[str, TrainConfig | None]:
         raise ConfigError(f"model {source!r} has no config.json or best/config.json; use a run's folder")
     if source.startswith(_PREFIXES) or timm.is_model(source):
         return source, None
+    if folder.exists():
+        raise ConfigError(f"model {source!r} is not a file of an exported model; use a folder or such a file")
     if os.sep in source or source.startswith("."):
         raise ConfigError(f"model {source!r} does not exist; use a folder, a file or a timm name")
     raise unknown("model", source, timm.list_models())

@@ -106,7 +106,7 @@ class _Files(Dataset[Sample]):
 
 def predict(
     model: str | OpenModel,
-    paths: Sequence[str],
+    paths: str | Sequence[str],
     *,
     top_k: int = 5,
     batch_size: int = 32,
@@ -123,7 +123,7 @@ def predict(
 
     Args:
         model: An opened model, or a source as `open_model` takes.
-        paths: Files, and folders that are searched for images.
+        paths: Files, and folders that are searched for images; one path may be a string.
         top_k: Number of classes; fewer if the model has fewer.
         batch_size: Images in a batch.
         workers: Data workers.
@@ -194,8 +194,8 @@ def _most_probable(
     ]
 
 
-def find_files(paths: Sequence[str]) -> list[str]:
-    """Return the files among `paths` and the images below its folders, each once.
+def find_files(paths: str | Sequence[str]) -> list[str]:
+    """Return the files among `paths` (one path, or several) and the images below its folders, each once.
 
     The order is that of `paths`, and natural within a folder; it is the same on every machine.
 
@@ -204,7 +204,7 @@ def find_files(paths: Sequence[str]) -> list[str]:
         DataError: if a path is not a regular file, or as `list_files`.
     """
     found: dict[str, None] = {}
-    for path in paths:
+    for path in [paths] if isinstance(paths, str) else paths:
         if os.path.isdir(path):
             found |= dict.fromkeys(list_files(path))
         elif os.path.exists(path):

@@ -27,7 +27,7 @@ from localvit.inference.model import fused, open_model
 from localvit.inference.prediction import WHOLE, Prediction, Shard, check_settings, classify, find_files
 from localvit.structure import build, parse_json, to_json
 
-_REMEDY = "make room; the same command resumes"
+_AFTER = "; the same command resumes"
 
 
 @dataclass(kw_only=True)
@@ -58,7 +58,7 @@ class PredictionProgress:
 
 def write_predictions(
     model: str,
-    paths: Sequence[str],
+    paths: str | Sequence[str],
     output: str,
     *,
     top_k: int = 5,
@@ -89,6 +89,7 @@ def write_predictions(
         WriteFailed: if the file cannot be written, as on a full disk; the same call resumes.
     """
     check_settings(top_k, batch_size, workers)
+    paths = [paths] if isinstance(paths, str) else paths
     path, found = check_output(output), find_files(paths)
     opened = open_model(model, device, engine=engine)
     weights = opened.fingerprint()
@@ -158,7 +159,7 @@ class PredictionWriter:
         self.path, self.part = path, _beside(path, "jsonl")
         self.images = self.unreadable = 0
         end = self._recover(files) if self.part.exists() else 0
-        with writing(path, _REMEDY):
+        with writing(path, _AFTER):
             # Unbuffered: a killed process loses no more than a batch, and closing writes nothing.
             self._file = open(self.part, "ab", buffering=0)  # noqa: SIM115  # see __exit__
             self._file.truncate(end)
@@ -171,7 +172,7 @@ class PredictionWriter:
 
     def append(self, batch: Sequence[Prediction]) -> None:
         """Add predictions."""
-        with writing(self.path, _REMEDY):
+        with writing(self.path, _AFTER):
             _write(self._file, "".join(map(to_json_line, batch)).encode())
 
     def finish(self) -> None:
@@ -181,7 +182,7 @@ class PredictionWriter:
             WriteFailed: if that fails; the predictions stay.
         """
         convert, new = FORMATS[self.path.suffix], self.part
-        with writing(self.path, _REMEDY):
+        with writing(self.path, _AFTER):
             os.fsync(self._file.fileno())
             if not os.path.samestat(os.fstat(self._file.fileno()), self.part.stat()):
                 raise WriteFailed(f"{str(self.part)!r} was replaced by another process; repeat the command")
@@ -237,7 +238,7 @@ def _begun(path: Path, begun: dict[str, Any]) -> Iterator[None]:
     workers do not inherit, so it ends with this process.
     """
     header, part = _beside(path, "json"), _beside(path, "jsonl")
-    with writing(path, _REMEDY):
+    with writing(path, _AFTER):
         file = open(header, "ab+", buffering=0)  # noqa: SIM115
     with file:
         try:
@@ -250,11 +251,11 @@ def _begun(path: Path, begun: dict[str, Any]) -> Iterator[None]:
             file.seek(0)
             _check_begun(part, file.read(), begun)
         else:
-            with writing(path, _REMEDY):
+            with writing(path, _AFTER):
                 file.truncate(0)
                 _write(file, to_json(begun, indent=2).encode())
         yield
-        with writing(path, _REMEDY):
+        with writing(path, _AFTER):
             if begun["shard"].endswith("/1"):
                 header.unlink()
             else:

@@ -75,7 +75,9 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     except (OSError, RuntimeError, EOFError, SafetensorError) as error:
         what = "model.name: cannot open" if ":" in name else "model"
         what = "model.pretrained: no weights for" if config.pretrained else what
-        remedy = "check its files" if config.pretrained or path or ":" in name else "check model.args"
+        remedy = "check its files" if path or ":" in name else "check model.args"
+        if config.pretrained and not path:
+            remedy = "check the connection, or name a file in model.args.checkpoint_path"
         raise ConfigError(f"{what} {name!r}: {why_unreadable(name, error)}; {remedy}") from error
 
 

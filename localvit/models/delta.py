@@ -8,6 +8,7 @@ into the localized model switches between them.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ def save_locality(model: nn.Module, file: str | Path, *, head: bool = False, ove
     """Save the weights that locality added to a model, in the model's dtype.
 
     For ViT-S and `init="preserve"` these are 0.66 MB. Weights of PEFT's LoRA are not in the file; PEFT saves
-    them.
+    them. The file loads into the base as it is now: if its weights were trained too, not into the pretrained
+    model. There is a warning where they have gradients.
 
     Args:
         model: A localized model, or a `PeftModel` of one.
@@ -77,9 +79,17 @@ def save_locality(model: nn.Module, file: str | Path, *, head: bool = False, ove
         raise ConfigError("the model is not localized; localvit.localize does that")
     if file.exists() and not overwrite:
         raise ConfigError(f"{str(file)!r} exists; name another file, or use overwrite=True")
-    local, classifier, _ = _parts(model)
+    local, classifier, base = _parts(model)
     if head and not classifier:
-        raise ConfigError("head=True: the model has no classifier; use head=False")
+        raise ConfigError(
+            f"head=True: {type(model).__name__} has no classifier that get_classifier returns; use head=False"
+        )
+    if any(p.grad is not None and n in base for n, p in model.named_parameters()):
+        warnings.warn(
+            f"weights of the base have gradients. If they were trained, {str(file)!r} does not load into the "
+            "pretrained model; save the whole model, or freeze them (localvit.locality_parameters)",
+            stacklevel=2,
+        )
     weights = local | (classifier if head else {})
     delta = Delta(
         recipe=recipe,

@@ -1,6 +1,6 @@
 """Registry of models: the cost of each, and the accuracy that its authors report.
 
-The numbers are read from `registry.jsonl`, so that a list needs neither torch nor a model;
+The numbers are read from `cards.jsonl`, so that a list needs neither torch nor a model;
 `localvit.models.counting` computes them.
 """
 
@@ -69,6 +69,6 @@ class ModelCard:
 @cache
 def registry() -> dict[str, ModelCard]:
     """Return name -> card of all models with locality, each after its baseline."""
-    lines = (files("localvit.models") / "registry.jsonl").read_text(encoding="utf-8").splitlines()
-    cards = [build(ModelCard, parse_json(line, "registry.jsonl")) for line in lines]
+    lines = (files("localvit.models") / "cards.jsonl").read_text(encoding="utf-8").splitlines()
+    cards = [build(ModelCard, parse_json(line, "cards.jsonl")) for line in lines]
     return {card.entry.name: card for card in cards}

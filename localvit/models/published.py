@@ -133,7 +133,8 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         CheckpointError: if it is truncated, is not a checkpoint, or has more than weights and settings.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        hint = "; download it, and name the file" if ":/" in str(path) else ""
+        raise FileNotFoundError(f"no checkpoint at {path}{hint}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -144,10 +144,18 @@ def plan_changes(
         count: Run the model on the meta device, which takes most of the time. Without that run,
             multiply-accumulates are not counted and tokens are checked in the first forward pass only.
     """
-    config, also = config or LocalityConfig(), dict(also or {})
+    config, also = LocalityConfig() if config is None else config, dict(also or {})
+    for value in (config, *also.values()):
+        if not isinstance(value, LocalityConfig):
+            raise ConfigError(f"config={value!r} is not accepted; use a localvit.LocalityConfig")
     refuse_wrapped(model)
     if any(isinstance(m, (LocalityFeedForward, HiddenLocality)) for m in model.modules()):
-        raise UnsupportedModelError("the model is localized already; localvit.restore undoes that")
+        way = (
+            "localvit.restore undoes that"
+            if hasattr(model, "localization")
+            else "take the model before it was fused"
+        )
+        raise UnsupportedModelError(f"the model is localized already; {way}")
     adapter = adapter_for(model, adapter)
     groups = groups_of(model, adapter)
     _refuse_shared([site for sites in groups.values() for site in sites])
@@ -208,7 +216,11 @@ def _notes(family: str | None, changes: Sequence[PlannedChange]) -> Iterator[str
 
 
 def refuse_wrapped(model: nn.Module, action: str = "localize") -> None:
-    """Raise `UnsupportedModelError` for a wrapped or compiled model, which would keep the old graph."""
+    """Raise `UnsupportedModelError` for a wrapped or compiled model, which would keep the old graph, and for
+    anything but a model.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"{model!r} is not a model; {action} takes a torch.nn.Module")
     wrappers: dict[type, str] = {
         nn.parallel.DistributedDataParallel: "wrapped in DistributedDataParallel",
         nn.DataParallel: "wrapped in DataParallel",

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from localvit.config import TrainConfig, check_allowed
 from localvit.cost import count_parameters
-from localvit.data import Batch
+from localvit.data import Batch, UnreadableImage
 from localvit.errors import TrainingFailed, TrainingInterrupted
 from localvit.evaluation import Metrics, measure
 from localvit.inference import open_model
@@ -240,12 +240,20 @@ def _measure(run: TrainingRun, loader: DataLoader[Batch], checkpointer: Checkpoi
 
     Raises:
         TrainingInterrupted: if a signal requested the end.
+        UnreadableImage: for an image that cannot be decoded; none is left out of a result.
     """
     run.engine.share_statistics()
-    with run.engine.autocast():
-        metrics = measure(
-            run.engine.evaluated, _until_stop(loader), run.world.device, distributed=run.world.size > 1
-        )
+    model, device = run.engine.evaluated, run.world.device
+    try:
+        with run.engine.autocast():
+            metrics = measure(model, _until_stop(loader), device, distributed=run.world.size > 1)
+    except UnreadableImage as error:
+        split = "validation" if loader is run.validation else "test"
+        raise UnreadableImage(
+            error.name,
+            f"{error.reason}. It is a {split} image: put a whole one in its place, and the same command with "
+            "--allow-change data resumes",
+        ) from error
     (stop,) = run.world.all_reduce_max(stop_requested())
     if stop:
         checkpointer.save()

@@ -161,10 +161,12 @@ def test_the_precision_is_that_of_both_models_and_of_the_peak(monkeypatch, train
 def test_a_training_step_is_compiled_where_that_is_asked_for(short, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(type(model).__name__) or model)
-    config = BenchConfig(model=NAME, size=16, rounds=2, train=True, engine="compile", args=ARGS, device="cpu")
-    found = compare(config)
+    shared = {"size": 16, "rounds": 2, "train": True, "args": ARGS, "device": "cpu"}
+    found = compare(BenchConfig(model=NAME, engine="compile", against_engine="eager", **shared))
     assert compiled == ["VisionTransformer"]
     assert (found.model.engine, found.against.engine) == ("compile", "eager")
+    found = compare(BenchConfig(model=NAME, engine="compile", **shared))  # then the other side's is the same
+    assert (found.model.engine, found.against.engine) == ("compile", "compile")
 
 
 def test_json(short, capsys):

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -74,14 +75,26 @@ def one_line(capsys):
             "--output '' is not accepted; name a folder, or leave it out",
         ),
         (["demo", "--output", ""], "--output '' is not accepted"),
-        (["train", "--data", "digits", "--output", ""], "output='': '.' is not a writable folder"),
+        (["train", "--data", "digits", "--output", ""], "output='' is not accepted; name a folder"),
+        (["train", "--recipe", "finetune", "--output", "X"], "'finetune' names no data; add --data"),
+        (["train", "--epohcs", "3"], "unrecognized options: --epohcs, 3; did you mean --epochs?"),
+        (["train", "--epochs", "three"], "--epochs three is not accepted; use an integer"),
+        (["train", "--lr", "fast"], "--lr fast is not accepted; use a number"),
+        (["study", "run", "gate", "--seeds", "two"], "--seeds two is not accepted; use an integer"),
+        (["study", "reprot", "X"], "reprot is not accepted; use list, new, show, run, report,"),
+        (["study"], "a subcommand is missing; use list, new, show, run, report, compare, export"),
+        (["data", "chek", "X"], "action chek is not accepted; use 'check'"),
+        (["data", "check"], "SRC is missing"),
+        (["predict", "--checkpoint", "X", "--engine", "tensorrt"], "--engine tensorrt is not accepted; use"),
+        (["predict", "--checkpoint", "empty", "empty"], "model 'empty' is not a file of an exported model"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("empty").touch()
     assert main(arguments) == 2
     assert message in one_line(capsys)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
 def test_help_lists_the_verbs_and_each_verb_helps(capsys):

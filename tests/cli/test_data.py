@@ -37,6 +37,19 @@ def test_it_counts_classes_and_names_what_is_left_out(place, capsys):
     assert "no files of two splits have equal contents" in out
 
 
+def test_it_decodes_every_image_if_asked(place, capsys):
+    assert main(["data", "check", "d", "--decode"]) == 0
+    assert "all images can be decoded" in capsys.readouterr().out
+    for label in ("a", "[b]"):
+        for image in Path("d", label).iterdir():
+            image.write_text(f"no image: {image}")
+    assert main(["data", "check", "d"]) == 0
+    assert main(["data", "check", "d", "--decode"]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "cannot read image" in line]
+    assert len(lines) == 20
+    assert {line.partition(":")[0] for line in lines} == {"train", "validation", "test"}
+
+
 def test_it_finds_copies_and_refuses_overlap(place, capsys):
     shutil.copytree("d", "copy")
     assert main(["data", "check", "d", "--val-data", "copy"]) == 1

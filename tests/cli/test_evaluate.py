@@ -121,6 +121,16 @@ def test_two_processes_count_every_image_once(exported, tmp_path):
     assert one == two
 
 
+def test_a_console_that_is_not_read_costs_no_file(exported, tmp_path, monkeypatch):
+    def end(_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("localvit.cli.evaluate._print", end)
+    with pytest.raises(BrokenPipeError):
+        main([*exported, "--output", str(tmp_path / "all.json")])
+    assert json.loads((tmp_path / "all.json").read_text())["metrics"]["images"] == 7
+
+
 @pytest.mark.parametrize("file", ["--output=all.json", "--output=classes.csv", "--confusion=confusion.png"])
 def test_a_full_disk_is_one_line_after_the_numbers(exported, tmp_path, monkeypatch, full_disk, capsys, file):
     monkeypatch.chdir(tmp_path)

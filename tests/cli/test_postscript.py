@@ -132,7 +132,7 @@ def test_workers_and_jobs_of_a_study_do_not_start_it(started, monkeypatch, tmp_p
 
     monkeypatch.setattr(run.threading.Thread, "start", lambda self: None)  # it would wait for a parent
     monkeypatch.setattr(run.signal, "signal", lambda *_: None)
-    run._start_worker(0, 1)
+    run._start_worker(0, 1, dict(os.environ))
     assert not EpsImagePlugin.has_ghostscript()
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     (tmp_path / cluster.RECORD).touch()  # the job has nothing left to do

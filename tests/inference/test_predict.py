@@ -63,6 +63,14 @@ def stop_after(count):
     return watch
 
 
+def test_one_path_may_be_a_string(job, tmp_path):
+    (folder,) = job[1]
+    assert list(predict(job[0], folder, device="cpu")) == list(predict(job[0], [folder], device="cpu"))
+    write_predictions(job[0], folder, str(tmp_path / "one.csv"), device="cpu")
+    write_predictions(job[0], [folder], str(tmp_path / "other.csv"), device="cpu")
+    assert (tmp_path / "one.csv").read_text() == (tmp_path / "other.csv").read_text()
+
+
 def test_predictions_are_the_models_in_the_order_of_the_files(job):
     checkpoint, paths = job
     found = list(predict(checkpoint, paths, batch_size=4, device="cpu", top_k=9))

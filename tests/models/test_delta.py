@@ -251,6 +251,17 @@ def test_a_model_that_is_not_the_base_is_refused_and_unchanged(model, message, t
     assert_untouched(model, before)
 
 
+def test_a_base_that_may_have_been_trained_is_a_warning(tmp_path):
+    model = learnt(base())
+    model(images()).sum().backward()
+    with pytest.warns(UserWarning, match=r"weights of the base have gradients.*does not load"):
+        localvit.save_locality(model, tmp_path / "a.safetensors")
+    for name, parameter in model.named_parameters():
+        if name not in dict(locality_parameters(model)):
+            parameter.grad = None
+    localvit.save_locality(model, tmp_path / "b.safetensors")
+
+
 def test_what_cannot_be_saved(tmp_path):
     file = tmp_path / "delta"
     with pytest.raises(ConfigError, match="is not localized"):

@@ -277,7 +277,7 @@ def test_seeds_are_paired():
 # --- what is refused -----------------------------------------------------------------------------------
 
 REFUSED = {
-    "localized twice": (lambda: _localized(), "localized already"),
+    "localized twice": (lambda: _localized(), "localized already; localvit.restore undoes that"),
     "data parallel": (lambda: nn.DataParallel(make()), "DataParallel"),
     "compiled": (lambda: torch.compile(make(), backend="eager"), "compiled"),
     "compiled in place": (lambda: _compiled(make()), "compiled"),
@@ -291,6 +291,15 @@ REFUSED = {
 
 class _OtherMlp(Mlp):
     pass
+
+
+def test_arguments_of_other_types_are_named():
+    with pytest.raises(
+        UnsupportedModelError, match="'vit_tiny_patch16_224' is not a model; localize takes a"
+    ):
+        localvit.localize("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match=r"config={'init': 'preserve'} is not accepted; use a localvit"):
+        localvit.localize(make(), {"init": "preserve"})
 
 
 class _Subclass(VisionTransformer):

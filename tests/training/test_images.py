@@ -54,6 +54,18 @@ def images(tmp_path):
     return configure
 
 
+def test_an_image_of_the_test_split_that_cannot_be_read_is_named_with_the_way_out(images, tmp_path):
+    config, _ = images(0, "epochs=1", "schedule.warmup_epochs=0")
+    part = open_splits(config.data, seed=config.seed).test
+    name = Path(image_name(part, 0))
+    whole = name.read_bytes()
+    name.write_bytes(b"no image")
+    with pytest.raises(UnreadableImage, match="It is a test image: put a whole one in its place"):
+        train(config)
+    name.write_bytes(whole)
+    assert train(config, allow_change=["data"]).test.images == len(part)
+
+
 def test_images_that_were_trained_on_are_refused_in_other_splits(images, tmp_path, monkeypatch):
     """Without one image, others are held out."""
     config, _ = images(0, "save_seconds=0")

@@ -14,6 +14,7 @@ from torch import nn
 
 from localvit.acceleration.fusing import blocks
 from localvit.acceleration.fusing.feed_forward import fuse_locality, fuse_mlp, hooked
+from localvit.acceleration.fusing.folding import InferenceOnly
 from localvit.acceleration.fusing.linear import PackedLinear, packed_rows
 from localvit.acceleration.kernels import plain_kernels
 from localvit.baselines import Block as PvtBlock, T2TViT
@@ -111,8 +112,11 @@ def _check_fusable(model: nn.Module) -> None:
                 )
             seen[id(module)] = name
     if not any(type(module) in FAST_FORMS for module in model.modules()):
-        known = ", ".join(kind.__name__ for kind in FAST_FORMS)
-        raise ValueError(f"{type(model).__name__} has no fast form; use a model with {known}")
+        what = f"{type(model).__name__} has no fast form"
+        if any(isinstance(module, InferenceOnly) for module in model.modules()):
+            raise ValueError(f"{what}; it is fused already")
+        known = ", ".join(dict.fromkeys(kind.__name__ for kind in FAST_FORMS))
+        raise ValueError(f"{what}; accepted are models with {known}")
 
 
 def _evaluation_copy(model: nn.Module) -> nn.Module:

@@ -163,7 +163,7 @@ def write_question(name: str) -> Path:
     text = _HERE.joinpath("new.yaml").read_text(encoding="utf-8")
     if os.path.lexists(path):
         raise ConfigError(f"{str(path)!r} exists; choose another name")
-    with writing(path, "name another place"):
+    with writing(path):
         write_atomically(path, text.replace("FILE", shlex.quote(str(path))))
     return path
 
