@@ -77,7 +77,7 @@ def run(options: Options) -> int:
     from rich.console import Console
 
     from localvit.errors import TrainingInterrupted
-    from localvit.planning import effective
+    from localvit.planning import effective, open_run
     from localvit.runtime import stop_on_signals
     from localvit.structure import to_yaml
     from localvit.training import TensorBoard, train
@@ -85,7 +85,7 @@ def run(options: Options) -> int:
     with one_line_errors(), stop_on_signals():
         config = configuration(options)
         if options.print_config:
-            figures = effective(config)  # before printing, because it may refuse the configuration
+            figures = effective(open_run(config))  # before printing, because it may refuse the configuration
             print(to_yaml(config), end="")
             print("# effective", *figures, sep="\n#   ")
             return 0

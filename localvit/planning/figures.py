@@ -71,15 +71,12 @@ class OpenRun:
         return None if each is None else each * self.config.epochs
 
 
-def effective(config: TrainConfig) -> list[Figure]:
-    """Return learning rate, steps and size of the model of `config`.
+def effective(run: OpenRun) -> list[Figure]:
+    """Return learning rate, steps and size of the model of a run.
 
-    If the data cannot be opened, figures that depend on its size are unknown, with the reason.
-
-    Raises:
-        ConfigError: if the model or the optimizer cannot be built.
+    If its data could not be opened, figures that depend on their number are unknown, with the reason.
     """
-    return schedule_figures(run := open_run(config)) + size_figures(run)
+    return _schedule_figures(run) + _size_figures(run)
 
 
 def open_run(config: TrainConfig, images: int | None = None) -> OpenRun:
@@ -150,7 +147,7 @@ def count_data(
     return figures(len(splits.train), splits.num_classes, "measured", "counted", "counted")
 
 
-def schedule_figures(run: OpenRun) -> list[Figure]:
+def _schedule_figures(run: OpenRun) -> list[Figure]:
     """Return learning rate, batch, images and steps."""
     config, each = run.config, run.steps_per_epoch
     optim, repeats = config.optim, config.augment.repeats
@@ -173,7 +170,7 @@ def schedule_figures(run: OpenRun) -> list[Figure]:
     ]
 
 
-def size_figures(run: OpenRun) -> list[Figure]:
+def _size_figures(run: OpenRun) -> list[Figure]:
     """Return classes, parameters and multiply-accumulates."""
     trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     size = "x".join(map(str, run.input_size))

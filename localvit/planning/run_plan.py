@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from localvit.config import TrainConfig
 from localvit.data import random_scope
 from localvit.errors import ConfigError
-from localvit.planning.figures import Basis, Figure, OpenRun, open_run, schedule_figures, size_figures
+from localvit.planning.figures import Basis, Figure, OpenRun, effective, open_run
 from localvit.planning.memory import StepMemory, measure_step
 
 JPEG_BYTES = 110_000
@@ -63,8 +63,7 @@ def plan_run(config: TrainConfig, machine: Machine, images: int | None = None) -
     with random_scope():
         memory = measure_step(run.model, run.optimizer, run.input_size, config.engine.precision)
     return [
-        *schedule_figures(run),
-        *size_figures(run),
+        *effective(run),
         *_speed(run, machine),
         Figure(name="GPUs", value=machine.total, how=f"{machine.nodes} x {machine.gpus}", basis="assumed"),
         Figure(name="batch per GPU", value=per_gpu, how="global batch / GPUs"),

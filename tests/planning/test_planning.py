@@ -7,7 +7,7 @@ from torch import nn
 
 from localvit.config.files import resolve
 from localvit.errors import ConfigError
-from localvit.planning.figures import effective
+from localvit.planning.figures import effective, open_run
 from localvit.planning.memory import measure_step
 from localvit.planning.run_plan import Machine, plan_run
 
@@ -109,11 +109,13 @@ def test_most_images_at_once_is_the_border(tmp_path):
 
 
 def test_effective_values_of_data_that_is_there_and_of_data_that_is_not():
-    found = values(effective(resolve("digits", ["augment.repeats=3"])))
+    found = values(effective(open_run(resolve("digits", ["augment.repeats=3"]))))
     assert found["training images"] == 1038
     assert (found["steps per epoch"], found["images per epoch"]) == (32, 1024)
     assert found["parameters"] == 58_234
-    figures = effective(resolve("small_images", ["train_only=locality", "model.locality={init: preserve}"]))
+    figures = effective(
+        open_run(resolve("small_images", ["train_only=locality", "model.locality={init: preserve}"]))
+    )
     missing = values(figures)
     assert missing["steps"] is missing["training images"] is None
     assert "data source 'DATA' does not exist" in str(named(figures, "training images"))

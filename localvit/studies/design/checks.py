@@ -76,7 +76,7 @@ def check_study(study: Study, classes: int | None = None) -> StudySummary:
             parameters=own.params,
             macs=own.macs,
             tokens=_tokens(own.model),
-            differs=_differing(control.config, own.config),
+            differs=_differing(control, own),
             confounders=tuple(_confounders(control, own, number)),
             matched=_matched_text(study, arm, control, own),
         )
@@ -243,10 +243,10 @@ def _confounders(control: _Built, own: _Built, classes: int) -> list[str]:
     return found
 
 
-def _differing(control: TrainConfig, own: TrainConfig) -> dict[str, tuple[Any, ...]]:
+def _differing(control: _Built, own: _Built) -> dict[str, tuple[Any, ...]]:
     """Return the fields that differ; those of locality one by one where both have it."""
-    found = differences(plain(control), plain(own))
-    there, here = control.model.locality, own.model.locality
+    found = differences(plain(control.config), plain(own.config))
+    there, here = control.config.model.locality, own.config.model.locality
     if there and here and found.pop("model.locality", None):
         fields = differences(dataclasses.asdict(there), dataclasses.asdict(here))
         used = differences(dataclasses.asdict(there.resolve()), dataclasses.asdict(here.resolve()))

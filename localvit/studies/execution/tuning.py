@@ -95,7 +95,12 @@ def tune(
     """
     rates = sorted(base.optim.lr * factor for factor in factors)
     for extension in range(MOST_EXTENSIONS + 1):
-        study = _grid_study(base, arms, rates, seeds)
+        study = Study(
+            question="Which learning rate suits each arm?",
+            base=base,
+            arms=tuple(_with_rate(arm, rate) for rate in rates for arm in arms),
+            seeds=tuple(range(FIRST_SEED, FIRST_SEED + seeds)),
+        )
         store = StudyFolder(folder, study)
         failures = run_missing(store, jobs=jobs, console=console)
         top1 = {(run.arm, run.seed): record.validation.top1 for run, record in store.finished().items()}
@@ -144,17 +149,8 @@ def shipped_tuning(recipe: str) -> Tuning | None:
         return load_tuning(path) if path.exists() else None
 
 
-def _grid_study(base: TrainConfig, arms: Sequence[Arm], rates: Sequence[float], seeds: int) -> Study:
-    return Study(
-        question="Which learning rate suits each arm?",
-        base=base,
-        arms=tuple(
-            Arm(name=_name(arm, rate), changes=arm.changes | {"optim.lr": rate})
-            for rate in rates
-            for arm in arms
-        ),
-        seeds=tuple(range(FIRST_SEED, FIRST_SEED + seeds)),
-    )
+def _with_rate(arm: Arm, rate: float) -> Arm:
+    return Arm(name=_name(arm, rate), changes=arm.changes | {"optim.lr": rate})
 
 
 def _name(arm: Arm, rate: float) -> str:
