@@ -95,7 +95,7 @@ def compare(config: BenchConfig, progress: Callable[[range], Iterable[int]] = it
         ExportFailed, ParityError: if a model cannot be written for its engine.
     """
     device = pick_device(config.device)
-    engines = {"model": config.engine, "against": config.against_engine or config.engine}
+    engines = {"model": config.engine, "against": config.against_engine}
     for engine in engines.values():
         check_engine(engine or "eager", device, train=config.train, precision=config.precision)
     with using_threads(config.threads):

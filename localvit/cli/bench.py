@@ -33,7 +33,7 @@ class Options:
     """engine of MODEL; default: fused (localvit.fuse) if possible, eager in training; compile (takes minutes)
     also fuses, except in training; the last two need pip install 'localvit[export]'"""
     against_engine: EngineName | None = None
-    """(rare) engine of the other model; default: as for MODEL"""
+    """(rare) engine of the other model; default: fused if possible, eager in training"""
     fuse: tyro.conf.FlagCreatePairsOff[bool] = True
     """(rare) make eager the default engine"""
     batch: Annotated[int, tyro.conf.arg(metavar="N")] = 8
@@ -93,6 +93,8 @@ def _print(found: Comparison) -> None:
         f"{found.model.model} ({found.model.form}) / {found.against.model} ({found.against.form})",
         markup=False,
     )
+    if found.model.engine != found.against.engine:
+        console.print("note: the two sides use different engines; --against-engine names that of the second")
     if found.model.input_size != found.against.input_size:
         console.print("note: the images of the two sides differ in size; --size PX makes them equal")
     table = Table(

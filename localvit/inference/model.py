@@ -21,6 +21,7 @@ from localvit.config import TrainConfig
 from localvit.data import DataConfig, Preprocessing
 from localvit.engines import ENGINE_NAMES, EngineKind, ExportedModel, open_engine, pick_engine
 from localvit.errors import ConfigError, one_line, unknown
+from localvit.imports import do_what_waits
 from localvit.models import add_to_digest, check_args, preprocessing_for, why_unreadable
 from localvit.runs import read_run
 from localvit.runtime import pick_device
@@ -116,6 +117,7 @@ def open_model(
     if engine is not None:
         return _open_file(source, engine, str(device), args)
     place = pick_device(str(device))
+    do_what_waits()  # a caller may come here without a door
     if random_weights and not timm.is_model(source):
         raise ConfigError(f"model={source!r} is not accepted with random weights; use a timm name")
     name, run = (source, None) if random_weights else _locate(source)

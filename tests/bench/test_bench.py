@@ -165,8 +165,13 @@ def test_a_training_step_is_compiled_where_that_is_asked_for(short, monkeypatch)
     found = compare(BenchConfig(model=NAME, engine="compile", against_engine="eager", **shared))
     assert compiled == ["VisionTransformer"]
     assert (found.model.engine, found.against.engine) == ("compile", "eager")
-    found = compare(BenchConfig(model=NAME, engine="compile", **shared))  # then the other side's is the same
-    assert (found.model.engine, found.against.engine) == ("compile", "compile")
+
+
+def test_sides_that_differ_in_engine_or_size_are_noted(short, capsys):
+    assert main([*COMMAND, "--engine", "eager", "--against-engine", "eager"]) == 0
+    assert "note: " not in capsys.readouterr().out
+    assert main([*COMMAND, "--engine", "eager"]) == 0
+    assert "note: the two sides use different engines; --against-engine" in capsys.readouterr().out
 
 
 def test_json(short, capsys):
