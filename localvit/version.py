@@ -1,3 +1,3 @@
 """Version of this package."""
 
-__version__ = "0.4.0.dev0"
+__version__ = "0.4.0"

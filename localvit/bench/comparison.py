@@ -28,6 +28,7 @@ from localvit.config import Precision
 from localvit.cost import count_macs, count_parameters
 from localvit.engines import ExportInfo
 from localvit.errors import ConfigError, at_least
+from localvit.imports import do_what_waits
 from localvit.inference import FUSED, OpenModel, fused, open_model
 from localvit.models import VARIANTS, check_forward
 from localvit.runtime import DTYPES, autocast, pick_device
@@ -162,6 +163,7 @@ def load(name: str, config: BenchConfig) -> OpenModel:
     Raises:
         ConfigError: if it cannot be opened, or does not accept such images.
     """
+    do_what_waits()  # a caller may come here without a door
     args = dict(config.args)
     known = timm.is_model(name)
     cfg = timm.get_pretrained_cfg(name) if known else None
