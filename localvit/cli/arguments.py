@@ -130,6 +130,16 @@ def given(**flags: Any) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
+def data_section(options: Any) -> dict[str, Any]:
+    """Return the fields of the data section that the flags of `train`, `plan` and `data check` give."""
+    return given(
+        train=options.data,
+        test=options.val_data,
+        root=options.data_root,
+        allow_overlap=options.allow_overlap or None,
+    )
+
+
 def check_least(**flags: tuple[int, int]) -> None:
     """Refuse numbers that are too small: flag -> (value, least).
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from localvit.cli.arguments import given, one_line_errors
+from localvit.cli.arguments import data_section, one_line_errors
 from localvit.errors import printable
 
 if TYPE_CHECKING:
@@ -50,14 +50,8 @@ def run(options: Options) -> int:
     from localvit.config import resolve
     from localvit.data import equal_contents, open_splits
 
-    data = given(
-        train=options.data,
-        test=options.val_data,
-        root=options.data_root,
-        allow_overlap=options.allow_overlap or None,
-    )
     with one_line_errors():
-        config = resolve(None, options.set, {"data": data})
+        config = resolve(None, options.set, {"data": data_section(options)})
         splits = open_splits(config.data, seed=options.seed)
         _print(splits)
         parts = {"train": splits.train, "test": splits.test, "validation": splits.validation}

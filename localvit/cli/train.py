@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from localvit.cli.arguments import UsageError, given, one_line_errors
+from localvit.cli.arguments import UsageError, data_section, given, one_line_errors
 
 _TOP = ("output", "epochs", "batch_size", "seed", "workers", "device")
 
@@ -123,12 +123,7 @@ def configuration(options: ConfigOptions) -> Any:
     if options.blocks is not None:
         blocks = parse_yaml(options.blocks, f"--blocks {options.blocks!r}")
     model = given(name=options.model, pretrained=options.pretrained or None, locality=locality, blocks=blocks)
-    data = given(
-        train=options.data,
-        test=options.val_data,
-        root=options.data_root,
-        allow_overlap=options.allow_overlap or None,
-    )
+    data = data_section(options)
     top = {name: getattr(options, name) for name in _TOP}
     # No empty section: it would be a value.
     sections = given(model=model or None, data=data or None, optim=given(lr=options.lr) or None, **top)

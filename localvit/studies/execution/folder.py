@@ -28,7 +28,6 @@ from localvit.studies.design import Study, StudyRun, study_from_dict
 from localvit.studies.execution.records import Record, parse_record, read_record, remedy
 
 _REPORT = ("report.html", "report.md", "summary.json", "speed.json")
-_REPORT = ("report.html", "report.md", "summary.json", "speed.json")
 _OTHER = ("runs", "results.jsonl", *_REPORT, "config.yaml", "status.json")
 """Files of another study or of a run (`localvit.runs`)."""
 _FAILURE = "failure.json"
