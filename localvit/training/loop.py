@@ -283,7 +283,7 @@ def _explained(error: BaseException, checkpointer: Checkpointer) -> TrainingFail
     """Return a one-line error for a known failure of PyTorch, else `None`."""
     text = " ".join(str(error).split())
     died = isinstance(error, RuntimeError) and text.startswith("DataLoader worker")
-    if died or isinstance(error, EOFError | ConnectionError):
+    if died or isinstance(error, EOFError | ConnectionResetError):
         reason = f" ({text.partition('. ')[0]})" if died else ""
         return TrainingFailed(
             f"a data worker died{reason}, perhaps for lack of memory; {checkpointer.last_state()}"

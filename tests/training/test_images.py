@@ -151,6 +151,15 @@ def test_a_process_that_loads_and_dies_is_named_in_one_line(tiny, tmp_path, monk
     assert status(tmp_path / "run")["state"] == "failed"
 
 
+def test_a_console_whose_reader_has_ended_is_no_dead_worker(tiny, monkeypatch):
+    def end(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("localvit.training.progress.TrainingProgress.epoch", end)
+    with pytest.raises(BrokenPipeError):
+        train(tiny())
+
+
 def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
