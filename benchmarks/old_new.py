@@ -4,7 +4,8 @@
     python benchmarks/old_new.py ../before . --rounds 12 --output benchmarks/results
 
 One thread. Written are old_new_<machine>_<date>.{md,json}: medians of ratios with quartiles, and what a
-training step keeps for its backward pass.
+training step keeps for its backward pass. Memory differs between processes, and times with it: --processes 12
+gives the quartiles of the medians of 12 pairs of processes.
 """
 
 import argparse
@@ -183,6 +184,9 @@ class Side:
         print(json.dumps(request), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
+    def close(self) -> None:
+        self.process.communicate()
+
 
 def quartiles(values: list[float]) -> str:
     """Format the median and the quartiles around it."""
@@ -190,32 +194,41 @@ def quartiles(values: list[float]) -> str:
     return f"{median:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def measure(old: Side, new: Side, rounds: int, names: list[str]) -> list[dict[str, str]]:
-    """Return a row for each workload."""
-    rows = []
-    for name in names:
-        seconds: dict[tuple[str, bool], list[float]] = {}
-        for i in range(rounds + 1):
-            sides = [("old", old), ("new", new)]
-            for label, side in sides if i % 2 else sides[::-1]:
-                for local in (True, False):
-                    took = side.ask(work=name, local=local)
-                    if i:  # the first round warms up
-                        seconds.setdefault((label, local), []).append(took)
+# Column of the table -> the two measurements that it divides: (checkout, with locality).
+COLUMNS = {
+    "new / old": (("new", True), ("old", True)),
+    "old / plain DeiT": (("old", True), ("old", False)),
+    "new / plain DeiT": (("new", True), ("new", False)),
+}
 
-        def of(a: tuple[str, bool], b: tuple[str, bool], seconds=seconds) -> str:
-            return quartiles([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])
 
-        rows.append(
-            {
-                "workload": name,
-                "new / old": of(("new", True), ("old", True)),
-                "old / plain DeiT": of(("old", True), ("old", False)),
-                "new / plain DeiT": of(("new", True), ("new", False)),
-            }
-        )
-        print("  ".join(rows[-1].values()), flush=True)
-    return rows
+def ratios(sides: dict[str, Side], rounds: int, name: str) -> dict[str, list[float]]:
+    """Return the ratio of each round, for each column."""
+    seconds: dict[tuple[str, bool], list[float]] = {}
+    for i in range(rounds + 1):
+        for label in list(sides) if i % 2 else list(sides)[::-1]:
+            for local in (True, False):
+                took = sides[label].ask(work=name, local=local)
+                if i:  # the first round warms up
+                    seconds.setdefault((label, local), []).append(took)
+    return {
+        column: [x / y for x, y in zip(seconds[a], seconds[b], strict=True)]
+        for column, (a, b) in COLUMNS.items()
+    }
+
+
+def measure(start: Callable[[], dict[str, Side]], processes: int, rounds: int, name: str) -> dict[str, str]:
+    """Return the row of a workload: quartiles over rounds, or over the medians of several processes."""
+    found: dict[str, list[float]] = {column: [] for column in COLUMNS}
+    for _ in range(processes):
+        sides = start()
+        for column, values in ratios(sides, rounds, name).items():
+            found[column] += values if processes == 1 else [statistics.median(values)]
+        for side in sides.values():
+            side.close()
+    row = {"workload": name} | {column: quartiles(values) for column, values in found.items()}
+    print("  ".join(row.values()), flush=True)
+    return row
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -231,6 +244,7 @@ def main() -> None:
     )
     parser.add_argument("checkouts", nargs="*", type=Path, help="OLD NEW")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--processes", type=int, default=1, help="pairs of processes for each workload")
     parser.add_argument("--only", nargs="*", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--output", type=Path)
@@ -238,10 +252,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.serve:
         return serve()
-    old, new = (Side(path) for path in arguments.checkouts)
-    rows = measure(old, new, arguments.rounds, arguments.only)
+
+    def start() -> dict[str, Side]:
+        return {label: Side(path) for label, path in zip(("old", "new"), arguments.checkouts, strict=True)}
+
+    rows = [measure(start, arguments.processes, arguments.rounds, name) for name in arguments.only]
     kept: dict[str, dict[str, float]] = {}
     if not arguments.no_memory:
+        old, new = start().values()
         kept = {"old": old.ask(kept=False), "new": new.ask(kept=True)}
         found = [
             {"design": f"{s}: {n}", "kept / DeiT-T": f"{v:.3f}"} for s in kept for n, v in kept[s].items()
