@@ -9,7 +9,7 @@ the cache. It is the copied module with its class changed, so paths, attributes 
 import copy
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import GluMlp, LayerNorm2d, Mlp, SwiGLU
@@ -24,8 +24,14 @@ from localvit.acceleration.fusing.folding import (
     rescale,
 )
 from localvit.acceleration.native.build import library
-from localvit.acceleration.native.form import Numbers, covers_convolution, native_form, numbers_of
-from localvit.acceleration.native.mix import mix_
+from localvit.acceleration.native.form import (
+    NativeForm,
+    Numbers,
+    covers_convolution,
+    native_form,
+    numbers_of,
+)
+from localvit.acceleration.native.mix import mix_, mix_in_place
 from localvit.locality import (
     Grid,
     HiddenLocality,
@@ -131,21 +137,15 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
         return self.fc1(x)
 
     def mix(self, x: Tensor, grid: Grid) -> Tensor:
-        numbers = None if "_convolve" in self.__dict__ else kernel_numbers(self, x)
-        if numbers is None:
+        stage = None if "_convolve" in self.__dict__ else native_stage(self, x)
+        if stage is None:
             return super().mix(x, grid)
-        before, after, kind = numbers
+        before, after, kind = stage.numbers
         x = (self.act1(x) if before is None else x).contiguous()  # a replaced layer may return any layout
-        gate: Any = self.gate if after is not None and kind else None
-        layers = [] if gate is None else [gate.fc1, gate.fc2] if hasattr(gate, "fc1") else [gate.conv]
-        weights = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
-        weights += [None] * (4 - len(weights))
-        conv, act, act2 = self.conv, before or 0, after or 0
-        mix_(x, conv.weight, conv.bias, weights, grid.height, grid.width, act, act2, kind if layers else 0)
+        gate = kind if kind and after is not None else 0
+        stage.compute(x, grid, before or 0, after or 0, gate)
         x = self.act2(x) if after is None else x
-        if self.gate is None or layers:
-            return x
-        return map_to_tokens(self.gate(tokens_to_map(x, grid)))
+        return x if gate or self.gate is None else map_to_tokens(self.gate(tokens_to_map(x, grid)))
 
     def project(self, x: Tensor) -> Tensor:
         y = self.fc2(x)
@@ -159,10 +159,10 @@ class FoldedHiddenLocality(HiddenLocality):
 
     def transform(self, hidden: Tensor, grid: Grid) -> Tensor:
         """Apply the convolution: `(B, N, D) -> (B, N, D)`."""
-        if kernel_numbers(self, hidden) is None or not hidden.is_contiguous():
+        stage = native_stage(self, hidden)
+        if stage is None or not hidden.is_contiguous():
             return map_to_tokens(self.conv(tokens_to_map(hidden, grid)))
-        weight, bias = self.conv.weight, self.conv.bias
-        mix_(hidden, weight, bias, [None] * 4, grid.height, grid.width, 0, 0, 0)
+        stage.compute(hidden, grid)
         return hidden
 
 
@@ -214,11 +214,35 @@ class FastSwiGLU(_FastMlp, SwiGLU):
         return self.act(self.fc1_g(x)).mul_(self.fc1_x(x))
 
 
-def kernel_numbers(module: Any, x: Tensor) -> Numbers | None:
-    """Return the kernels' numbers for the activations and gate of a stage (`None` for an unsupported one).
+class NativeStage(NamedTuple):
+    """Middle stage that the native kernels can compute now.
 
-    The result is `None` if the kernels must not compute the stage now: they have no derivative, and an
-    exported or traced graph may run on other machines. A compiled graph calls them as an operator.
+    Attributes:
+        numbers: The kernels' numbers of activations and gate; `None` for one that they do not support.
+        form: Form with the tensors; `None` in a compiled graph, which needs an operator of tensors.
+        module: The module of the stage.
+    """
+
+    numbers: Numbers
+    form: NativeForm | None
+    module: Any
+
+    def compute(self, x: Tensor, grid: Grid, act: int = 0, act2: int = 0, gate: int = 0) -> None:
+        """Compute the stage in place, with activations and gate of these numbers."""
+        if self.form is not None:
+            return mix_in_place(self.form, x, grid, act, act2, gate)
+        conv, own = self.module.conv, self.module.gate if gate else None
+        layers = [] if own is None else [own.fc1, own.fc2] if hasattr(own, "fc1") else [own.conv]
+        weights = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+        weights += [None] * (4 - len(weights))
+        mix_(x, conv.weight, conv.bias, weights, grid.height, grid.width, act, act2, gate)
+
+
+def native_stage(module: Any, x: Tensor) -> NativeStage | None:
+    """Return the stage if the native kernels can compute it now.
+
+    They have no derivative here, and an exported or traced graph may run on other machines. A compiled graph
+    calls them as an operator.
     """
     differentiated = torch.is_grad_enabled() and x.requires_grad
     traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
@@ -229,10 +253,11 @@ def kernel_numbers(module: Any, x: Tensor) -> Numbers | None:
         form = native_form(module, x)
         if form is None or form.norms != [None, None] or form.addresses() is None:
             return None
-        return form.numbers
+        return NativeStage(form.numbers, form, module)
     if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
-    return numbers_of(*(getattr(module, name, None) for name in ("act1", "act2", "gate")))
+    numbers = numbers_of(*(getattr(module, name, None) for name in ("act1", "act2", "gate")))
+    return NativeStage(numbers, None, module)
 
 
 @torch.compiler.assume_constant_result

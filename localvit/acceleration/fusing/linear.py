@@ -38,22 +38,24 @@ class PackedLinear(InferenceOnly, nn.Linear):
     fewest_rows = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._packable(x):
-            return F.linear(x, self.weight, self.bias)
+        weight, bias = self.weight, self.bias  # each access of a module's parameter takes time
+        if not self._packable(x, weight):
+            return F.linear(x, weight, bias)
         linear = frozen_linear if torch.compiler.is_compiling() else _frozen_linear
-        return linear(x, self.weight, self.bias)
+        return linear(x, weight, bias)
 
-    def _packable(self, x: Tensor) -> bool:
-        traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    def _packable(self, x: Tensor, weight: Tensor) -> bool:
         return (
-            not traced
-            and x.shape[:-1].numel() >= self.fewest_rows
-            and x.dtype == self.weight.dtype == torch.float32
-            and x.device.type == self.weight.device.type == "cpu"
+            x.dtype is weight.dtype is torch.float32
+            and x.is_cpu
+            and weight.is_cpu
+            and (self.fewest_rows == 1 or x.shape[:-1].numel() >= self.fewest_rows)
+            and not (x.requires_grad and torch.is_grad_enabled())
             and not torch.is_autocast_enabled("cpu")
-            and not (torch.is_grad_enabled() and x.requires_grad)
+            and not torch.compiler.is_exporting()
+            and not torch.jit.is_tracing()
             # Inference tensors do not count their changes; compilation takes weights as constants anyway.
-            and (torch.compiler.is_compiling() or not self.weight.is_inference())
+            and (torch.compiler.is_compiling() or not weight.is_inference())
         )
 
 

@@ -222,7 +222,29 @@ def not_saved(y: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def _mix_in_place(
+def mix_in_place(form: NativeForm, x: Tensor, grid: Grid, act: int, act2: int, gate: int) -> None:
+    """Compute the stage without norms in place: `x = act2(conv(act(x)) + bias) * gate`.
+
+    The tensors are those of `form`, whose `addresses` were found readable just before.
+    """
+    _check_tokens(x, form.channels, grid.height * grid.width)
+    _inference(x, grid, (act, act2, gate), form.parameters, form.noted)
+
+
+def _check_tokens(x: Tensor, channels: int, tokens: int) -> None:
+    if not is_dense(x) or x.shape[1:] != (tokens, channels):
+        raise ValueError(
+            f"{x.dtype} {tuple(x.shape)} on {x.device} is not accepted; use dense float32 on the CPU, with "
+            f"{tokens} tokens of {channels} channels"
+        )
+
+
+def _inference(x: Tensor, grid: Grid, numbers: tuple[int, int, int], parameters: Any, p: list[int]) -> None:
+    stage = Stage(grid, (NormSettings(), NormSettings()), *numbers, reduced_of(parameters[6]))
+    _forward("inference", stage, p, parameters[2].shape[-1], x, x)
+
+
+def _by_operator(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -233,29 +255,22 @@ def _mix_in_place(
     act2: int,
     kind: int,
 ) -> None:
-    """Compute the stage without norms in place: `x = act2(conv(act(x)) + bias) * gate`.
-
-    `gate` has the weights and biases of a gate of this kind, as in `NativeForm`. All tensors are dense
-    float32 on the CPU.
-    """
-    kernel = (x.shape[2], 1, weight.shape[-1], weight.shape[-1])
-    if weight.shape != kernel or weight.shape[-1] not in KERNEL_SIZES or x.shape[2] % LANES:
+    """Compute `mix_in_place` by tensors; `gate` has the weights and biases of a gate of this kind."""
+    channels, size = x.shape[2], weight.shape[-1]
+    if weight.shape != (channels, 1, size, size) or size not in KERNEL_SIZES or channels % LANES:
         raise ValueError(
-            f"a kernel {tuple(weight.shape)} for {x.shape[2]} channels is not accepted; use a depth-wise "
+            f"a kernel {tuple(weight.shape)} for {channels} channels is not accepted; use a depth-wise "
             f"kernel of size {KERNEL_SIZES} and a multiple of {LANES} channels"
         )
-    if x.shape[1] != height * width:
-        raise ValueError(f"{x.shape[1]} tokens do not fit a grid of {height} x {width}; pass their grid")
+    _check_tokens(x, channels, height * width)
     parameters = [None, None, weight, bias, None, None, *gate]
-    for tensor in (x, *parameters):
+    for tensor in parameters:
         if tensor is not None and not is_dense(tensor):
             raise ValueError(
                 f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()} is not accepted; use "
                 "dense float32 on the CPU"
             )
-    stage = Stage(Grid(height, width), (NormSettings(), NormSettings()), act, act2, kind, reduced_of(gate[0]))
-    addresses = [*map(address, parameters), *[0] * 6]
-    _forward("inference", stage, addresses, kernel[-1], x, x)
+    _inference(x, Grid(height, width), (act, act2, kind), parameters, [*map(address, parameters), *[0] * 6])
 
 
 # `custom_op` would take three times as long to call, in every block.
@@ -264,6 +279,6 @@ torch.library.define(
     "(Tensor(a!) x, Tensor weight, Tensor? bias, Tensor?[] gate, int height, int width, int act, int act2,"
     " int kind) -> ()",
 )
-torch.library.impl("localvit::mix_", "cpu", _mix_in_place)
+torch.library.impl("localvit::mix_", "cpu", _by_operator)
 torch.library.register_fake("localvit::mix_", lambda *args: None)
 mix_ = torch.ops.localvit.mix_.default

@@ -28,19 +28,19 @@ pytestmark = needs_compiler
 def stages(monkeypatch) -> list[tuple]:
     """Arguments of each stage that the kernel computes from now on."""
     seen: list[tuple] = []
-    stage: Callable = fast.mix_
+    stage: Callable = fast.mix_in_place
 
     def noted(*arguments):
         seen.append(arguments)
         return stage(*arguments)
 
-    monkeypatch.setattr(fast, "mix_", noted)
+    monkeypatch.setattr(fast, "mix_in_place", noted)
     return seen
 
 
 def gates_of(stages: list[tuple]) -> list[tuple[int, ...]]:
     """Shapes of the first layer of each gate that the kernel computed."""
-    return [tuple(gate[0].shape[:2]) for _, _, _, gate, *_ in stages if gate[0] is not None]
+    return [tuple(form.parameters[6].shape[:2]) for form, *_, gate in stages if gate]
 
 
 # The last of two blocks computes no patches.
