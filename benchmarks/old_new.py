@@ -266,10 +266,10 @@ def main() -> None:
         ]
         print(table(found))
     if arguments.output:
-        save(arguments.output, rows, kept)
+        save(arguments.output, rows, kept, arguments.processes)
 
 
-def save(folder: Path, rows: list[dict[str, str]], kept: dict[str, dict[str, float]]) -> None:
+def save(folder: Path, rows: list[dict[str, str]], kept: dict[str, dict[str, float]], processes: int) -> None:
     """Write both tables."""
     import torch
     from writing import write
@@ -282,7 +282,8 @@ def save(folder: Path, rows: list[dict[str, str]], kept: dict[str, dict[str, flo
     for line in memory:
         line["old"] = f"{kept['old'][line['design']]:.3f}" if line["design"] in kept["old"] else ""
     about = (
-        f"# Old and new, timed alternately\n\n{setting}.\n\nTimes, one thread, medians [quartiles] of ratios."
+        f"# Old and new, timed alternately\n\n{setting}.\n\nTimes, one thread, medians [quartiles] of ratios"
+        f"{f', each the median of one of {processes} pairs of processes' if processes > 1 else ''}."
         " Table of designs: what the forward pass of a training step keeps, by DeiT-T's, batch 16.\n"
     )
     if memory:

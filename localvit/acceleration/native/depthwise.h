@@ -40,6 +40,7 @@ template <int K, bool FINAL> struct Depthwise {
     const float* x;
     float *y, *means, *squares;
     const Shape& s = a.s;
+    const std::vector<float> taps = taps_of<K>(a.weight, a.s.channels, false);
 
     void stage(float* to, const float* from, int64_t c, int64_t n) const {
         const int64_t act = a.act, stride = s.channels, span_ = span<K>(s);
@@ -50,7 +51,7 @@ template <int K, bool FINAL> struct Depthwise {
         });
     }
 
-    void row(const Ring<K>& ring, float* out, int64_t i, const float* taps, int64_t c, float* sum) const {
+    void row(const Ring<K>& ring, float* out, int64_t i, int64_t c, float* sum) const {
         const float* in[K];
         for (int d = 0; d < K; ++d) in[d] = ring.row(i + d - K / 2);
         for (int64_t v = 0; v < ring.channels; v += LANES) {
@@ -63,7 +64,7 @@ template <int K, bool FINAL> struct Depthwise {
                     const float* from = in[dy] + ring.at(j, v);
                     Vec w[K];
 #pragma GCC unroll 8
-                    for (int dx = 0; dx < K; ++dx) w[dx] = load(taps + tap<K>(dy * K + dx, v));
+                    for (int dx = 0; dx < K; ++dx) w[dx] = load(taps.data() + tap<K>(dy * K + dx, c + v));
 #pragma GCC unroll 16
                     for (int t = 0; t < K + COLUMNS - 1; ++t) {
                         const Vec value = load(from + t * LANES);
@@ -93,19 +94,18 @@ template <int K, bool FINAL> struct Depthwise {
     void unit(int64_t image, int64_t c, int64_t n, float* scratch) const {
         const Ring<K> ring{scratch, span<K>(s), n};
         const int64_t start = s.start(image) + c, line = s.width * s.channels;
-        float *taps = scratch + K * ring.span * n, *mean = means + image * s.channels + c;
-        taps_of<K>(a.weight, c, n, false, taps);
+        float* mean = means + image * s.channels + c;
         clear(mean, n);
         ring.pass(
             s.height, [&](int64_t i) { stage(ring.inside(i), x + start + i * line, c, n); },
-            [&](int64_t i) { row(ring, y + start + i * line, i, taps, c, mean); });
+            [&](int64_t i) { row(ring, y + start + i * line, i, c, mean); });
         to_mean(s, mean, n);
         if (FINAL && n == s.channels && a.gate.kind != NO_GATE) a.apply_gate(y, image);  // it is in the cache
         if (squares) about_mean(s.tokens(), s.channels, y + start, mean, squares + image * s.channels + c, n);
     }
 
     void run() const {
-        const int64_t block = staged_block_of<K>(s, a.threads), floats = (K * span<K>(s) + K * K) * block;
+        const int64_t block = staged_block_of<K>(s, a.threads), floats = K * span<K>(s) * block;
         for_units(s, block, floats, a.threads,
                   [this](int64_t image, int64_t c, int64_t n, float* p) { unit(image, c, n, p); });
         if (!FINAL || block >= s.channels || a.gate.kind == NO_GATE) return;

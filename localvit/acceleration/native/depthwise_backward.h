@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "depthwise.h"
 
@@ -14,8 +15,9 @@ template <int K> struct DepthwiseBackward {
     float* out;
     const float *x, *below, *factor, *term;
     const Norm::Back& back2;
-    float *total, *moment, *taps;
+    float *total, *moment, *of_weight;
     const Shape& s = a.s;
+    const std::vector<float> taps = taps_of<K>(a.weight, a.s.channels, true);
 
     // Gradient of the convolved map.
     void stage(const Ring<K>& ring, float* to, const float* g, const float* in, int64_t image, int64_t c) const {
@@ -32,8 +34,8 @@ template <int K> struct DepthwiseBackward {
         });
     }
 
-    // `w` is flipped, and so is `sum`, where the gradient of the weight is summed.
-    void row(const Ring<K>& ring, int64_t i, const float* w, int64_t image, int64_t c, float* sum) const {
+    // `taps` are flipped, and so is `sum`, where the gradient of the weight is summed.
+    void row(const Ring<K>& ring, int64_t i, int64_t image, int64_t c, float* sum) const {
         const int64_t n = ring.channels, start = s.start(image) + i * s.width * s.channels + c;
         const float* in[K];
         for (int d = 0; d < K; ++d) in[d] = ring.row(i + d - K / 2);
@@ -51,7 +53,7 @@ template <int K> struct DepthwiseBackward {
 #pragma GCC unroll 8
                     for (int dx = 0; dx < K; ++dx) {
                         const Vec value = load(in[dy] + ring.at(j + dx, v));
-                        back += value * load(w + tap<K>(dy * K + dx, v));
+                        back += value * load(taps.data() + tap<K>(dy * K + dx, c + v));
                         of_taps[dy * K + dx] += value * hidden;
                     }
                 back *= slope(normal, a.act);
@@ -68,23 +70,22 @@ template <int K> struct DepthwiseBackward {
 
     void unit(int64_t image, int64_t c, int64_t n, float* scratch) const {
         const Ring<K> ring{scratch, span<K>(s), n};
-        float *w = scratch + K * ring.span * n, *sum = w + K * K * n;
+        float* sum = scratch + K * ring.span * n;
         const int64_t start = s.start(image) + c, line = s.width * s.channels;
-        taps_of<K>(a.weight, c, n, true, w);
         clear(sum, K * K * n);
         clear(total + image * s.channels + c, n);
         clear(moment + image * s.channels + c, n);
         ring.pass(
             s.height,
             [&](int64_t i) { stage(ring, ring.inside(i), grad + start + i * line, x + start + i * line, image, c); },
-            [&](int64_t i) { row(ring, i, w, image, c, sum); });
+            [&](int64_t i) { row(ring, i, image, c, sum); });
         for (int t = 0; t < K * K; ++t)  // (B, D, K * K)
             for (int64_t v = 0; v < n; ++v)
-                taps[(image * s.channels + c + v) * K * K + K * K - 1 - t] = sum[tap<K>(t, v)];
+                of_weight[(image * s.channels + c + v) * K * K + K * K - 1 - t] = sum[tap<K>(t, v)];
     }
 
     void run() const {
-        const int64_t block = staged_block_of<K>(s, a.threads), floats = (K * span<K>(s) + 2 * K * K) * block;
+        const int64_t block = staged_block_of<K>(s, a.threads), floats = (K * span<K>(s) + K * K) * block;
         for_units(s, block, floats, a.threads,
                   [this](int64_t image, int64_t c, int64_t n, float* p) { unit(image, c, n, p); });
     }

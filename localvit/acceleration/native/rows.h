@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "work.h"
 
@@ -42,15 +43,17 @@ template <int K> struct Ring {
 // Place of tap t of channel i: vectors of channels, tap by tap.
 template <int K> int64_t tap(int64_t t, int64_t i) { return (i / LANES * K * K + t) * LANES + i % LANES; }
 
-// Brings weights (D, K * K) into that order, from channel c on.
-template <int K> void taps_of(const float* weight, int64_t c, int64_t channels, bool flipped, float* out) {
+// Weights (D, K * K) in that order.
+template <int K> std::vector<float> taps_of(const float* weight, int64_t channels, bool flipped) {
+    std::vector<float> taps(channels * K * K);
     for (int64_t v = 0; v < channels; v += LANES)
         for (int t = 0; t < K * K; ++t) {
-            const float* from = weight + (c + v) * K * K + (flipped ? K * K - 1 - t : t);
-            Vec taps;
-            for (int lane = 0; lane < LANES; ++lane) taps[lane] = from[lane * K * K];
-            store(out + tap<K>(t, v), taps);
+            const float* from = weight + v * K * K + (flipped ? K * K - 1 - t : t);
+            Vec lanes;
+            for (int lane = 0; lane < LANES; ++lane) lanes[lane] = from[lane * K * K];
+            store(taps.data() + tap<K>(t, v), lanes);
         }
+    return taps;
 }
 
 }  // namespace
