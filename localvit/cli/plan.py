@@ -36,17 +36,14 @@ class Options(ConfigOptions):
 
 def run(options: Options) -> int:
     """Print the plan."""
-    from localvit.planning import Machine, plan_run
-
     with one_line_errors():
         nodes, gpus = _gpus(options.gpus)
-        machine = Machine(
-            nodes=nodes,
-            gpus=gpus,
-            images_per_second=options.images_per_second,
-            memory_gb=options.memory_gb,
-        )
-        figures = plan_run(configuration(options), machine, options.images)
+        config = configuration(options)  # before torch, whose import takes seconds
+        from localvit.planning import Machine, plan_run
+
+        speed, memory = options.images_per_second, options.memory_gb
+        machine = Machine(nodes=nodes, gpus=gpus, images_per_second=speed, memory_gb=memory)
+        figures = plan_run(config, machine, options.images)
     if options.json:
         print(json.dumps([asdict(figure) for figure in figures], indent=1))
     else:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from localvit.cli.arguments import UsageError, data_section, given, one_line_errors
+
+if TYPE_CHECKING:
+    from localvit.config import TrainConfig
 
 _TOP = ("output", "epochs", "batch_size", "seed", "workers", "device")
 
@@ -19,7 +22,8 @@ class ConfigOptions:
     """Flags of a configuration: a recipe, --set, which overrides it, and the others, which override both."""
 
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
-    """a recipe that comes with localvit, or a YAML file such as the config.yaml of another run"""
+    """a recipe of localvit (digits, small_images, finetune, deit_imagenet, ...), or a YAML file such as the
+    config.yaml of another run"""
     model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """any name for timm.create_model"""
     data: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
@@ -74,35 +78,45 @@ class Options(ConfigOptions):
 
 def run(options: Options) -> int:
     """Train; return 0, also if a signal interrupted the run after it saved its state."""
-    from rich.console import Console
-
-    from localvit.errors import TrainingInterrupted
-    from localvit.planning import effective, open_run
     from localvit.runtime import stop_on_signals
-    from localvit.structure import to_yaml
-    from localvit.training import TensorBoard, train
 
     with one_line_errors(), stop_on_signals():
-        config = configuration(options)
+        config = configuration(options)  # before torch, whose import takes seconds
         if options.print_config:
-            figures = effective(open_run(config))  # before printing, because it may refuse the configuration
-            print(to_yaml(config), end="")
-            print("# effective", *figures, sep="\n#   ")
+            _print(config)
             return 0
         if config.data.train == "DATA":  # in recipes, it stands for --data
             raise UsageError(f"recipe {options.recipe!r} names no data; add --data SRC")
         if config.output is None:
             raise UsageError("--output is missing; add --output FOLDER")
-        callbacks = [TensorBoard()] if options.tensorboard else []
-        try:
-            train(config, console=Console(), allow_change=options.allow_change, callbacks=callbacks)
-        except TrainingInterrupted as end:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"localvit: {end}", file=sys.stderr)
+        _train(config, options)
     return 0
 
 
-def configuration(options: ConfigOptions) -> Any:
+def _print(config: TrainConfig) -> None:
+    from localvit.planning import effective, open_run
+    from localvit.structure import to_yaml
+
+    figures = effective(open_run(config))  # before printing, because it may refuse the configuration
+    print(to_yaml(config), end="")
+    print("# effective", *figures, sep="\n#   ")
+
+
+def _train(config: TrainConfig, options: Options) -> None:
+    from rich.console import Console
+
+    from localvit.errors import TrainingInterrupted
+    from localvit.training import TensorBoard, train
+
+    callbacks = [TensorBoard()] if options.tensorboard else []
+    try:
+        train(config, console=Console(), allow_change=options.allow_change, callbacks=callbacks)
+    except TrainingInterrupted as end:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"localvit: {end}", file=sys.stderr)
+
+
+def configuration(options: ConfigOptions) -> TrainConfig:
     """Return the configuration from recipe, settings and flags.
 
     Raises:

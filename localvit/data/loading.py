@@ -10,8 +10,10 @@ uses too.)
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -29,8 +31,6 @@ from localvit.data.ghostscript import disable_ghostscript
 from localvit.data.images import Mode, Part, Sample, UnreadableImage
 
 _MODES: dict[int, Mode] = {1: "L", 3: "RGB"}
-_GRACE_SECONDS = 30
-"""Seconds that a data worker keeps running after SIGTERM."""
 _REPLACEMENTS = 100
 """Number of images to try in place of an unreadable one."""
 
@@ -327,13 +327,21 @@ def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any)
 def _start_worker(_worker: int) -> None:
     """Set up a data worker, which leaves signals that reach a whole job to the training process.
 
-    That process ends its data workers itself, and may still need batches to finish its step. A data worker
-    ignores Ctrl-C. SLURM sends SIGTERM to all processes; a data worker then exits after half a minute, so
-    that a parent that ends it by this signal does not wait forever.
+    That process ends its data workers itself, and may still need batches to finish its step. So a data worker
+    ignores Ctrl-C, and SIGTERM from all but its parent: SLURM sends it to all processes of a job. (Without
+    `sigwaitinfo`, as on macOS, SIGTERM ends it.)
     """
     disable_ghostscript()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # only then does it tell the sender
+        threading.Thread(target=_end_with_parents_signal, daemon=True).start()
+
+
+def _end_with_parents_signal() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)  # another code would be a failure of the loader
 
 
 def readable(batch: Batch) -> Batch:

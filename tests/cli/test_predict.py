@@ -1,9 +1,11 @@
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -86,16 +88,20 @@ def test_the_form_that_ran_is_named(job, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "lines"), [(["--format", "csv"], 1), ([], 0)])
-def test_a_reader_that_ends_early_ends_the_command_quietly(job, arguments, lines):
+def test_a_reader_that_ends_early_ends_the_command_quietly(job, arguments, lines, monkeypatch, capsys):
     """As `| head -1`, and as a pipe that nobody reads at all."""
-    command = [sys.executable, "-m", "localvit", *job, "--batch-size", "1", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as process:
-        if lines:
-            assert process.stdout.readline()
-        process.stdout.close()
-        assert process.stderr.read() == f"localvit: {job[2]}: PyTorch, fused\n"
-        assert process.wait() == 141
+    read, write = os.pipe()
+
+    def head():
+        with open(read) as reader:
+            return [reader.readline() for _ in range(lines)]
+
+    with ThreadPoolExecutor() as pool, open(write, "w") as pipe, monkeypatch.context() as patch:
+        shown = pool.submit(head)
+        patch.setattr(sys, "stdout", pipe)
+        assert main([*job, "--batch-size", "1", *arguments]) == 141
+    assert all(shown.result())
+    assert capsys.readouterr().err == f"localvit: {job[2]}: PyTorch, fused\n"
 
 
 def test_any_verb_ends_quietly_where_nobody_reads():
@@ -105,7 +111,7 @@ def test_any_verb_ends_quietly_where_nobody_reads():
         assert (process.stderr.read(), process.wait()) == (b"", 141)
 
 
-def test_every_name_of_a_file_reaches_the_console(job, tmp_path):
+def test_every_name_of_a_file_reaches_the_console(job, tmp_path, monkeypatch):
     """Bytes that are not UTF-8 stay; what would move the cursor is escaped where people read."""
     names = [b"no text \xff.png", b"a\rb\x1b[2J.png", b"-x \xc3\xa9.png"]
     image = (Path(job[-1]) / "x" / "0.png").read_bytes()
@@ -113,9 +119,11 @@ def test_every_name_of_a_file_reaches_the_console(job, tmp_path):
         (tmp_path / os.fsdecode(name)).write_bytes(image)
     found = {}
     for form in ("table", "csv"):
-        command = [sys.executable, "-m", "localvit", *job[:-1], str(tmp_path), "--format", form]
-        done = subprocess.run(command, capture_output=True, check=True)
-        found[form] = done.stdout
+        console = io.BytesIO()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", io.TextIOWrapper(console, encoding="utf-8"))
+            assert main([*job[:-1], str(tmp_path), "--format", form]) == 0
+            found[form] = console.getvalue()
     assert all(name in found["csv"] for name in names)
     assert names[0] in found["table"]
     assert names[2] in found["table"]

@@ -43,6 +43,24 @@ print("loaded:", [name for name in ("torch", "timm", "numpy") if name in sys.mod
     assert fresh(code).endswith("loaded: []\n")
 
 
+WRONG = (
+    ["train", "--recipe", "digit"],
+    ["train", "--data", "digits", "--set", "optim.lrr=1"],
+    ["train", "--recipe", "digits"],  # without --output
+    ["plan", "--recipe", "digits", "--epochs", "3"],
+)
+
+
+def test_a_wrong_configuration_is_named_without_torch():
+    code = f"""
+import sys
+from localvit.cli import main
+assert [main(words) for words in {WRONG!r}] == [2] * {len(WRONG)}
+print("loaded:", [name for name in ("torch", "timm", "numpy") if name in sys.modules])
+"""
+    assert fresh(code) == "loaded: []\n"
+
+
 def test_importing_the_package_loads_nothing_slow():
     code = f"import sys, localvit; print([name for name in {SLOW!r} if name in sys.modules])"
     assert fresh(code) == "[]\n"

@@ -60,7 +60,7 @@ def test_default_locality_is_not_no_locality():
         (f"batch_size={2**63}", rf"^batch_size={2**63} is not accepted; use 1 to {2**63 - 1}"),
         ("workers=-1", r"workers=-1 is not accepted; use at least 0"),
         ("schedule.name=cosin", r"^schedule\.name: 'cosin' is not accepted; use 'cosine', 'tanh'"),
-        ("schedule.warmup_epochs=100", r"warmup_epochs=100 is not accepted; use less than 100"),
+        ("schedule.warmup_epochs=100", r"warmup_epochs=100 is not accepted; use less than epochs=100"),
         ("optim.lr=1e-6", r"schedule\.min_lr=1e-05 is not accepted; use at most optim\.lr=1e-06"),
         ("augment.scale=[1]", r"^augment\.scale\[1\] is missing"),
         ("augment.scale=[0.5, 0.1]", r"augment\.scale=\[0\.5, 0\.1\] is not accepted; use \[low, high\]"),

@@ -1,5 +1,7 @@
 import dataclasses
+import multiprocessing
 import random
+import subprocess
 from collections import Counter
 from dataclasses import replace
 
@@ -55,6 +57,20 @@ def test_batches_depend_on_seed_and_epoch_and_on_nothing_else():
     assert equal(reference, batches(workers=2))
     assert not equal(reference, batches(epoch=1))
     assert not equal(reference, batches(seed=4))
+
+
+def test_a_data_worker_ends_by_the_signal_of_its_parent_only():
+    """SLURM sends SIGTERM to all processes of a job; the training process still needs batches then."""
+    others = set(multiprocessing.active_children())
+    images = open_splits(DataConfig(), seed=3).train
+    found = iter(eval_loader(images, PREPROCESSING, batch_size=64, workers=1))
+    next(found)
+    (worker,) = set(multiprocessing.active_children()) - others
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert len(list(found)) == -(-len(images) // 64) - 1
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
 
 
 def test_loading_leaves_the_random_states_of_the_model_alone():
