@@ -261,7 +261,7 @@ def train_loader(
     sampler = EpochBatchSampler(
         len(dataset), batch_size, seed, augment.repeats, rank=rank, world_size=world_size
     )
-    return _loader(dataset, workers, pin_memory, batch_sampler=sampler)
+    return _loader(dataset, workers, pin_memory, persistent_workers=workers > 0, batch_sampler=sampler)
 
 
 def eval_loader(
@@ -270,14 +270,17 @@ def eval_loader(
     *,
     batch_size: int,
     workers: int = 0,
+    persistent_workers: bool = False,
     pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader[Batch]:
     """Return a loader of every image once, in order, with evaluation preprocessing.
 
-    Arguments are those of `train_loader`. With several processes, each gets every `world_size`-th image: the
-    numbers of images differ by at most one, and no image is read by two processes.
+    With `persistent_workers`, the data workers stay for the next pass, until the loader is deleted; otherwise
+    they end with each pass. The other arguments are those of `train_loader`. With several processes, each
+    gets every `world_size`-th image: the numbers of images differ by at most one, and no image is read by two
+    processes.
     """
     transform = create_transform(
         preprocessing.input_size,
@@ -292,7 +295,10 @@ def eval_loader(
     length: int = len(images)  # type: ignore[arg-type]
     dataset = BatchDataset(images.__getitem__, length, prepare, preprocessing.input_size)
     own = range(rank, len(dataset), world_size)
-    return _loader(dataset, workers, pin_memory, batch_size=batch_size, sampler=own)
+    persistent = persistent_workers and workers > 0
+    return _loader(
+        dataset, workers, pin_memory, persistent_workers=persistent, batch_size=batch_size, sampler=own
+    )
 
 
 def _mode(preprocessing: Preprocessing) -> Mode:
@@ -310,17 +316,16 @@ def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
-def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **order: Any) -> DataLoader[Batch]:
+def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **others: Any) -> DataLoader[Batch]:
     return DataLoader(
         dataset,
         num_workers=workers,
-        persistent_workers=workers > 0,
         collate_fn=_unchanged,  # type: ignore[arg-type]  # the data set returns whole batches
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
         # A generator of its own: without one, each iteration draws a number from torch's global state.
         generator=torch.Generator().manual_seed(0),
-        **order,
+        **others,
     )
 
 

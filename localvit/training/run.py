@@ -320,7 +320,9 @@ def prepare(config: TrainConfig, world: World) -> TrainingRun:
         mixup=_build_mixup(config.augment, config.model.args.get("num_classes", splits.num_classes)),
         preprocessing=preprocessing,
         train=train,
-        validation=eval_loader(splits.validation, preprocessing, batch_size=batch_size, **loading),
+        validation=eval_loader(
+            splits.validation, preprocessing, batch_size=batch_size, persistent_workers=True, **loading
+        ),
         test=eval_loader(splits.test, preprocessing, batch_size=batch_size, **loading),
         state=TrainState(
             steps_per_epoch=len(train),
