@@ -96,7 +96,8 @@ def test_a_reader_that_ends_early_ends_the_command_quietly(job, arguments, lines
         with open(read) as reader:
             return [reader.readline() for _ in range(lines)]
 
-    with ThreadPoolExecutor() as pool, open(write, "w") as pipe, monkeypatch.context() as patch:
+    buffering = 1 if lines else -1  # a line at a time, or all at the end
+    with ThreadPoolExecutor() as pool, open(write, "w", buffering) as pipe, monkeypatch.context() as patch:
         shown = pool.submit(head)
         patch.setattr(sys, "stdout", pipe)
         assert main([*job, "--batch-size", "1", *arguments]) == 141

@@ -2,6 +2,7 @@ import dataclasses
 import multiprocessing
 import random
 import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -66,7 +67,8 @@ def test_a_data_worker_ends_by_the_signal_of_its_parent_only():
     found = iter(eval_loader(images, PREPROCESSING, batch_size=64, workers=1))
     next(found)
     (worker,) = set(multiprocessing.active_children()) - others
-    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    kill = f"import os, signal; os.kill({worker.pid}, signal.SIGTERM)"
+    subprocess.run([sys.executable, "-S", "-c", kill], check=True)
     assert len(list(found)) == -(-len(images) // 64) - 1
     worker.terminate()
     worker.join(20)
