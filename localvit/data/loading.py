@@ -261,7 +261,7 @@ def train_loader(
     sampler = EpochBatchSampler(
         len(dataset), batch_size, seed, augment.repeats, rank=rank, world_size=world_size
     )
-    return _loader(dataset, workers, pin_memory, persistent_workers=workers > 0, batch_sampler=sampler)
+    return _loader(dataset, workers, True, pin_memory, batch_sampler=sampler)
 
 
 def eval_loader(
@@ -295,10 +295,7 @@ def eval_loader(
     length: int = len(images)  # type: ignore[arg-type]
     dataset = BatchDataset(images.__getitem__, length, prepare, preprocessing.input_size)
     own = range(rank, len(dataset), world_size)
-    persistent = persistent_workers and workers > 0
-    return _loader(
-        dataset, workers, pin_memory, persistent_workers=persistent, batch_size=batch_size, sampler=own
-    )
+    return _loader(dataset, workers, persistent_workers, pin_memory, batch_size=batch_size, sampler=own)
 
 
 def _mode(preprocessing: Preprocessing) -> Mode:
@@ -316,16 +313,19 @@ def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
-def _loader(dataset: Dataset[Any], workers: int, pin_memory: bool, **others: Any) -> DataLoader[Batch]:
+def _loader(
+    dataset: Dataset[Any], workers: int, persistent: bool, pin_memory: bool, **order: Any
+) -> DataLoader[Batch]:
     return DataLoader(
         dataset,
         num_workers=workers,
+        persistent_workers=persistent and workers > 0,
         collate_fn=_unchanged,  # type: ignore[arg-type]  # the data set returns whole batches
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
         # A generator of its own: without one, each iteration draws a number from torch's global state.
         generator=torch.Generator().manual_seed(0),
-        **others,
+        **order,
     )
 
 

@@ -64,12 +64,14 @@ def test_a_data_worker_ends_by_the_signal_of_its_parent_only():
     """SLURM sends SIGTERM to all processes of a job; the training process still needs batches then."""
     others = set(multiprocessing.active_children())
     images = open_splits(DataConfig(), seed=3).train
-    found = iter(eval_loader(images, PREPROCESSING, batch_size=64, workers=1))
+    loader = eval_loader(images, PREPROCESSING, batch_size=64, workers=1, persistent_workers=True)
+    found = iter(loader)
     next(found)
     (worker,) = set(multiprocessing.active_children()) - others
     kill = f"import os, signal; os.kill({worker.pid}, signal.SIGTERM)"
     subprocess.run([sys.executable, "-S", "-c", kill], check=True)
     assert len(list(found)) == -(-len(images) // 64) - 1
+    assert worker.is_alive()
     worker.terminate()
     worker.join(20)
     assert worker.exitcode == 0
@@ -168,13 +170,8 @@ def test_an_unreadable_image_comes_back_by_name_from_any_process(make_folder, wo
     for loader in loaders:
         for batch in loader:
             if batch.unreadable:
-                assert_refused(batch)
-
-
-def assert_refused(batch):
-    """In a frame of its own: a loader in the frame of a caught error lives until its workers time out."""
-    with pytest.raises(UnreadableImage, match="cannot read image"):
-        readable(batch)
+                with pytest.raises(UnreadableImage, match="cannot read image"):
+                    readable(batch)
 
 
 def test_only_gray_and_rgb():

@@ -169,7 +169,8 @@ def _keep_freed_memory() -> None:
     to blocks of 32 MB (mallopt(3)). Without this, the threshold depends on what the process did before. Other
     allocators ignore it.
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed at once, and its pages are never touched
+    # Freed at once, and its pages are never touched.
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 
 
 def _compile(model: nn.Module) -> None:

@@ -49,7 +49,7 @@ class PackedLinear(InferenceOnly, nn.Linear):
             x.dtype is weight.dtype is torch.float32
             and x.is_cpu
             and weight.is_cpu
-            and (self.fewest_rows == 1 or x.shape[:-1].numel() >= self.fewest_rows)
+            and x.shape[:-1].numel() >= self.fewest_rows
             and not (x.requires_grad and torch.is_grad_enabled())
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_exporting()
