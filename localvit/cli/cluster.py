@@ -52,11 +52,12 @@ def cluster_of(options: OnCluster, parallel: int | None) -> Cluster | None:
         ConfigError: as `Resources`.
     """
     from localvit.studies.design import Resources
-    from localvit.studies.execution import Cluster
 
     asked = {field.name: getattr(options, field.name) for field in dataclasses.fields(Resources)}
     resources = Resources(**asked)
     if options.cluster is not None:
+        from localvit.studies.execution import Cluster
+
         return Cluster(kind=options.cluster, resources=resources, parallel=parallel)
     if resources != Resources():
         flag = next(name for name, value in asked.items() if value != getattr(Resources(), name))

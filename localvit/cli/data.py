@@ -48,10 +48,11 @@ class Options:
 def run(options: Options) -> int:
     """Check; 0 if nothing is wrong, 1 for equal contents or damaged images."""
     from localvit.config import resolve
-    from localvit.data import equal_contents, open_splits
 
     with one_line_errors():
-        config = resolve(None, options.set, {"data": data_section(options)})
+        config = resolve(None, options.set, {"data": data_section(options)})  # before torch (see train)
+        from localvit.data import equal_contents, open_splits
+
         splits = open_splits(config.data, seed=options.seed)
         _print(splits)
         parts = {"train": splits.train, "test": splits.test, "validation": splits.validation}

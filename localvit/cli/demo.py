@@ -72,10 +72,11 @@ def run(options: Options) -> int:
         check_output(options.output)
         folder = Path(options.output or _default_output(options.data))
         try:
+            base = _base(options)  # before torch (see train)
             if options.tune:
-                _tune(options, folder / "tuning", console)
+                _tune(options, base, folder / "tuning", console)
             else:
-                _compare(options, folder, console)
+                _compare(options, base, folder, console)
         except KeyboardInterrupt:
             print(f"stopped; finished runs are in {folder}, and the same command resumes")
             return 130
@@ -101,12 +102,11 @@ def _default_output(data: str) -> str:
     return "demo/" + "-".join(re.findall(r"[\w-]+", data.removesuffix(".tar"))[-2:])
 
 
-def _tune(options: Options, folder: Path, console: Console) -> None:
+def _tune(options: Options, base: TrainConfig, folder: Path, console: Console) -> None:
     from localvit.studies import demo
     from localvit.studies.execution import save_tuning, tune
     from localvit.studies.reporting import tuning_table, tuning_text
 
-    base = _base(options)
     found = tune(
         base,
         demo.ARMS,
@@ -123,14 +123,14 @@ def _tune(options: Options, folder: Path, console: Console) -> None:
     print(f"written: {folder / 'tuning.json'}; the demo with the same data and output will use it")
 
 
-def _compare(options: Options, folder: Path, console: Console) -> None:
+def _compare(options: Options, base: TrainConfig, folder: Path, console: Console) -> None:
     from localvit.cli.study import print_report
     from localvit.studies import demo, run_study
     from localvit.studies.execution import load_tuning, shipped_tuning
 
     own = folder / "tuning" / "tuning.json"
     tuning = load_tuning(own) if own.exists() else shipped_tuning(_recipe(options))
-    study = demo.demo_study(_base(options), options.seeds, tuning)
+    study = demo.demo_study(base, options.seeds, tuning)
     made = run_study(
         study,
         folder,

@@ -153,9 +153,9 @@ def run(options: Options) -> int:
             case Run():
                 return _run(options, console)
             case Show():
+                study = _study(options, 1)
                 from localvit.studies.design import check_study
 
-                study = _study(options, 1)
                 _print(console, describe(study, check_study(study)))
             case Report(folder=folder):
                 from localvit.studies.reporting import read_report, write_report
@@ -192,7 +192,7 @@ def _list(console: Console) -> None:
 
 
 def _study(options: Asked, seeds: int) -> Study:
-    from localvit.studies.design import load_question, matched
+    from localvit.studies.design import load_question
 
     question = load_question(options.name)
     study = question.study(
@@ -200,6 +200,8 @@ def _study(options: Asked, seeds: int) -> Study:
     )
     if options.match is not None:
         study = dataclasses.replace(study, match=options.match)
+    from localvit.studies.design import matched  # imports torch (see train)
+
     return matched(study)
 
 
@@ -224,8 +226,6 @@ def describe(study: Study, summary: StudySummary) -> str:
 
 
 def _run(options: Run, console: Console) -> int:
-    from localvit.studies import run_study
-
     here = _HERE if options.jobs is None else options.jobs
     check_least(seeds=(options.seeds, 2), jobs=(here, 1), threads=(options.threads, 1))
     cluster = cluster_of(options, options.jobs)
@@ -237,6 +237,8 @@ def _run(options: Run, console: Console) -> int:
         return 0
     if study.base.data.train == "DATA":
         raise UsageError(f"scale {options.scale!r} has no images; add --data SRC")
+    from localvit.studies import run_study
+
     try:
         made = run_study(
             study,

@@ -83,7 +83,7 @@ def run(options: Options) -> int:
     with one_line_errors(), stop_on_signals():
         config = configuration(options)  # before torch, whose import takes seconds
         if options.print_config:
-            _print(config)
+            _print_config(config)
             return 0
         if config.data.train == "DATA":  # in recipes, it stands for --data
             raise UsageError(f"recipe {options.recipe!r} names no data; add --data SRC")
@@ -93,7 +93,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def _print(config: TrainConfig) -> None:
+def _print_config(config: TrainConfig) -> None:
     from localvit.planning import effective, open_run
     from localvit.structure import to_yaml
 

@@ -48,6 +48,11 @@ WRONG = (
     ["train", "--data", "digits", "--set", "optim.lrr=1"],
     ["train", "--recipe", "digits"],  # without --output
     ["plan", "--recipe", "digits", "--epochs", "3"],
+    ["data", "check", "digits", "--set", "optim.lrr=1"],
+    ["demo", "--recipe", "digit"],
+    ["study", "run", "nope"],
+    ["study", "show", "gate", "--scale", "nope"],
+    ["study", "run", "gate", "--set", "optim.lrr=1"],
 )
 
 
