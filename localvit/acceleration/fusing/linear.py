@@ -49,11 +49,12 @@ class PackedLinear(InferenceOnly, nn.Linear):
             x.dtype is weight.dtype is torch.float32
             and x.is_cpu
             and weight.is_cpu
-            and x.shape[:-1].numel() >= self.fewest_rows
             and not (x.requires_grad and torch.is_grad_enabled())
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_exporting()
             and not torch.jit.is_tracing()
+            # After the question about export: a condition on the rows would limit the graph's batch sizes.
+            and x.shape[:-1].numel() >= self.fewest_rows
             # Inference tensors do not count their changes; compilation takes weights as constants anyway.
             and (torch.compiler.is_compiling() or not weight.is_inference())
         )

@@ -56,7 +56,10 @@ PLAIN = {
 
 
 needs_packed = pytest.mark.skipif(not packed_available(), reason="this PyTorch has no packed linear layers")
-plain_and_packed = pytest.mark.parametrize("packed", [None, pytest.param(1, marks=needs_packed)])
+# No layer, all layers for any input, or all layers for inputs of two rows or more (as the rule for Intel's).
+plain_and_packed = pytest.mark.parametrize(
+    "packed", [None, *(pytest.param(rows, marks=needs_packed) for rows in (1, 2))]
+)
 
 
 def random_weights(model: nn.Module) -> nn.Module:
@@ -378,8 +381,10 @@ def test_a_new_classifier():
         ("localvit_swin_tiny_patch4_window7_224", {"depths": (1,), "num_heads": (1,)}),
     ],
 )
+@plain_and_packed
 @torch.no_grad()
-def test_export_for_any_batch_size(key, changes):
+def test_export_for_any_batch_size(monkeypatch, key, changes, packed):
+    set_packed(monkeypatch, packed)
     model = random_weights(make(key, **changes)).eval()
     x = images(key, 2)
     program = torch.export.export(
