@@ -18,14 +18,14 @@ struct Arguments {
     const float *weight, *bias;  // of the convolution: (D, k * k), (D)
     Norm norm2;
     Gate gate;
-    float *pooled, *values;  // (B, D): input and output of the gate
+    float* pooled;  // (B, D): input of the gate
     float* maps[14];
 
     // Multiplies the gate's values into one image; `pooled` is known.
     void apply_gate(float* y, int64_t image) const {
         const int64_t n = s.channels;
-        std::vector<float> squeezed(gate.reduced);
-        float *out = y + s.start(image), *value = values + image * n;
+        std::vector<float> squeezed(gate.reduced), values(n);
+        float *out = y + s.start(image), *value = values.data();
         gate.values(pooled + image * n, n, squeezed.data(), value);
         for (int64_t t = 0; t < s.tokens(); ++t)
             for (int64_t v = 0; v < n; v += LANES) store(out + t * n + v, load(out + t * n + v) * load(value + v));

@@ -31,16 +31,12 @@ struct Gate {
     const float *first, *bias, *second, *bias2;
     int64_t reduced;
 
-    void squeeze(const float* means, int64_t channels, float* squeezed) const {
-        for (int64_t r = 0; r < reduced; ++r) {
+    // `squeezed` has room for `reduced` floats.
+    void values(const float* means, int64_t channels, float* squeezed, float* out) const {
+        for (int64_t r = 0; r < reduced && kind == SQUEEZE; ++r) {
             const float value = dot(first + r * channels, means, channels) + bias[r];
             squeezed[r] = value < 0.0f ? 0.0f : value;
         }
-    }
-
-    // `squeezed` has room for `reduced` floats.
-    void values(const float* means, int64_t channels, float* squeezed, float* out) const {
-        if (kind == SQUEEZE) squeeze(means, channels, squeezed);
         for (int64_t c = 0; c < channels; ++c)
             out[c] = kind == NO_GATE   ? 1.0f
                      : kind == SQUEEZE ? hard_sigmoid(dot(second + c * reduced, squeezed, reduced) + bias2[c])
@@ -48,12 +44,14 @@ struct Gate {
                                        : hard_sigmoid(neighbours(means, c, channels, 1));
     }
 
-    // Sets `of_means` from the gradient of the values, and adds to the gradients of the parameters.
-    void backward(const float* grad, const float* values, const float* means, int64_t channels, float* of_means,
-                  float* of_first, float* of_bias, float* of_second, float* of_bias2) const {
+    // Sets `out` to the values and `of_means` from their gradient, and adds to the gradients of the parameters.
+    void backward(const float* grad, const float* means, int64_t channels, float* out, float* of_means, float* of_first,
+                  float* of_bias, float* of_second, float* of_bias2) const {
         std::vector<float> inner(channels), squeezed(reduced), back(reduced);
+        values(means, channels, squeezed.data(), out);
+        if (kind == NO_GATE) return;
         for (int64_t c = 0; c < channels; ++c) {  // no gradient where the hard sigmoid is flat or a NaN
-            const float value = values[c];
+            const float value = out[c];
             if (kind == ECA) inner[c] = grad[c] * value * (1.0f - value);
             else if (value > 0.0f && value < 1.0f) inner[c] = grad[c] / 6.0f;
         }
@@ -66,7 +64,6 @@ struct Gate {
             for (int64_t c = 0; c < channels; ++c) of_means[c] = neighbours(inner.data(), c, channels, -1);
             return;
         }
-        squeeze(means, channels, squeezed.data());
         for (int64_t c = 0; c < channels; ++c) {
             of_means[c] = 0.0f;
             of_bias2[c] += inner[c];

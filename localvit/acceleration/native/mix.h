@@ -29,20 +29,21 @@ struct Mix : Arguments {
         activate_and_gate(convolved, gated, true);
     }
 
-    // The second half of `forward`; with `measure` it also computes the gate's values. One image at a time: its gate
+    // The second half of `forward`; with `measure` it also computes the gate's input. One image at a time: its gate
     // finds it in the cache.
     void activate_and_gate(const float* convolved, float* gated, bool measure) const {
         const int64_t act = act2;
-        for_units(s, s.channels, gate.reduced + 1, threads, [=](int64_t image, int64_t, int64_t n, float* squeezed) {
+        const int64_t floats = s.channels + gate.reduced;
+        for_units(s, s.channels, floats, threads, [=](int64_t image, int64_t, int64_t n, float* value) {
             const float *in = convolved + s.start(image), *scales = norm2.scale, *shifts = norm2.shift;
-            float *out = gated + s.start(image), *value = values + image * n, *mean = pooled + image * n;
+            float *out = gated + s.start(image), *mean = pooled + image * n;
             if (measure) {
                 sum_tokens(gate.kind == NO_GATE ? 0 : s.tokens(), n, mean, [=](int64_t t, int64_t v) INLINE_LAMBDA {
                     return activate(load(in + t * n + v) * load(scales + v) + load(shifts + v), act);
                 });
                 to_mean(s, mean, n);
-                gate.values(mean, n, squeezed, value);
             }
+            gate.values(mean, n, value + n, value);
             for_strips(s.tokens(), n, [=](int64_t t, int64_t end, int64_t v) {
                 const Vec scale = load(scales + v), shift = load(shifts + v), factor = load(value + v);
                 for (; t < end; ++t)
@@ -59,10 +60,11 @@ struct Mix : Arguments {
     void backward(const float* grad, const float* x, const float* convolved, const Gradients& g) const {
         const int64_t n = s.channels;
         std::vector<float> sums(5 * s.maps()), terms(s.maps()), totals(2 * s.maps()), taps(s.maps() * k * k);
+        std::vector<float> values(s.maps());
         gate_sums(grad, convolved, sums.data());
-        for (int64_t b = 0; b < s.maps() && gate.kind != NO_GATE; b += n)
-            gate.backward(sums.data() + b, values + b, pooled + b, n, terms.data() + b, g.gate_first, g.gate_bias,
-                          g.gate_second, g.gate_bias2);
+        for (int64_t b = 0; b < s.maps(); b += n)
+            gate.backward(sums.data() + b, pooled + b, n, values.data() + b, terms.data() + b, g.gate_first,
+                          g.gate_bias, g.gate_second, g.gate_bias2);
         for (int64_t at = 0; at < s.maps(); ++at) {
             terms[at] /= static_cast<float>(s.tokens());
             const auto sum = [&](int i) { return sums[i * s.maps() + at]; };
@@ -73,7 +75,7 @@ struct Mix : Arguments {
         for (int64_t c = 0; c < n; ++c)  // statistics of the batch cancel a constant
             g.bias[c] = norm2.by_batch() ? 0.0f : norm2.scale[c] * g.norm2_bias[c];
         by_size([&](auto side) {
-            DepthwiseBackward<side>{*this, grad, g.x, convolved, x, values, terms.data(), back2,
+            DepthwiseBackward<side>{*this, grad, g.x, convolved, x, values.data(), terms.data(), back2,
                                     totals.data(), totals.data() + s.maps(), taps.data()}
                 .run();
         });

@@ -14,7 +14,7 @@ from localvit.locality import Grid
 NO_NORM, RUNNING, BATCH, MOVING = range(4)
 # `Arguments` in depthwise.h; the number of maps follows.
 _NORM = "6q2d4q"
-_LAYOUT = f"8q{_NORM}2q{_NORM}8q%dq"
+_LAYOUT = f"8q{_NORM}2q{_NORM}7q%dq"
 
 
 class NormSettings(NamedTuple):
@@ -42,21 +42,21 @@ class Stage(NamedTuple):
         Args:
             kernel: Its name.
             p: Addresses of parameters and buffers, as `NativeForm.addresses` returns them.
-            work: Values for the backward pass `(8 + 2 B, D)` besides the maps: mean, reciprocal standard
-                deviation, scale and shift of both norms, input and output of the gate.
+            work: Values for the backward pass `(8 + B, D)` besides the maps: mean, reciprocal standard
+                deviation, scale and shift of both norms, input of the gate.
             size: Side of the convolution's kernel.
             maps: Maps of tokens `(B, N, D)` and other results.
         """
         rows, channels = work.shape
-        batch, start, line = (rows - 8) // 2, work.data_ptr(), 4 * channels
+        start, line = work.data_ptr(), 4 * channels
         first, second = self.norms
         values = (
-            *(batch, self.grid.height, self.grid.width, channels, size, self.act, self.act2),
+            *(rows - 8, self.grid.height, self.grid.width, channels, size, self.act, self.act2),
             *(torch.get_num_threads(), first.mode, p[0], p[1], *p[10:13], first.eps, first.momentum),
             *range(start, start + 4 * line, line),
             *(p[2], p[3], second.mode, p[4], p[5], *p[13:16], second.eps, second.momentum),
             *range(start + 4 * line, start + 8 * line, line),
-            *(self.gate, *p[6:10], self.reduced, start + 8 * line, start + (8 + batch) * line),
+            *(self.gate, *p[6:10], self.reduced, start + 8 * line),
             *map(address, maps),
         )
         getattr(library(), f"localvit_{kernel}")(struct.pack(_LAYOUT % len(maps), *values))
@@ -106,7 +106,7 @@ def _forward(kernel: str, stage: Stage, p: list[int], size: int, x: Tensor, *res
     Returns:
         `work` of `Stage.call`.
     """
-    work = x.new_empty((8 + 2 * len(x), x.shape[2]))
+    work = x.new_empty((8 + len(x), x.shape[2]))
     stage.call(kernel, p, work, size, x, *results)
     return work
 
@@ -128,7 +128,6 @@ class _Mix(torch.autograd.Function):
         if torch.is_grad_enabled() or not torch._C._has_storage(grads[0]):
             return _differentiable(ctx, grads[0])
         x, convolved, work, *parameters = _saved(ctx)
-        addresses = [*map(address, parameters), *[0] * 6]  # running statistics stay
         shapes = [(0,) if p is None else p.shape for p in parameters]
         for i in (0, 1, 3, 4, 5):  # the kernels write these even for layers without them
             shapes[i] = (x.shape[2],)
@@ -137,7 +136,7 @@ class _Mix(torch.autograd.Function):
         of_x, of_parameters = torch.empty_like(x), [g.view(s) for g, s in zip(parts, shapes, strict=True)]
         size = parameters[2].shape[-1]
         maps = (grads[0].contiguous(), x, convolved, of_x, *of_parameters)
-        ctx.stage.call("backward", addresses, work, size, *maps)
+        ctx.stage.call("backward", _addresses(parameters), work, size, *maps)
         needs = zip(of_parameters, parameters, ctx.needs_input_grad[4:], strict=True)
         return (
             of_x,
@@ -146,6 +145,10 @@ class _Mix(torch.autograd.Function):
             None,
             *(g if p is not None and needs_grad else None for g, p, needs_grad in needs),
         )
+
+
+def _addresses(parameters: Any) -> list[int]:
+    return [*map(address, parameters), *[0] * 6]  # without running statistics, which stay
 
 
 def _saved(ctx: Any) -> Any:
@@ -213,10 +216,10 @@ def not_saved(y: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
     def unpack(packed: Any) -> Tensor:
         if not isinstance(packed, _Again):
             return outer[1](packed) if outer else packed
-        x, convolved, work, *_ = saved = _saved(node)
+        x, convolved, work, *parameters = saved = _saved(node)
         node.unpacked = torch._C._current_graph_task_id(), saved
         again = torch.empty_like(x)
-        node.stage.call("again", [0] * 16, work, 0, convolved, again)
+        node.stage.call("again", _addresses(parameters), work, 0, convolved, again)
         return again.as_strided(packed.shape, packed.stride, packed.offset)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
@@ -270,7 +273,7 @@ def _by_operator(
                 f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()} is not accepted; use "
                 "dense float32 on the CPU"
             )
-    _inference(x, Grid(height, width), (act, act2, kind), parameters, [*map(address, parameters), *[0] * 6])
+    _inference(x, Grid(height, width), (act, act2, kind), parameters, _addresses(parameters))
 
 
 # `custom_op` would take three times as long to call, in every block.
