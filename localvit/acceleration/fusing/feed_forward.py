@@ -8,8 +8,9 @@ the cache. It is the copied module with its class changed, so paths, attributes 
 
 import copy
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import GluMlp, LayerNorm2d, Mlp, SwiGLU
@@ -25,7 +26,6 @@ from localvit.acceleration.fusing.folding import (
 )
 from localvit.acceleration.native.build import library
 from localvit.acceleration.native.form import (
-    NativeForm,
     Numbers,
     covers_convolution,
     native_form,
@@ -47,6 +47,9 @@ from localvit.locality import (
 # Bytes of hidden maps in a chunk, per thread: few enough to fit into caches, enough to amortize calls
 # (measured on a Xeon with 2 MiB of second-level cache; from 1.3 to 5 MiB the differences are noise).
 CHUNK_BYTES = 2**22
+
+# Computes the stage in place: `(x, grid, number of act1, of act2, of the gate)`, 0 for none.
+NativeStage = Callable[[Tensor, Grid, int, int, int], None]
 
 _IN_PLACE = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU)
 
@@ -137,13 +140,13 @@ class FastLocalityFeedForward(FastFeedForward, LocalityFeedForward):
         return self.fc1(x)
 
     def mix(self, x: Tensor, grid: Grid) -> Tensor:
-        stage = None if "_convolve" in self.__dict__ else native_stage(self, x)
-        if stage is None:
+        found = None if "_convolve" in self.__dict__ else native_stage(self, x)
+        if found is None:
             return super().mix(x, grid)
-        before, after, kind = stage.numbers
+        (before, after, kind), compute = found
         x = (self.act1(x) if before is None else x).contiguous()  # a replaced layer may return any layout
         gate = kind if kind and after is not None else 0
-        stage.compute(x, grid, before or 0, after or 0, gate)
+        compute(x, grid, before or 0, after or 0, gate)
         x = self.act2(x) if after is None else x
         return x if gate or self.gate is None else map_to_tokens(self.gate(tokens_to_map(x, grid)))
 
@@ -159,10 +162,11 @@ class FoldedHiddenLocality(HiddenLocality):
 
     def transform(self, hidden: Tensor, grid: Grid) -> Tensor:
         """Apply the convolution: `(B, N, D) -> (B, N, D)`."""
-        stage = native_stage(self, hidden)
-        if stage is None or not hidden.is_contiguous():
+        found = native_stage(self, hidden)
+        if found is None or not hidden.is_contiguous():
             return map_to_tokens(self.conv(tokens_to_map(hidden, grid)))
-        stage.compute(hidden, grid)
+        _, compute = found
+        compute(hidden, grid, 0, 0, 0)
         return hidden
 
 
@@ -214,32 +218,9 @@ class FastSwiGLU(_FastMlp, SwiGLU):
         return self.act(self.fc1_g(x)).mul_(self.fc1_x(x))
 
 
-class NativeStage(NamedTuple):
-    """Middle stage that the native kernels can compute now.
-
-    Attributes:
-        numbers: The kernels' numbers of activations and gate; `None` for one that they do not support.
-        form: Form with the tensors; `None` in a compiled graph, which needs an operator of tensors.
-        module: The module of the stage.
-    """
-
-    numbers: Numbers
-    form: NativeForm | None
-    module: Any
-
-    def compute(self, x: Tensor, grid: Grid, act: int = 0, act2: int = 0, gate: int = 0) -> None:
-        """Compute the stage in place, with activations and gate of these numbers."""
-        if self.form is not None:
-            return mix_in_place(self.form, x, grid, act, act2, gate)
-        conv, own = self.module.conv, self.module.gate if gate else None
-        layers = [] if own is None else [own.fc1, own.fc2] if hasattr(own, "fc1") else [own.conv]
-        weights = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
-        weights += [None] * (4 - len(weights))
-        mix_(x, conv.weight, conv.bias, weights, grid.height, grid.width, act, act2, gate)
-
-
-def native_stage(module: Any, x: Tensor) -> NativeStage | None:
-    """Return the stage if the native kernels can compute it now.
+def native_stage(module: Any, x: Tensor) -> tuple[Numbers, NativeStage] | None:
+    """Return what the native kernels can compute of the stage now, if anything: their numbers of activations
+    and gate (`None` for an unsupported one), and the function that computes it.
 
     They have no derivative here, and an exported or traced graph may run on other machines. A compiled graph
     calls them as an operator.
@@ -253,11 +234,19 @@ def native_stage(module: Any, x: Tensor) -> NativeStage | None:
         form = native_form(module, x)
         if form is None or form.norms != [None, None] or form.addresses() is None:
             return None
-        return NativeStage(form.numbers, form, module)
+        return form.numbers, partial(mix_in_place, form)
     if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
     numbers = numbers_of(*(getattr(module, name, None) for name in ("act1", "act2", "gate")))
-    return NativeStage(numbers, None, module)
+    return numbers, partial(_mix_by_operator, module)
+
+
+def _mix_by_operator(module: Any, x: Tensor, grid: Grid, act: int, act2: int, gate: int) -> None:
+    conv, own = module.conv, module.gate if gate else None
+    layers = [] if own is None else [own.fc1, own.fc2] if hasattr(own, "fc1") else [own.conv]
+    weights = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+    weights += [None] * (4 - len(weights))
+    mix_(x, conv.weight, conv.bias, weights, grid.height, grid.width, act, act2, gate)
 
 
 @torch.compiler.assume_constant_result
