@@ -29,7 +29,7 @@ from localvit.acceleration.native.form import (
     Numbers,
     covers_convolution,
     native_form,
-    numbers_of,
+    traceable_numbers,
 )
 from localvit.acceleration.native.mix import mix_, mix_in_place
 from localvit.locality import (
@@ -237,8 +237,8 @@ def native_stage(module: Any, x: Tensor) -> tuple[Numbers, NativeStage] | None:
         return form.numbers, partial(mix_in_place, form)
     if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
-    numbers = numbers_of(*(getattr(module, name, None) for name in ("act1", "act2", "gate")))
-    return numbers, partial(_mix_by_operator, module)
+    numbers = traceable_numbers(module)
+    return None if numbers is None else (numbers, partial(_mix_by_operator, module))
 
 
 def _mix_by_operator(module: Any, x: Tensor, grid: Grid, act: int, act2: int, gate: int) -> None:

@@ -1,5 +1,6 @@
 """Applicability of the native kernels: a cached structure, and a check at every call."""
 
+from collections.abc import Callable
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
@@ -13,7 +14,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from localvit.acceleration.native.build import library
-from localvit.locality import HardSigmoid, HiddenLocality, Pointwise
+from localvit.locality import HardSigmoid, LocalityFeedForward, Pointwise
 
 KERNEL_SIZES = (3, 5, 7)
 # Channels per vector.
@@ -26,11 +27,16 @@ Numbers = tuple[int | None, int | None, int | None]
 _GATE_LAYERS = {SQUEEZE: ("fc1", "fc2"), ECA: ("conv",), ECA_HARD: ("conv",)}
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _STAGE = ("norm1", "act1", "conv", "norm2", "act2", "gate")
+_ENDS = ("fc1", "fc2", "norm3")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ORDINARY = (Tensor, nn.Parameter)
-_settings = itemgetter(
-    "kernel_size", "padding", "stride", "dilation", "groups", "in_channels", "padding_mode"
-)
+_CONV = itemgetter("in_channels", "kernel_size", "padding", "stride", "dilation", "groups", "padding_mode")
+_SETTINGS: dict[type[nn.Module], Callable[[Any], Any]] = {
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, Pointwise), _CONV),
+    nn.ReLU6: itemgetter("min_val", "max_val"),
+    SqueezeExcite: itemgetter("add_maxpool"),
+}
+_DESIGN = itemgetter("conv_mid", "inner_skip", "glu", "norm_before_act")
 _tracing = torch._C._get_tracing_state
 _interpreter = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -53,6 +59,7 @@ class NativeForm:
         small: True if the point-wise layers around the stage are small (see `Pointwise`), so that views and
             calls of modules take longer than their arithmetic.
         leaves: True if no tensor has a history, so that the form may be cached.
+        settings: Attributes of the module and its layers that change what they compute.
     """
 
     def __init__(self, module: Any) -> None:
@@ -61,12 +68,15 @@ class NativeForm:
         self.inner: dict[str, Any] = {} if gate is None else gate._modules
         self.layers = [*module._modules.values(), *self.inner.values()]
         self.kinds = [*map(type, self.layers)]
-        ends = [layer for name, layer in module._modules.items() if name in ("fc1", "fc2")]
-        self.small = all(type(layer) is Pointwise and layer.small for layer in ends)
+        ends = [layer for name, layer in module._modules.items() if name in _ENDS]
+        self.small = all(map(_is_small, ends[:2]))
         own = [layer for layer in (*stage.values(), *self.inner.values()) if layer is not None]
         self.stage, self.ends = _calls_of(own), _calls_of(ends)
+        self.watched = [(_SETTINGS[type(e)], e.__dict__) for e in (*own, *ends) if type(e) in _SETTINGS]
+        if isinstance(module, LocalityFeedForward):
+            self.watched.append((_DESIGN, module.__dict__))
+        self.settings = self._settings_now()
         self.conv: nn.Conv2d = module.conv
-        self.settings = _settings(self.conv.__dict__)
         self.channels = self.conv.out_channels
         self.norms = [n if type(n) is nn.BatchNorm2d else None for n in (stage["norm1"], stage["norm2"])]
         self.numbers = numbers_of(stage["act1"], stage["act2"], gate)
@@ -82,23 +92,33 @@ class NativeForm:
         self.buffers: list[Any] = [place.get(name) for place in statistics for name in _STATISTICS]
         self.places = [*places, *statistics]
         self.contents = [*chain.from_iterable(map(dict.values, self.places))]
-        self.leaves = all(t is None or t.is_leaf for t in (*self.parameters, *self.buffers))
-        self.noted: list[int] = []
+        self.tensors = [t for t in (*self.parameters, *self.buffers) if t is not None]
+        self.leaves = all(t.is_leaf for t in self.tensors)
+        self.noted: tuple[list[int], list[int]] = ([], [])
 
     def __reduce__(self) -> Any:
         return type(None), ()
 
     def holds(self, module: Any) -> bool:
         """Return whether layers, settings and tensors are unchanged."""
-        layers = [*module._modules.values(), *self.inner.values()]
         contents = [*chain.from_iterable(map(dict.values, self.places))]
         return (
-            layers == self.layers
-            and [*map(type, layers)] == self.kinds
-            and _settings(self.conv.__dict__) == self.settings
+            self.has_layers_of(module)
             and len(contents) == len(self.contents)
             and all(map(is_, contents, self.contents))
         )
+
+    def has_layers_of(self, module: Any) -> bool:
+        """Return whether layers and settings are unchanged."""
+        layers = [*module._modules.values(), *self.inner.values()]
+        return (
+            layers == self.layers
+            and [*map(type, layers)] == self.kinds
+            and self._settings_now() == self.settings
+        )
+
+    def _settings_now(self) -> list[Any]:
+        return [settings(attributes) for settings, attributes in self.watched]
 
     def patched(self) -> bool:
         """Return whether a layer of the stage has a hook or a patched `forward`."""
@@ -111,30 +131,44 @@ class NativeForm:
     def addresses(self) -> list[int] | None:
         """Return the addresses of parameters and buffers, 0 for none; `None` if the kernels cannot read them.
 
-        An address shows an assignment to `.data`, but not another contiguous view of the same memory.
+        An address shows an assignment to `.data`; the layout and the number of elements show most other views
+        of the same memory.
         """
         addresses = [*map(address, self.parameters), *map(address, self.buffers)]
-        if addresses != self.noted or not self.parameters[2].is_contiguous():
-            if not self._readable():
+        elements = [*map(Tensor.numel, self.tensors)]
+        if (addresses, elements) != self.noted or not all(map(Tensor.is_contiguous, self.tensors)):
+            side = self.conv.kernel_size[0]
+            if not readable(self.parameters, self.channels, side, self.numbers[2], self.buffers):
                 return None
-            self.noted = addresses
+            self.noted = addresses, elements
         return addresses
 
-    def _readable(self) -> bool:
-        """Return whether all tensors have the type and shape that the kernels expect."""
-        d, first = self.channels, self.parameters[6]
-        shapes: list[Any] = [(d,), (d,), (d, 1, *self.conv.kernel_size), (d,), (d,), (d,)]
-        if self.numbers[2] == SQUEEZE:
-            shapes += [(len(first), d, 1, 1), (len(first),), (d, len(first), 1, 1), (d,)]
-        else:
-            shapes += [() if first is None else (1, 1, first.shape[-1]), (), (), ()]
-        shapes += [(d,), (d,), ()] * 2
-        tensors = [*self.parameters, *self.buffers]
-        kinds = [*[torch.float32] * 10, *[torch.float32, torch.float32, torch.int64] * 2]
-        return self.parameters[2] is not None and all(
-            t is None or (is_dense(t, kind) and t.shape == shape)
-            for t, kind, shape in zip(tensors, kinds, shapes, strict=True)
-        )
+
+def readable(parameters: Any, channels: int, side: int, gate: int | None, buffers: Any = (None,) * 6) -> bool:
+    """Return whether the kernels can read the tensors of a `NativeForm` with a kernel of this side and a gate
+    of this number: type, layout and shape are as expected, and none is missing.
+    """
+    d, weight, first = channels, parameters[2], parameters[6]
+    needed = [weight, *parameters[6 : 6 + {SQUEEZE: 4, ECA: 1, ECA_HARD: 1}.get(gate or NO_GATE, 0)]]
+    pairs = ((buffers[0], buffers[1]), (buffers[3], buffers[4]))
+    if any(t is None for t in needed) or any((mean is None) != (var is None) for mean, var in pairs):
+        return False
+    units = 0 if first is None else len(first)
+    shapes: list[Any] = [(d,), (d,), (d, 1, side, side), (d,), (d,), (d,)]
+    if gate == SQUEEZE:
+        shapes += [(units, d, 1, 1), (units,), (d, units, 1, 1), (d,)]
+    else:
+        shapes += [() if first is None else (1, 1, first.shape[-1]), (), (), ()]
+    shapes += [(d,), (d,), ()] * 2
+    kinds = [*[torch.float32] * 10, *[torch.float32, torch.float32, torch.int64] * 2]
+    return all(
+        t is None or (is_dense(t, kind) and t.shape == shape)
+        for t, kind, shape in zip((*parameters, *buffers), kinds, shapes, strict=True)
+    )
+
+
+def _is_small(layer: nn.Module) -> bool:
+    return type(layer) is Pointwise and layer.small and _keeps_size(layer, (1, 1), 1)
 
 
 def _calls_of(layers: list[nn.Module]) -> tuple[list[Any], list[dict[str, Any]]]:
@@ -158,9 +192,9 @@ def form_of(module: Any) -> NativeForm | None:
     norms = [layers[name] for name in ("norm1", "norm2") if name in layers]
     if any(type(norm) not in (nn.BatchNorm2d, nn.Identity) for norm in norms):
         return None
-    if not isinstance(module, HiddenLocality):
+    if isinstance(module, LocalityFeedForward):
         in_order = module.norm_before_act or all(type(norm) is nn.Identity for norm in norms)
-        if not module.conv_mid or module.inner_skip or module.glu != "none" or not in_order:
+        if not in_order or not _covers_design(module):
             return None
     if not covers_convolution(layers.get("conv")) or library() is None:
         return None
@@ -168,19 +202,57 @@ def form_of(module: Any) -> NativeForm | None:
     return form if form.addresses() is not None else None
 
 
+def traceable_numbers(module: Any) -> Numbers | None:
+    """Return the numbers of a stage without norms, `None` if it is unsupported, while a graph is compiled.
+
+    Not all that `native_form` asks can be asked there; the operator checks the tensors.
+    """
+    norm1, act1, conv, norm2, act2, gate = stage = [getattr(module, name, None) for name in _STAGE]
+    layers = [layer for layer in (*stage, *([] if gate is None else gate.children())) if layer is not None]
+    if not all(norm is None or type(norm) is nn.Identity for norm in (norm1, norm2)):
+        return None
+    if isinstance(module, LocalityFeedForward) and not _covers_design(module):
+        return None
+    if not covers_convolution(conv) or _patched(*_calls_of(layers)):
+        return None
+    parameters = [p for layer in (conv, gate) if layer is not None for p in layer.parameters()]
+    ours = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in parameters)
+    return numbers_of(act1, act2, gate) if ours else None
+
+
+def _covers_design(ffn: LocalityFeedForward) -> bool:
+    return ffn.conv_mid and not ffn.inner_skip and ffn.glu == "none"
+
+
 def covers_convolution(conv: Any) -> bool:
     """Return whether the kernels support the depth-wise convolution `conv`."""
     if type(conv) is not nn.Conv2d:
         return False
     k, channels = conv.kernel_size[0], conv.out_channels
-    ours = ((k, k), (k // 2, k // 2), (1, 1), (1, 1), channels, channels, "zeros")
-    return _settings(conv.__dict__) == ours and k in KERNEL_SIZES and channels % LANES == 0
+    fits = conv.in_channels == channels and channels % LANES == 0
+    return fits and k in KERNEL_SIZES and _keeps_size(conv, (k, k), channels)
+
+
+def _keeps_size(conv: Any, kernel: tuple[int, ...], groups: int) -> bool:
+    """Return whether `conv` has this kernel, zeros around the map, which keeps its size, and nothing else."""
+    ones, padding = (1,) * len(kernel), tuple(side // 2 for side in kernel)
+    return (
+        (conv.kernel_size, conv.padding) == (kernel, padding)
+        and (conv.stride, conv.dilation) == (ones, ones)
+        and (conv.groups, conv.padding_mode) == (groups, "zeros")
+    )
 
 
 def numbers_of(act1: Any, act2: Any, gate: Any) -> Numbers:
     """Return the kernels' numbers of activations and gate; `None` for an unsupported one."""
-    first, second = (0 if act is None else ACTIVATIONS.get(type(act)) for act in (act1, act2))
-    return first, second, _gate_kind(gate)
+    return _number_of(act1), _number_of(act2), _gate_kind(gate)
+
+
+def _number_of(act: Any) -> int | None:
+    if act is None:
+        return 0
+    other_limits = type(act) is nn.ReLU6 and (act.min_val, act.max_val) != (0.0, 6.0)
+    return None if other_limits else ACTIVATIONS.get(type(act))
 
 
 def _gate_kind(gate: Any) -> int | None:
@@ -189,9 +261,14 @@ def _gate_kind(gate: Any) -> int | None:
     if type(gate) is SqueezeExcite:
         parts = (gate.fc1, gate.bn, gate.act, gate.fc2, gate.gate)
         known = (nn.Conv2d, nn.Identity, nn.ReLU, nn.Conv2d, HardSigmoid)
-        is_ours = tuple(map(type, parts)) == known and not gate.add_maxpool
-        return SQUEEZE if is_ours and gate.fc1.bias is not None and gate.fc2.bias is not None else None
+        if tuple(map(type, parts)) != known or gate.add_maxpool:
+            return None
+        ours = (_keeps_size(fc, (1, 1), 1) and fc.bias is not None for fc in (gate.fc1, gate.fc2))
+        return SQUEEZE if all(ours) else None
     if type(gate) is EcaModule and type(gate.conv) is nn.Conv1d and gate.conv2 is None:
+        k = gate.conv.kernel_size[0]
+        if k % 2 == 0 or not _keeps_size(gate.conv, (k,), 1):
+            return None
         return {nn.Sigmoid: ECA, HardSigmoid: ECA_HARD}.get(type(gate.gate))
     return None
 
@@ -233,7 +310,14 @@ def _only_a_default_device() -> bool:
 
 def is_dense(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     """Return whether `tensor` is dense and readable for the kernels."""
-    return type(tensor) in _ORDINARY and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()
+    return (
+        type(tensor) in _ORDINARY
+        and tensor.dtype is dtype
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+        and not tensor.is_neg()  # its memory has the other sign
+        and (tensor.data_ptr() != 0 or tensor.numel() == 0)  # 0: freed, or all zeros without memory
+    )
 
 
 def address(tensor: Tensor | None) -> int:

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from localvit.acceleration.native.build import library
-from localvit.acceleration.native.form import KERNEL_SIZES, LANES, NativeForm, address, is_dense
+from localvit.acceleration.native.form import (
+    ACTIVATIONS,
+    ECA_HARD,
+    KERNEL_SIZES,
+    LANES,
+    NativeForm,
+    address,
+    is_dense,
+    readable,
+)
 from localvit.locality import Grid
 
 # The kernels' numbers of normalisations. MOVING: with batch statistics, which also change the running ones.
@@ -34,7 +43,6 @@ class Stage(NamedTuple):
     act2: int
     gate: int
     reduced: int = 0
-    names: Any = ()
 
     def call(self, kernel: str, p: list[int], work: Tensor, size: int, *maps: Tensor) -> None:
         """Call a kernel of native.cpp.
@@ -46,6 +54,9 @@ class Stage(NamedTuple):
                 deviation, scale and shift of both norms, input of the gate.
             size: Side of the convolution's kernel.
             maps: Maps of tokens `(B, N, D)` and other results.
+
+        Raises:
+            RuntimeError: if there is not enough memory, as PyTorch raises.
         """
         rows, channels = work.shape
         start, line = work.data_ptr(), 4 * channels
@@ -59,7 +70,8 @@ class Stage(NamedTuple):
             *(self.gate, *p[6:10], self.reduced, start + 8 * line),
             *map(address, maps),
         )
-        getattr(library(), f"localvit_{kernel}")(struct.pack(_LAYOUT % len(maps), *values))
+        if getattr(library(), f"localvit_{kernel}")(struct.pack(_LAYOUT % len(maps), *values)):
+            raise RuntimeError("there is not enough memory for the native kernels; use a smaller batch")
 
 
 def mixed(form: NativeForm, ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
@@ -74,9 +86,9 @@ def mixed(form: NativeForm, ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
         return None
     parameters, (act, act2, gate) = form.parameters, form.numbers
     norms = norm_now(form.norms[0]), norm_now(form.norms[1])
-    stage = Stage(grid, norms, act or 0, act2 or 0, gate or 0, reduced_of(parameters[6]), form.names)
+    stage = Stage(grid, norms, act or 0, act2 or 0, gate or 0, reduced_of(parameters[6]))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
-        result: Tensor = _Mix.apply(x, stage, ffn, addresses, *parameters)
+        result: Tensor = _Mix.apply(x, stage, ffn, form, addresses, *parameters)
         return result
     size = parameters[2].shape[-1]
     y = torch.empty_like(x)
@@ -113,13 +125,16 @@ def _forward(kernel: str, stage: Stage, p: list[int], size: int, x: Tensor, *res
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stage: Stage, ffn: Any, p: list[int], *parameters: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, stage: Stage, ffn: Any, form: NativeForm, p: list[int], *parameters: Any
+    ) -> Tensor:
         # As a map: activation checkpointing compares shapes, and so detects another grid with as many tokens.
         convolved = x.new_empty((len(x), stage.grid.height, stage.grid.width, x.shape[2]))
         y = torch.empty_like(x)
         work = _forward("forward", stage, p, parameters[2].shape[-1], x, convolved, y)
-        ctx.stage, ctx.ffn = stage, ffn
+        ctx.stage, ctx.ffn, ctx.form = stage, ffn, form
         ctx.save_for_backward(x, convolved, work, *parameters)
+        ctx.shapes = [*map(_shape, (x, convolved, work, *parameters))]
         return y
 
     @staticmethod
@@ -127,28 +142,26 @@ class _Mix(torch.autograd.Function):
         # Recorded under create_graph=True; without storage under is_grads_batched=True and vmap.
         if torch.is_grad_enabled() or not torch._C._has_storage(grads[0]):
             return _differentiable(ctx, grads[0])
-        x, convolved, work, *parameters = _saved(ctx)
+        grad, (x, convolved, work, *parameters) = grads[0].contiguous(), _saved(ctx)
+        if not is_dense(grad) or not _as_saved(ctx, (x, convolved, work, *parameters)):
+            return _differentiable(ctx, grads[0])
         shapes = [(0,) if p is None else p.shape for p in parameters]
         for i in (0, 1, 3, 4, 5):  # the kernels write these even for layers without them
             shapes[i] = (x.shape[2],)
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        parts = x.new_zeros(sum(sizes)).split(sizes)
-        of_x, of_parameters = torch.empty_like(x), [g.view(s) for g, s in zip(parts, shapes, strict=True)]
-        size = parameters[2].shape[-1]
-        maps = (grads[0].contiguous(), x, convolved, of_x, *of_parameters)
-        ctx.stage.call("backward", _addresses(parameters), work, size, *maps)
-        needs = zip(of_parameters, parameters, ctx.needs_input_grad[4:], strict=True)
-        return (
-            of_x,
-            None,
-            None,
-            None,
-            *(g if p is not None and needs_grad else None for g, p, needs_grad in needs),
-        )
+        of_x, of_parameters = torch.empty_like(x), [x.new_zeros(shape) for shape in shapes]
+        maps = (grad, x, convolved, of_x, *of_parameters)
+        ctx.stage.call("backward", _addresses(parameters), work, parameters[2].shape[-1], *maps)
+        needs = zip(of_parameters, parameters, ctx.needs_input_grad[5:], strict=True)
+        of_needed = (g if p is not None and needs_grad else None for g, p, needs_grad in needs)
+        return (of_x, None, None, None, None, *of_needed)
 
 
 def _addresses(parameters: Any) -> list[int]:
     return [*map(address, parameters), *[0] * 6]  # without running statistics, which stay
+
+
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape
 
 
 def _saved(ctx: Any) -> Any:
@@ -159,26 +172,46 @@ def _saved(ctx: Any) -> Any:
     return ctx.saved_tensors if saved is None or task != torch._C._current_graph_task_id() else saved
 
 
+def _as_saved(ctx: Any, tensors: Any) -> bool:
+    """Return whether the kernels can still read what was saved: hooks may have changed type or layout, and an
+    assignment to `.data` anything.
+    """
+    return [*map(_shape, tensors)] == ctx.shapes and all(t is None or is_dense(t) for t in tensors)
+
+
 def _differentiable(ctx: Any, grad: Tensor) -> Any:
-    """Return differentiable gradients, by the plain modules."""
-    ffn, (x, _, _, *parameters) = ctx.ffn, _saved(ctx)
-    for layer, norm in zip((ffn.norm1, ffn.norm2), ctx.stage.norms, strict=True):
-        if isinstance(layer, nn.BatchNorm2d) and norm_now(layer).mode != norm.mode:
-            raise RuntimeError(
-                "create_graph=True, but a batch norm's mode changed after the forward pass; call backward "
-                "first, or set LOCALVIT_KERNELS=plain"
-            )
-    named = zip(ctx.stage.names, parameters, strict=False)
-    state = {f"ffn.{n}": p for n, p in named if p is not None}
-    state |= {f"ffn.{n}": b.clone() for n, b in ffn.named_buffers()}
+    """Return gradients by the plain modules, differentiable if gradients are recorded."""
+    x, _, _, *parameters = _saved(ctx)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        y = torch.func.functional_call(_OnlyMix(ffn), state, (x, ctx.stage.grid))
-    inputs = [x, None, None, None, *parameters]
+        y = _plain(ctx, x, parameters)
+    inputs = [x, None, None, None, None, *parameters]
     places = [i for i, needs_grad in enumerate(ctx.needs_input_grad) if needs_grad]
     grads = torch.autograd.grad(y, [inputs[i] for i in places], grad, create_graph=create_graph)
     by_place = dict(zip(places, grads, strict=True))
     return tuple(by_place.get(i) for i in range(len(inputs)))
+
+
+def _plain(ctx: Any, x: Tensor, parameters: Any) -> Tensor:
+    """Compute the output of a forward pass again, by the plain modules.
+
+    Raises:
+        RuntimeError: if they have changed since.
+    """
+    ffn, form = ctx.ffn, ctx.form
+    norms = tuple(map(norm_now, form.norms))
+    if norms != ctx.stage.norms or not form.has_layers_of(ffn) or form.patched():
+        raise RuntimeError(
+            "the feed-forward network has changed since the forward pass, which this backward pass repeats "
+            "(as for create_graph=True); call backward first, or set LOCALVIT_KERNELS=plain"
+        )
+    # A hook may have made them strided, and PyTorch's batch norm misreads strided weights.
+    named = zip(form.names, parameters, strict=False)
+    state = {f"ffn.{n}": p.contiguous() for n, p in named if p is not None}
+    state |= {f"ffn.{n}": b.clone() for n, b in ffn.named_buffers()}
+    with torch.autocast("cpu", enabled=False):
+        result: Tensor = torch.func.functional_call(_OnlyMix(ffn), state, (x, ctx.stage.grid))
+    return result
 
 
 class _OnlyMix(nn.Module):
@@ -218,8 +251,11 @@ def not_saved(y: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
             return outer[1](packed) if outer else packed
         x, convolved, work, *parameters = saved = _saved(node)
         node.unpacked = torch._C._current_graph_task_id(), saved
-        again = torch.empty_like(x)
-        node.stage.call("again", _addresses(parameters), work, 0, convolved, again)
+        if _as_saved(node, saved):
+            again = torch.empty_like(x)
+            node.stage.call("again", _addresses(parameters), work, 0, convolved, again)
+        else:
+            again = _plain(node, x, parameters).contiguous()
         return again.as_strided(packed.shape, packed.stride, packed.offset)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
@@ -231,7 +267,7 @@ def mix_in_place(form: NativeForm, x: Tensor, grid: Grid, act: int, act2: int, g
     The tensors are those of `form`, whose `addresses` were found readable just before.
     """
     _check_tokens(x, form.channels, grid.height * grid.width)
-    _inference(x, grid, (act, act2, gate), form.parameters, form.noted)
+    _inference(x, grid, (act, act2, gate), form.parameters, form.noted[0])
 
 
 def _check_tokens(x: Tensor, channels: int, tokens: int) -> None:
@@ -259,20 +295,17 @@ def _by_operator(
     kind: int,
 ) -> None:
     """Compute `mix_in_place` by tensors; `gate` has the weights and biases of a gate of this kind."""
-    channels, size = x.shape[2], weight.shape[-1]
-    if weight.shape != (channels, 1, size, size) or size not in KERNEL_SIZES or channels % LANES:
+    channels, size, parameters = x.shape[2], weight.shape[-1], [None, None, weight, bias, None, None, *gate]
+    if size not in KERNEL_SIZES or channels % LANES or not readable(parameters, channels, size, kind):
+        shapes = [None if tensor is None else (tensor.dtype, *tensor.shape) for tensor in parameters]
         raise ValueError(
-            f"a kernel {tuple(weight.shape)} for {channels} channels is not accepted; use a depth-wise "
-            f"kernel of size {KERNEL_SIZES} and a multiple of {LANES} channels"
+            f"weights {shapes} for {channels} channels and gate {kind} are not accepted; use dense float32 "
+            f"on the CPU, a depth-wise kernel of size {KERNEL_SIZES} and a multiple of {LANES} channels"
         )
+    numbers = range(len(ACTIVATIONS))
+    if act not in numbers or act2 not in numbers or kind not in range(ECA_HARD + 1) or height < 1:
+        raise ValueError(f"act={act}, act2={act2}, kind={kind}, height={height} are not accepted")
     _check_tokens(x, channels, height * width)
-    parameters = [None, None, weight, bias, None, None, *gate]
-    for tensor in parameters:
-        if tensor is not None and not is_dense(tensor):
-            raise ValueError(
-                f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()} is not accepted; use "
-                "dense float32 on the CPU"
-            )
     _inference(x, Grid(height, width), (act, act2, kind), parameters, _addresses(parameters))
 
 

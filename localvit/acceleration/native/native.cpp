@@ -6,18 +6,40 @@
 
 #include "mix.h"
 
+namespace {
+
+// Returns 0, or 1 if there is not enough memory: an exception must not leave a function that Python calls.
+template <class Run> int status_of(Run run) {
+    try {
+        run();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+}  // namespace
+
 extern "C" {
 
-void localvit_inference(const Arguments* a) { Mix(*a).inference(a->maps[0], a->maps[1]); }
+int localvit_inference(const Arguments* a) {
+    return status_of([&] { Mix(*a).inference(a->maps[0], a->maps[1]); });
+}
 
-void localvit_forward(const Arguments* a) { Mix(*a).forward(a->maps[0], a->maps[1], a->maps[2]); }
+int localvit_forward(const Arguments* a) {
+    return status_of([&] { Mix(*a).forward(a->maps[0], a->maps[1], a->maps[2]); });
+}
 
-void localvit_again(const Arguments* a) { Mix(*a).activate_and_gate(a->maps[0], a->maps[1], false); }
+int localvit_again(const Arguments* a) {
+    return status_of([&] { Mix(*a).activate_and_gate(a->maps[0], a->maps[1], false); });
+}
 
-void localvit_backward(const Arguments* a) {
+int localvit_backward(const Arguments* a) {
     float* const* g = a->maps + 3;
-    Mix(*a).backward(a->maps[0], a->maps[1], a->maps[2],
-                     {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10]});
+    return status_of([&] {
+        Mix(*a).backward(a->maps[0], a->maps[1], a->maps[2],
+                         {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10]});
+    });
 }
 
 }  // extern "C"

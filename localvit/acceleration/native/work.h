@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <new>
 
 #include "vectors.h"
 
@@ -39,7 +40,8 @@ float* scratch_of(int64_t floats) {
     if (owner.bytes < bytes) {
         free(owner.memory);
         owner.memory = aligned_alloc(line, bytes);
-        owner.bytes = bytes;
+        owner.bytes = owner.memory ? bytes : 0;
+        if (!owner.memory) throw std::bad_alloc();
     }
     return static_cast<float*>(owner.memory);
 }
@@ -47,12 +49,18 @@ float* scratch_of(int64_t floats) {
 // Calls `work(image, first channel, channels, scratch)` for every unit of work, with `floats` of scratch memory.
 template <class Work> void for_units(const Shape& s, int64_t block, int64_t floats, int64_t threads, Work work) {
     const int64_t blocks = (s.channels + block - 1) / block, units = s.batch * blocks;
+    bool failed = false;  // an exception must not leave a parallel loop
     (void)threads;
-#pragma omp parallel for num_threads(static_cast<int>(threads)) if (threads > 1 && units > 1)
+#pragma omp parallel for num_threads(static_cast<int>(threads)) reduction(|| : failed) if (threads > 1 && units > 1)
     for (int64_t unit = 0; unit < units; ++unit) {
         const int64_t c = unit % blocks * block;
-        work(unit / blocks, c, smaller(block, s.channels - c), scratch_of(floats));
+        try {
+            work(unit / blocks, c, smaller(block, s.channels - c), scratch_of(floats));
+        } catch (const std::bad_alloc&) {
+            failed = true;
+        }
     }
+    if (failed) throw std::bad_alloc();
 }
 
 // Calls `work(first token, last token + 1, channel)` for vectors of channels, STRIP tokens at a time.

@@ -338,21 +338,31 @@ def later() -> dict[str, Callable]:
         "a patched forward": lambda mlp: setattr(mlp.conv, "forward", lambda x: 2 * x),
         "another activation": lambda mlp: setattr(mlp, "act2", nn.Tanh()),
         "another norm": lambda mlp: setattr(mlp, "norm2", nn.LocalResponseNorm(2)),
+        "another norm in front": lambda mlp: setattr(mlp, "norm1", nn.LocalResponseNorm(2)),
+        "a hook": lambda mlp: mlp.conv.register_forward_hook(lambda _m, _i, out: 2 * out),
+        "a hook on an activation": lambda mlp: mlp.act2.register_forward_hook(lambda _m, _i, out: 2 * out),
+        "a hook on the gate": lambda mlp: mlp.gate.register_forward_hook(lambda _m, _i, out: 2 * out),
+        "a hook in the gate": lambda mlp: mlp.gate.fc2.register_forward_hook(lambda _m, _i, out: 9 + out),
+        "a patched activation": lambda mlp: setattr(mlp.act2, "forward", lambda x: 2 * x),
+        "groups in the gate": lambda mlp: setattr(mlp.gate, "fc1", nn.Conv2d(128, 4, 1, groups=2).eval()),
+        "an inner skip": lambda mlp: setattr(mlp, "inner_skip", True),
     }
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("change", later().values(), ids=later())
-def test_changes_of_a_fused_network(monkeypatch, change):
+def test_changes_of_a_fused_network(monkeypatch, change, compiled):
     """With and without the kernels it computes the same."""
     mlp = localvit.fuse(local()).blocks[0].mlp
     tokens, grid = torch.randn(2, 17, 32), Grid(4, 4, 1)
 
     def outcome() -> torch.Tensor | str:
+        torch.compiler.reset()
         try:
-            return mlp(tokens, grid)
+            return (torch.compile(mlp, backend="eager") if compiled else mlp)(tokens, grid)
         except RuntimeError as error:
-            return str(error)
+            return type(error).__name__ if compiled else str(error)  # a compiler's message names its trace
 
     before = outcome()
     change(mlp)
