@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from localvit.errors import Failed, first_line
+from localvit.errors import ConfigError, Failed, first_line
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -35,6 +35,22 @@ def writing(path: str | Path, after: str = " or name another place") -> Iterator
         reason, full = error.strerror or first_line(error), error.errno in DISK_IS_FULL
         advice = "make room" if full else "get permission"
         raise WriteFailed(f"{str(path)!r} cannot be written: {reason}; {advice}{after}") from error
+
+
+def check_folder_of(file: str | Path, name: str) -> None:
+    """Refuse a new file whose folder does not exist or cannot be written.
+
+    Args:
+        file: The file.
+        name: Its name in the message, such as `"output="`.
+
+    Raises:
+        ConfigError: naming file and folder.
+    """
+    folder = Path(file).parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        state = "is not writable" if folder.is_dir() else "does not exist"
+        raise ConfigError(f"{name}{str(file)!r}: the folder {str(folder)!r} {state}; choose another")
 
 
 def write_atomically(path: Path, *contents: str | bytes | memoryview) -> None:

@@ -40,7 +40,14 @@ def door(room: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list
         do_what_waits()
         return value
 
-    return get, lambda: sorted({*vars(module), *homes}), sorted(homes)
+    def names() -> list[str]:
+        """Return the names of the door, the rooms behind it, and Python's own."""
+        found = vars(module).items()
+        return sorted(
+            {*homes, *(n for n, v in found if n[:2] == "__" or getattr(v, "__name__", "") == f"{room}.{n}")}
+        )
+
+    return get, names, sorted(homes)
 
 
 def once_imported(module: str, action: Callable[[], object]) -> None:

@@ -58,6 +58,10 @@ def test_a_door_opens_to_every_name_and_hides_no_module(path):
     assert all(getattr(room, name) is not None for name in room.__all__)
     modules = {file.stem for file in path.parent.iterdir()}
     assert not modules & set(room.__all__)
+    shown = {name for name in dir(room) if not name.startswith("__")}
+    assert shown - modules - {folder.name for folder in path.parent.iterdir()} == {
+        name for name in room.__all__ if not name.startswith("__")
+    }
     with pytest.raises(AttributeError, match=r"has no attribute 'nothing'"):
         room.nothing  # noqa: B018
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from localvit.cli.arguments import UsageError, model_arguments, one_line_errors
+from localvit.cli.arguments import model_arguments, one_line_errors
 
 if TYPE_CHECKING:
     from localvit.bench import Comparison, Side
@@ -66,10 +66,7 @@ def run(options: Options) -> int:
 
     with one_line_errors():
         from localvit.bench import BenchConfig, compare
-        from localvit.models import VARIANTS
 
-        if options.against is None and options.model not in VARIANTS:
-            raise UsageError(f"{options.model!r} has no known baseline; add --against NAME")
         same = {field.name for field in dataclasses.fields(BenchConfig)} & vars(options).keys()
         values = {name: getattr(options, name) for name in same}
         config = BenchConfig(**values, batch_size=options.batch, args=model_arguments(options.set))

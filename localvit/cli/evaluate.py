@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from localvit.atomic import check_folder_of
 from localvit.cli.arguments import UsageError, one_line_errors
 from localvit.errors import printable
 
@@ -115,9 +116,7 @@ def _check_files(options: Options) -> None:
             raise UsageError(f"--{flag} {path} is not accepted; use a name in {' or '.join(suffixes)}")
         if os.path.lexists(path):
             raise UsageError(f"--{flag} {path}: the file exists; choose another name")
-        folder = os.path.dirname(path) or "."
-        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-            raise UsageError(f"--{flag} {path}: {folder} is not a writable folder; choose another")
+        check_folder_of(path, f"--{flag} ")
 
 
 def _write(options: Options, result: Evaluation) -> None:

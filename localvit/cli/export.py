@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from localvit.cli.arguments import UsageError, model_arguments, one_line_errors
+from localvit.cli.arguments import model_arguments, one_line_errors
 
 if TYPE_CHECKING:
     from localvit.export import Parity
@@ -28,7 +28,7 @@ class Options:
     """a run's folder, a local-dir:FOLDER, or a timm name with published weights"""
     format: Literal["onnx", "openvino", "torch"] = "onnx"
     """onnx: one .onnx file; openvino: .xml and .bin; torch: a .pt2 file of torch.export"""
-    output: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    output: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """new file, with the suffix of the format"""
     dynamic_size: tyro.conf.FlagCreatePairsOff[bool] = False
     """(rare) make the file accept other image sizes, if the model does (--set dynamic_img_size=true)"""
@@ -53,8 +53,6 @@ def run(options: Options) -> int:
     with one_line_errors():
         from localvit.export import export_checkpoint
 
-        if options.output is None:
-            raise UsageError("--output is missing; add --output FILE")
         parity = export_checkpoint(
             options.model,
             options.output,

@@ -99,7 +99,9 @@ def _known(name: str) -> ModelCard:
         return cards[name]
     near = difflib.get_close_matches(name, cards, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "`localvit models` lists the names"
-    raise UsageError(f"the model {name!r} is not in the table; {hint}")
+    raise UsageError(
+        f"the model {name!r} is not in the table of localvit's own models; {hint} (--supported: all of timm)"
+    )
 
 
 def _print_table(entries: Sequence[ModelEntry]) -> None:

@@ -93,9 +93,11 @@ def _print(options: Options, shard: Shard, batches: dict[str, int], opening: dic
     from localvit.inference import check_settings, classify, find_files, open_model
 
     check_settings(**batches)
-    files = shard.take(find_files(options.paths))
+    found, notes = find_files(options.paths)
+    files = shard.take(found)
     model = open_model(options.checkpoint, **opening)
-    print(f"localvit: {model.source}: {model.form}", file=sys.stderr)
+    for note in (f"{model.source}: {model.form}", *notes):
+        print(f"localvit: {printable(note)}", file=sys.stderr)
     begin, encode, separator, end = _layout(options.format)
     count = failed = 0
     for one in (one for batch in classify(model, files, **batches) for one in batch):
@@ -140,6 +142,8 @@ def _write(options: Options, output: str, arguments: dict[str, Any]) -> int:
     with stop_on_signals(), _bar() as show:
 
         def watch(progress: PredictionProgress, batch: Sequence[Prediction]) -> None:
+            for note in () if last else progress.notes:
+                print(f"localvit: {printable(note)}", file=sys.stderr)
             if not last and progress.resumed:
                 print(f"{output}: resumed after {progress.resumed:,} of {progress.total:,} images")
             last[:] = [progress]

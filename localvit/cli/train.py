@@ -133,6 +133,10 @@ def configuration(options: ConfigOptions) -> TrainConfig:
         settings.append("model.locality=null")
         words: dict[str, Any] = {"default": {}, "none": None}
         value = options.locality
+        if value.isidentifier() and value not in words:
+            raise UsageError(
+                f"--locality {value} is not accepted; use default, none or YAML such as '{{preset: mix_ffn}}'"
+            )
         locality = words[value] if value in words else parse_yaml(value, f"--locality {value!r}")
     if options.blocks is not None:
         blocks = parse_yaml(options.blocks, f"--blocks {options.blocks!r}")

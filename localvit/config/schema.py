@@ -213,7 +213,8 @@ class TrainConfig:
         if self.schedule.name != "constant" and self.schedule.warmup_epochs >= self.epochs:
             warmup = self.schedule.warmup_epochs
             raise ConfigError(
-                f"schedule.warmup_epochs={warmup:g} is not accepted; use less than epochs={self.epochs}"
+                f"schedule.warmup_epochs={warmup:g} is not accepted; use less than epochs={self.epochs} "
+                "(--set schedule.warmup_epochs=0)"
             )
         if self.schedule.name != "constant" and self.schedule.min_lr > self.effective_lr:
             low, scaled = self.schedule.min_lr, ""

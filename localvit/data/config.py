@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,6 +118,14 @@ class DataConfig:
             raise DataError(f"data.std={self.std!r} is not accepted; use positive numbers, one per channel")
 
 
+# timm ignores parts of a policy that it cannot read, and asserts that it knows the policy.
+_NUMBER = r"\d+(\.\d+)?"
+_POLICY = re.compile(
+    rf"rand(-(m|n|p|mstd|mmax|inc){_NUMBER}|-t\w+)*|augmix(-(m|w|d|a|b|mstd){_NUMBER})*"
+    rf"|(original|originalr|v0|v0r|3a)(-mstd{_NUMBER})?"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
     """Augmentation of training images; the defaults are those of timm's training script.
@@ -163,11 +172,16 @@ class AugmentConfig:
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise DataError(f"augment.{name}={value!r} is not accepted; use a probability from 0 to 1")
-        for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0.0:
+        for name in ("mixup", "cutmix", "color_jitter"):
+            if (getattr(self, name) or 0.0) < 0.0:
                 raise DataError(
                     f"augment.{name}={getattr(self, name)!r} is not accepted; use 0 (off) or more"
                 )
+        if self.auto_augment is not None and not _POLICY.fullmatch(self.auto_augment):
+            raise DataError(
+                f"augment.auto_augment={self.auto_augment!r} is not accepted; use a policy of timm, such as "
+                "rand-m9-mstd0.5-inc1, augmix-m3-w3, original-mstd0.5 or v0"
+            )
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             if not 0.0 < low <= high:

@@ -326,7 +326,8 @@ class Part(Dataset[Sample]):
             where = "" if source is None else f"{source!r}: "
             raise DataError(
                 f"{where}class {unknown[0]!r} is not among the {len(class_names)} known classes "
-                f"({', '.join(class_names[:5])}, ...); {len(unknown)} classes are unknown"
+                f"({', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''}); "
+                f"{len(unknown)} of its classes are unknown"
             )
         self.images, self.indices, self.class_names = images, indices, tuple(class_names)
         self.relabel = [position[name] for name in images.class_names]

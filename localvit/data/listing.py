@@ -131,9 +131,12 @@ def walk(folder: str) -> Tree:
     return tree
 
 
-def list_files(folder: str) -> list[str]:
-    """Return the paths of the images below a folder, in natural order; errors as `walk`."""
-    return sorted((item.path for item in walk(folder).items), key=name_order)
+def list_files(folder: str) -> tuple[list[str], list[str]]:
+    """Return the paths of the images below a folder, in natural order, and notes about other files; errors as
+    `walk`.
+    """
+    tree = walk(folder)
+    return sorted((item.path for item in tree.items), key=name_order), [*_notes(tree, links=0)]
 
 
 def check_regular(path: str, mode: int) -> None:

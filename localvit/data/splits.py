@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +81,7 @@ def open_splits(config: DataConfig, *, seed: int = 0) -> Splits:
         remaining, validation = _hold_out(train, remaining, names, config.holdout, seed)
         notes.append(_note("validation", validation, config.train, f"chosen by seed {seed}"))
     notes += check_disjoint(config, {"train": everything(train), "test": test, "validation": validation})
+    notes += _classes_without_images({"validation": validation, "test": test})
     readers = map(file_reader, (train, test.images, validation.images))
     notes += dict.fromkeys(note for reader in readers for note in getattr(reader, "notes", ()))
     if config.fraction < 1.0:
@@ -147,6 +148,16 @@ def _hold_out(
             f"{len(labels)} training images are too few to hold some out; name a source for each split"
         )
     return candidates[remaining], Part(images, candidates[held_out], names)
+
+
+def _classes_without_images(parts: Mapping[str, Part]) -> Iterator[str]:
+    for split, part in parts.items():
+        absent = np.setdiff1d(np.arange(len(part.class_names)), part.labels)
+        if len(absent):
+            yield (
+                f"{split}: no images of {len(absent)} of {len(part.class_names)} classes, such as "
+                f"{part.class_names[absent[0]]!r}"
+            )
 
 
 def _note(split: str, part: Part, source: str, how: str) -> str:

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from localvit.atomic import sync, temporary_prefix, writing
+from localvit.atomic import check_folder_of, sync, temporary_prefix, writing
 from localvit.engines import EngineKind, ExportInfo, Size, check_packages, open_engine
 from localvit.errors import ConfigError, Failed, first_line
 from localvit.export.onnx import check_onnx, write_onnx
@@ -69,10 +69,7 @@ def check_export(file: str | Path, format: FormatName, *, overwrite: bool = Fals
         other = path.with_suffix(suffix)
         if other.is_dir() or (os.path.lexists(other) and not overwrite):
             raise ConfigError(f"output: {str(other)!r} exists; choose another name, or add --overwrite")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(
-            f"output={str(file)!r}: {str(path.parent)!r} is not a writable folder; choose another"
-        )
+    check_folder_of(path, "output=")
     check_packages(f"format {format!r}", *form.packages)
 
 

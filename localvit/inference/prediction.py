@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -136,7 +137,7 @@ def predict(
         ConfigError: if the model cannot be opened, a path does not exist, or there are no images.
     """
     check_settings(top_k, batch_size, workers)
-    files = shard.take(find_files(paths))
+    files = shard.take(find_files(paths).files)
     if not isinstance(model, OpenModel):
         model = open_model(model, device, engine=engine, fuse=fuse)
     batches = classify(model, files, top_k=top_k, batch_size=batch_size, workers=workers)
@@ -194,7 +195,14 @@ def _most_probable(
     ]
 
 
-def find_files(paths: str | Sequence[str]) -> list[str]:
+class FoundFiles(NamedTuple):
+    """Files to classify, and notes about those that were left out."""
+
+    files: list[str]
+    notes: tuple[str, ...]
+
+
+def find_files(paths: str | Sequence[str]) -> FoundFiles:
     """Return the files among `paths` (one path, or several) and the images below its folders, each once.
 
     The order is that of `paths`, and natural within a folder; it is the same on every machine.
@@ -204,9 +212,12 @@ def find_files(paths: str | Sequence[str]) -> list[str]:
         DataError: if a path is not a regular file, or as `list_files`.
     """
     found: dict[str, None] = {}
+    notes: list[str] = []
     for path in [paths] if isinstance(paths, str) else paths:
         if os.path.isdir(path):
-            found |= dict.fromkeys(list_files(path))
+            images, about = list_files(path)
+            found |= dict.fromkeys(images)
+            notes += about
         elif os.path.exists(path):
             check_regular(path, os.stat(path).st_mode)
             found[path] = None
@@ -214,4 +225,4 @@ def find_files(paths: str | Sequence[str]) -> list[str]:
             raise ConfigError(f"path {path!r} does not exist; check its name")
     if not found:
         raise ConfigError(f"paths={list(paths)!r}: there are no images; name image files or folders")
-    return list(found)
+    return FoundFiles(list(found), tuple(notes))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from localvit.atomic import WriteFailed, sync, writing
+from localvit.atomic import WriteFailed, check_folder_of, sync, writing
 from localvit.engines import EngineKind
 from localvit.errors import ConfigError, first_line
 from localvit.inference.formats import FORMATS, from_json_line, to_json_line
@@ -41,6 +41,7 @@ class PredictionProgress:
         resumed: Number of images that were in it when it was resumed.
         written: Number of images written since then.
         unreadable: Number of these images without a prediction.
+        notes: Sentences about files that were left out.
     """
 
     form: str
@@ -49,6 +50,7 @@ class PredictionProgress:
     resumed: int = 0
     written: int = 0
     unreadable: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def done(self) -> int:
@@ -90,7 +92,7 @@ def write_predictions(
     """
     check_settings(top_k, batch_size, workers)
     paths = [paths] if isinstance(paths, str) else paths
-    path, found = check_output(output), find_files(paths)
+    path, (found, notes) = check_output(output), find_files(paths)
     opened = open_model(model, device, engine=engine)
     weights = opened.fingerprint()
     opened = fused(opened) if fuse else opened
@@ -105,7 +107,7 @@ def write_predictions(
     files = shard.take(found)
     with _begun(path, begun), PredictionWriter(path, files) as writer:
         progress = PredictionProgress(
-            form=opened.form, total=len(files), found=len(found), resumed=writer.images
+            form=opened.form, total=len(files), found=len(found), resumed=writer.images, notes=notes
         )
         progress.unreadable = writer.unreadable
         watch(progress, ())
@@ -130,8 +132,7 @@ def check_output(output: str) -> Path:
         raise ConfigError(f"output={output!r} is not accepted; use a name that ends in {', '.join(FORMATS)}")
     if os.path.lexists(path):
         raise ConfigError(f"output={output!r} is already finished; choose another name")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"output={output!r}: {str(path.parent)!r} is not a writable folder; choose another")
+    check_folder_of(path, "output=")
     if os.path.lexists(old := f"{output}.part"):
         raise ConfigError(f"{old!r} is from an older version and cannot be resumed; delete it")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:

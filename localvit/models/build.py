@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -71,7 +73,12 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     try:
         return _create(config, args, Path(path) if path else None)
     except _REFUSED as error:
-        raise ConfigError(f"model {name!r}: {one_line(error)}") from error
+        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if found and found[1] in config.args:
+            near = difflib.get_close_matches(found[1], _POSITIVE, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+            raise ConfigError(f"model.args.{found[1]} is not an argument of model {name!r}; {hint}") from error
+        raise ConfigError(f"model {name!r}: {one_line(error)}; check model.args {config.args}") from error
     except (OSError, RuntimeError, EOFError, SafetensorError) as error:
         what = "model.name: cannot open" if ":" in name else "model"
         what = "model.pretrained: no weights for" if config.pretrained else what
@@ -91,10 +98,11 @@ def check_args(args: Mapping[str, Any]) -> None:
         given = f"model.args.{name}: {value!r} is not accepted"
         each = value if isinstance(value, list | tuple) else (value,)
         numbers = [number for number in each if isinstance(number, int | float)]
+        words = [word for word in each if isinstance(word, str)]
         if name in _ELSEWHERE:
             raise ConfigError(f"{given}; use {_ELSEWHERE[name]}")
-        if name in _POSITIVE and not all(0 < number < math.inf for number in numbers):
-            raise ConfigError(f"{given}; use a positive number")
+        if name in _POSITIVE and (words or not all(0 < number < math.inf for number in numbers)):
+            raise ConfigError(f"{given}; use a positive number, or a list such as [32, 40]")
         if name.endswith("_rate") and not all(0 <= number <= 1 for number in numbers):
             raise ConfigError(f"{given}; use a number from 0 to 1")
         if name == "checkpoint_path" and value and not Path(value).is_file():

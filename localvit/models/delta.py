@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from localvit.atomic import write_atomically
+from localvit.atomic import check_folder_of, write_atomically
 from localvit.errors import ConfigError, one_line
 from localvit.structure import build, parse_json, to_json
 from localvit.surgery import (
@@ -70,7 +70,8 @@ def save_locality(model: nn.Module, file: str | Path, *, head: bool = False, ove
         overwrite: Replace a file that exists.
 
     Raises:
-        ConfigError: if the model is not localized or has no classifier to save, or if the file exists.
+        ConfigError: if the model is not localized or has no classifier to save, or if the file exists or its
+            folder does not.
         UnsupportedModelError: if the model is wrapped or compiled.
         OSError: if the file cannot be written.
     """
@@ -79,6 +80,7 @@ def save_locality(model: nn.Module, file: str | Path, *, head: bool = False, ove
         raise ConfigError("the model is not localized; localvit.localize does that")
     if file.exists() and not overwrite:
         raise ConfigError(f"{str(file)!r} exists; name another file, or use overwrite=True")
+    check_folder_of(file, "file=")
     local, classifier, base = _parts(model)
     if head and not classifier:
         raise ConfigError(

@@ -77,13 +77,7 @@ class RunDirectory:
         self.status: RunStatus | None = None
         self._conditions: dict[str, Any] = {"versions": versions(), "world_size": world_size}
         self._allowed, self._stack, self._verified = allowed, stack, False
-        if not config.output:
-            raise ConfigError("output='' is not accepted; name a folder")
-        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise ConfigError(
-                f"output={config.output!r}: {str(existing)!r} is not a writable folder; choose another"
-            )
+        _check_place(config)
         self._locked = has_lock_file(self.path)
         if self._locked:
             stack.enter_context(locked(self.path))
@@ -171,9 +165,7 @@ class RunDirectory:
             ConfigError: if the data differs from that of the run, or another process was faster.
         """
         output = str(self.config.output)
-        changed = self._changed({"data": data})
-        refuse_changes(output, changed, self._allowed)
-        self.decision.changes.update(changed)
+        self.compare_data(data)
         self._conditions["data"] = data
         if self._locked:
             return
@@ -187,6 +179,20 @@ class RunDirectory:
             raise ConfigError(
                 f"output={output!r}: another process has just trained there; repeat the command"
             )
+
+    def compare_data(self, data: str) -> None:
+        """Refuse other data than that of the run that was found; a finished one cannot be resumed.
+
+        Args:
+            data: `fingerprint` of the data.
+
+        Raises:
+            ConfigError: if it differs and that is not allowed.
+        """
+        changed, finished = self._changed({"data": data}), self.decision.kind == "finished"
+        allowed = () if finished else self._allowed
+        refuse_changes(str(self.config.output), changed, allowed, finished=finished)
+        self.decision.changes.update(changed)
 
     def begin(
         self,
@@ -322,6 +328,24 @@ class RunDirectory:
         for folder, name in places:
             for rest in folder.glob(f"{temporary_prefix(name)}*"):
                 shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+
+
+def _check_place(config: TrainConfig) -> None:
+    """Refuse a folder that cannot be written, and one among the images, of which it would be a class.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    output, path = config.output, Path(str(config.output))
+    if not output:
+        raise ConfigError("output='' is not accepted; name a folder")
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"output={output!r}: {str(existing)!r} is not a writable folder; choose another")
+    sources = (config.data.train, config.data.validation, config.data.test)
+    for source in filter(os.path.isdir, filter(None, sources)):
+        if path.resolve().is_relative_to(Path(source).resolve()):
+            raise ConfigError(f"output={output!r} is in the folder of images {source!r}; choose another")
 
 
 def _line(metrics: dict[str, Any]) -> str:

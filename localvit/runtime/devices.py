@@ -23,5 +23,6 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()  # the meta device has no values
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = one_line(error).partition(". ")[0]
-        raise ConfigError(f"device={name!r} cannot be used here: {reason}; use auto, cpu or cuda") from error
+        there = "auto, cpu or cuda" if torch.cuda.is_available() else "auto or cpu"
+        raise ConfigError(f"device={name!r} cannot be used here: {reason}; use {there}") from error
     return device

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from localvit.config import TrainConfig, check_allowed
 from localvit.cost import count_parameters
-from localvit.data import Batch, UnreadableImage
-from localvit.errors import TrainingFailed, TrainingInterrupted
+from localvit.data import Batch, DataError, UnreadableImage, make_manifest, open_splits
+from localvit.errors import ConfigError, TrainingFailed, TrainingInterrupted
 from localvit.evaluation import Metrics, measure
 from localvit.inference import open_model
 from localvit.runs import Decision, RunDirectory, whole
@@ -42,8 +42,8 @@ def train(
 
     The same configuration gives the same weights and metrics (bit for bit on the same CPU with the same
     number of threads). An interrupted run resumes from its last state when it is called again, with the same
-    results. A finished run is returned. Under `torchrun` all processes train one model. torch's global random
-    state is seeded.
+    results. A finished run is returned, if its data has not changed. Under `torchrun` all processes train one
+    model. torch's global random state is seeded.
 
     Args:
         config: The run. `config.output=None` writes nothing.
@@ -62,6 +62,11 @@ def train(
             the disk is full.
         TrainingInterrupted: if a signal requested it (see `stop_on_signals`); the state is saved.
     """
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            f"config={config!r} is not accepted; use a localvit.TrainConfig, such as "
+            "localvit.config.resolve('digits', ['epochs=3'])"
+        )
     check_allowed(allow_change)
     with open_world(config.device) as world, deterministic(config.engine), ExitStack() as stack:
         directory: RunDirectory | None = None  # in the main process only
@@ -76,7 +81,7 @@ def train(
 
         decision = world.broadcast_from_main(open_directory)
         if decision.kind == "finished":
-            return world.broadcast_from_main(lambda: _finished(directory, console))
+            return world.broadcast_from_main(lambda: _finished(directory, config, console))
         run = prepare(config, world)
         stack.callback(run.close)
         checkpointer = Checkpointer(run, directory)
@@ -293,10 +298,20 @@ def _explained(error: BaseException, checkpointer: Checkpointer) -> TrainingFail
     return None
 
 
-def _finished(directory: RunDirectory | None, console: Console | None) -> RunResult:
-    """Return the result of a run that is finished."""
+def _finished(directory: RunDirectory | None, config: TrainConfig, console: Console | None) -> RunResult:
+    """Return the result of a run that is finished.
+
+    Raises:
+        ConfigError: if its data has changed since; data that is not there any more is a note.
+    """
     assert directory is not None
     saved, status = directory.saved, directory.saved.status
+    try:
+        splits = open_splits(config.data, seed=config.seed)
+        directory.compare_data(make_manifest(splits, config.data).fingerprint())
+        notes = ""
+    except DataError as error:
+        notes = f"; its data could not be compared: {error}"
     assert status is not None
     assert status.best is not None
     with whole(saved.path / "status.json"):
@@ -310,7 +325,7 @@ def _finished(directory: RunDirectory | None, console: Console | None) -> RunRes
     if console:
         console.print(
             f"{result.output} already holds this run, finished: best epoch {result.best_epoch}, test top-1 "
-            f"{result.test.top1:.2f} %",
+            f"{result.test.top1:.2f} %{notes}",
             markup=False,
             highlight=False,
             soft_wrap=True,

@@ -251,7 +251,9 @@ def test_memory_that_runs_out_is_one_line(short, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnet18"], "'resnet18' has no known baseline; add --against NAME"),
+        (["resnet18"], "no baseline of 'resnet18' is known; name one (--against NAME)"),
+        (["resnet18", "--batch", "0"], "batch_size=0 is not accepted; use at least 1"),
+        (["deit_tny_patch16_224"], "did you mean"),
         ([NAME, "--batch", "0"], "batch_size=0 is not accepted; use at least 1"),
         ([NAME, "--rounds", "1"], "rounds=1 is not accepted; use at least 2"),
         ([NAME, "--threads", "0"], "threads=0 is not accepted; use at least 1"),

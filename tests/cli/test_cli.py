@@ -174,6 +174,11 @@ def test_locality_flag_replaces_that_of_the_recipe(capsys, flag, expected):
     assert yaml.safe_load(capsys.readouterr().out)["model"]["locality"] == expected
 
 
+def test_a_word_that_is_no_locality(capsys):
+    assert main(["train", "--recipe", "digits", "--locality", "defualt", "--print-config"]) == 2
+    assert "--locality defualt is not accepted; use default, none or YAML" in one_line(capsys)
+
+
 def test_train_never_overwrites(run, capsys):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert main(["train", *TINY, "--output", str(run)]) == 0

@@ -68,7 +68,7 @@ def test_it_writes_json_csv_and_an_image(exported, tmp_path):
         (["--output", "old.json"], "--output old.json: the file exists"),
         (["--output", "result.txt"], "use a name in .json or .csv"),
         (["--confusion", "result.jpg"], "use a name in .png"),
-        (["--confusion", "nowhere/result.png"], "nowhere is not a writable folder"),
+        (["--confusion", "nowhere/result.png"], "the folder 'nowhere' does not exist"),
         (["--class-map", "none.txt"], "class_map='none.txt' is not accepted; use a .txt file"),
         (["--real-labels", "default"], "ILSVRC-2012's 1000 classes"),
         (["--batch-size", "0"], "batch_size=0 is not accepted; use at least 1"),

@@ -78,6 +78,17 @@ def test_an_interruption_on_the_console_is_one(job, monkeypatch):
     assert main(job) == 130
 
 
+def test_files_that_are_no_images_are_named(job, tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    make_images(folder, {"x": 2})
+    for name in ("x/one.HEIC", "x/two.heic", "notes.txt"):
+        (folder / name).write_text("no image")
+    note = "left out because their suffix is not that of an image: 2 .heic, 1 .txt"
+    for output in ([], ["--output", str(tmp_path / "found.csv")]):
+        assert main([*job[:-1], str(folder), *output]) == 0
+        assert note in capsys.readouterr().err
+
+
 def test_the_form_that_ran_is_named(job, tmp_path, capsys):
     for option, form in (([], "PyTorch, fused"), (["--no-fuse"], "PyTorch")):
         assert main([*job, *option]) == 0

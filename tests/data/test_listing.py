@@ -59,7 +59,7 @@ def test_hidden_files_are_left_out(make_folder, kind, name):
     assert splits.class_names == ("a", "b")
     assert len(names) == 12
     assert name not in " ".join(names)
-    assert len(find_files([str(folder)])) == 12
+    assert len(find_files([str(folder)]).files) == 12
 
 
 @both
@@ -118,7 +118,7 @@ def test_links_to_a_folder_above_are_not_followed(make_folder, where):
     (folder / where).parent.mkdir(exist_ok=True)
     (folder / where).symlink_to(folder)
     assert len(all_of(folder)[1]) == 12
-    assert len(find_files([str(folder)])) == 12
+    assert len(find_files([str(folder)]).files) == 12
 
 
 def test_links_are_followed_in_training_and_prediction(make_folder, tmp_path):
@@ -130,7 +130,7 @@ def test_links_are_followed_in_training_and_prediction(make_folder, tmp_path):
     for i in range(6):
         (links / "b" / f"{i}.png").symlink_to(folder / "b" / f"{i}.png")
     assert len(all_of(links)[1]) == 12
-    assert len(find_files([str(links)])) == 12
+    assert len(find_files([str(links)]).files) == 12
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "itself"])

@@ -55,7 +55,7 @@ def test_a_name_with_an_odd_digit_is_a_class_and_a_file(make_folder, make_tar):
     folder = make_folder("d", classes)
     assert open_splits(DataConfig(train=str(folder))).class_names == ("x²", "①")
     assert open_test_split(str(make_tar("d.tar", classes)), DataConfig()).class_names == ("x²", "①")
-    assert len(find_files([str(folder)])) == 20
+    assert len(find_files([str(folder)]).files) == 20
 
 
 def test_folders_are_read_as_timm_reads_them(make_folder, tmp_path):

@@ -94,8 +94,15 @@ def test_one_source_for_two_splits_is_refused(make_folder, tmp_path):
 
 def test_a_class_that_training_lacks_is_named(make_folder):
     train, test = make_folder("train", {"a": 10, "b": 10}), make_folder("test", {"a": 2, "c": 2})
-    with pytest.raises(DataError, match="class 'c' is not among the 2 known classes"):
+    with pytest.raises(DataError, match=r"class 'c' is not among the 2 known classes \(a, b\)"):
         open_splits(DataConfig(train=str(train), test=str(test)))
+
+
+def test_a_class_without_test_images_is_a_note(make_folder):
+    train, test = make_folder("train", {"a": 10, "b": 10, "c": 10}), make_folder("test", {"a": 2, "c": 2})
+    notes = open_splits(DataConfig(train=str(train), test=str(test))).notes
+    assert "test: no images of 1 of 3 classes, such as 'b'" in notes
+    assert not any(note.startswith("validation: no images") for note in notes)
 
 
 def test_too_few_classes_and_empty_folders(make_folder, tmp_path):

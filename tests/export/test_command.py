@@ -156,10 +156,10 @@ SMALL = {
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["MODEL"], "add --output FILE"),
+        (["MODEL"], "--output is missing"),
         (["MODEL", "--output", "x.onnx", "--format", "tflite"], "--format"),
         (["MODEL", "--output", "x.onnx", "--format", "torch"], "ends in .pt2"),
-        (["MODEL", "--output", "no/x.pt2", "--format", "torch"], "is not a writable folder"),
+        (["MODEL", "--output", "no/x.pt2", "--format", "torch"], "the folder 'no' does not exist"),
         (["nowhere/at/all", "--output", "x.pt2", "--format", "torch"], "does not exist"),
         (["deit_tny_patch16_224", "--output", "x.pt2", "--format", "torch"], "did you mean"),
         (["MODEL", "--output", "x.pt2", "--format", "torch", "--random-weights"], "use a timm name"),

@@ -285,7 +285,7 @@ def test_another_shape_is_a_difference():
         ("model.onnx", "torch", r"ends in \.pt2"),
         ("old.pt2", "torch", r"old\.pt2' exists"),
         ("old.xml", "openvino", r"old\.bin' exists"),
-        ("nowhere/model.pt2", "torch", "is not a writable folder"),
+        ("nowhere/model.pt2", "torch", "nowhere' does not exist"),
         ("model.tflite", "tflite", "use onnx, openvino, torch"),
     ],
 )

@@ -74,7 +74,7 @@ def test_one_path_may_be_a_string(job, tmp_path):
 def test_predictions_are_the_models_in_the_order_of_the_files(job):
     checkpoint, paths = job
     found = list(predict(checkpoint, paths, batch_size=4, device="cpu", top_k=9))
-    assert [p.path for p in found] == find_files(paths)
+    assert [p.path for p in found] == find_files(paths).files
     assert [p.error is None for p in found].count(False) == 1
     whole = list(predict(checkpoint, paths, batch_size=61, device="cpu"))
     assert [[g.label for g in p.guesses] for p in found] == [[g.label for g in p.guesses] for p in whole]
@@ -121,7 +121,7 @@ def test_files_are_in_one_order_on_every_machine(tmp_path, monkeypatch):
     expected = [str(tmp_path / name) for name in ("A2.png", "a02.png", "a2.png", "a10.png")]
     for order in (names, names[::-1]):  # as different file systems list them
         monkeypatch.setattr("os.walk", lambda path, order=order: [(path, [], order)])
-        assert find_files([str(tmp_path)]) == expected
+        assert find_files([str(tmp_path)]).files == expected
 
 
 def chance(label, probability):
@@ -233,7 +233,7 @@ def test_an_interrupted_file_is_resumed_where_it_was(job, tmp_path, suffix, monk
     )
     done = write_predictions(*job, str(cut), **settings)
     assert (done.total, done.resumed, done.written, done.unreadable) == (61, 24, 37, 1)
-    assert read == find_files(job[1])[24:]
+    assert read == find_files(job[1]).files[24:]
     assert rows(cut) == rows(whole)
     assert sorted(p.name for p in tmp_path.iterdir()) == [cut.name, whole.name]
 
@@ -436,7 +436,7 @@ def test_shards_of_a_folder_that_grew_are_refused(job, tmp_path):
 
 @ANY_FORM
 def test_a_shard_without_images_is_an_empty_file(job, tmp_path, suffix):
-    photo = find_files(job[1])[:1]
+    photo = find_files(job[1]).files[:1]
     path = tmp_path / f"found{suffix}"
     done = write_predictions(job[0], photo, str(path), device="cpu", shard=Shard(index=0, count=2))
     assert done.total == 0
@@ -453,7 +453,7 @@ def test_what_is_missing_for_parquet_is_said(job, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["found.txt", "found", "nowhere/found.csv"])
 def test_files_that_cannot_be_written_are_refused(job, tmp_path, name):
-    with pytest.raises(ConfigError, match=r"ends in \.csv, \.jsonl, \.parquet|not a writable folder"):
+    with pytest.raises(ConfigError, match=r"ends in \.csv, \.jsonl, \.parquet|the folder .* does not exist"):
         write_predictions(*job, str(tmp_path / name), device="cpu")
     assert set(FORMATS) == {".csv", ".jsonl", ".parquet"}
 

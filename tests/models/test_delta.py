@@ -271,6 +271,8 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(localvit.UnsupportedModelError, match="DataParallel; save it before"):
         save_locality(nn.DataParallel(learnt(base())), file)
     assert not file.exists()
+    with pytest.raises(ConfigError, match="nowhere' does not exist; choose another"):
+        save_locality(learnt(base()), file.parent / "nowhere" / file.name)
     save_locality(learnt(base()), file)
     old = file.read_bytes()
     with pytest.raises(ConfigError, match="exists"):

@@ -1,8 +1,11 @@
+import io
 import os
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from rich.console import Console
 
 from localvit.atomic import move_into_place, write_atomically
 from localvit.data.config import DataConfig
@@ -11,6 +14,7 @@ from localvit.models.build import build_model, preprocessing_for
 from localvit.runs import directory as output
 from localvit.runs.directory import RunDirectory
 from localvit.training.loop import train
+from tests.images import make_images
 
 
 @pytest.fixture
@@ -45,6 +49,30 @@ def test_output_that_is_a_file_is_refused(tiny, tmp_path):
         train(tiny(f"output={tmp_path / 'file'}"))
     with pytest.raises(ConfigError, match="is not a writable folder"):
         train(tiny(f"output={tmp_path / 'file' / 'run'}"))
+
+
+def test_output_among_the_images_is_refused(tiny, tmp_path):
+    folder = Path(make_images(tmp_path / "images", {"a": 10, "b": 10}))
+    for place in (folder, folder / "a", folder / "run"):
+        with pytest.raises(ConfigError, match="is in the folder of images"):
+            train(tiny(f"data.train={folder}", f"output={place}"))
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b"]
+
+
+def test_a_finished_run_of_other_images(tiny, tmp_path):
+    """The same command must not report the result of other images as theirs."""
+    folder, output = Path(make_images(tmp_path / "images", {"a": 30, "b": 30})), tmp_path / "run"
+    config, text = tiny(f"data.train={folder}", f"output={output}", "batch_size=8"), io.StringIO()
+    result = train(config)
+    next((folder / "a").iterdir()).unlink()
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="holds a finished run, which differs from this one \\(data: "):
+        train(config)
+    folder.rename(tmp_path / "elsewhere")
+    assert train(config, console=Console(file=text, width=1000)).test == result.test
+    assert "finished: best epoch" in text.getvalue()
+    assert "its data could not be compared: data source" in text.getvalue()
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
 class Killed(BaseException):

@@ -151,6 +151,10 @@ def test_options_that_contradict_each_other(config, message):
         (["optim.name=adahessian"], r"optim\.name='adahessian' needs second derivatives"),
         (["device=meta"], r"device='meta' cannot be used here"),
         (["model.args.depth=-1"], r"model\.args\.depth: -1 is not accepted; use a positive number"),
+        (["model.args.depth=two"], r"model\.args\.depth: 'two' is not accepted; use a positive number"),
+        (["model.args.img_size='32,40'"], r"'32,40' is not accepted; use .* a list such as \[32, 40\]"),
+        (["model.args.depht=2"], r"model\.args\.depht is not an argument of model .*; did you mean 'depth'\?"),
+        (["model.args.gelu=2"], r"model\.args\.gelu is not an argument of model .*; leave it out"),
         (["model.name=local-dir:nowhere"], r"model\.name: cannot open 'local-dir:nowhere'"),
     ],
 )
@@ -170,6 +174,23 @@ def test_a_run_that_cannot_work_fails_before_anything_is_written(tiny, tmp_path,
         ("optim.momentum=-1", r"optim\.momentum=-1\.0 is not accepted; use at least 0"),
         ("seed=18446744073709551616", r"seed: an integer of 65 bits; use at most 64"),
         ("augment.repeats=0", r"augment\.repeats=0 is not accepted; use 1"),
+        ("augment.color_jitter=-1", r"augment\.color_jitter=-1\.0 is not accepted; use 0 \(off\) or more"),
+        *(
+            (
+                f"augment.auto_augment={policy}",
+                rf"augment\.auto_augment='{policy}' is not accepted; use a policy",
+            )
+            for policy in (
+                "foo",
+                "rand-foo",
+                "rand-mX",
+                "rand-m9-",
+                "originals",
+                "v0-m3",
+                "augmix-t3",
+                "rand9",
+            )
+        ),
         ("augment.repeats=200", r"augment\.repeats=200 is not accepted; use at most batch_size=128"),
         ("augment={repeats: 3, crop: none}", r"augment\.repeats=3 repeats equal images"),
         ("distill.alpha=0", r"^distill\.teacher is missing; add it$"),

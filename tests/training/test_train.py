@@ -266,6 +266,13 @@ def test_random_weights_of_a_saved_model_are_named(tiny, tmp_path, settings, ran
     assert [f"local-dir:{source}" in note for note in said] == [True] * random
 
 
+def test_a_mapping_is_no_configuration():
+    with pytest.raises(
+        ConfigError, match=r"config={'epochs': 1} is not accepted; use a localvit\.TrainConfig"
+    ):
+        train({"epochs": 1})
+
+
 def test_square_brackets_in_names_are_printed(tiny, tmp_path):
     source = export_model(tmp_path / "[/m]", 10)
     args = "model.args={img_size: 16, embed_dim: 16, depth: 1, num_heads: 2, global_pool: avg}"

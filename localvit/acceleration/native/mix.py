@@ -71,7 +71,7 @@ class Stage(NamedTuple):
             *map(address, maps),
         )
         if getattr(library(), f"localvit_{kernel}")(struct.pack(_LAYOUT % len(maps), *values)):
-            raise RuntimeError("there is not enough memory for the native kernels; use a smaller batch")
+            raise RuntimeError("the native kernels cannot allocate memory; use a smaller batch")
 
 
 def mixed(form: NativeForm, ffn: Any, x: Tensor, grid: Grid) -> Tensor | None:
