@@ -82,8 +82,10 @@ def _natively(form: NativeForm, ffn: LocalityFeedForward, x: Tensor, grid: Grid)
 def _project(ffn: LocalityFeedForward, y: Tensor, direct: bool) -> Tensor:
     if not direct:
         return ffn.project(y)
-    y = _linear(ffn.fc2, y)
-    return y if type(ffn.norm3) is nn.Identity else map_to_tokens(ffn.norm3(tokens_to_row(y)))
+    y, norm = _linear(ffn.fc2, y), ffn.norm3
+    if type(norm) is nn.BatchNorm2d:  # of single tokens: two views, where a row of them needs four
+        return norm(y.view(-1, y.shape[2], 1, 1)).view_as(y)
+    return y if type(norm) is nn.Identity else map_to_tokens(norm(tokens_to_row(y)))
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:

@@ -116,8 +116,11 @@ def after_prefix(tokens: Tensor, prefix: int, patches: Tensor) -> Tensor:
 def check_grid(tokens: Tensor, grid: Grid) -> None:
     """Refuse tokens that do not fit `grid` (RuntimeError or AssertionError, as `torch._assert`)."""
     patches = tokens.shape[1] - grid.num_prefix_tokens
+    fits = patches == grid.height * grid.width
+    if not torch.jit.is_scripting() and fits is True:
+        return  # the message takes longer than the question
     torch._assert(
-        patches == grid.height * grid.width,
+        fits,
         f"{tokens.shape[1]} tokens, {grid.num_prefix_tokens} of them prefix tokens, leave {patches} patch "
         f"tokens, but the grid has {grid.height} x {grid.width} = {grid.height * grid.width}",
     )

@@ -77,7 +77,9 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         if found and found[1] in config.args:
             near = difflib.get_close_matches(found[1], _POSITIVE, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "leave it out"
-            raise ConfigError(f"model.args.{found[1]} is not an argument of model {name!r}; {hint}") from error
+            raise ConfigError(
+                f"model.args.{found[1]} is not an argument of model {name!r}; {hint}"
+            ) from error
         raise ConfigError(f"model {name!r}: {one_line(error)}; check model.args {config.args}") from error
     except (OSError, RuntimeError, EOFError, SafetensorError) as error:
         what = "model.name: cannot open" if ":" in name else "model"

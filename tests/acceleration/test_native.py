@@ -34,6 +34,8 @@ COVERED = [
     LocalityConfig(norm="none", bias=True, activation=("relu", "none")),
     LocalityConfig(norm=("none", "batch", "none"), bias=(True, True, False)),
     LocalityConfig(norm=("batch", "none", "batch"), gate="eca"),
+    LocalityConfig(norm=("batch", "batch", "group"), norm_groups=4),
+    LocalityConfig(norm=("batch", "batch", "layer")),
 ]
 OTHERS = [
     LocalityConfig(kernel_size=1),

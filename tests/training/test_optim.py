@@ -153,7 +153,10 @@ def test_options_that_contradict_each_other(config, message):
         (["model.args.depth=-1"], r"model\.args\.depth: -1 is not accepted; use a positive number"),
         (["model.args.depth=two"], r"model\.args\.depth: 'two' is not accepted; use a positive number"),
         (["model.args.img_size='32,40'"], r"'32,40' is not accepted; use .* a list such as \[32, 40\]"),
-        (["model.args.depht=2"], r"model\.args\.depht is not an argument of model .*; did you mean 'depth'\?"),
+        (
+            ["model.args.depht=2"],
+            r"model\.args\.depht is not an argument of model .*; did you mean 'depth'\?",
+        ),
         (["model.args.gelu=2"], r"model\.args\.gelu is not an argument of model .*; leave it out"),
         (["model.name=local-dir:nowhere"], r"model\.name: cannot open 'local-dir:nowhere'"),
     ],
