@@ -29,8 +29,9 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
     tails = {k.rpartition(".")[2]: k for k in reversed(whole)}
     near = difflib.get_close_matches(name, whole, n=3, cutoff=0.5)
     near = near or [tails[tail] for tail in difflib.get_close_matches(name, tails, n=3, cutoff=0.7)]
-    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    return ConfigError(f"{what}: {name!r} does not exist{hint or '; check the spelling'}")
+    hint = "check the spelling" if len(whole) > 20 else f"accepted: {', '.join(whole)}"
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else hint
+    return ConfigError(f"{what}: {name!r} does not exist; {hint}")
 
 
 def at_least(config: Any, prefix: str, low: float, *names: str) -> None:
