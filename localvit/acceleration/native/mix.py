@@ -139,12 +139,13 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, convolved, work, *parameters = saved = _saved(ctx)
         # Recorded under create_graph=True; without storage under is_grads_batched=True and vmap.
         if torch.is_grad_enabled() or not torch._C._has_storage(grads[0]):
-            return _differentiable(ctx, grads[0])
-        grad, (x, convolved, work, *parameters) = grads[0].contiguous(), _saved(ctx)
-        if not is_dense(grad) or not _as_saved(ctx, (x, convolved, work, *parameters)):
-            return _differentiable(ctx, grads[0])
+            return _differentiable(ctx, grads[0], saved)
+        grad = grads[0].contiguous()
+        if not is_dense(grad) or not _as_saved(ctx, saved):
+            return _differentiable(ctx, grads[0], saved)
         shapes = [(0,) if p is None else p.shape for p in parameters]
         for i in (0, 1, 3, 4, 5):  # the kernels write these even for layers without them
             shapes[i] = (x.shape[2],)
@@ -179,9 +180,9 @@ def _as_saved(ctx: Any, tensors: Any) -> bool:
     return [*map(_shape, tensors)] == ctx.shapes and all(t is None or is_dense(t) for t in tensors)
 
 
-def _differentiable(ctx: Any, grad: Tensor) -> Any:
+def _differentiable(ctx: Any, grad: Tensor, saved: Any) -> Any:
     """Return gradients by the plain modules, differentiable if gradients are recorded."""
-    x, _, _, *parameters = _saved(ctx)
+    x, _, _, *parameters = saved
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         y = _plain(ctx, x, parameters)
