@@ -130,15 +130,20 @@ class RunDirectory:
             )
         return Decision(kind="resume", changes=changes, state=state, warnings=tuple(warnings))
 
+    @property
+    def other_version(self) -> str | None:
+        """Version of localvit that began the run, if its minor version is another one."""
+        status, ours = self.saved.status, self._conditions["versions"]["localvit"]
+        known = status.versions if status is not None and status.versions else {}
+        theirs: str = known.get("localvit", ours)
+        return theirs if theirs.split(".")[:2] != ours.split(".")[:2] else None
+
     def _refuse_version(self) -> None:
         """Refuse to resume a run of another minor version, whose states may mean something else."""
-        status, ours = self.saved.status, self._conditions["versions"]["localvit"]
-        output = str(self.config.output)
-        known = status.versions if status is not None and status.versions else {}
-        theirs = known.get("localvit", ours)
-        if theirs.split(".")[:2] != ours.split(".")[:2]:
+        if theirs := self.other_version:
+            ours = self._conditions["versions"]["localvit"]
             raise ConfigError(
-                f"output={output!r} holds an unfinished run of localvit {theirs}, which {ours} "
+                f"output={self.config.output!r} holds an unfinished run of localvit {theirs}, which {ours} "
                 f"cannot resume; finish it with localvit {theirs}, or choose another folder"
             )
 

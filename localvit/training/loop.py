@@ -302,16 +302,11 @@ def _finished(directory: RunDirectory | None, config: TrainConfig, console: Cons
     """Return the result of a run that is finished.
 
     Raises:
-        ConfigError: if its data has changed since; data that is not there any more is a note.
+        ConfigError: if its data has changed since.
     """
     assert directory is not None
     saved, status = directory.saved, directory.saved.status
-    try:
-        splits = open_splits(config.data, seed=config.seed)
-        directory.compare_data(make_manifest(splits, config.data).fingerprint())
-        notes = ""
-    except DataError as error:
-        notes = f"; its data could not be compared: {error}"
+    uncompared = _compare_data(directory, config)
     assert status is not None
     assert status.best is not None
     with whole(saved.path / "status.json"):
@@ -325,12 +320,24 @@ def _finished(directory: RunDirectory | None, config: TrainConfig, console: Cons
     if console:
         console.print(
             f"{result.output} already holds this run, finished: best epoch {result.best_epoch}, test top-1 "
-            f"{result.test.top1:.2f} %{notes}",
+            f"{result.test.top1:.2f} %{uncompared}",
             markup=False,
             highlight=False,
             soft_wrap=True,
         )
     return result
+
+
+def _compare_data(directory: RunDirectory, config: TrainConfig) -> str:
+    """Refuse other data than that of a finished run; return the reason if they could not be compared."""
+    if directory.other_version is not None:
+        return f"; its data could not be compared: the run is of localvit {directory.other_version}"
+    try:
+        splits = open_splits(config.data, seed=config.seed)
+    except DataError as error:
+        return f"; its data could not be compared: {error}"
+    directory.compare_data(make_manifest(splits, config.data).fingerprint())
+    return ""
 
 
 def _result(
