@@ -65,7 +65,7 @@ def _is_worth(form: NativeForm, grid: Grid) -> bool:
 
 def _natively(form: NativeForm, ffn: LocalityFeedForward, x: Tensor, grid: Grid) -> Tensor:
     direct = form.direct()
-    hidden = _linear(ffn.fc1, x) if direct else ffn.expand(x)
+    hidden = _linear(ffn, "fc1", x) if direct else ffn.expand(x)
     if not is_dense(hidden):
         hidden = hidden.contiguous()
     expected = is_dense(hidden) and hidden.shape == (len(x), grid.height * grid.width, form.channels)
@@ -82,12 +82,14 @@ def _natively(form: NativeForm, ffn: LocalityFeedForward, x: Tensor, grid: Grid)
 def _project(ffn: LocalityFeedForward, y: Tensor, direct: bool) -> Tensor:
     if not direct:
         return ffn.project(y)
-    y, norm = _linear(ffn.fc2, y), ffn.norm3
+    y = _linear(ffn, "fc2", y)
+    norm: Any = ffn._modules["norm3"]
     if type(norm) is nn.BatchNorm2d:  # of single tokens: two views, where a row of them needs four
         return norm(y.view(-1, y.shape[2], 1, 1)).view_as(y)
     return y if type(norm) is nn.Identity else map_to_tokens(norm(tokens_to_row(y)))
 
 
-def _linear(layer: Any, x: Tensor) -> Tensor:
-    """Compute a small point-wise layer without the views and the call of its module."""
-    return F.linear(x, layer.weight.flatten(1), layer.bias)
+def _linear(ffn: Any, name: str, x: Tensor) -> Tensor:
+    """Compute a small point-wise layer without the views, the call and the attributes of its module."""
+    parameters = ffn._modules[name]._parameters
+    return F.linear(x, parameters["weight"].flatten(1), parameters["bias"])

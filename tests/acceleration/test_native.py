@@ -691,15 +691,19 @@ def test_many_cotangents_at_once():
         torch.testing.assert_close(got[i], want, rtol=1e-3, atol=1e-4)
 
 
-def test_a_weight_that_is_no_parameter_any_more(monkeypatch):
-    ffn, tokens = feed_forward(), images()
+@pytest.mark.parametrize(("name", "native"), [("conv", False), ("fc1", True), ("fc2", True)])
+def test_a_weight_that_is_no_parameter_any_more(monkeypatch, name, native):
+    ffn, tokens = feed_forward().eval(), images()
     ffn(tokens, GRID)
-    weight = ffn.conv.weight.detach() * 2
-    del ffn.conv.weight
-    ffn.conv.weight = weight
+    layer = ffn.get_submodule(name)
+    weight = layer.weight.detach() * 2
+    del layer.weight
+    layer.weight = weight
     used = spy(monkeypatch)
-    ffn(tokens, GRID)
-    assert not used
+    got = ffn(tokens, GRID)
+    assert bool(used) is native
+    monkeypatch.setenv(VARIABLE, "plain")
+    torch.testing.assert_close(got, ffn(tokens, GRID), rtol=1e-4, atol=1e-4)
 
 
 NO_GATE = [None] * 4

@@ -90,7 +90,7 @@ class NativeForm:
         self.parameters += [None] * (10 - len(self.parameters))
         statistics = [{} if norm is None else norm._buffers for norm in self.norms]
         self.buffers: list[Any] = [place.get(name) for place in statistics for name in _STATISTICS]
-        self.places = [*places, *statistics]
+        self.places = [*places, *statistics, *(layer._parameters for layer in ends[:2])]
         self.contents = [*chain.from_iterable(map(dict.values, self.places))]
         self.tensors = [t for t in (*self.parameters, *self.buffers) if t is not None]
         self.leaves = all(t.is_leaf for t in self.tensors)
@@ -168,7 +168,8 @@ def readable(parameters: Any, channels: int, side: int, gate: int | None, buffer
 
 
 def _is_small(layer: nn.Module) -> bool:
-    return type(layer) is Pointwise and layer.small and _keeps_size(layer, (1, 1), 1)
+    whole = layer._parameters.keys() == {"weight", "bias"}
+    return type(layer) is Pointwise and layer.small and whole and _keeps_size(layer, (1, 1), 1)
 
 
 def _calls_of(layers: list[nn.Module]) -> tuple[list[Any], list[dict[str, Any]]]:
