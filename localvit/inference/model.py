@@ -128,7 +128,8 @@ def open_model(
         model = timm.create_model(name, pretrained=not random_weights, **(args or {})).eval().to(place)
     except _UNUSABLE as error:
         reason = why_unreadable(name, error)
-        raise ConfigError(f"model {source!r} cannot be loaded: {reason}; check its files") from error
+        remedy = f"leave out {args}, or check its files" if args else "check its files"
+        raise ConfigError(f"model {source!r} cannot be loaded: {reason}; {remedy}") from error
     outputs: Any = model.num_classes  # 0: a model without a classifier, which can be timed
     if type(outputs) is not int or outputs < 0:
         raise ConfigError(

@@ -91,7 +91,8 @@ class Plan:
         elsewhere = "".join(f", and in {group}" for group in self.also)
         lines = [f"{self.model}: locality in {len(self.blocks)} of {self.depth} blocks{elsewhere}"]
         for site in self.sites:
-            note = f"; {len(site.dead_parameters)} dead parameters" if site.dead_parameters else ""
+            names = site.dead_parameters
+            note = f"; dead: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}" if names else ""
             lines.append(f"  {site.name}: {site.old} -> {site.new} ({site.weights}){note}")
         macs = f", {_change(self.macs, 1e9, 'GMACs')}" if self.macs else ""
         lines.append(f"  parameters {_change(self.parameters, 1e6, 'M')}{macs}")

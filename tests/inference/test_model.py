@@ -107,6 +107,13 @@ def test_plain_kernels_are_named(folder, monkeypatch):
     assert fused(open_model(folder, "cpu")).form == "PyTorch, not fused: LOCALVIT_KERNELS=plain"
 
 
+def test_arguments_that_do_not_fit_the_weights_are_named(folder):
+    with pytest.raises(
+        ConfigError, match=r"cannot be loaded: .*; leave out {'depth': 5}, or check its files"
+    ):
+        open_model(folder, "cpu", args={"depth": 5})
+
+
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [

@@ -150,6 +150,20 @@ def test_preserve_starts_as_exactly_the_same_function(kind, base, training):
     model.load_state_dict(plain.state_dict(), strict=True)
 
 
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (LocalityConfig(init="preserve"), "dead: blocks.1.mlp.drop1.conv.weight"),
+        (LocalityConfig(), "dead: blocks.1.mlp.fc1.weight and 12 more"),
+    ],
+    ids=str,
+)
+def test_a_plan_names_what_is_dead(config, names):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=2)
+    lines = str(localvit.plan(model, config)).splitlines()
+    assert [line.partition("; ")[2] for line in lines if "; dead" in line] == [names]
+
+
 @pytest.mark.parametrize("kind", FFNS)
 @pytest.mark.parametrize("kwargs", [{}, {"global_pool": "avg"}], ids=["token", "avg"])
 @pytest.mark.parametrize(
