@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,9 +27,9 @@ from localvit.bench.result import Comparison, Setting, Side
 from localvit.config import Precision
 from localvit.cost import count_macs, count_parameters
 from localvit.engines import ExportInfo
-from localvit.errors import ConfigError, at_least, unknown
+from localvit.errors import ConfigError, at_least
 from localvit.imports import do_what_waits
-from localvit.inference import FUSED, OpenModel, fused, open_model
+from localvit.inference import FUSED, OpenModel, check_source, fused, open_model
 from localvit.models import VARIANTS, check_forward
 from localvit.runtime import DTYPES, autocast, pick_device
 
@@ -83,8 +82,7 @@ class BenchConfig:
         if self.threads is not None and self.threads > MOST_THREADS:
             raise ConfigError(f"threads={self.threads} is not accepted; use 1 to {MOST_THREADS}")
         if self.against is None and self.model not in VARIANTS:
-            if not timm.is_model(self.model) and ":" not in self.model and not os.path.exists(self.model):
-                raise unknown("model", self.model, timm.list_models())
+            check_source(self.model)
             raise ConfigError(f"against: no baseline of {self.model!r} is known; name one (--against NAME)")
 
 

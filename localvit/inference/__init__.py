@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from localvit.inference.model import (
         FUSED as FUSED,
         OpenModel as OpenModel,
+        check_source as check_source,
         fused as fused,
         open_model as open_model,
     )

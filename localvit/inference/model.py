@@ -209,6 +209,17 @@ def _open_file(source: str, engine: EngineKind, device: str, args: Mapping[str, 
     )
 
 
+def check_source(source: str) -> None:
+    """Refuse a source that `open_model` does not find; exported files are looked for when they are opened.
+
+    Raises:
+        ConfigError: naming it, with the nearest names.
+    """
+    if pick_engine(source) is None:
+        do_what_waits()  # a caller may come here without a door
+        _locate(source)
+
+
 def _locate(source: str) -> tuple[str, TrainConfig | None]:
     """Return the name for timm, and the configuration of the run that the source belongs to."""
     folder = Path(source)

@@ -91,9 +91,8 @@ class Plan:
         elsewhere = "".join(f", and in {group}" for group in self.also)
         lines = [f"{self.model}: locality in {len(self.blocks)} of {self.depth} blocks{elsewhere}"]
         for site in self.sites:
-            names = site.dead_parameters
-            note = f"; dead: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}" if names else ""
-            lines.append(f"  {site.name}: {site.old} -> {site.new} ({site.weights}){note}")
+            dead = _dead(site.dead_parameters)
+            lines.append(f"  {site.name}: {site.old} -> {site.new} ({site.weights}){dead}")
         macs = f", {_change(self.macs, 1e9, 'GMACs')}" if self.macs else ""
         lines.append(f"  parameters {_change(self.parameters, 1e6, 'M')}{macs}")
         if self.dead_parameters:
@@ -183,6 +182,13 @@ def plan_changes(
         notes=tuple(_notes(note_of(model, adapter), changes)),
     )
     return the_plan, changes
+
+
+def _dead(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"; dead: {names[0]}{more}"
 
 
 def _refuse_impossible(change: PlannedChange) -> None:

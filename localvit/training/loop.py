@@ -81,7 +81,7 @@ def train(
 
         decision = world.broadcast_from_main(open_directory)
         if decision.kind == "finished":
-            return world.broadcast_from_main(lambda: _finished(directory, config, console))
+            return world.broadcast_from_main(lambda: _finished(directory, console))
         run = prepare(config, world)
         stack.callback(run.close)
         checkpointer = Checkpointer(run, directory)
@@ -298,7 +298,7 @@ def _explained(error: BaseException, checkpointer: Checkpointer) -> TrainingFail
     return None
 
 
-def _finished(directory: RunDirectory | None, config: TrainConfig, console: Console | None) -> RunResult:
+def _finished(directory: RunDirectory | None, console: Console | None) -> RunResult:
     """Return the result of a run that is finished.
 
     Raises:
@@ -306,7 +306,7 @@ def _finished(directory: RunDirectory | None, config: TrainConfig, console: Cons
     """
     assert directory is not None
     saved, status = directory.saved, directory.saved.status
-    uncompared = _compare_data(directory, config)
+    uncompared = _compare_data(directory)
     assert status is not None
     assert status.best is not None
     with whole(saved.path / "status.json"):
@@ -328,8 +328,9 @@ def _finished(directory: RunDirectory | None, config: TrainConfig, console: Cons
     return result
 
 
-def _compare_data(directory: RunDirectory, config: TrainConfig) -> str:
+def _compare_data(directory: RunDirectory) -> str:
     """Refuse other data than that of a finished run; return the reason if they could not be compared."""
+    config = directory.config
     if directory.other_version is not None:
         return f"; its data could not be compared: the run is of localvit {directory.other_version}"
     try:

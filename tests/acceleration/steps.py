@@ -69,6 +69,16 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], rtol: float = 
         assert error <= rtol * scale + 1e-12, f"{name}: {error} of {scale}"
 
 
+def assigned(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], None]:
+    """Return a function that assigns to the `.data` of a parameter, which its version does not show."""
+
+    def assign(ffn: nn.Module) -> None:
+        parameter = ffn.get_parameter(name)
+        parameter.data = change(parameter.data)
+
+    return assign
+
+
 def spy(monkeypatch) -> list[str]:
     """Return the forms that compute from now on: `native`, `checkpointed`."""
     used: list[str] = []

@@ -1,4 +1,4 @@
-"""What may happen between a native forward pass and its backward pass, and what a backward pass leaves."""
+"""Changes between a native forward pass and its backward pass, and memory of the gradients."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from localvit.acceleration.dispatch import training_form
 from localvit.acceleration.kernels import VARIABLE
 from localvit.acceleration.native.mix import mixed
 
-from .steps import GRID, assert_close, feed_forward, images, plain_step, spy, step
+from .steps import GRID, assert_close, assigned, feed_forward, images, plain_step, spy, step
 from .test_build import needs_compiler
 
 pytestmark = needs_compiler
@@ -51,16 +51,6 @@ def test_hooks_may_give_saved_tensors_another_layout(monkeypatch, pack, unpack, 
     got = step(ffn, tokens, call)
     assert set(used) == {"native"}
     assert_close(got, plain_step(monkeypatch, ffn, tokens), 2e-4)
-
-
-def assigned(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[LocalityFeedForward], None]:
-    """Assign to the `.data` of a parameter, which its version does not show, but not other values."""
-
-    def assign(ffn: LocalityFeedForward) -> None:
-        parameter = ffn.get_parameter(name)
-        parameter.data = change(parameter.data)
-
-    return assign
 
 
 @pytest.mark.parametrize("training", [True, False])

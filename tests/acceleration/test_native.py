@@ -20,7 +20,7 @@ from localvit.acceleration.dispatch import accelerated, training_form
 from localvit.acceleration.kernels import VARIABLE
 from localvit.acceleration.native.mix import mix_, mixed
 
-from .steps import GRID, assert_close, feed_forward, images, plain_step, spy, step
+from .steps import GRID, assert_close, assigned, feed_forward, images, plain_step, spy, step
 from .test_build import needs_compiler
 
 pytestmark = needs_compiler
@@ -178,18 +178,8 @@ def changes() -> dict[str, Callable[[LocalityFeedForward], object]]:
 
         return patch
 
-    def other_data(change: Callable[[Tensor], Tensor]) -> Callable:
-        return lambda ffn: setattr(ffn.conv.weight, "data", change(ffn.conv.weight.data))
-
     def narrower_gate(ffn: LocalityFeedForward) -> None:
         ffn.gate.fc1.weight = nn.Parameter(ffn.gate.fc1.weight.detach()[:2].clone())
-
-    def of_parameter(name: str, change: Callable[[Tensor], Tensor]) -> Callable:
-        def assign(ffn: LocalityFeedForward) -> None:
-            parameter = ffn.get_parameter(name)
-            parameter.data = change(parameter.data)
-
-        return assign
 
     def of_layer(name: str, attribute: str, value: object) -> Callable:
         return lambda ffn: setattr(ffn.get_submodule(name), attribute, value)
@@ -204,14 +194,14 @@ def changes() -> dict[str, Callable[[LocalityFeedForward], object]]:
         "a patched expansion": doubled("expand"),
         "a patched projection": doubled("project"),
         "another class": lambda ffn: setattr(ffn, "__class__", Doubled),
-        "a transposed kernel in the same memory": other_data(lambda t: t.transpose(2, 3)),
+        "a transposed kernel in the same memory": assigned("conv.weight", lambda t: t.transpose(2, 3)),
         "a gate of other shapes": narrower_gate,
-        "a transposed gate in the same memory": of_parameter(
+        "a transposed gate in the same memory": assigned(
             "gate.fc2.weight", lambda t: t.view(4, 64, 1, 1).transpose(0, 1)
         ),
-        "one value for a norm": of_parameter("norm1.weight", lambda t: t[:1].expand(64)),
-        "fewer kernels": of_parameter("conv.weight", lambda t: t[:16]),
-        "a kernel of another size": of_parameter("conv.weight", lambda t: torch.ones(64, 1, 5, 5)),
+        "one value for a norm": assigned("norm1.weight", lambda t: t[:1].expand(64)),
+        "fewer kernels": assigned("conv.weight", lambda t: t[:16]),
+        "a kernel of another size": assigned("conv.weight", lambda t: torch.ones(64, 1, 5, 5)),
         "a kernel without memory": freed("conv.weight"),
         "a norm without memory": freed("norm1.weight"),
         "no variance": of_layer("norm1", "running_var", None),
