@@ -16,6 +16,11 @@ from localvit.studies.design.study import study_from_dict
 SHRUNK = {"paper": ["model.args.depth=3"]}  # DeiT-T's arms of 12 blocks take seconds each to count
 
 
+def test_an_unknown_scale_names_the_known_ones():
+    with pytest.raises(ConfigError, match="'big' does not exist; accepted: digits, small, paper"):
+        load_question("depthwise").study("big", 1)
+
+
 @pytest.mark.parametrize("scale", ["digits", "small", "paper"])
 @pytest.mark.parametrize("name", list_questions())
 def test_every_question_can_be_asked_at_every_scale(name, scale):
